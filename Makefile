@@ -1,0 +1,51 @@
+# make train | test | lint | bench | ablation | gpu | clean      (VENV=.venv and PYTHON=python3 can be changed)
+SHELL := /bin/bash
+VENV ?= .venv
+PYTHON ?= python3
+CUDA := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
+BIN := $(VENV)/bin
+RANKS ?= $(if $(CUDA),$(shell nvidia-smi -L | wc -l),2)
+# The CPU set that is tested. Where the plain index serves only CUDA builds of torch and a CPU build is wanted, name
+# PyTorch's CPU wheel index: make train TORCH_FLAGS="--index-url ..."
+TORCH ?= $(if $(CUDA),torch==2.14.0,torch==2.13.0)
+TORCH_FLAGS ?=
+EXTRAS := $(if $(CUDA),[gpu$(COMMA)dev],[dev])
+COMMA := ,
+
+.PHONY: train test lint format bench ablation gpu clean
+export PYTHONUNBUFFERED := 1
+
+$(VENV)/.installed: pyproject.toml setup.py .ci/constraints.txt $(wildcard csrc/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel ninja
+	$(BIN)/python -m pip install --quiet $(TORCH_FLAGS) $(TORCH)
+	$(BIN)/python -m pip install --quiet --no-build-isolation $(if $(CUDA),,-c .ci/constraints.txt) --editable ".$(EXTRAS)"
+	touch $@
+
+train: $(VENV)/.installed  ## learn: the default recipe for this machine
+	$(BIN)/torchrun --nproc_per_node $(RANKS) -m lead_fast.train $(ARGS)
+
+test: $(VENV)/.installed  ## all tests that need no GPU, in under 10 minutes
+	$(BIN)/python -m pytest -q tests
+
+lint: $(VENV)/.installed  ## format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/.installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.installed  ## kernels against what a user would pick instead
+	$(BIN)/python bench/kernels.py
+
+ablation: $(VENV)/.installed  ## plain GRPO, L, L+AD, LEAD: three seeds each, a table and a picture in docs
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python bench/ablation.py
+
+gpu: $(VENV)/.installed  ## what only a GPU can check: kernel tests and kernel benchmark on it
+	$(BIN)/python -m pytest -q tests -k kernel
+	$(BIN)/python bench/kernels.py --gate
+
+clean:
+	rm -rf $(VENV) build runs *.egg-info kernels/*.egg-info kernels/lead_kernels/*.so

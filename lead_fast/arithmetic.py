@@ -1,0 +1,186 @@
+"""The embedded task: multi-step integer arithmetic in words and symbols, made from a seed at graded difficulties.
+
+A problem's difficulty is its number of steps, 1 to 4. Its worked solution is terse (the equations) or wordy (the same
+equations in sentences, more than twice as long), so that a model trained on both has length to gain. Train and test
+never share a problem: the hash of a problem's text says which split it belongs to.
+
+    python -m lead_fast.arithmetic --out DIR [--train 4000] [--test 256]     # the same problems as JSONL
+"""
+
+import argparse
+import hashlib
+import json
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+LEVELS = (1, 2, 3, 4)
+TEST_SHARE = 20  # one problem in so many is a test problem
+NAMES = "Mia Tom Ana Leo Sam Eva Ben Zoe Max Ida".split()
+THINGS = "apples coins books cards shells stamps pens stones".split()
+ASK = ("Compute {}.", "What is {}?", "Work out {}.")
+TOLD = {"+": ("add {}", "plus {}"), "-": ("subtract {}", "minus {}"), "*": ("times {}",)}
+STORY = {
+    "+": ("finds {}", "buys {}", "gets {}"),
+    "-": ("gives away {}", "loses {}", "sells {}"),
+    "*": ("ends up with {} times as many",),
+}
+VERB = {"+": "add", "-": "subtract", "*": "multiply by"}
+SPECIAL = ("<|pad|>", "<|user|>", "<|assistant|>", "<|end|>")
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}<|assistant|>{{ m.content }}<|end|>"
+    "{% else %}<|user|>{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+Step = tuple[str, int, int, int]  # operator, operand, value before, value after
+
+
+def make_problems(n: int, *, seed: int, split: str = "train", difficulties: Sequence[int] = LEVELS) -> list[dict]:
+    """`n` distinct problems of one split.
+
+    Args:
+        n: how many.
+        seed: equal seeds give equal problems, on every machine.
+        split: "train" or "test".
+        difficulties: numbers of steps, drawn from evenly.
+    Returns:
+        rows with problem, answer, difficulty and solution.
+    """
+    rng = random.Random(f"{seed} {split}")
+    seen: set[str] = set()
+    rows: list[dict] = []
+    while len(rows) < n:
+        start, steps, value = _steps(rng, rng.choice(difficulties))
+        text = _problem(rng, start, steps)
+        solution = _terse(steps, value) if rng.random() < 0.5 else _wordy(start, steps, value)
+        if text not in seen and is_test(text) == (split == "test"):
+            seen.add(text)
+            rows.append({"problem": text, "answer": str(value), "difficulty": float(len(steps)), "solution": solution})
+    return rows
+
+
+def is_test(text: str) -> bool:
+    """Whether a problem is held out, by its text alone."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % TEST_SHARE == 0
+
+
+def _steps(rng: random.Random, level: int) -> tuple[int, list[Step], int]:
+    start = value = rng.randint(10, 60)
+    steps: list[Step] = []
+    for _ in range(level):
+        choices = ["+"] * 4 * (value <= 120) + ["-"] * 4 * (value >= 15) + ["*"] * (value <= 99)
+        op = rng.choice(choices)
+        if op == "+":
+            n = _operand(rng, 60)
+            after = value + n
+        elif op == "-":
+            n = _operand(rng, min(60, value - 1))
+            after = value - n
+        else:
+            n, after = 2, value * 2
+        steps.append((op, n, value, after))
+        value = after
+    return start, steps, value
+
+
+def _operand(rng: random.Random, most: int) -> int:
+    return rng.randint(2, 9) if most < 10 or rng.random() < 0.5 else rng.randint(10, most)
+
+
+def _problem(rng: random.Random, start: int, steps: list[Step]) -> str:
+    kind = rng.random()
+    if kind < 0.4:
+        text = str(start)
+        for op, n, _, _ in steps:
+            text = f"({text}){op}{n}" if op == "*" and not text.isdigit() else f"{text}{op}{n}"
+        return rng.choice(ASK).format(text)
+    if kind < 0.7:
+        return f"Start with {start}, " + ", ".join(rng.choice(TOLD[op]).format(n) for op, n, _, _ in steps) + "."
+    name, thing = rng.choice(NAMES), rng.choice(THINGS)
+    told = ", ".join(rng.choice(STORY[op]).format(n) for op, n, _, _ in steps)
+    return f"{name} has {start} {thing}, {told}. How many {thing} now?"
+
+
+def _terse(steps: list[Step], value: int) -> str:
+    return "\n".join(f"{a}{op}{n}={b}" for op, n, a, b in steps) + f"\n\\boxed{{{value}}}"
+
+
+def _wordy(start: int, steps: list[Step], value: int) -> str:
+    text = f"We start with {start}."
+    for i, (op, n, a, b) in enumerate(steps):
+        text += f"\n{'Next' if i else 'First'} we {VERB[op]} {n}, which gives us\n{a}{op}{n}={b}"
+    return text + f"\nSo after all these steps the final answer is\n\\boxed{{{value}}}"
+
+
+def build_tokenizer(folder: Path | None = None):
+    """Byte-level BPE on this task's words, every digit a token of its own; takes any text, gives it back unchanged.
+
+    Args:
+        folder: where to save it in Hugging Face layout, or None.
+    Returns:
+        the transformers tokenizer, with a chat template; <|end|> ends the assistant's turn.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(
+        _corpus(),
+        trainers.BpeTrainer(
+            vocab_size=512,
+            special_tokens=list(SPECIAL),
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        ),
+    )
+    pad, _, _, end = SPECIAL
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=pad, eos_token=end)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    if folder is not None:
+        tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def _corpus() -> Iterator[str]:
+    for row in make_problems(5000, seed=0):
+        yield f"{row['problem']}\n{row['solution']}"
+
+
+def architecture(vocabulary: int):
+    """The embedded model: Qwen2, 4 layers, hidden 128, 2 heads of 64 (a size that every engine's attention takes)."""
+    from transformers import Qwen2Config
+
+    return Qwen2Config(
+        vocab_size=vocabulary,
+        hidden_size=128,
+        intermediate_size=320,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=3,
+    )
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description="Write the problems as JSONL.")
+    p.add_argument("--out", type=Path, required=True)
+    p.add_argument("--train", type=int, default=4000)
+    p.add_argument("--test", type=int, default=256)
+    p.add_argument("--seed", type=int, default=1)
+    a = p.parse_args()
+    a.out.mkdir(parents=True, exist_ok=True)
+    for split, n in (("train", a.train), ("test", a.test)):
+        rows = make_problems(n, seed=a.seed, split=split)
+        (a.out / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

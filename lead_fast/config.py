@@ -1,0 +1,439 @@
+"""The whole configuration: one tree of frozen dataclasses, filled from a recipe, a preset and the command line.
+
+Order, later wins: the defaults below <- recipe (TOML) <- preset (TOML) <- `--section.key=value`. Every value is
+checked once, before any model is loaded; what is wrong is said in one sentence that names the value and the remedy.
+"""
+
+import dataclasses
+import difflib
+import json
+import sys
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+RECIPES = Path(__file__).parent / "recipes"
+PRESETS = Path(__file__).parent / "presets"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    path: str = "tiny"
+    """Hugging Face name or folder of a causal language model, a run directory, or `tiny` (the embedded one)."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Compute dtype; master weights and gradient reduction are float32 either way."""
+    activation_checkpointing: Literal["none", "full"] = "none"
+    """`full` recomputes each block in the backward pass: less memory, a third more FLOPs."""
+    trust_remote_code: bool = False
+    """Allow a model repository to run its own code."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train: str = "arithmetic:train"
+    """Training problems: a .jsonl or .parquet file, a hub dataset's name, or `arithmetic:train?n=4000` (built in)."""
+    test: str = "arithmetic:test"
+    """Held-out problems, in the same forms."""
+    problem_column: str = "problem"
+    """Column with the question."""
+    answer_column: str = "answer"
+    """Column with the reference answer."""
+    difficulty_column: str = "difficulty"
+    """Column with the difficulty; may be absent."""
+    min_difficulty: float | None = None
+    """Keep only training problems above this difficulty."""
+    instruction: str = "Let's think step by step and put the final answer within \\boxed{}."
+    """Appended to every problem, in the same user turn."""
+    max_prompt_tokens: int = 1024
+    """Limit on a prompt, chat template included, tokens."""
+    drop_long_prompts: bool = False
+    """Drop problems whose prompt is over the limit (and say how many) instead of stopping."""
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """Who generates."""
+    problems: int = 32
+    """Problems per step, over all ranks."""
+    group_size: int = 8
+    """Responses per problem, G."""
+    max_tokens: int = 8192
+    """Limit on a response, tokens."""
+    temperature: float = 1.0
+    """Sampling temperature; the loss divides the logits by it too."""
+    top_p: float = 1.0
+    """Nucleus sampling; 1 is off."""
+    min_p: float = 0.0
+    """Drop tokens below this share of the most likely one; 0 is off."""
+    stop: tuple[str, ...] = ()
+    """Generation ends at any of these strings."""
+    batch_size: int = 128
+    """Most responses that the transformers engine generates at once on a rank."""
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    grade: Literal["all", "before_think", "after_think"] = "all"
+    """Which part of the response is searched for the last \\boxed{}, seen from `</think>`."""
+    wrong: float = -1.0
+    """Reward of an incorrect response: the paper's explicit penalty E; 0 switches E off."""
+    truncated: float | None = None
+    """Reward of a wrong response that ran into the length limit; none: as `wrong`."""
+    degenerate: float | None = None
+    """Reward of a truncated response that repeats itself; none: as `truncated`."""
+    repetition: float | None = None
+    """Reward of any wrong response with repeated n-grams (stage 2: -1.5); none: not looked at."""
+    overlong_buffer: int = 0
+    """Soft overlong penalty (DAPO): falls from 0 to -1 over the last so many tokens before the limit; 0 is off."""
+    verifier_timeout_s: float = 5.0
+    """Limit on checking one answer, seconds; past it the answer counts as wrong."""
+
+
+@dataclass(frozen=True)
+class AdvantageConfig:
+    length_reward: bool = True
+    """L: shorter correct responses are rewarded more, exp(-alpha z)."""
+    alpha: float = 0.05
+    """Strength of L."""
+    difficulty: bool = True
+    """AD: weight the advantage by the group's solve rate."""
+    weight_low: float = 0.4
+    """A: the weight's lower end."""
+    weight_high: float = 1.5
+    """B: the weight's upper end."""
+    slope: float = 10.0
+    """k: steepness of the weight."""
+    midpoint: float = 0.75
+    """rho0: solve rate at which the weight is halfway."""
+    eps: float = 1e-6
+    """Added to standard deviations."""
+    std: Literal["sample", "none", "mad"] = "sample"
+    """Normalise by the sample standard deviation, by nothing (Dr. GRPO) or by the mean absolute deviation (DGPO)."""
+    length_gate: int = 0
+    """Tokens; groups whose three shortest responses average at most this keep reward 1 (official: 4000); 0: off."""
+    length_min_solve_rate: float = 0.0
+    """L only in groups whose solve rate is above this (GRPO-lambda)."""
+    nonnegative_correct: bool = False
+    """Never give a correct response a negative advantage (DRPO)."""
+    rate: Literal["correct", "positive"] = "correct"
+    """Solve rate: share of correct responses, or share with a reward above 0 (released code)."""
+    group_filter: Literal["none", "official", "uniform"] = "none"
+    """Drop groups: all rewards <= 0 or all exactly 1 (`official`), or solve rate 0 or 1 (`uniform`, DAPO)."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    mean: Literal["response", "token", "constant"] = "response"
+    """Per-response mean (paper), token mean over the whole batch (released code), or a constant length (Dr. GRPO)."""
+    ratio: Literal["token", "sequence", "cispo"] = "token"
+    """Importance ratio per token (GRPO), per sequence (GSPO), or clipped as a detached weight (CISPO)."""
+    old_logprobs: Literal["engine", "current", "recompute"] = "engine"
+    """The ratio's denominator: the engine's log-probs, the policy itself (ratio 1), or a pass before the update."""
+    clip_low: float = 0.2
+    """Ratio is clipped below at 1 - clip_low."""
+    clip_high: float = 0.2
+    """Ratio is clipped above at 1 + clip_high."""
+    dual_clip: float | None = None
+    """Bound c > 1 on the loss of negative advantages (dual clip)."""
+    importance_cap: float | None = None
+    """Cap on the importance weight of trainer against engine; none: no such weight."""
+    importance_mode: Literal["truncate", "mask"] = "truncate"
+    """Weights above the cap are cut to it, or their tokens dropped."""
+    importance_level: Literal["token", "sequence"] = "token"
+    """Importance weight per token or per sequence."""
+    kl: Literal["k1", "k2", "k3"] = "k3"
+    """Estimator of the KL divergence to the reference model."""
+    kl_coef: float = 0.0
+    """Weight of the KL term; 0 loads no reference model."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    lr: float = 1e-6
+    """Peak learning rate of AdamW."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay of the first and second moment."""
+    weight_decay: float = 0.01
+    """AdamW's decoupled weight decay."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What follows the warm-up: constant, or down to 0 at the last step."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    updates: int = 1
+    """Optimiser steps per rollout batch, each on its own share of the groups."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    pack_tokens: int = 16384
+    """Most tokens in a pack; a longer sequence gets a pack of its own."""
+    reshard: bool = True
+    """Free each block's gathered parameters after its forward; false keeps them over all packs of a step."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    every: int = 10
+    """Evaluate on the held-out problems every so many steps, also before the first and after the last; 0 is never."""
+    problems: int = 0
+    """How many held-out problems; 0 is all."""
+    samples: int = 1
+    """Responses per problem."""
+    temperature: float = 0.6
+    """Sampling temperature; 0 is greedy."""
+    min_p: float = 0.0
+    """As in rollout."""
+
+
+@dataclass(frozen=True)
+class Config:
+    recipe: str = ""
+    """Name of the recipe or path of the TOML file this came from."""
+    preset: str = ""
+    """Name of the preset laid over the recipe: paper, official, grpo, l, l-ad."""
+    output: str = ""
+    """Run directory; empty: runs/<recipe>-<time>."""
+    resume: bool = False
+    """Go on from the newest whole checkpoint in the run directory."""
+    seed: int = 0
+    """Of sampling and of the data's order."""
+    steps: int = 100
+    """Rollout batches to train on."""
+    checkpoint_every: int = 50
+    """Steps between checkpoints; 0 saves none but the export at the end."""
+    wandb: str = ""
+    """Weights & Biases project; empty: none."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """What `python -m lead_fast.sft` reads; its recipes are in recipes/sft."""
+
+    recipe: str = ""
+    """Name of the recipe or path of the TOML file this came from."""
+    output: str = ""
+    """Run directory; empty: runs/sft-<recipe>-<time>."""
+    resume: bool = False
+    """Go on from the newest whole checkpoint in the run directory."""
+    seed: int = 0
+    """Of the weights, if they are new, and of the data's order."""
+    steps: int = 1000
+    """Optimiser steps."""
+    batch_tokens: int = 16384
+    """Tokens per step over all ranks, prompts included."""
+    from_scratch: bool = False
+    """Begin with random weights: the architecture and tokenizer of the embedded model."""
+    export_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the exported weights."""
+    validate_every: int = 100
+    """Steps between losses on the held-out problems."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0 saves none but the export at the end."""
+    solution_column: str = "solution"
+    """Column with the worked solution."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+
+# ---------------------------------------------------------------------------------------------------------- loading
+
+
+def names(folder: Path) -> list[str]:
+    """Names of the TOML files in a folder, sorted."""
+    return sorted(p.stem for p in folder.glob("*.toml"))
+
+
+def keys(cls: Any = Config, prefix: str = "") -> list[str]:
+    """Every dotted key of the tree, such as `rollout.group_size`."""
+    out = []
+    for f in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(f.type):
+            out += keys(f.type, f"{prefix}{f.name}.")
+        else:
+            out.append(prefix + f.name)
+    return out
+
+
+def unknown_key(key: str, where: str, cls: Any) -> ValueError:
+    known = keys(cls)
+    near = difflib.get_close_matches(key, known, 1, 0.5) or difflib.get_close_matches(
+        key.split(".")[-1], [k.split(".")[-1] for k in known], 1, 0.6
+    )
+    near = [k for k in known if near and (k == near[0] or k.endswith("." + near[0]))][:1]
+    hint = f"did you mean {near[0]}?" if near else "--help lists all keys."
+    return ValueError(f"Unknown configuration key {key} in {where}: {hint}")
+
+
+def read_toml(name: str, folder: Path, kind: str, cls: Any = Config) -> dict[str, Any]:
+    """A shipped recipe or preset by name, or any TOML file by path, as nested dicts whose keys are all known."""
+    path = folder / f"{name}.toml" if name in names(folder) else Path(name)
+    if not path.is_file():
+        raise ValueError(
+            f"No {kind} named {name!r}: give one of {', '.join(names(folder))}, or the path of a TOML file."
+        )
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as e:
+        raise ValueError(f"{path} is not valid TOML: {e}.") from e
+    leaves = [
+        f"{k}.{kk}" if isinstance(v, dict) else k
+        for k, v in tree.items()
+        for kk in (v if isinstance(v, dict) else [""])
+    ]
+    for leaf in leaves:
+        if leaf not in keys(cls):
+            raise unknown_key(leaf, path.name, cls)
+    return tree
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for k, v in over.items():
+        out[k] = merge(out.get(k, {}), v) if isinstance(v, dict) else v
+    return out
+
+
+def from_tree(tree: dict[str, Any], cls: Any = Config) -> Any:
+    """Nested dicts to a Config, each value's type checked; a wrong one is named with its key."""
+    import pydantic
+
+    try:
+        return pydantic.TypeAdapter(cls).validate_python(tree)
+    except pydantic.ValidationError as e:
+        err = e.errors()[0]
+        key = ".".join(str(p) for p in err["loc"])
+        raise ValueError(f"Configuration key {key} = {err['input']!r} is not valid: {err['msg']}.") from e
+
+
+def load_config(
+    args: list[str] | None, *, default_recipe: str = "tiny", cls: Any = Config, prog: str = "lead_fast.train"
+) -> Any:
+    """The configuration that a command line asks for.
+
+    Args:
+        args: such as ["--recipe", "tiny", "--rollout.group_size=4"]; None takes sys.argv. `--config FILE` is the same
+            as `--recipe FILE`; `--model NAME` is short for `--model.path`.
+        default_recipe: the recipe when none is named.
+        cls: Config or SftConfig.
+        prog: shown by --help.
+    Raises:
+        ValueError: unknown recipe, preset or key (with the nearest known one), or a value that does not fit.
+    """
+    args = [a for arg in (sys.argv[1:] if args is None else args) for a in _split(arg)]
+    if "--help" in args or "-h" in args:
+        import tyro
+
+        tyro.cli(cls, args=["--help"], prog=prog, description="Configuration keys, their meaning and defaults.")
+    given: dict[str, str] = {}
+    short = {"config": "recipe", "model": "model.path"}
+    while args:
+        flag = args.pop(0)
+        key = flag.removeprefix("--").replace("-", "_")
+        key = short.get(key, key)
+        if not flag.startswith("--") or key not in keys(cls):
+            raise unknown_key(key, "the command line", cls)
+        if args and not args[0].startswith("--"):
+            given[key] = args.pop(0)
+        elif _is_bool(key, cls):
+            given[key] = "true"
+        else:
+            raise ValueError(f"{flag} needs a value, as in {flag}=VALUE.")
+    recipe = given.pop("recipe", default_recipe)
+    tree = read_toml(recipe, RECIPES if cls is Config else RECIPES / "sft", "recipe", cls) | {"recipe": recipe}
+    if preset := given.pop("preset", tree.get("preset", "")):
+        tree = merge(tree, read_toml(preset, PRESETS, "preset")) | {"preset": preset}
+    for key, value in given.items():
+        *section, leaf = key.split(".")
+        tree = merge(tree, {section[0]: {leaf: _value(value)}} if section else {leaf: _value(value)})
+    return from_tree(tree, cls)
+
+
+def _split(arg: str) -> list[str]:
+    return arg.split("=", 1) if arg.startswith("--") and "=" in arg else [arg]
+
+
+def _is_bool(key: str, cls: Any) -> bool:
+    for part in key.split("."):
+        cls = {f.name: f.type for f in dataclasses.fields(cls)}[part]
+    return cls is bool
+
+
+def _value(text: str) -> Any:
+    if text.lower() == "none":
+        return None
+    return json.loads(text) if text.startswith("[") else text
+
+
+def check(c: Config, world: int) -> None:
+    """What can be known wrong before any model is loaded.
+
+    Args:
+        c: the configuration.
+        world: number of ranks.
+    Raises:
+        ValueError: one sentence that names the value and the remedy.
+    """
+    r, a = c.rollout, c.advantage
+    for name, value in {"rollout.problems": r.problems, "rollout.group_size": r.group_size, "steps": c.steps,
+                        "rollout.max_tokens": r.max_tokens, "optim.updates": c.optim.updates,
+                        "evaluate.samples": c.evaluate.samples, "parallel.pack_tokens": c.parallel.pack_tokens,
+                        "rollout.batch_size": r.batch_size}.items():  # fmt: skip
+        if value < 1:
+            raise ValueError(f"{name} is {value}: give 1 or more.")
+    if r.problems % world:
+        raise ValueError(
+            f"rollout.problems is {r.problems}, which {world} ranks cannot share evenly: give a multiple of {world}."
+        )
+    if r.problems % c.optim.updates:
+        raise ValueError(
+            f"rollout.problems is {r.problems}: it must be a multiple of optim.updates ({c.optim.updates})."
+        )
+    if r.group_size == 1 and a.std != "none":
+        raise ValueError(
+            f"rollout.group_size is 1 and advantage.std is {a.std}: one response has no spread to normalise by; "
+            "give a group size of 2 or more, or --advantage.std=none."
+        )
+    if r.group_size > 1024:
+        raise ValueError(f"rollout.group_size is {r.group_size}: the kernels take groups of at most 1024.")
+    if r.temperature <= 0:
+        raise ValueError(f"rollout.temperature is {r.temperature}: training samples, so give a value above 0.")
+    if not 0 < r.top_p <= 1 or not 0 <= r.min_p < 1:
+        raise ValueError(f"rollout.top_p is {r.top_p} and min_p {r.min_p}: give 0 < top_p <= 1 and 0 <= min_p < 1.")
+    if c.optim.updates > 1 and c.loss.old_logprobs == "current":
+        raise ValueError(
+            f"optim.updates is {c.optim.updates} with loss.old_logprobs=current: later updates need the ratio; "
+            "give --loss.old_logprobs=engine or recompute."
+        )
+    if c.loss.dual_clip is not None and c.loss.dual_clip <= 1:
+        raise ValueError(f"loss.dual_clip is {c.loss.dual_clip}: give a value above 1.")
+
+
+def dump(c: Config | SftConfig) -> str:
+    """The resolved configuration as TOML, which `--config` reads back (an absent value is left out)."""
+
+    def line(k: str, v: Any) -> str:
+        return f"{k} = {json.dumps(list(v) if isinstance(v, tuple) else v, ensure_ascii=False)}\n"
+
+    tree = dataclasses.asdict(c)
+    out = "".join(line(k, v) for k, v in tree.items() if not isinstance(v, dict))
+    for section, values in tree.items():
+        if isinstance(values, dict):
+            out += f"\n[{section}]\n" + "".join(line(k, v) for k, v in values.items() if v is not None)
+    return out

@@ -1,0 +1,209 @@
+"""Problems in: JSONL, Parquet, a hub dataset's name, or the built-in arithmetic; checked before any model is loaded."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs
+
+import numpy as np
+
+from .schema import Problem
+
+
+def load_problems(
+    source: str,
+    *,
+    split: str = "train",
+    problem_column: str = "problem",
+    answer_column: str = "answer",
+    difficulty_column: str = "difficulty",
+    solution_column: str = "solution",
+    min_difficulty: float | None = None,
+    limit: int | None = None,
+) -> list[Problem]:
+    """Rows of a source as problems.
+
+    Args:
+        source: path of a .jsonl or .parquet file; a hub dataset's name; or `arithmetic:train?n=4000&seed=1`, made here.
+        split: of a hub dataset.
+        problem_column, answer_column: must be there.
+        difficulty_column, solution_column: may be there.
+        min_difficulty: keep only problems above this.
+        limit: keep only the first so many.
+    Raises:
+        ValueError: no such file or dataset, a row that is no JSON, a missing column, an empty question or answer, no
+            problem left.
+    """
+    rows, columns = _read(source, split)
+    for wanted, key in ((problem_column, "data.problem_column"), (answer_column, "data.answer_column")):
+        if wanted not in columns:
+            raise ValueError(
+                f"{source} has no column {wanted}, only {', '.join(columns)}: name the right one with --{key}."
+            )
+    if min_difficulty is not None and difficulty_column not in columns:
+        raise ValueError(
+            f"data.min_difficulty is {min_difficulty}, but {source} has no column {difficulty_column}, only "
+            f"{', '.join(columns)}: name the right one with --data.difficulty_column."
+        )
+    problems = []
+    for i, row in enumerate(rows):
+        question, answer = (_text(row.get(c)) for c in (problem_column, answer_column))
+        for what, column in ((question, problem_column), (answer, answer_column)):
+            if not what:
+                raise ValueError(f"{source}, row {i + 1}: column {column} is empty; fill it in or remove the row.")
+        difficulty = row.get(difficulty_column)
+        try:
+            level = None if difficulty is None else float(difficulty)
+        except (TypeError, ValueError) as e:
+            raise ValueError(
+                f"{source}, row {i + 1}: {difficulty_column} is {difficulty!r}; give a number or leave it out."
+            ) from e
+        if min_difficulty is None or (level is not None and level > min_difficulty):
+            problems.append(Problem(str(i + 1), question, answer, level, _text(row.get(solution_column)) or None))
+        if limit and len(problems) == limit:
+            break
+    if not problems:
+        raise ValueError(
+            f"{source} has no problem left (data.min_difficulty is {min_difficulty}): lower it or add data."
+        )
+    return problems
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value).strip()
+
+
+def _read(source: str, split: str) -> tuple[list[dict], list[str]]:
+    if source.startswith("arithmetic:"):
+        from .arithmetic import make_problems
+
+        part, _, query = source.removeprefix("arithmetic:").partition("?")
+        given = {k: v[-1] for k, v in parse_qs(query).items()}
+        if (
+            part not in ("train", "test")
+            or not set(given) <= {"n", "seed"}
+            or not all(v.isdigit() for v in given.values())
+        ):
+            raise ValueError(f"{source} is not understood: give arithmetic:train?n=4000&seed=1, or arithmetic:test?...")
+        n = int(given.get("n", 4000 if part == "train" else 256))
+        rows: list[dict] = make_problems(n, seed=int(given.get("seed", 0)), split=part)
+    elif source.endswith((".jsonl", ".json")):
+        rows = _read_jsonl(Path(source))
+    elif source.endswith(".parquet"):
+        rows = _read_parquet(Path(source))
+    else:
+        rows = _read_hub(source, split)
+    return rows, list(dict.fromkeys(k for row in rows for k in row))
+
+
+def _read_jsonl(path: Path) -> list[dict]:
+    _must_exist(path)
+    rows = []
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as e:
+                raise ValueError(f"{path}, line {number} is no JSON ({e.msg}): give one JSON object a line.") from e
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number} is {type(row).__name__}: give one JSON object a line.")
+            rows.append(row)
+    return rows
+
+
+def _read_parquet(path: Path) -> list[dict]:
+    import pyarrow
+    from datasets import Dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    _must_exist(path)
+    try:
+        return list(Dataset.from_parquet(str(path)))  # type: ignore[arg-type]
+    except (pyarrow.ArrowInvalid, DatasetGenerationError) as e:
+        raise ValueError(f"{path} is no Parquet file: give one, or a .jsonl file.") from e
+
+
+def _read_hub(name: str, split: str) -> list[dict]:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    try:
+        return list(load_dataset(name, split=split))  # type: ignore[arg-type]
+    except (OSError, ValueError, RuntimeError, DatasetsError) as e:
+        reason = str(e).strip().split("\n")[0][:200]
+        raise ValueError(
+            f"{name} is no local file and could not be had from the hub, split {split} ({reason}): "
+            "give a .jsonl or .parquet file with columns problem and answer."
+        ) from e
+
+
+def _must_exist(path: Path) -> None:
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: give a .jsonl or .parquet file, or a hub dataset's name.")
+
+
+# ------------------------------------------------------------------------------------------------------------- prompts
+
+
+def tokenize_prompts(
+    problems: Sequence[Problem], tokenizer: Any, *, instruction: str, max_prompt_tokens: int, drop_long: bool = False
+) -> tuple[list[Problem], list[list[int]]]:
+    """Each problem as one user turn, through the model's own chat template, ready for the assistant's turn.
+
+    Args:
+        instruction: put behind the problem, on a line of its own; empty: nothing.
+        max_prompt_tokens: limit, the template's tokens included.
+        drop_long: leave out problems over the limit and say how many, instead of raising.
+    Returns:
+        the problems kept and their prompts' token ids.
+    Raises:
+        ValueError: no chat template, or a prompt over the limit.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError("The tokenizer has no chat template: add chat_template.jinja to the model's folder.")
+    turns = [f"{p.problem}\n{instruction}" if instruction else p.problem for p in problems]
+    texts = [
+        tokenizer.apply_chat_template([{"role": "user", "content": t}], tokenize=False, add_generation_prompt=True)
+        for t in turns
+    ]
+    prompts = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    long = [i for i, ids in enumerate(prompts) if len(ids) > max_prompt_tokens]
+    if long and not drop_long:
+        i = max(long, key=lambda i: len(prompts[i]))
+        raise ValueError(
+            f"Problem {problems[i].id} has a prompt of {len(prompts[i])} tokens and data.max_prompt_tokens is "
+            f"{max_prompt_tokens}: raise it, or leave such problems out with --data.drop_long_prompts."
+        )
+    if long:
+        print(f"{len(long)} of {len(problems)} problems left out: prompt over {max_prompt_tokens} tokens.", flush=True)
+    keep = [i for i in range(len(prompts)) if len(prompts[i]) <= max_prompt_tokens]
+    return [problems[i] for i in keep], [prompts[i] for i in keep]
+
+
+class ProblemStream:
+    """A shuffle over epochs in which the data position is just the step: `batch(step)` depends on nothing else.
+
+    Args:
+        n: problems there are.
+        size: problems a batch.
+        seed: of the shuffles; every epoch has its own.
+    """
+
+    def __init__(self, n: int, size: int, seed: int):
+        self.n, self.size, self.seed = n, size, seed
+        self.orders: dict[int, np.ndarray] = {}
+
+    def batch(self, step: int) -> list[int]:
+        """Indices of the problems of `step`; an epoch's end may fall inside a batch."""
+        first = step * self.size
+        return [int(self._order(at // self.n)[at % self.n]) for at in range(first, first + self.size)]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if epoch not in self.orders:
+            if len(self.orders) > 2:
+                self.orders.clear()
+            self.orders[epoch] = np.random.default_rng([self.seed, epoch]).permutation(self.n)
+        return self.orders[epoch]

@@ -1,0 +1,75 @@
+"""Ranks, devices and the few collectives that the loop needs beside FSDP's own."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands in the job."""
+
+    rank: int
+    world: int
+    device: torch.device
+    mesh: DeviceMesh
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def all_sum(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum of `x` over all ranks, in place."""
+        dist.all_reduce(x, op=dist.ReduceOp.SUM)
+        return x
+
+    def all_max(self, x: torch.Tensor) -> torch.Tensor:
+        """Maximum of `x` over all ranks, in place."""
+        dist.all_reduce(x, op=dist.ReduceOp.MAX)
+        return x
+
+    def gather_objects(self, x: Any) -> list[Any]:
+        """Every rank's `x`, in the order of ranks, on every rank."""
+        out: list[Any] = [None] * self.world
+        dist.all_gather_object(out, x)
+        return out
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+
+def start() -> Ranks:
+    """Join the job that torchrun made, or make a job of one.
+
+    CUDA machines use NCCL (and gloo for objects and asynchronous checkpoints), others gloo.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if "RANK" not in os.environ:
+        os.environ |= {
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "0",
+        }
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    world = dist.get_world_size()
+    if not cuda:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
+    mesh = init_device_mesh("cuda" if cuda else "cpu", (world,), mesh_dim_names=("shard",))
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    return Ranks(dist.get_rank(), world, device, mesh)
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,105 @@
+"""From a pack to a loss that already carries the whole batch's denominators.
+
+Because the weights are global, the sum over packs and ranks is the loss of the batch, however it is cut.
+Legend: S sequences of the whole batch, R response rows of a pack, D hidden, V vocabulary.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+
+from lead_kernels import PolicyLoss, linear_logprobs, linear_policy_loss, loss_weights
+
+from .config import Config
+from .distributed import Ranks
+from .model import Policy
+from .packing import Pack
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What the loss needs to know of the whole batch: float32 [S] each, equal on every rank."""
+
+    advantage_S: torch.Tensor
+    weight_S: torch.Tensor
+
+
+def objective(advantage_S: torch.Tensor, lengths: list[int], kept_S: torch.Tensor, c: Config) -> Objective:
+    """Weights of every token of every sequence; dropped sequences are in no denominator."""
+    lengths_S = torch.tensor(lengths, dtype=torch.float32, device=advantage_S.device)
+    weight_S = loss_weights(
+        lengths_S,
+        c.loss.mean,
+        n_sequences=max(1, int(kept_S.sum())),
+        n_tokens=max(1, int(lengths_S[kept_S].sum())),
+        constant=c.rollout.max_tokens,
+    )
+    return Objective(advantage_S, torch.where(kept_S, weight_S, 0.0))
+
+
+def needs_gradient(o: Objective, c: Config) -> list[bool]:
+    """Which sequences can move the weights: all if there is a KL or entropy term, else those with an advantage."""
+    live = o.weight_S != 0
+    if c.loss.kl_coef == 0 and c.loss.entropy_coef == 0:
+        live = live & (o.advantage_S != 0)
+    return live.tolist()
+
+
+def policy_loss(
+    policy: Policy,
+    pack: Pack,
+    o: Objective,
+    c: Config,
+    old_R: torch.Tensor | None = None,
+    reference_R: torch.Tensor | None = None,
+) -> PolicyLoss:
+    """The pack's share of the batch's loss, with metrics that add up over packs and ranks."""
+    x = c.loss
+    return policy(
+        pack,
+        lambda hidden_RD, head_VD: linear_policy_loss(
+            hidden_RD,
+            head_VD,
+            pack.targets_R,
+            sequence_ids=pack.sequence_ids_R,
+            weights=o.weight_S,
+            advantages=o.advantage_S,
+            behavior_logprobs=pack.behavior_R,
+            old_logprobs=pack.behavior_R if x.old_logprobs == "engine" else old_R,
+            reference_logprobs=reference_R,
+            temperature=c.rollout.temperature,
+            ratio=x.ratio,
+            clip_low=x.clip_low,
+            clip_high=x.clip_high,
+            dual_clip=x.dual_clip,
+            importance_cap=x.importance_cap,
+            importance_mode=x.importance_mode,
+            importance_level=x.importance_level,
+            kl=x.kl,
+            kl_coef=x.kl_coef,
+            entropy_coef=x.entropy_coef,
+        ),
+    )
+
+
+@torch.no_grad()
+def pack_logprobs(policy: Policy, pack: Pack, temperature: float) -> torch.Tensor:
+    """Log-probs of the pack's response tokens under the policy as it stands, float32 [R]."""
+    return policy(pack, lambda h, w: linear_logprobs(h, w, pack.targets_R, temperature=temperature)[0])
+
+
+def reduce_metrics(parts: list[dict[str, torch.Tensor]], ranks: Ranks) -> dict[str, float]:
+    """Sums over packs and ranks; names that begin with `max_` are maxima. Every rank must hold at least one part."""
+    sums: dict[str, list[torch.Tensor]] = defaultdict(list)
+    for part in parts:
+        for k, v in part.items():
+            sums[k].append(v.detach().float())
+    out: dict[str, float] = {}
+    for kind in (False, True):
+        keys = sorted(k for k in sums if k.startswith("max_") == kind)
+        if keys:
+            local = [torch.stack(sums[k]) for k in keys]
+            x = torch.stack([v.max() if kind else v.sum() for v in local]).to(ranks.device)
+            out |= dict(zip(keys, (ranks.all_max(x) if kind else ranks.all_sum(x)).tolist(), strict=True))
+    return out

@@ -1,0 +1,231 @@
+"""The policy: a transformers causal language model run on packed sequences, sharded by FSDP2.
+
+Legend: T packed tokens, R rows that predict a response token, D hidden, V vocabulary, H heads, K head dim.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed._composable.checkpoint_activation import checkpoint
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from .config import ModelConfig
+from .distributed import Ranks
+from .packing import Pack, flops_per_sequence
+
+EMBEDDED = {"tiny": Path(__file__).parent / "assets" / "tiny"}
+
+
+def resolve(path: str) -> str:
+    """Folder or hub name of a model: the embedded ones by name, a run directory by its exported final model."""
+    if path in EMBEDDED:
+        return str(EMBEDDED[path])
+    for folder in (Path(path) / "final", Path(path)):
+        if (folder / "config.json").is_file() and "model_type" in json.loads((folder / "config.json").read_text()):
+            return str(folder)
+    if Path(path).exists():
+        raise ValueError(
+            f"model.path {path} holds no model (no config.json with a model_type): give a folder that does."
+        )
+    return path
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer. Raises ValueError if it cannot be had, or has no chat template."""
+    path = resolve(config.path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as e:
+        reason = str(e).strip().split("\n")[0]
+        raise ValueError(
+            f"No tokenizer for model.path {config.path}: give a local folder or a hub name ({reason})"
+        ) from e
+    if not tokenizer.chat_template:
+        raise ValueError(f"The tokenizer of {config.path} has no chat template: add chat_template.jinja to its folder.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The causal language model in `dtype` on the CPU, from safetensors only."""
+    path = resolve(config.path)
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, trust_remote_code=config.trust_remote_code
+        )
+    except OSError as e:
+        reason = str(e).strip().split("\n")[0]
+        raise ValueError(
+            f"model.path {config.path} cannot be loaded: give a local folder or a hub name ({reason})"
+        ) from e
+
+
+# ---------------------------------------------------------------------------------------------------------- attention
+
+
+def attention_groups(lengths: list[int], waste: float = 0.25) -> list[list[int]]:
+    """Sequences of similar length together, so that padding them to the longest wastes at most `waste`."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
+    groups: list[list[int]] = []
+    for i in order:
+        if groups and lengths[i] >= (1 - waste) * lengths[groups[-1][0]]:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+def sdpa_index(lengths: list[int], device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """For each group of similar lengths: the packed position of every (sequence, slot), and which slots are real.
+
+    A slot behind a sequence's end points at the sequence's first token and is thrown away; attention being causal,
+    no real token ever looks at it.
+    """
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    out = []
+    for group in attention_groups(lengths):
+        longest = max(lengths[i] for i in group)
+        slot = torch.arange(longest)
+        real = slot[None] < torch.tensor([lengths[i] for i in group])[:, None]
+        where = torch.where(real, starts[group][:, None] + slot[None], starts[group][:, None])
+        out.append((where.to(device), real.to(device)))
+    return out
+
+
+def packed_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention inside each packed sequence.
+
+    query [1, H, T, K], key and value [1, kv heads, T, K] -> [1, T, H, K]. On CUDA in half precision flash-attn where
+    installed, else torch's varlen_attn; elsewhere SDPA over sequences of similar length.
+    """
+    assert attention_mask is None and query.shape[0] == 1
+    if "sdpa_index" not in kwargs:
+        return _varlen(query, key, value, scaling, **kwargs), None
+    out = torch.empty_like(query[0].transpose(0, 1))  # [T, H, K]
+    gqa = key.shape[1] != query.shape[1]
+    for where, real in kwargs["sdpa_index"]:
+        q, k, v = (x[0][:, where].transpose(0, 1) for x in (query, key, value))  # [sequences, heads, slots, K]
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=gqa)
+        out = out.index_put((where[real],), o.transpose(1, 2)[real])
+    return out[None], None
+
+
+def _varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, **kw: Any):
+    cu, longest = kw["cu_seq_lens_q"], kw["max_length_q"]
+    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
+    if flash := _flash():
+        out = flash(q, k, v, cu, cu, longest, longest, softmax_scale=scaling, causal=True)
+        return (out[0] if isinstance(out, tuple) else out)[None]
+    from torch.nn.attention.varlen import varlen_attn
+
+    if k.shape[1] != q.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    out = varlen_attn(q, k, v, cu, cu, longest, longest, scale=scaling, window_size=(-1, 0))
+    assert isinstance(out, torch.Tensor)
+    return out[None]
+
+
+def _flash() -> Callable | None:
+    for name in ("flash_attn_interface", "flash_attn"):
+        try:
+            return __import__(name).flash_attn_varlen_func
+        except ImportError:
+            continue
+    return None
+
+
+AttentionInterface.register("lead_packed", packed_attention)
+
+
+# ------------------------------------------------------------------------------------------------------------- policy
+
+
+class Policy(nn.Module):
+    """A causal language model whose forward goes from a pack to the hidden states of its response rows to a loss.
+
+    The head's weight is handed to the loss as it is inside the forward, where FSDP has gathered it: the loss kernel
+    multiplies by it chunk by chunk, and no matrix of logits is ever whole.
+    """
+
+    def __init__(self, model: Any):
+        super().__init__()
+        model.config.use_cache = False
+        model.set_attn_implementation("lead_packed")
+        self.model = model
+
+    def forward(self, pack: Pack, head: Callable[[torch.Tensor, torch.Tensor], Any]) -> Any:
+        """`head(hidden_RD, head_weight_VD)` of the pack's response rows, inside FSDP's hooks."""
+        lengths = pack.lengths
+        device = pack.input_ids_T.device
+        kw: dict[str, Any] = {}
+        if device.type == "cpu" or next(self.parameters()).dtype == torch.float32:
+            kw["sdpa_index"] = sdpa_index(lengths, device)
+        else:
+            kw |= {"cu_seq_lens_q": pack.cu_seqlens, "cu_seq_lens_k": pack.cu_seqlens}
+            kw |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
+        hidden_TD = self.model.model(
+            input_ids=pack.input_ids_T[None],
+            position_ids=pack.position_ids_T[None],
+            attention_mask=None,
+            use_cache=False,
+            **kw,
+        ).last_hidden_state[0]
+        return head(hidden_TD[pack.rows_R], self.model.lm_head.weight)
+
+    def to_shards(self) -> None:
+        """Free the gathered weights: from here on `parameters()` are the shards, which hold the gradients."""
+        for module in self.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def flops(self) -> Callable[[int], float]:
+        """Forward FLOPs of a sequence of n tokens."""
+        c = self.model.config
+        blocks = sum(p.numel() for n, p in self.model.named_parameters() if ".layers." in n and p.dim() == 2)
+        return flops_per_sequence(blocks + c.vocab_size * c.hidden_size, c.num_hidden_layers, c.hidden_size)
+
+
+def shard(policy: Policy, ranks: Ranks, dtype: str, *, reshard: bool, activation_checkpointing: str) -> Policy:
+    """FSDP2 around every block and the whole: fp32 masters, compute in `dtype`, reduction in fp32, sums not means.
+
+    Gradients are summed over ranks, not averaged: the loss already carries its global denominators.
+    """
+    policy.to(ranks.device)
+    blocks = list(policy.model.model.layers)
+    if activation_checkpointing == "full":
+        for block in blocks:
+            checkpoint(block)
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.bfloat16)
+    precision = half if dtype == "bfloat16" else MixedPrecisionPolicy()
+    for block in blocks:
+        fully_shard(block, mesh=ranks.mesh, mp_policy=precision, reshard_after_forward=reshard)
+    fully_shard(policy, mesh=ranks.mesh, mp_policy=precision, reshard_after_forward=False)
+    for module in policy.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            if ranks.device.type == "cpu":
+                module.set_force_sum_reduction_for_comms(True)
+            module.set_reshard_after_backward(reshard)
+    return policy
+
+
+def load_policy(config: ModelConfig, ranks: Ranks, *, reshard: bool) -> Policy:
+    """The sharded policy, ready to train."""
+    policy = Policy(load_model(config))
+    return shard(policy, ranks, config.dtype, reshard=reshard, activation_checkpointing=config.activation_checkpointing)

@@ -1,0 +1,39 @@
+"""AdamW, its schedule and gradient clipping."""
+
+import math
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from .config import OptimConfig
+from .model import Policy
+
+
+def make_optimizer(policy: Policy, c: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over the sharded fp32 masters."""
+    return torch.optim.AdamW(policy.parameters(), lr=c.lr, betas=c.betas, weight_decay=c.weight_decay, fused=True)
+
+
+def learning_rate(step: int, steps: int, c: OptimConfig) -> float:
+    """The rate at `step` (0 the first) of `steps`."""
+    if step < c.warmup_steps:
+        return c.lr * (step + 1) / c.warmup_steps
+    x = (step - c.warmup_steps) / max(1, steps - c.warmup_steps)
+    return c.lr * {"constant": 1.0, "linear": 1.0 - x, "cosine": 0.5 * (1.0 + math.cos(math.pi * x))}[c.schedule]
+
+
+def update(policy: Policy, optimizer: torch.optim.Optimizer, lr: float, clip: float) -> float:
+    """One optimiser step on the shards. A gradient that is not finite is thrown away instead.
+
+    Returns:
+        the gradient's global norm before clipping; not finite where the step was skipped.
+    """
+    policy.to_shards()
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), clip)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if math.isfinite(value := float(norm)):
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return value

@@ -1,0 +1,591 @@
+"""A finished run as one HTML page and PNGs; several runs as a table and a picture.
+
+    python -m lead_fast.report RUN_DIR [--out DIR]
+    python -m lead_fast.report --compare LABEL=RUN_DIR[,RUN_DIR...] ... --out DIR
+
+The page is one file: pictures inline, every text escaped, nothing fetched. Runs under one LABEL are seeds of the same
+thing: their mean and spread are shown.
+"""
+
+import argparse
+import base64
+import html
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .metrics import clock, read_jsonl
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Record = dict[str, Any]
+
+# Okabe and Ito's palette, which colour-blind readers tell apart.
+BLUE, ORANGE, GREEN, PURPLE, SKY, AMBER, GREY = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#AA4499",
+    "#56B4E9",
+    "#E69F00",
+    "#8A8F98",
+)
+LINES = (BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY, GREY)
+PHASES = {
+    "rollout": BLUE,
+    "reward": SKY,
+    "advantage": "#F0E442",
+    "pack": "#CC79A7",
+    "train": ORANGE,
+    "optim": AMBER,
+    "sync": GREEN,
+    "evaluate": GREY,
+    "save": "#3B3F46",
+}
+INK, FAINT = "#24292F", "#D9DCE1"
+STYLE: dict[Any, Any] = {
+    "figure.dpi": 160,
+    "figure.facecolor": "white",
+    "font.size": 10,
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": "#9AA0A8",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.6,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "legend.frameon": False,
+    "lines.linewidth": 2,
+    "lines.markersize": 5,
+}
+BAND_LEVELS = 12  # more difficulties than this are put into BANDS bands of about as many problems each
+BANDS = 8
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder holds, records in the order of steps."""
+
+    folder: Path
+    train: list[Record]
+    evals: list[Record]
+
+    @property
+    def ends(self) -> tuple[Record, Record]:
+        """First and last evaluation; in a run without any, the first and last training batch stand in."""
+        records = self.evals or [r | {"pass_at_1": r.get("accuracy")} for r in self.train]
+        return records[0], records[-1]
+
+
+def read_run(run_dir: str | Path) -> Run:
+    """Read RUN_DIR/metrics.jsonl; a step recorded twice counts as it was recorded last.
+
+    Raises:
+        ValueError: there is no such file, or nothing in it that training or evaluation wrote.
+    """
+    folder = Path(run_dir)
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no metrics.jsonl: give the folder of a run of lead_fast.train.")
+    by_step = {(r.get("kind"), r["step"]): r for r in read_jsonl(path)}
+    kinds = [[by_step[key] for key in sorted(k for k in by_step if k[0] == kind)] for kind in ("train", "eval")]
+    if not kinds[0] and not kinds[1]:
+        raise ValueError(f"{path} holds no step and no evaluation yet: let the run finish its first step.")
+    return Run(folder, *kinds)
+
+
+# ---------------------------------------------------------------------------------------------------------- pictures
+
+
+def line(records: Sequence[Record], key: str, scale: float = 1.0) -> tuple[list[int], list[float]]:
+    """Steps and values of `key` where it has a value."""
+    kept = [r for r in records if r.get(key) is not None]
+    return [r["step"] for r in kept], [scale * r[key] for r in kept]
+
+
+def trend(values: list[float]) -> list[float]:
+    """Running mean over a tenth of the steps, centred."""
+    half = max(1, len(values) // 20)
+    return [statistics.fmean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+
+
+def noisy(ax: "Axes", records: Sequence[Record], key: str, color: str, label: str | None, scale: float = 1.0) -> None:
+    """A value of every training batch, faint, and its running mean."""
+    x, y = line(records, key, scale)
+    if y:
+        ax.plot(x, y, color=color, alpha=0.25, linewidth=1)
+        ax.plot(x, trend(y), "s" if len(y) == 1 else "-", color=color, linewidth=1.6, alpha=0.75, label=label)
+
+
+def held_out(ax: "Axes", run: Run, key: str, color: str, label: str, scale: float = 1.0) -> None:
+    """A value of every evaluation."""
+    x, y = line(run.evals, key, scale)
+    if y:
+        ax.plot(x, y, "o-", color=color, label=label)
+
+
+def whole_steps(ax: "Axes") -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    ax.set_xlabel("step")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    ax.margins(x=0.02)
+
+
+def legend(ax: "Axes", **kw: Any) -> None:
+    if ax.get_legend_handles_labels()[1]:
+        ax.legend(**{"loc": "best"} | kw)
+
+
+def figure(width: float, height: float, columns: int = 1, **kw: Any) -> tuple["Figure", list["Axes"]]:
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(width, height), layout="constrained")
+    return fig, list(fig.subplots(1, columns, squeeze=False, **kw)[0])
+
+
+def draw_accuracy(run: Run) -> "Figure":
+    fig, (ax,) = figure(7.2, 3.9)
+    noisy(ax, run.train, "accuracy", SKY, "training batches", 100)
+    held_out(ax, run, "pass_at_1", BLUE, "held-out pass@1", 100)
+    if banded := [r for r in run.evals if r.get("pass_at_1_ci") and None not in r["pass_at_1_ci"]]:
+        steps, low, high = zip(*((r["step"], *(100 * x for x in r["pass_at_1_ci"])) for r in banded), strict=True)
+        ax.fill_between(steps, low, high, color=BLUE, alpha=0.15, linewidth=0, label="95 % interval")
+    ax.set(title="Accuracy", ylabel="correct answers (%)")
+    whole_steps(ax)
+    legend(ax, loc="lower right")
+    return fig
+
+
+def draw_length(run: Run) -> "Figure":
+    fig, (ax,) = figure(7.2, 3.9)
+    for key, name, color in (("length_correct", "correct", BLUE), ("length_wrong", "wrong", ORANGE)):
+        noisy(ax, run.train, key, color, f"{name}, training batches")
+        held_out(ax, run, key, color, f"{name}, held out")
+    ax.set(title="Length of answers", ylabel="mean length (tokens)")
+    ax.set_ylim(bottom=0)
+    whole_steps(ax)
+    legend(ax, ncols=2, fontsize=9, loc="upper right", bbox_to_anchor=(1, 1.17))
+    return fig
+
+
+def levels(record: Record) -> list[tuple[float, int, float]]:
+    """(difficulty, problems, pass@1), easiest first."""
+    found = ((float(k), v["problems"], v["pass_at_1"]) for k, v in (record.get("by_difficulty") or {}).items())
+    return sorted(row for row in found if row[2] is not None)
+
+
+def band(rows: list[tuple[float, int, float]]) -> list[tuple[str, int, float]]:
+    """(name, problems, pass@1) by difficulty; where there are many levels, in bands of about as many problems each."""
+    if len(rows) <= BAND_LEVELS:
+        return [(f"{level:g}", n, rate) for level, n, rate in rows]
+    whole = sum(n for _, n, _ in rows)
+    bands: list[list[tuple[float, int, float]]] = [[] for _ in range(BANDS)]
+    before = 0
+    for row in rows:
+        bands[min(BANDS - 1, before * BANDS // whole)].append(row)
+        before += row[1]
+    out = []
+    for members in filter(None, bands):
+        n = sum(m[1] for m in members)
+        name = f"{members[0][0]:g}" + (f"–{members[-1][0]:g}" if len(members) > 1 else "")
+        out.append((name, n, sum(m[1] * m[2] for m in members) / n))
+    return out
+
+
+def draw_difficulty(run: Run) -> "Figure | None":
+    """Held-out pass@1 by difficulty, first and last evaluation; None where problems have no difficulty."""
+    first, last = run.ends
+    bars = [(r, band(levels(r)), color) for r, color in ((first, FAINT), (last, BLUE))][: 1 if first is last else 2]
+    if not bars[0][1]:
+        return None
+    fig, (ax,) = figure(7.2, 3.9)
+    width = 0.8 / len(bars)
+    for i, (record, rows, color) in enumerate(bars):
+        at = [x + (i - (len(bars) - 1) / 2) * width for x in range(len(rows))]
+        color = "#A9B4C0" if color == FAINT else color
+        drawn = ax.bar(at, [100 * rate for *_, rate in rows], width * 0.94, color=color, label=f"step {record['step']}")
+        ax.bar_label(drawn, fmt="%.0f", fontsize=8, padding=2)
+    names = [f"{name}\nn={n}" for name, n, _ in bars[-1][1]]
+    ax.set_xticks(range(len(names)), names, fontsize=9 if len(names) <= 9 else 8)
+    ax.grid(axis="x", visible=False)
+    ax.set(title="Solve rate by difficulty", xlabel="difficulty (n: held-out problems)", ylabel="held-out pass@1 (%)")
+    ax.set_ylim(0, 109)
+    ax.set_yticks(range(0, 101, 20))
+    ax.legend(loc="upper right", bbox_to_anchor=(1, 1.14), ncols=2)
+    return fig
+
+
+def draw_groups(run: Run) -> "Figure":
+    """How many of a group's responses were correct, over the steps: all the learning signal lies between 0 and all."""
+    fig, (ax,) = figure(7.2, 3.9)
+    kept = [r for r in run.train if r.get("solve_rate_histogram")]
+    shares = [[100 * n / sum(r["solve_rate_histogram"]) for n in r["solve_rate_histogram"]] for r in kept]
+    parts = ("all wrong", ORANGE, 0, 1), ("mixed", FAINT, 1, -1), ("all correct", GREEN, -1, None)
+    bottom = [0.0] * len(kept)
+    for name, color, first, last in parts:
+        part = [sum(s[first:last]) for s in shares]
+        ax.bar([r["step"] for r in kept], part, 1.0, bottom=bottom, color=color, linewidth=0, label=name)
+        bottom = [x + y for x, y in zip(bottom, part, strict=True)]
+    ax.set(title="Outcome of groups", ylabel="share of groups (%)", ylim=(0, 100))
+    whole_steps(ax)
+    ax.margins(x=0)
+    if kept:
+        ax.legend(loc="upper right", bbox_to_anchor=(1, 1.14), ncols=3, columnspacing=1.2, handlelength=1.2)
+    return fig
+
+
+def draw_time(run: Run) -> "Figure":
+    """Mean seconds of each phase, and all phases over the steps."""
+    fig, (ax, over) = figure(10.4, 3.9, 2, width_ratios=(1, 1.25))
+    seconds = {p: [r.get("seconds", {}).get(p) or 0.0 for r in run.train] for p in phases(run)}
+    means = {p: statistics.fmean(values) for p, values in seconds.items()}
+    whole = sum(means.values()) or 1.0
+    colors = [PHASES.get(p, GREY) for p in means]
+    drawn = ax.barh(list(means), list(means.values()), color=colors)
+    ax.bar_label(drawn, [f"{v:.2f} s  ({100 * v / whole:.0f} %)" for v in means.values()], padding=4, fontsize=9)
+    ax.invert_yaxis()
+    ax.set_xlim(0, 1.45 * max(means.values(), default=1.0) or 1.0)
+    ax.grid(axis="y", visible=False)
+    ax.tick_params(axis="y", length=0)
+    ax.set(title="Time per phase", xlabel="mean seconds a step")
+    bottom = [0.0] * len(run.train)
+    steps = [r["step"] for r in run.train]
+    for phase, values in seconds.items():
+        color = PHASES.get(phase, GREY)
+        over.bar(steps, values, 1.0, bottom=bottom, color=color, linewidth=0, label=phase)
+        bottom = [b + v for b, v in zip(bottom, values, strict=True)]
+    over.set_ylim(0, 1.06 * max(bottom, default=1.0) or 1.0)
+    over.set(title="Over the run", ylabel="seconds a step")
+    whole_steps(over)
+    return fig
+
+
+def phases(run: Run) -> list[str]:
+    """Phases that took time, in the order of a step."""
+    took = {p for r in run.train for p, v in r.get("seconds", {}).items() if v}
+    return [p for p in PHASES if p in took] + sorted(took - set(PHASES))
+
+
+def draw_optimisation(run: Run) -> "Figure":
+    fig, (left, right) = figure(10.4, 3.6, 2)
+    noisy(left, run.train, "entropy", BLUE, None)
+    left.set(title="Entropy of the policy", ylabel="nats a token")
+    noisy(right, run.train, "grad_norm", ORANGE, None)
+    right.set(title="Gradient norm, before clipping", ylabel="norm")
+    for ax in (left, right):
+        ax.set_ylim(bottom=0)
+        whole_steps(ax)
+    return fig
+
+
+DRAWINGS: dict[str, tuple[Callable[[Run], "Figure | None"], str]] = {
+    "accuracy": (draw_accuracy, "Share of correct answers over the steps"),
+    "length": (draw_length, "Mean length of correct and of wrong answers over the steps"),
+    "difficulty": (draw_difficulty, "Held-out pass@1 by difficulty, before and after"),
+    "groups": (draw_groups, "Share of groups with no, some and all responses correct"),
+    "time": (draw_time, "Seconds of each phase"),
+    "optimisation": (draw_optimisation, "Entropy and gradient norm over the steps"),
+}
+NEED_TRAINING = {"groups", "time", "optimisation"}
+
+
+def draw(run: Run, out: Path) -> dict[str, Path]:
+    """Write the pictures that the run's records allow; returns name -> PNG."""
+    import matplotlib
+
+    written = {}
+    with matplotlib.rc_context(STYLE):
+        for name, (make, _) in DRAWINGS.items():
+            if (run.train or name not in NEED_TRAINING) and (fig := make(run)) is not None:
+                written[name] = out / f"{name}.png"
+                fig.savefig(written[name])
+    return written
+
+
+# -------------------------------------------------------------------------------------------------------------- page
+
+CSS = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #24292f; max-width: 1060px; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
+.faint { color: #66707b; } img { max-width: 100%; height: auto; }
+.pictures img { width: 49%; } .pictures .wide { width: 98%; }
+@media (max-width: 800px) { .pictures img { width: 100%; } }
+table { border-collapse: collapse; } th, td { padding: .3rem 1.2rem .3rem 0; text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; } tr { border-bottom: 1px solid #d9dce1; }
+pre { background: #f6f7f9; padding: .7rem; overflow: auto; max-height: 28em; white-space: pre-wrap; font-size: .82rem;
+  overflow-wrap: anywhere; margin: .4rem 0; }
+.answers { display: flex; flex-wrap: wrap; gap: 1rem; } .answer { flex: 1 1 420px; min-width: 0; }
+.right { color: #00684c; font-weight: 600; } .wrong { color: #b04a00; font-weight: 600; }
+"""
+
+
+def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
+    """Write report.html and its pictures.
+
+    Args:
+        run_dir: folder with metrics.jsonl and, where there are, config.toml (or config.json) and answers.jsonl.
+        out: where to write; run_dir when None.
+    Returns:
+        the path of report.html, which needs no other file.
+    Raises:
+        ValueError: the folder holds no records.
+    """
+    run = read_run(run_dir)
+    folder = Path(out or run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = draw(run, folder)
+    images = "\n".join(
+        f'<img class="{"wide" if name in ("time", "optimisation") else ""}" alt="{DRAWINGS[name][1]}"'
+        f' src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
+        for name, path in pictures.items()
+    )
+    name = html.escape(run.folder.resolve().name)
+    page = f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{name}</title>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width"><style>{CSS}</style></head><body>
+<h1>{name}</h1>
+<p class="faint">{html.escape(facts(run))}</p>
+{summary_table(run)}
+<h2>Pictures</h2>
+<div class="pictures">{images}</div>
+{answers_section(run)}
+{configuration_section(run)}
+</body></html>
+"""
+    path = folder / "report.html"
+    path.write_text(page, encoding="utf-8", errors="replace")
+    return path
+
+
+def facts(run: Run) -> str:
+    """One line: how long, how much, how it was measured."""
+    records = sorted(run.train + run.evals, key=lambda r: r["step"])
+    said = [f"{records[-1]['step']} steps"]
+    if elapsed := max((r.get("elapsed_s") or 0.0 for r in records), default=0.0):
+        said.append(f"{clock(elapsed)} from start to end")
+    if tokens := sum(r.get("tokens") or 0 for r in run.train):
+        said.append(f"{tokens:,} tokens")
+    if speeds := line(run.train, "tokens_per_s")[1]:
+        said.append(f"{statistics.fmean(speeds):,.0f} tokens/s")
+    if run.evals and run.evals[-1].get("problems"):
+        last = run.evals[-1]
+        said.append(f"held out: {last['problems']} problems, sampled {last.get('samples', 1)} x, scored 0 or 1")
+    else:
+        said.append("no evaluation in this run: the table shows training batches")
+    return " · ".join(said)
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def tokens(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}"
+
+
+ROWS = (
+    ("pass_at_1", "pass@1", percent),
+    ("length_correct", "length of correct answers, tokens", tokens),
+    ("length_wrong", "length of wrong answers, tokens", tokens),
+    ("length_mean", "length of all answers, tokens", tokens),
+    ("truncated_share", "truncated answers", percent),
+)
+
+
+def summary_table(run: Run) -> str:
+    first, last = run.ends
+    rows = ""
+    for key, name, show in ROWS:
+        a, b = first.get(key), last.get(key)
+        cells = [interval(r, key, show) for r in (first, last)]
+        rows += f"<tr><td>{name}</td><td>{cells[0]}</td><td>{cells[1]}</td><td>{change(a, b, show)}</td></tr>\n"
+    head = f"<tr><th></th><th>step {first['step']}</th><th>step {last['step']}</th><th>change</th></tr>"
+    return f"<table>{head}\n{rows}</table>"
+
+
+def interval(record: Record, key: str, show: Callable[[float], str]) -> str:
+    if record.get(key) is None:
+        return "–"
+    ci = record.get("pass_at_1_ci") if key == "pass_at_1" else None
+    between = f' <span class="faint">({100 * ci[0]:.1f} to {100 * ci[1]:.1f})</span>' if ci and None not in ci else ""
+    return show(record[key]) + between
+
+
+def change(a: float | None, b: float | None, show: Callable[[float], str]) -> str:
+    """Shares in points, lengths in per cent."""
+    if a is None or b is None:
+        return "–"
+    if show is percent:
+        return f"{100 * (b - a):+.1f} points"
+    return f"{100 * (b / a - 1):+.1f} %" if a else "–"
+
+
+def answers_section(run: Run, most: int = 6) -> str:
+    """Answers of the first and of the last sampled step, those to the same problem side by side."""
+    path = run.folder / "answers.jsonl"
+    rows = read_jsonl(path) if path.is_file() else []
+    rows = [r for r in rows if r.get("split") == "test"] or rows
+    if not rows:
+        return ""
+    shown = {min(r["step"] for r in rows), max(r["step"] for r in rows)}
+    by_problem: dict[str, dict[tuple[int, str], Record]] = {}
+    for r in rows:
+        if r["step"] in shown:  # a step sampled twice, before and after a resume, is shown once
+            by_problem.setdefault(str(r.get("problem")), {})[r["step"], str(r.get("response"))] = r
+    out = '<h2 id="answers">Sample of answers</h2>\n'
+    for problem, answers in list(by_problem.items())[:most]:
+        cards = "".join(answer_card(r) for r in answers.values())
+        out += f'<pre><b>{html.escape(problem)}</b></pre>\n<div class="answers">{cards}</div>\n'
+    return out
+
+
+def answer_card(r: Record) -> str:
+    verdict = '<span class="right">correct</span>' if r.get("correct") else '<span class="wrong">wrong</span>'
+    said = [f"step {r['step']}", f"read: {r.get('extracted')}", f"reference: {r.get('answer')}"]
+    said += [f"{r['tokens']} tokens"] if r.get("tokens") is not None else []
+    said += [f"reward {r['reward']:.3f}"] if isinstance(r.get("reward"), (int, float)) else []
+    said += ["truncated"] if r.get("finish_reason") == "length" else []
+    note, response = html.escape(" · ".join(said)), html.escape(str(r.get("response")))
+    return f'<div class="answer">{verdict} <span class="faint">{note}</span><pre>{response}</pre></div>'
+
+
+def configuration_section(run: Run) -> str:
+    for name in ("config.toml", "config.json"):
+        if (run.folder / name).is_file():
+            text = (run.folder / name).read_text(encoding="utf-8", errors="replace")
+            return f"<h2>Resolved configuration</h2>\n<pre>{html.escape(text)}</pre>"
+    return ""
+
+
+# -------------------------------------------------------------------------------------------------------- comparison
+
+
+def compare(labelled: dict[str, list[Path]], out: str | Path) -> tuple[Path, Path]:
+    """Runs that differ in one thing, each with some seeds: a Markdown table and a picture.
+
+    Args:
+        labelled: label -> run folders, one a seed.
+        out: folder to write table.md and compare.png to.
+    Returns:
+        the paths of both.
+    Raises:
+        ValueError: a folder holds no records, or its run no evaluation.
+    """
+    import matplotlib
+
+    runs = {label: [read_run(folder) for folder in folders] for label, folders in labelled.items()}
+    for run in (run for seeds in runs.values() for run in seeds):
+        if not run.evals:
+            raise ValueError(f"{run.folder} has no evaluation to compare: train with evaluate.every above 0.")
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    table, picture = folder / "table.md", folder / "compare.png"
+    table.write_text(comparison_table(runs), encoding="utf-8")
+    with matplotlib.rc_context(STYLE):
+        draw_comparison(runs).savefig(picture)
+    return table, picture
+
+
+def spread(values: list[float | None], digits: int = 1, sign: str = "") -> str:
+    """Mean and sample standard deviation over the seeds that have the value."""
+    found = [v for v in values if v is not None]
+    if not found:
+        return "–"
+    mean = f"{statistics.fmean(found):{sign}.{digits}f}"
+    return f"{mean} ± {statistics.stdev(found):.{digits}f}" if len(found) > 1 else mean
+
+
+def comparison_table(runs: dict[str, list[Run]]) -> str:
+    """Markdown: one row a label; mean ± sample standard deviation over seeds of the first and last evaluation."""
+
+    def column(seeds: list[Run], at: int, key: str, scale: float) -> list[float | None]:
+        return [None if (v := run.ends[at].get(key)) is None else scale * v for run in seeds]
+
+    out = (
+        "| | seeds | steps | pass@1 at start, % | pass@1 at end, % | gain, points | length of correct at start, tokens"
+        " | at end, tokens | change, % | truncated at end, % |\n|:--|" + "--:|" * 9 + "\n"
+    )
+    for label, seeds in runs.items():
+        a, b = (column(seeds, at, "pass_at_1", 100) for at in (0, -1))
+        short, long = column(seeds, -1, "length_correct", 1), column(seeds, 0, "length_correct", 1)
+        gain = [None if x is None or y is None else y - x for x, y in zip(a, b, strict=True)]
+        cut = [None if x is None or not y else 100 * (x / y - 1) for x, y in zip(short, long, strict=True)]
+        steps = ", ".join(str(s) for s in sorted({run.ends[-1]["step"] for run in seeds}))
+        cells = [label.replace("|", "\\|"), str(len(seeds)), steps, spread(a), spread(b), spread(gain, sign="+")]
+        cells += [spread(long), spread(short), spread(cut, sign="+"), spread(column(seeds, -1, "truncated_share", 100))]
+        out += f"| {' | '.join(cells)} |\n"
+    return out + "\nMean ± sample standard deviation over the seeds; held-out problems, scored 0 or 1.\n"
+
+
+def draw_comparison(runs: dict[str, list[Run]]) -> "Figure":
+    """Mean over seeds, bold, and every seed, faint."""
+    fig, axes = figure(10.4, 4.3, 2)
+    wanted = (("pass_at_1", 100, "Held-out accuracy", "pass@1 (%)"), ("length_correct", 1, "Length", "tokens"))
+    for ax, (key, scale, title, unit) in zip(axes, wanted, strict=True):
+        for i, (label, seeds) in enumerate(runs.items()):
+            color = LINES[i % len(LINES)]
+            curves = [dict(zip(*line(run.evals, key, scale), strict=True)) for run in seeds]
+            for curve in curves if len(curves) > 1 else []:
+                ax.plot(list(curve), list(curve.values()), color=color, alpha=0.3, linewidth=0.9)
+            steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+            means = [statistics.fmean(curve[s] for curve in curves) for s in steps]
+            name = f"{label} ({len(seeds)} seeds)" if len(seeds) > 1 else label
+            ax.plot(steps, means, "os^Dv<>"[i % 7] + "-", color=color, label=name)
+        ax.set(title=title, ylabel=unit)
+        whole_steps(ax)
+    axes[1].set_title("Length of correct answers")
+    axes[1].set_ylabel("mean length (tokens)")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(4, len(runs)))
+    return fig
+
+
+def parse_labelled(given: list[str]) -> dict[str, list[Path]]:
+    """["LEAD=a,b", "GRPO=c"] -> {"LEAD": [a, b], "GRPO": [c]}."""
+    out: dict[str, list[Path]] = {}
+    for item in given:
+        label, _, folders = item.partition("=")
+        found = [Path(f) for f in folders.split(",") if f]
+        if not label or not found:
+            raise ValueError(f"--compare was given {item!r}: write LABEL=RUN_DIR[,RUN_DIR...].")
+        if label in out:
+            raise ValueError(f"--compare names {label!r} twice: give all its run folders at once, with commas.")
+        out[label] = found
+    return out
+
+
+def main(args: list[str] | None = None) -> None:
+    p = argparse.ArgumentParser(prog="python -m lead_fast.report", description=(__doc__ or "").splitlines()[0])
+    p.add_argument("run_dir", nargs="?", help="folder of a run")
+    p.add_argument("--compare", nargs="+", metavar="LABEL=RUN_DIR[,RUN_DIR...]", help="runs to compare, seeds by comma")
+    p.add_argument("--out", help="where to write; the run's folder, or with --compare the current one")
+    a = p.parse_args(args)
+    if bool(a.run_dir) == bool(a.compare):
+        p.error("give either one RUN_DIR or --compare LABEL=RUN_DIR ...")
+    if a.compare:
+        table, picture = compare(parse_labelled(a.compare), a.out or ".")
+        print(table.read_text(encoding="utf-8"))
+        print(f"{table}  {picture}")
+    else:
+        print(write_report(a.run_dir, a.out))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as e:
+        sys.exit(f"error: {e}")

@@ -1,0 +1,158 @@
+"""Supervised fine-tuning on worked solutions, with the trainer's own packs, FSDP2 policy and chunked head.
+
+    torchrun --nproc_per_node N -m lead_fast.sft [--recipe NAME] [--section.key=value ...]
+
+Loss: mean negative log-likelihood of the solution's tokens, end-of-sequence token included, prompt tokens not.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from lead_kernels import linear_logprobs
+
+from . import checkpoint
+from .arithmetic import architecture, build_tokenizer
+from .config import SftConfig, dump, load_config
+from .data import ProblemStream, load_problems, tokenize_prompts
+from .distributed import start, stop
+from .model import Policy, load_model, load_tokenizer, shard
+from .optim import learning_rate, make_optimizer, update
+from .packing import Pack, assign, make_pack
+
+
+def load_examples(c: SftConfig, tokenizer, source: str, split: str) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts and solutions as token ids; every solution ends in the end-of-sequence token."""
+    problems = load_problems(
+        source,
+        split=split,
+        problem_column=c.data.problem_column,
+        answer_column=c.data.answer_column,
+        difficulty_column=c.data.difficulty_column,
+        solution_column=c.solution_column,
+        min_difficulty=c.data.min_difficulty if split == "train" else None,
+    )
+    missing = next((p.id for p in problems if not p.solution), None)
+    if missing is not None:
+        raise ValueError(
+            f"{source}: problem {missing} has no solution in column {c.solution_column}: SFT needs one a row."
+        )
+    problems, prompts = tokenize_prompts(
+        problems,
+        tokenizer,
+        instruction=c.data.instruction,
+        max_prompt_tokens=c.data.max_prompt_tokens,
+        drop_long=c.data.drop_long_prompts,
+    )
+    texts = [str(p.solution) for p in problems]
+    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return prompts, [ids + [tokenizer.eos_token_id] for ids in encoded]
+
+
+def batches(lengths: list[int], c: SftConfig) -> list[list[int]]:
+    """Examples of every step: `batch_tokens` at least, in a seeded order that goes on over epochs."""
+    order = ProblemStream(len(lengths), 1, c.seed)
+    out, at = [], 0
+    for _ in range(c.steps):
+        batch, tokens = [], 0
+        while tokens < c.batch_tokens:
+            (i,) = order.batch(at)
+            batch.append(i)
+            tokens += lengths[i]
+            at += 1
+        out.append(batch)
+    return out
+
+
+def pack_loss(policy: Policy, pack: Pack, tokens: int) -> torch.Tensor:
+    """The pack's share of the batch's mean negative log-likelihood; `tokens` counts the whole batch's targets."""
+    return policy(pack, lambda h, w: -linear_logprobs(h, w, pack.targets_R)[0].sum() / tokens)
+
+
+def main(args: list[str] | None = None) -> None:
+    c: SftConfig = load_config(args, cls=SftConfig, prog="lead_fast.sft")
+    ranks = start()
+    run = Path(c.output or f"runs/sft-{Path(c.recipe).stem}-{ranks.gather_objects(time.strftime('%Y%m%d-%H%M%S'))[0]}")
+    if ranks.main:
+        if (run / "metrics.jsonl").exists() and not c.resume:
+            raise ValueError(f"{run} holds a run already: go on with --resume, or give another --output.")
+        run.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_atomic(run / "config.toml", dump(c))
+    if c.from_scratch:
+        tokenizer = build_tokenizer()
+    else:
+        tokenizer = load_tokenizer(c.model)
+    prompts, solutions = load_examples(c, tokenizer, c.data.train, "train")
+    test_prompts, test_solutions = load_examples(c, tokenizer, c.data.test, "test")
+    model = new_model(c.seed, len(tokenizer)) if c.from_scratch else load_model(c.model)
+    policy = shard(
+        Policy(model),
+        ranks,
+        c.model.dtype,
+        reshard=c.parallel.reshard,
+        activation_checkpointing=c.model.activation_checkpointing,
+    )
+    optimizer = make_optimizer(policy, c.optim)
+    lengths = [len(p) + len(s) - 1 for p, s in zip(prompts, solutions, strict=True)]
+    test_lengths = [len(p) + len(s) - 1 for p, s in zip(test_prompts, test_solutions, strict=True)]
+    schedule = batches(lengths, c)
+    first = 0
+    if c.resume and (found := checkpoint.load(run, policy, optimizer)):
+        first = found["step"]
+
+    def cut(members: list[int], prompts, solutions, lengths) -> tuple[list[Pack], int]:
+        plan = assign([lengths[i] for i in members], c.parallel.pack_tokens, ranks.world, policy.flops())
+        mine = [[members[i] for i in pack] for pack in plan[ranks.rank]]
+        packs = [make_pack(pack, prompts, solutions, None, ranks.device) for pack in mine]
+        return packs, sum(len(solutions[i]) for i in members)
+
+    def total(losses: list[torch.Tensor]) -> float:
+        return ranks.all_sum(torch.stack([x.detach() for x in losses]).sum()).item()
+
+    began = time.monotonic()
+    with open(run / "metrics.jsonl" if ranks.main else "/dev/null", "a", encoding="utf-8") as log:
+        for step in range(first, c.steps):
+            packs, tokens = cut(schedule[step], prompts, solutions, lengths)
+            losses = []
+            for pack in packs:
+                loss = pack_loss(policy, pack, tokens)
+                loss.backward()
+                losses.append(loss)
+            lr = learning_rate(step, c.steps, c.optim)
+            norm = update(policy, optimizer, lr, c.optim.grad_clip)
+            record = {"step": step + 1, "loss": total(losses), "grad_norm": norm, "learning_rate": lr}
+            if (step + 1) % c.validate_every == 0 or step + 1 == c.steps:
+                with torch.no_grad():
+                    held, n = cut(list(range(len(test_lengths))), test_prompts, test_solutions, test_lengths)
+                    record["validation_loss"] = total([pack_loss(policy, pack, n) for pack in held])
+            record["elapsed_s"] = time.monotonic() - began
+            if ranks.main:
+                log.write(json.dumps(record) + "\n")
+                log.flush()
+                if "validation_loss" in record or (step + 1) % 20 == 0:
+                    left = record["elapsed_s"] / (step + 1 - first) * (c.steps - step - 1)
+                    shown = "  ".join(f"{k} {v:.4g}" for k, v in record.items() if k != "step")
+                    print(f"sft {step + 1}/{c.steps}  {shown}  left_s {left:.0f}", flush=True)
+            if c.checkpoint_every and (step + 1) % c.checkpoint_every == 0:
+                checkpoint.save(run, step + 1, policy, optimizer, {}, ranks)
+    checkpoint.export(run / "final", policy, tokenizer, getattr(torch, c.export_dtype), ranks)
+    if ranks.main:
+        print(f"Model: {run / 'final'}", flush=True)
+    stop()
+
+
+def new_model(seed: int, vocabulary: int):
+    """The embedded model's architecture with random weights drawn from the seed."""
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(architecture(vocabulary), dtype=torch.float32)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as e:
+        sys.exit(f"error: {e}")

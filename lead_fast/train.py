@@ -1,0 +1,302 @@
+"""GRPO-LEAD, from problems to a better model. Read this first.
+
+    torchrun --nproc_per_node N -m lead_fast.train [--recipe NAME] [--preset NAME] [--section.key=value ...]
+
+A step: sample G responses to each problem, grade them, turn outcomes and lengths into advantages, pack the sequences,
+take one gradient of the clipped loss over all packs and ranks, and hand the new weights back to the engine.
+
+Legend: P problems, G responses in a group, S = P x G sequences, R response rows of a pack.
+"""
+
+import contextlib
+import dataclasses
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from . import checkpoint
+from .advantage import advantages, difficulty_weight
+from .config import RECIPES, Config, check, dump, load_config, names
+from .data import ProblemStream, load_problems, tokenize_prompts
+from .distributed import Ranks, start, stop
+from .engine import Sampling, make_engine
+from .evaluate import evaluate, load_test
+from .loss import needs_gradient, objective, pack_logprobs, policy_loss, reduce_metrics
+from .metrics import Metrics, PhaseTimer
+from .model import Policy, load_policy, load_tokenizer
+from .optim import learning_rate, make_optimizer, update
+from .packing import Pack, assign, efficiency, make_pack
+from .report import write_report
+from .reward import Verifier
+from .rollout import Batch, gather, grade, rollout, sampling_seed
+from .sync import sync
+
+
+def train(c: Config, ranks: Ranks, run: Path) -> None:
+    """Train as `c` says; everything that comes out is in the folder `run`."""
+    # Everything that a user can get wrong is looked at before a model is loaded.
+    tokenizer = load_tokenizer(c.model)
+    problems, prompts = load_train(c, tokenizer)
+    test, test_prompts = load_test(c, tokenizer) if c.evaluate.every else ([], [])
+    stream = ProblemStream(len(problems), c.rollout.problems, c.seed)
+
+    policy = load_policy(c.model, ranks, reshard=c.parallel.reshard)
+    reference = load_policy(c.model, ranks, reshard=True).eval() if c.loss.kl_coef else None
+    optimizer = make_optimizer(policy, c.optim)
+    engine = make_engine(c, tokenizer, ranks)
+    first, seconds_before = 0, 0.0
+    if c.resume and (found := checkpoint.load(run, policy, optimizer)):
+        first, seconds_before = found["step"], found["elapsed_s"]
+        sync(policy, engine, first)
+    metrics = Metrics(run, total_steps=c.steps, wandb_project=c.wandb or None, enabled=ranks.main)
+    metrics.truncate_after(first)
+    asked_to_stop = stop_on_sigterm()
+    began = time.monotonic() - seconds_before
+    timer = PhaseTimer()
+    sampling = Sampling(c.rollout.max_tokens, c.rollout.temperature, c.rollout.top_p, c.rollout.min_p, c.rollout.stop)
+
+    def held_out(step: int) -> None:
+        with timer("evaluate"):
+            record, batch = evaluate(engine, test, test_prompts, verifier, c, ranks)
+        metrics.eval(step, record | {"elapsed_s": time.monotonic() - began})
+        metrics.answers(step, sample_of_answers(batch, "test"))
+
+    def save(step: int) -> None:
+        with timer("save"):
+            extra = {"elapsed_s": time.monotonic() - began}
+            checkpoint.save(run, step, policy, optimizer, extra, ranks)
+
+    with Verifier(timeout_s=c.reward.verifier_timeout_s) as verifier, contextlib.closing(metrics):
+        if c.evaluate.every and first == 0:
+            held_out(0)
+        for step in range(first, c.steps):
+            timer.reset()
+            step_began = time.monotonic()
+            chosen = stream.batch(step)
+            with timer("rollout"):
+                metrics.progress("rollout", step + 1, 0, c.rollout.problems)
+                engine.wake()
+                groups = rollout(
+                    engine,
+                    [problems[i] for i in chosen],
+                    [prompts[i] for i in chosen],
+                    c.rollout.group_size,
+                    sampling,
+                    sampling_seed(c.seed, step),
+                    ranks,
+                )
+                engine.sleep()
+            with timer("reward"):
+                batch = gather(groups, grade(groups, verifier, c), ranks)
+
+            metrics.progress("train", step + 1, 0, c.optim.updates)
+            lr = learning_rate(step, c.steps, c.optim)
+            learned = learn(policy, reference, optimizer, batch, lr, c, ranks, timer)
+
+            with timer("sync"):
+                sync(policy, engine, step + 1)
+            done = step + 1
+            if c.evaluate.every and (done % c.evaluate.every == 0 or done == c.steps):
+                held_out(done)
+            leaving = ranks.all_max(torch.tensor(float(bool(asked_to_stop)))).item() > 0
+            if leaving or (c.checkpoint_every and done % c.checkpoint_every == 0):
+                save(done)
+            now = time.monotonic()
+            record = describe(batch, c) | learned
+            record |= {"learning_rate": lr, "elapsed_s": now - began, "seconds": dict(timer.seconds)}
+            record["tokens_per_s"] = record["tokens"] / (now - step_began - timer.seconds.get("evaluate", 0.0))
+            metrics.train(done, record)
+            metrics.answers(done, sample_of_answers(batch, "train"))
+            if leaving:
+                if ranks.main:
+                    print(f"Asked to stop: saved after step {done}; go on with --output={run} --resume.", flush=True)
+                return
+        checkpoint.export(run / "final", policy, tokenizer, getattr(torch, c.model.dtype), ranks)
+    if ranks.main:
+        print(f"Model: {run / 'final'}   Report: {write_report(run)}", flush=True)
+
+
+def learn(
+    policy: Policy,
+    reference: Policy | None,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    lr: float,
+    c: Config,
+    ranks: Ranks,
+    timer: PhaseTimer,
+) -> dict:
+    """Advantages, packs, gradient, optimiser step. The result does not depend on how the batch is cut or spread."""
+    with timer("advantage"):
+        lengths = batch.lengths
+        lead = advantages(batch.scores, lengths, c, ranks.device)
+        kept_S = lead.kept.repeat_interleave(c.rollout.group_size)
+    prompts, responses, logprobs = batch.prompts, batch.responses, batch.logprobs
+    whole = [len(p) + n - 1 for p, n in zip(prompts, lengths, strict=True)]
+    share = len(lengths) // c.optim.updates
+    parts, norms, balance, trained = [], [], [], 0
+    for at in range(0, len(lengths), share):
+        with timer("pack"):
+            in_update = torch.zeros_like(kept_S)
+            in_update[at : at + share] = True
+            o = objective(lead.advantage, lengths, kept_S & in_update, c)
+            live = [i for i, moves in enumerate(needs_gradient(o, c)) if moves]
+            plan = assign([whole[i] for i in live], c.parallel.pack_tokens, ranks.world, policy.flops())
+            balance.append(efficiency(plan, [whole[i] for i in live], policy.flops()))
+            mine = [[live[i] for i in members] for members in plan[ranks.rank]]
+            packs = [make_pack(members, prompts, responses, logprobs, ranks.device) for members in mine]
+            trained += len(live)
+        with timer("train"):
+            recompute = c.loss.old_logprobs == "recompute"
+            old = [pack_logprobs(policy, p, c.rollout.temperature) if recompute else None for p in packs]
+            for pack, old_R in zip(packs, old, strict=True):
+                ref_R = pack_logprobs(reference, pack, c.rollout.temperature) if reference else None
+                parts.append(backward(policy, pack, policy_loss(policy, pack, o, c, old_R, ref_R)))
+        with timer("optim"):
+            norms.append(update(policy, optimizer, lr, c.optim.grad_clip))
+    sums = reduce_metrics(parts, ranks)
+    n = max(1.0, sums["tokens"])
+    rate = lead.solve_rate
+    return {
+        "loss": sums["loss"] / len(norms),
+        "reward_mean": lead.reward.mean().item(),
+        "difficulty_weight_mean": difficulty_weight(rate, c).mean().item(),
+        "entropy": sums["entropy"] / n,
+        "clip_low_share": sums["clip_low"] / n,
+        "clip_high_share": sums["clip_high"] / n,
+        "kl_behavior": sums["kl_behavior"] / n,
+        "logprob_diff_mean": sums["logprob_diff"] / n,
+        "logprob_diff_max": sums["max_logprob_diff"],
+        "importance_truncated_share": sums["importance_truncated"] / n,
+        "grad_norm": sum(norms) / len(norms),
+        "packing_efficiency": sum(balance) / len(balance),
+        "sequences_skipped": len(lengths) - trained,
+        "groups_dropped": int((~lead.kept).sum()),
+    }
+
+
+def backward(policy: Policy, pack: Pack, out) -> dict[str, torch.Tensor]:
+    """Gradient of one pack, summed into the shards; returns the pack's metrics."""
+    out.loss.backward()
+    return out.metrics | {"loss": out.loss.detach()}
+
+
+def describe(batch: Batch, c: Config) -> dict:
+    """What the rollouts look like."""
+    correct = torch.tensor([s.correct for s in batch.scores], dtype=torch.float32)
+    lengths = torch.tensor(batch.lengths, dtype=torch.float32)
+    solved = correct.view(-1, c.rollout.group_size).sum(1)
+    groups = len(batch.groups)
+
+    def mean(x: torch.Tensor) -> float | None:
+        return x.mean().item() if x.numel() else None
+
+    return {
+        "accuracy": correct.mean().item(),
+        "solve_rate_histogram": torch.bincount(solved.long(), minlength=c.rollout.group_size + 1).tolist(),
+        "solve_none": (solved == 0).sum().item() / groups,
+        "solve_all": (solved == c.rollout.group_size).sum().item() / groups,
+        "length_correct": mean(lengths[correct == 1]),
+        "length_wrong": mean(lengths[correct == 0]),
+        "length_mean": mean(lengths),
+        "truncated_share": sum(s.truncated for s in batch.scores) / len(batch.scores),
+        "response_tokens": int(lengths.sum()),
+        "tokens": int(lengths.sum()) + sum(len(g.prompt_ids) * len(g.responses) for g in batch.groups),
+    }
+
+
+def sample_of_answers(batch: Batch, split: str, count: int = 4) -> list[dict]:
+    """A few answers with their scores, spread over the batch."""
+    flat = [(g.problem, r) for g in batch.groups for r in g.responses]
+    every = max(1, len(flat) // count)
+    return [
+        {
+            "split": split,
+            "problem": flat[i][0].problem,
+            "answer": flat[i][0].answer,
+            "response": flat[i][1].text,
+            "extracted": batch.scores[i].extracted,
+            "correct": batch.scores[i].correct,
+            "tokens": len(flat[i][1].token_ids),
+            "finish_reason": flat[i][1].finish_reason,
+        }
+        for i in range(0, len(flat), every)[:count]
+    ]
+
+
+def load_train(c: Config, tokenizer) -> tuple[list, list[list[int]]]:
+    problems = load_problems(
+        c.data.train,
+        split="train",
+        problem_column=c.data.problem_column,
+        answer_column=c.data.answer_column,
+        difficulty_column=c.data.difficulty_column,
+        min_difficulty=c.data.min_difficulty,
+    )
+    problems, prompts = tokenize_prompts(
+        problems,
+        tokenizer,
+        instruction=c.data.instruction,
+        max_prompt_tokens=c.data.max_prompt_tokens,
+        drop_long=c.data.drop_long_prompts,
+    )
+    if len(problems) < c.rollout.problems:
+        raise ValueError(
+            f"{c.data.train} has {len(problems)} problems and rollout.problems is {c.rollout.problems}: "
+            "give more data or a smaller batch."
+        )
+    return problems, prompts
+
+
+def stop_on_sigterm() -> list[int]:
+    """A list that is empty until SIGTERM arrives; the loop looks at it after every step."""
+    caught: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: caught.append(number))
+    return caught
+
+
+def pick_recipe() -> tuple[str, str]:
+    """Recipe for this machine when none is named, and why."""
+    n = torch.cuda.device_count()
+    memory = min((torch.cuda.get_device_properties(i).total_memory for i in range(n)), default=0) / 2**30
+    if n >= 8 and memory >= 79:
+        return "lead-14b", f"{n} GPUs with {memory:.0f} GiB each"
+    found = f"{n} GPUs with {memory:.0f} GiB each" if n else "no GPU"
+    return "tiny", f"{found}, and lead-14b wants 8 of 80 GB"
+
+
+def main(args: list[str] | None = None) -> None:
+    args = list(sys.argv[1:] if args is None else args)
+    dry = "--dry-run" in args
+    args = [a for a in args if a != "--dry-run"]
+    default, why = pick_recipe()
+    c = load_config(args, default_recipe=default)
+    named = any(a.split("=")[0] in ("--recipe", "--config") for a in args)
+    ranks = start()
+    if ranks.main:
+        reason = "as asked" if named else f"{why}; name another with --recipe ({', '.join(names(RECIPES))})"
+        print(f"Recipe {c.recipe}: {reason}.", flush=True)
+    check(c, ranks.world)
+    if dry:
+        if ranks.main:
+            print(dump(c))
+        return stop()
+    stamp = ranks.gather_objects(time.strftime("%Y%m%d-%H%M%S"))[0]
+    run = Path(c.output or f"runs/{Path(c.recipe).stem}-{stamp}")
+    if ranks.main:
+        if (run / "metrics.jsonl").exists() and not c.resume:
+            raise ValueError(f"{run} holds a run already: go on with --resume, or give another --output.")
+        run.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_atomic(run / "config.toml", dump(dataclasses.replace(c, resume=False)))
+    train(c, ranks, run)
+    stop()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as e:
+        sys.exit(f"error: {e}")

@@ -1,0 +1,169 @@
+"""The house's own rules: what documents name exists, who imports whom, and how the configuration answers mistakes."""
+
+import ast
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lead_fast.config import PRESETS, RECIPES, Config, SftConfig, check, dump, keys, load_config, names
+
+ROOT = Path(__file__).parent.parent
+DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def imports(path: Path) -> set[str]:
+    """Top-level packages that a file imports, relative imports as `.name`."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {a.name.split(".")[0] for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add("." + (node.module or "") if node.level else (node.module or "").split(".")[0])
+    return found
+
+
+def test_find_spec_kernels_finds_no_package_of_ours():
+    spec = importlib.util.find_spec("kernels")
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert spec is None or spec.origin is None or not str(spec.origin).startswith(str(ROOT))
+
+
+def test_lead_kernels_stands_alone():
+    allowed = set(sys.stdlib_module_names) | {"torch", "triton", "lead_kernels"}
+    for path in (ROOT / "kernels" / "lead_kernels").glob("*.py"):
+        outside = {m for m in imports(path) if not m.startswith(".")} - allowed
+        assert not outside, f"{path.name} imports {outside}"
+
+
+def test_stages_import_no_stage_but_what_they_build_on():
+    shared = {".schema", ".config", ".distributed"}
+    may = {
+        "schema": set(),
+        "config": set(),
+        "distributed": set(),
+        "packing": set(),
+        "data": shared | {".arithmetic"},
+        "reward": shared,
+        "advantage": shared | {".reward"},
+        "engine": shared | {".model"},
+        "rollout": shared | {".engine", ".reward"},
+        "model": shared | {".packing"},
+        "loss": shared | {".model", ".packing"},
+        "optim": shared | {".model"},
+        "sync": shared | {".engine", ".model"},
+        "checkpoint": shared | {".model"},
+    }
+    for stage, allowed in may.items():
+        inside = {m for m in imports(ROOT / "lead_fast" / f"{stage}.py") if m.startswith(".")}
+        assert inside <= allowed, f"{stage}.py imports {inside - allowed}"
+
+
+def test_vllm_is_imported_in_one_file_at_most():
+    users = [p.name for p in (ROOT / "lead_fast").glob("*.py") if "vllm" in imports(p)]
+    assert users in ([], ["vllm_engine.py"])
+
+
+@pytest.mark.parametrize("doc", DOCS, ids=lambda p: p.name)
+def test_paths_and_commands_in_documents_exist(doc: Path):
+    text = doc.read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    for target in re.findall(
+        r"\bmake ([a-z-]+)", " ".join(re.findall(r"`[^`]+`|^    .*$|```.*?```", text, re.M | re.S))
+    ):
+        assert target in targets, f"{doc.name} names `make {target}`"
+    for module in re.findall(r"-m (lead_\w+(?:\.\w+)+)", text):
+        assert importlib.util.find_spec(module), f"{doc.name} names module {module}"
+    spans = (
+        re.findall(r"`([^`\n]+)`", text) + re.findall(r"\]\(([^)#]+)\)", text) + re.findall(r"python (\S+\.py)", text)
+    )
+    for span in spans:
+        word = span.split("#")[0].strip()
+        if re.fullmatch(r"[\w./-]+\.(?:py|md|toml|json|jsonl|png|cpp|h)", word) or re.fullmatch(r"(?:[\w.-]+/)+", word):
+            if not word.startswith(("runs/", "RUN_DIR", "my-", "checkpoints/")) and "N" not in word.split("/"):
+                places = [ROOT, doc.parent, ROOT / "lead_fast", ROOT / "kernels" / "lead_kernels", ROOT / "docs"]
+                assert any((p / word).exists() for p in places) or word in GENERATED, f"{doc.name} names {word}"
+    for key in re.findall(r"--([a-z]+\.[a-z_]+)", text):
+        assert key in {*keys(Config), *keys(SftConfig)}, f"{doc.name} names --{key}"
+
+
+GENERATED = {"metrics.jsonl", "answers.jsonl", "config.toml", "report.html", "evaluation.json", "model.safetensors"}
+
+
+def test_configuration_is_one_small_described_tree():
+    source = (ROOT / "lead_fast" / "config.py").read_text(encoding="utf-8")
+    assert len(keys(Config)) < 80 and len(keys(SftConfig)) < 80
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ClassDef):
+            for field, following in zip(node.body, [*node.body[1:], None], strict=True):
+                if isinstance(field, ast.AnnAssign) and "default_factory" not in ast.unparse(field):
+                    described = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+                    assert described, f"{node.name}.{ast.unparse(field.target)} has no description"
+
+
+@pytest.mark.parametrize("recipe", names(RECIPES))
+@pytest.mark.parametrize("preset", ["", *names(PRESETS)])
+def test_every_recipe_and_preset_loads_and_survives_a_dump(recipe, preset, tmp_path):
+    c = load_config(["--recipe", recipe] + (["--preset", preset] if preset else []))
+    check(c, 1)
+    (tmp_path / "c.toml").write_text(dump(c))
+    again = load_config(["--config", str(tmp_path / "c.toml")])
+    assert dump(again).replace(str(tmp_path / "c.toml"), recipe) == dump(c)
+
+
+MISTAKES = [
+    (["--rollout.groupsize=4"], "did you mean rollout.group_size"),
+    (["--lr=3"], "did you mean optim.lr"),
+    (["--recipe=tony"], "No recipe named 'tony'"),
+    (["--preset=x"], "No preset named 'x'"),
+    (["--rollout.group_size=abc"], "rollout.group_size = 'abc'"),
+    (["--loss.mean=tok"], "loss.mean = 'tok'"),
+    (["--seed"], "--seed needs a value"),
+    (["--rollout.problems=7"], "rollout.problems is 7"),
+    (["--rollout.group_size=1"], "rollout.group_size is 1"),
+    (["--rollout.group_size=2000"], "rollout.group_size is 2000"),
+    (["--rollout.temperature=0"], "rollout.temperature is 0"),
+    (["--steps=0"], "steps is 0"),
+    (["--optim.updates=2", "--loss.old_logprobs=current"], "optim.updates is 2"),
+    (["--loss.dual_clip=0.5"], "loss.dual_clip is 0.5"),
+]
+
+
+@pytest.mark.parametrize("args, says", MISTAKES, ids=[m[0][0] for m in MISTAKES])
+def test_a_mistake_gets_one_sentence(args, says):
+    with pytest.raises(ValueError) as e:
+        check(load_config(args), 2)
+    assert says in str(e.value) and "\n" not in str(e.value)
+
+
+def test_unknown_key_in_a_file(tmp_path):
+    (tmp_path / "c.toml").write_text("[optim]\nlearning_rte = 1\n")
+    with pytest.raises(ValueError, match="Unknown configuration key optim.learning_rte in c.toml"):
+        load_config(["--config", str(tmp_path / "c.toml")])
+    (tmp_path / "c.toml").write_text("[optim\n")
+    with pytest.raises(ValueError, match="not valid TOML"):
+        load_config(["--config", str(tmp_path / "c.toml")])
+
+
+def run(*args: str, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", *args], capture_output=True, text=True, cwd=ROOT, env={**os.environ, **env}, timeout=120
+    )
+
+
+def test_dry_run_names_the_recipe_and_stops(tmp_path):
+    out = run("lead_fast.train", "--dry-run", f"--output={tmp_path / 'run'}", "--rollout.group_size=4")
+    assert out.returncode == 0, out.stderr
+    first = out.stdout.splitlines()[0]
+    assert "tiny" in first and "lead-14b" in first and "--recipe" in first
+    assert "group_size = 4" in out.stdout and not (tmp_path / "run").exists()
+
+
+def test_a_mistake_on_the_command_line_ends_the_run_with_that_sentence():
+    out = run("lead_fast.train", "--rollout.groupsize=4")
+    assert out.returncode != 0
+    assert out.stderr.strip().splitlines()[-1].startswith("error: Unknown configuration key rollout.groupsize")
