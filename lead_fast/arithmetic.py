@@ -1,8 +1,9 @@
 """The embedded task: multi-step integer arithmetic in words and symbols, made from a seed at graded difficulties.
 
-A problem's difficulty is its number of steps, 1 to 4. Its worked solution is terse (the equations) or wordy (the same
-equations in sentences, more than twice as long), so that a model trained on both has length to gain. Train and test
-never share a problem: the hash of a problem's text says which split it belongs to.
+A problem's difficulty is its number of steps, 1 to 4. Its worked solution is right, and terse (the equations), wordy
+(the same equations in sentences, more than twice as long) or hasty (the answer without the work, which a small model
+gets right on easy problems only). A model trained on the mix has something to gain: to work where it must, and to be
+brief. Train and test never share a problem: the hash of a problem's text says which split it belongs to.
 
     python -m lead_fast.arithmetic --out DIR [--train 4000] [--test 256]     # the same problems as JSONL
 """
@@ -16,6 +17,7 @@ from pathlib import Path
 
 LEVELS = (1, 2, 3, 4)
 TEST_SHARE = 20  # one problem in so many is a test problem
+STYLES = (0.12, 0.23, 0.65)  # shares of terse, wordy and hasty solutions
 NAMES = "Mia Tom Ana Leo Sam Eva Ben Zoe Max Ida".split()
 THINGS = "apples coins books cards shells stamps pens stones".split()
 ASK = ("Compute {}.", "What is {}?", "Work out {}.")
@@ -52,7 +54,7 @@ def make_problems(n: int, *, seed: int, split: str = "train", difficulties: Sequ
     while len(rows) < n:
         start, steps, value = _steps(rng, rng.choice(difficulties))
         text = _problem(rng, start, steps)
-        solution = _terse(steps, value) if rng.random() < 0.5 else _wordy(start, steps, value)
+        solution = rng.choices((_terse, _wordy, _hasty), STYLES)[0](start, steps, value)
         if text not in seen and is_test(text) == (split == "test"):
             seen.add(text)
             rows.append({"problem": text, "answer": str(value), "difficulty": float(len(steps)), "solution": solution})
@@ -101,7 +103,7 @@ def _problem(rng: random.Random, start: int, steps: list[Step]) -> str:
     return f"{name} has {start} {thing}, {told}. How many {thing} now?"
 
 
-def _terse(steps: list[Step], value: int) -> str:
+def _terse(start: int, steps: list[Step], value: int) -> str:
     return "\n".join(f"{a}{op}{n}={b}" for op, n, a, b in steps) + f"\n\\boxed{{{value}}}"
 
 
@@ -110,6 +112,10 @@ def _wordy(start: int, steps: list[Step], value: int) -> str:
     for i, (op, n, a, b) in enumerate(steps):
         text += f"\n{'Next' if i else 'First'} we {VERB[op]} {n}, which gives us\n{a}{op}{n}={b}"
     return text + f"\nSo after all these steps the final answer is\n\\boxed{{{value}}}"
+
+
+def _hasty(start: int, steps: list[Step], value: int) -> str:
+    return f"We start with {start}.\nSo after all these steps the final answer is\n\\boxed{{{value}}}"
 
 
 def build_tokenizer(folder: Path | None = None):

@@ -4,7 +4,7 @@ An engine holds its own copy of the weights. A step is: wake, generate, sleep; t
 load_weights brings the new weights.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -36,10 +36,19 @@ class Sampling:
     stop: tuple[str, ...] = ()
 
 
+Progress = Callable[[int, int], None]  # (done, total)
+
+
+def silent(done: int, total: int) -> None:
+    pass
+
+
 class Engine(Protocol):
     """What the loop asks of an engine."""
 
-    def generate(self, prompts: list[list[int]], n: int, sampling: Sampling, seed: int) -> list[list[Response]]:
+    def generate(
+        self, prompts: list[list[int]], n: int, sampling: Sampling, seed: int, progress: Progress = silent
+    ) -> list[list[Response]]:
         """n responses to each prompt (token ids), with the sampled tokens' log-probs at the sampling temperature."""
         ...
 
@@ -110,13 +119,16 @@ class TransformersEngine:
                 mine[name].copy_(tensor)
         self.version = version
 
-    def generate(self, prompts: list[list[int]], n: int, sampling: Sampling, seed: int) -> list[list[Response]]:
+    def generate(
+        self, prompts: list[list[int]], n: int, sampling: Sampling, seed: int, progress: Progress = silent
+    ) -> list[list[Response]]:
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         step = max(1, self.batch_size // n)
         out: list[list[Response]] = [[] for _ in prompts]
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(seed)
             for i in range(0, len(order), step):
+                progress(i, len(order))
                 chunk = order[i : i + step]
                 for j, responses in zip(chunk, self._batch([prompts[j] for j in chunk], n, sampling), strict=True):
                     out[j] = responses

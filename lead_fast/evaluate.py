@@ -6,7 +6,6 @@ python -m lead_fast.evaluate --model DIR [--data.test=FILE] [--evaluate.samples=
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ import numpy as np
 from .config import Config, check, load_config
 from .data import load_problems, tokenize_prompts
 from .distributed import Ranks, start, stop
-from .engine import Engine, Sampling, make_engine
+from .engine import Engine, Progress, Sampling, make_engine, silent
 from .model import load_tokenizer
 from .reward import Verifier
 from .rollout import Batch, gather, grade, rollout
@@ -52,7 +51,7 @@ def evaluate(
     verifier: Verifier,
     c: Config,
     ranks: Ranks,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = silent,
 ) -> tuple[dict, Batch]:
     """Sample every problem `evaluate.samples` times and grade. A collective; the same seed every time.
 

@@ -1,7 +1,7 @@
 """From a response's text to right or wrong: the last \\boxed{}, checked in processes that may be killed.
 
 What is compared: the last boxed answer of the graded text with the reference. Equal after normalisation is right
-(dollar signs, spaces, \\left and \\right, \\dfrac, thousands commas, units in \\text{} and degree signs are dropped); two
+(dollar signs, spaces, \\left and \\right, \\dfrac, thousands commas, units in \\text{}, degree signs are dropped); two
 plain integers that differ are wrong; all else goes to math-verify in a worker process with a time limit, and what
 stalls, crashes or is absurdly long is wrong. Only LaTeX parsing is used: nothing in an answer is ever run as code.
 """

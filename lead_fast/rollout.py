@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from .config import Config
 from .distributed import Ranks
-from .engine import Engine, Sampling
+from .engine import Engine, Progress, Sampling, silent
 from .reward import Verifier, score
 from .schema import Group, Problem, Score
 
@@ -40,11 +40,19 @@ def sampling_seed(*parts: int) -> int:
 
 
 def rollout(
-    engine: Engine, problems: list[Problem], prompts: list[list[int]], n: int, s: Sampling, seed: int, ranks: Ranks
+    engine: Engine,
+    problems: list[Problem],
+    prompts: list[list[int]],
+    n: int,
+    s: Sampling,
+    seed: int,
+    ranks: Ranks,
+    progress: Progress = silent,
 ) -> list[Group]:
     """This rank's share of the groups: problems rank, rank + world, ..."""
     mine = list(range(ranks.rank, len(problems), ranks.world))
-    answers = engine.generate([prompts[i] for i in mine], n, s, sampling_seed(seed, ranks.rank)) if mine else []
+    seed = sampling_seed(seed, ranks.rank)
+    answers = engine.generate([prompts[i] for i in mine], n, s, seed, progress) if mine else []
     return [Group(problems[i], prompts[i], r) for i, r in zip(mine, answers, strict=True)]
 
 

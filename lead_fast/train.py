@@ -13,9 +13,13 @@ import dataclasses
 import signal
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
+
+from lead_kernels import LeadAdvantages
 
 from . import checkpoint
 from .advantage import advantages, difficulty_weight
@@ -34,6 +38,8 @@ from .reward import Verifier
 from .rollout import Batch, gather, grade, rollout, sampling_seed
 from .sync import sync
 
+ASIDE = ("evaluate", "save")  # phases that are no part of a step
+
 
 def train(c: Config, ranks: Ranks, run: Path) -> None:
     """Train as `c` says; everything that comes out is in the folder `run`."""
@@ -42,6 +48,7 @@ def train(c: Config, ranks: Ranks, run: Path) -> None:
     problems, prompts = load_train(c, tokenizer)
     test, test_prompts = load_test(c, tokenizer) if c.evaluate.every else ([], [])
     stream = ProblemStream(len(problems), c.rollout.problems, c.seed)
+    metrics = Metrics(run, total_steps=c.steps, wandb_project=c.wandb or None, enabled=ranks.main)
 
     policy = load_policy(c.model, ranks, reshard=c.parallel.reshard)
     reference = load_policy(c.model, ranks, reshard=True).eval() if c.loss.kl_coef else None
@@ -51,7 +58,6 @@ def train(c: Config, ranks: Ranks, run: Path) -> None:
     if c.resume and (found := checkpoint.load(run, policy, optimizer)):
         first, seconds_before = found["step"], found["elapsed_s"]
         sync(policy, engine, first)
-    metrics = Metrics(run, total_steps=c.steps, wandb_project=c.wandb or None, enabled=ranks.main)
     metrics.truncate_after(first)
     asked_to_stop = stop_on_sigterm()
     began = time.monotonic() - seconds_before
@@ -60,7 +66,8 @@ def train(c: Config, ranks: Ranks, run: Path) -> None:
 
     def held_out(step: int) -> None:
         with timer("evaluate"):
-            record, batch = evaluate(engine, test, test_prompts, verifier, c, ranks)
+            tell = partial(metrics.progress, "evaluate", step)
+            record, batch = evaluate(engine, test, test_prompts, verifier, c, ranks, tell)
         metrics.eval(step, record | {"elapsed_s": time.monotonic() - began})
         metrics.answers(step, sample_of_answers(batch, "test"))
 
@@ -73,11 +80,8 @@ def train(c: Config, ranks: Ranks, run: Path) -> None:
         if c.evaluate.every and first == 0:
             held_out(0)
         for step in range(first, c.steps):
-            timer.reset()
-            step_began = time.monotonic()
             chosen = stream.batch(step)
             with timer("rollout"):
-                metrics.progress("rollout", step + 1, 0, c.rollout.problems)
                 engine.wake()
                 groups = rollout(
                     engine,
@@ -87,29 +91,32 @@ def train(c: Config, ranks: Ranks, run: Path) -> None:
                     sampling,
                     sampling_seed(c.seed, step),
                     ranks,
+                    partial(metrics.progress, "rollout", step + 1),
                 )
                 engine.sleep()
             with timer("reward"):
                 batch = gather(groups, grade(groups, verifier, c), ranks)
 
-            metrics.progress("train", step + 1, 0, c.optim.updates)
+            with timer("advantage"):
+                lead = advantages(batch.scores, batch.lengths, c, ranks.device)
             lr = learning_rate(step, c.steps, c.optim)
-            learned = learn(policy, reference, optimizer, batch, lr, c, ranks, timer)
-
+            tell = partial(metrics.progress, "train", step + 1)
+            learned = learn(policy, reference, optimizer, batch, lead, lr, c, ranks, timer, tell)
             with timer("sync"):
                 sync(policy, engine, step + 1)
             done = step + 1
             if c.evaluate.every and (done % c.evaluate.every == 0 or done == c.steps):
                 held_out(done)
+            now = time.monotonic()
+            record = describe(batch, lead, c) | learned
+            record |= {"learning_rate": lr, "elapsed_s": now - began, "seconds": dict(timer.seconds)}
+            record["tokens_per_s"] = record["tokens"] / sum(s for p, s in timer.seconds.items() if p not in ASIDE)
+            metrics.train(done, record)
+            metrics.answers(done, sample_of_answers(batch, "train", lead.reward.tolist()))
+            timer.reset()
             leaving = ranks.all_max(torch.tensor(float(bool(asked_to_stop)))).item() > 0
             if leaving or (c.checkpoint_every and done % c.checkpoint_every == 0):
-                save(done)
-            now = time.monotonic()
-            record = describe(batch, c) | learned
-            record |= {"learning_rate": lr, "elapsed_s": now - began, "seconds": dict(timer.seconds)}
-            record["tokens_per_s"] = record["tokens"] / (now - step_began - timer.seconds.get("evaluate", 0.0))
-            metrics.train(done, record)
-            metrics.answers(done, sample_of_answers(batch, "train"))
+                save(done)  # its seconds are told with the next step
             if leaving:
                 if ranks.main:
                     print(f"Asked to stop: saved after step {done}; go on with --output={run} --resume.", flush=True)
@@ -124,17 +131,16 @@ def learn(
     reference: Policy | None,
     optimizer: torch.optim.Optimizer,
     batch: Batch,
+    lead: LeadAdvantages,
     lr: float,
     c: Config,
     ranks: Ranks,
     timer: PhaseTimer,
+    progress: Callable[[int, int], None],
 ) -> dict:
-    """Advantages, packs, gradient, optimiser step. The result does not depend on how the batch is cut or spread."""
-    with timer("advantage"):
-        lengths = batch.lengths
-        lead = advantages(batch.scores, lengths, c, ranks.device)
-        kept_S = lead.kept.repeat_interleave(c.rollout.group_size)
-    prompts, responses, logprobs = batch.prompts, batch.responses, batch.logprobs
+    """Packs, gradient, optimiser step. The result does not depend on how the batch is cut or spread."""
+    lengths, prompts, responses, logprobs = batch.lengths, batch.prompts, batch.responses, batch.logprobs
+    kept_S = lead.kept.repeat_interleave(c.rollout.group_size)
     whole = [len(p) + n - 1 for p, n in zip(prompts, lengths, strict=True)]
     share = len(lengths) // c.optim.updates
     parts, norms, balance, trained = [], [], [], 0
@@ -152,18 +158,16 @@ def learn(
         with timer("train"):
             recompute = c.loss.old_logprobs == "recompute"
             old = [pack_logprobs(policy, p, c.rollout.temperature) if recompute else None for p in packs]
-            for pack, old_R in zip(packs, old, strict=True):
+            for at_pack, (pack, old_R) in enumerate(zip(packs, old, strict=True)):
+                progress(at_pack, len(packs))
                 ref_R = pack_logprobs(reference, pack, c.rollout.temperature) if reference else None
                 parts.append(backward(policy, pack, policy_loss(policy, pack, o, c, old_R, ref_R)))
         with timer("optim"):
             norms.append(update(policy, optimizer, lr, c.optim.grad_clip))
     sums = reduce_metrics(parts, ranks)
-    n = max(1.0, sums["tokens"])
-    rate = lead.solve_rate
+    n = sums["tokens"] or float("nan")  # a batch without a gradient has no means
     return {
         "loss": sums["loss"] / len(norms),
-        "reward_mean": lead.reward.mean().item(),
-        "difficulty_weight_mean": difficulty_weight(rate, c).mean().item(),
         "entropy": sums["entropy"] / n,
         "clip_low_share": sums["clip_low"] / n,
         "clip_high_share": sums["clip_high"] / n,
@@ -184,8 +188,8 @@ def backward(policy: Policy, pack: Pack, out) -> dict[str, torch.Tensor]:
     return out.metrics | {"loss": out.loss.detach()}
 
 
-def describe(batch: Batch, c: Config) -> dict:
-    """What the rollouts look like."""
+def describe(batch: Batch, lead: LeadAdvantages, c: Config) -> dict:
+    """What the rollouts and their rewards look like."""
     correct = torch.tensor([s.correct for s in batch.scores], dtype=torch.float32)
     lengths = torch.tensor(batch.lengths, dtype=torch.float32)
     solved = correct.view(-1, c.rollout.group_size).sum(1)
@@ -195,6 +199,8 @@ def describe(batch: Batch, c: Config) -> dict:
         return x.mean().item() if x.numel() else None
 
     return {
+        "reward_mean": lead.reward.mean().item(),
+        "difficulty_weight_mean": difficulty_weight(lead.solve_rate, c).mean().item(),
         "accuracy": correct.mean().item(),
         "solve_rate_histogram": torch.bincount(solved.long(), minlength=c.rollout.group_size + 1).tolist(),
         "solve_none": (solved == 0).sum().item() / groups,
@@ -208,7 +214,7 @@ def describe(batch: Batch, c: Config) -> dict:
     }
 
 
-def sample_of_answers(batch: Batch, split: str, count: int = 4) -> list[dict]:
+def sample_of_answers(batch: Batch, split: str, rewards: list[float] | None = None, count: int = 4) -> list[dict]:
     """A few answers with their scores, spread over the batch."""
     flat = [(g.problem, r) for g in batch.groups for r in g.responses]
     every = max(1, len(flat) // count)
@@ -222,6 +228,7 @@ def sample_of_answers(batch: Batch, split: str, count: int = 4) -> list[dict]:
             "correct": batch.scores[i].correct,
             "tokens": len(flat[i][1].token_ids),
             "finish_reason": flat[i][1].finish_reason,
+            **({"reward": rewards[i]} if rewards else {}),
         }
         for i in range(0, len(flat), every)[:count]
     ]

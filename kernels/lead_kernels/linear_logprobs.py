@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from .linear_policy_loss import _accumulate, chunk_size, local
-from .policy_loss import check_targets, logprobs_and_entropy
+from .policy_loss import check_targets
+from .rows import row_gradient_, row_stats
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -21,27 +22,25 @@ class _LinearLogprobs(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, temperature: float, step: int
     ):
-        ctx.save_for_backward(hidden, head, targets)
-        ctx.temperature, ctx.step = temperature, step
         parts = [
-            logprobs_and_entropy(hidden[i : i + step] @ head.T, targets[i : i + step], temperature)[2:]
+            row_stats(hidden[i : i + step] @ head.T, targets[i : i + step], temperature)
             for i in range(0, max(1, hidden.shape[0]), step)
         ]
-        return torch.cat([p for p, _ in parts]), torch.cat([e for _, e in parts])
+        stats = torch.cat(parts)
+        ctx.save_for_backward(hidden, head, targets, stats)
+        ctx.temperature, ctx.step = temperature, step
+        return stats[:, 2].clone(), stats[:, 3].clone()
 
     @staticmethod
     def backward(ctx: Any, grad_logprob: torch.Tensor, grad_entropy: torch.Tensor):  # type: ignore[override]
-        hidden, head, targets = ctx.saved_tensors
+        hidden, head, targets, stats = ctx.saved_tensors
         want_hidden, want_head = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
         grad_head = torch.zeros(head.shape, dtype=_accumulate(head.dtype), device=head.device) if want_head else None
         for i in range(0, hidden.shape[0], ctx.step):
             at = slice(i, i + ctx.step)
             h, t = hidden[at], targets[at]
-            logp_CV, p_CV, _, entropy_C = logprobs_and_entropy(h @ head.T, t, ctx.temperature)
-            g, e = (x[at, None] / ctx.temperature for x in (grad_logprob, grad_entropy))
-            inner = torch.where(p_CV > 0, logp_CV, 0.0) + entropy_C[:, None]
-            d_CV = (p_CV * (-g - e * inner)).scatter_add_(1, t[:, None], g).to(hidden.dtype)
+            d_CV = row_gradient_(h @ head.T, t, stats[at], grad_logprob[at], grad_entropy[at], ctx.temperature)
             if grad_hidden is not None:
                 grad_hidden[at] = d_CV @ head
             if grad_head is not None:

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from .policy_loss import PolicyLoss, attach, check_targets, logprobs_and_entropy, policy_rows_, sequence_terms
+from .policy_loss import PolicyLoss, attach, check_levels, check_targets, policy_rows_, sequence_terms
+from .rows import row_stats
 
 CHUNK_BYTES = 256 << 20
 
@@ -78,6 +79,7 @@ def linear_policy_loss(
             "give [T, D], [V, D] and [T]."
         )
     check_targets(targets, head.shape[0])
+    check_levels(ratio, importance_level, importance_cap)
     rows, step = hidden.shape[0], chunk_size(hidden.shape[0], head.shape[0], chunk_rows)
     train_hidden, train_head = hidden.requires_grad, head.requires_grad
     fixed: dict[str, Any] = {
@@ -100,8 +102,7 @@ def linear_policy_loss(
         log_ratio = importance = None
         if ratio == "sequence" or importance_level == "sequence":
             parts = [
-                logprobs_and_entropy(h[i : i + step] @ w.T, targets[i : i + step], temperature)[2]
-                for i in range(0, rows, step)
+                row_stats(h[i : i + step] @ w.T, targets[i : i + step], temperature)[:, 2] for i in range(0, rows, step)
             ]
             every = torch.cat(parts) if parts else h.new_zeros(0)
             log_ratio, importance = sequence_terms(
@@ -116,8 +117,9 @@ def linear_policy_loss(
             def cut(x: torch.Tensor | None, at: slice = at) -> torch.Tensor | None:
                 return None if x is None else x[at]
 
-            out, logprob_C, entropy_C, grad_CV = policy_rows_(
-                h[at] @ w.T,
+            logits_CV = h[at] @ w.T
+            out, logprob_C, entropy_C = policy_rows_(
+                logits_CV,
                 targets[at],
                 sequence_ids=sequence_ids[at],
                 behavior_logprobs=cut(behavior_logprobs),
@@ -131,10 +133,10 @@ def linear_policy_loss(
             logprobs.append(logprob_C)
             entropies.append(entropy_C)
             sums.append(out.metrics)
-            if grad_CV is not None and grad_hidden is not None:
-                grad_hidden[at] = grad_CV @ w
-            if grad_CV is not None and grad_head is not None:
-                grad_head += grad_CV.T @ h[at]
+            if grad_hidden is not None:  # logits_CV holds their gradient now
+                grad_hidden[at] = logits_CV @ w
+            if grad_head is not None:
+                grad_head += logits_CV.T @ h[at]
         loss = torch.stack(losses).sum()
         metrics = {
             k: torch.stack([m[k] for m in sums]).amax() if k.startswith("max_") else sum_of([m[k] for m in sums])

@@ -24,6 +24,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from .rows import row_gradient_, row_stats
+
 LOG_RATIO_CAP = 20.0
 
 
@@ -81,14 +83,10 @@ def check_targets(targets: torch.Tensor, vocabulary: int) -> None:
         raise ValueError(f"target {int(bad)} is outside the vocabulary of {vocabulary}: check tokenizer and head.")
 
 
-def logprobs_and_entropy(logits: torch.Tensor, targets: torch.Tensor, temperature: float):
-    """log p of every column [T, V], that of the targets [T], and the entropy [T]; fp32 (fp64 for fp64)."""
-    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    logp_TV = torch.log_softmax(z if temperature == 1.0 else z / temperature, -1)
-    logprob_T = logp_TV.gather(1, targets[:, None])[:, 0]
-    p_TV = logp_TV.exp()
-    entropy_T = -torch.where(p_TV > 0, p_TV * logp_TV, 0.0).sum(1)
-    return logp_TV, p_TV, logprob_T, entropy_T
+def check_levels(ratio: str, importance_level: str, importance_cap: float | None) -> None:
+    """Raises ValueError for a weight per token beside one ratio for the whole sequence."""
+    if ratio == "sequence" and importance_cap is not None and importance_level == "token":
+        raise ValueError("ratio is 'sequence' and importance_level is 'token': give importance_level='sequence'.")
 
 
 def rows_loss(
@@ -139,13 +137,14 @@ def rows_loss(
         loss, grad = loss * w, grad * w
     kl_T = torch.zeros_like(r)
     if reference_T is not None and kl_coef:
-        d = (reference_T - logprob_T).clamp(-LOG_RATIO_CAP, LOG_RATIO_CAP)
+        d = reference_T - logprob_T
         if kl == "k1":
             kl_T, dkl = -d, torch.ones_like(d)
         elif kl == "k2":
             kl_T, dkl = 0.5 * d * d, -d
         else:
-            kl_T, dkl = d.exp() - 1 - d, 1 - d.exp()
+            e = d.clamp(max=LOG_RATIO_CAP).exp()
+            kl_T, dkl = e - 1 - d, 1 - torch.where(d > LOG_RATIO_CAP, 0.0, e)
         loss, grad = loss + kl_coef * kl_T, grad + kl_coef * dkl
     loss = loss - entropy_coef * entropy_T
 
@@ -167,7 +166,7 @@ def rows_loss(
         "max_logprob": logprob_T.amax() if logprob_T.numel() else zero - float("inf"),
         "max_logprob_diff": diff.abs().amax() if diff.numel() else zero,
     }
-    return Rows(weight_T * loss, weight_T * grad, -entropy_coef * weight_T, metrics)
+    return Rows(weight_T * loss, weight_T * grad, torch.full_like(weight_T, -entropy_coef) * weight_T, metrics)
 
 
 def sequence_mean(x_T: torch.Tensor, sequence_ids: torch.Tensor, n: int, mean: bool = True) -> torch.Tensor:
@@ -194,11 +193,11 @@ def policy_rows_(
     temperature: float,
     gradient: bool,
     **loss: Any,
-) -> tuple[Rows, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Rows, log-probs [T], entropy [T] and, if asked, the gradient [T, V] in the logits' dtype."""
-    index = sequence_ids.long()
-    logp_TV, p_TV, logprob_T, entropy_T = logprobs_and_entropy(logits, targets, temperature)
-    dtype = logprob_T.dtype
+) -> tuple[Rows, torch.Tensor, torch.Tensor]:
+    """Rows, log-probs [T] and entropy [T]; where `gradient` is set, the logits become their gradient."""
+    stats = row_stats(logits, targets, temperature)
+    logprob_T, entropy_T = stats[:, 2], stats[:, 3]
+    dtype, index = stats.dtype, sequence_ids.long()
     rows = rows_loss(
         logprob_T,
         entropy_T,
@@ -211,16 +210,9 @@ def policy_rows_(
         importance_T=sequence_importance,
         **loss,
     )
-    if not gradient:
-        return rows, logprob_T, entropy_T, None
-    g, h = rows.grad_logprob_T / temperature, rows.grad_entropy_T / temperature
-    if loss["entropy_coef"]:
-        inner = torch.where(p_TV > 0, logp_TV, 0.0) + entropy_T[:, None]
-        grad_TV = p_TV * (-g[:, None] - h[:, None] * inner)
-    else:
-        grad_TV = p_TV.mul_(-g[:, None])
-    grad_TV.scatter_add_(1, targets[:, None], g[:, None])
-    return rows, logprob_T, entropy_T, grad_TV.to(logits.dtype)
+    if gradient:
+        row_gradient_(logits, targets, stats, rows.grad_logprob_T, rows.grad_entropy_T, temperature)
+    return rows, logprob_T, entropy_T
 
 
 class _Scaled(torch.autograd.Function):
@@ -280,15 +272,16 @@ def policy_loss(
     Returns:
         PolicyLoss.
     Raises:
-        ValueError: a target outside the vocabulary.
+        ValueError: a target outside the vocabulary, or a token-level importance weight beside a sequence ratio.
     """
     check_targets(targets, logits.shape[1])
+    check_levels(ratio, importance_level, importance_cap)
     sequence = ratio == "sequence" or importance_level == "sequence"
     with torch.no_grad():
         log_ratio = importance = None
         if sequence:
             log_ratio, importance = sequence_terms(
-                logprobs_and_entropy(logits, targets, temperature)[2],
+                row_stats(logits, targets, temperature)[:, 2],
                 sequence_ids,
                 advantages.numel(),
                 behavior_logprobs,
@@ -296,8 +289,9 @@ def policy_loss(
                 ratio,
                 importance_level,
             )
-        rows, logprobs, entropy, grad = policy_rows_(
-            logits.detach(),
+        work = logits.detach().clone() if logits.requires_grad else logits
+        rows, logprobs, entropy = policy_rows_(
+            work,
             targets,
             sequence_ids=sequence_ids,
             weights=weights,
@@ -320,7 +314,7 @@ def policy_loss(
             entropy_coef=entropy_coef,
         )
         loss = rows.loss_T.sum()
-    return PolicyLoss(loss if grad is None else attach(loss, [(logits, grad)]), logprobs, entropy, rows.metrics)
+    return PolicyLoss(attach(loss, [(logits, work)]) if logits.requires_grad else loss, logprobs, entropy, rows.metrics)
 
 
 def sequence_terms(

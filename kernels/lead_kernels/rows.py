@@ -1,0 +1,101 @@
+"""The row kernel: what the loss needs of a row of logits, and the gradient written over it.
+
+    x = (z - max z) / temperature    log_norm = log sum exp x    logp = x_t - log_norm    H = log_norm - sum p x
+    d z = (g (onehot_t - p) - h p (log p + H)) / temperature         g = d loss / d logp, h = d loss / d H
+
+Everything between the two, from log-prob to g and h, is O(1) a row and lives in policy_loss.py. On a CPU, float32 and
+bfloat16 run in C++ (csrc/rows.cpp); everything else, and a CPU without the extension, runs the plain torch below, which
+is the specification. Logits of half precision are exact inputs: log-sum-exp and gather are float32 from the same
+rounded values, so log-probs are never above 0.
+
+Floor: the statistics read V logits once (their second look comes from the cache), the gradient reads and writes them.
+
+Legend: T rows, V vocabulary.
+"""
+
+import functools
+import importlib
+import warnings
+from typing import Any
+
+import torch
+
+
+@functools.cache
+def cpu_extension() -> Any | None:
+    """The operators of csrc, or None; says once what is lost without them."""
+    try:
+        importlib.import_module("lead_kernels._C")
+    except ImportError as e:
+        reason = str(e).splitlines()[0]
+        warnings.warn(
+            f"lead_kernels runs without its C++ extension, slower on a CPU ({reason}); to build it, install a C++ "
+            "compiler and torch, then pip install --no-build-isolation .",
+            stacklevel=2,
+        )
+        return None
+    return torch.ops.lead_kernels_cpu
+
+
+def in_cpp(logits: torch.Tensor) -> Any | None:
+    """The C++ operators if they take these logits."""
+    takes = logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.bfloat16) and logits.stride(1) == 1
+    return cpu_extension() if takes else None
+
+
+def row_stats_reference(logits: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
+    """max, log_norm, logp, H of every row: float32 (float64 for float64) [T, 4]."""
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    top = z.amax(1, keepdim=True)
+    x = (z - top) / temperature
+    log_norm = x.logsumexp(1, keepdim=True)
+    p = (x - log_norm).exp()
+    entropy = (log_norm - torch.where(p > 0, p * x, 0.0).sum(1, keepdim=True)).clamp(min=0)
+    return torch.cat([top, log_norm, x.gather(1, targets[:, None]) - log_norm, entropy], 1)
+
+
+def row_gradient_reference(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    stats: torch.Tensor,
+    g: torch.Tensor,
+    h: torch.Tensor,
+    temperature: float,
+) -> torch.Tensor:
+    """The gradient [T, V] in the logits' dtype, rounded once, after all scaling."""
+    top, log_norm, _, entropy = stats.unsqueeze(-1).unbind(1)
+    x = (logits.to(stats.dtype) - top) / temperature
+    p = (x - log_norm).exp()
+    inner = torch.where(p > 0, x - log_norm + entropy, 0.0)
+    grad = p * (-g[:, None] - h[:, None] * inner) / temperature
+    return grad.scatter_add_(1, targets[:, None], (g / temperature)[:, None]).to(logits.dtype)
+
+
+def row_stats(logits: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
+    """max, log_norm, logp, H of every row.
+
+    Args:
+        logits: [T, V], bf16, fp16, fp32 or fp64.
+        targets: int64 [T], each in 0..V-1 (checked by the caller).
+        temperature: above 0.
+    Returns:
+        float32 (float64 for float64) [T, 4].
+    """
+    if cpp := in_cpp(logits):
+        return cpp.row_stats(logits, targets.contiguous(), temperature)
+    return row_stats_reference(logits, targets, temperature)
+
+
+def row_gradient_(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    stats: torch.Tensor,
+    g: torch.Tensor,
+    h: torch.Tensor,
+    temperature: float,
+) -> torch.Tensor:
+    """Write over `logits` their gradient, given d loss / d logp and d loss / d H of every row ([T], stats' dtype)."""
+    if cpp := in_cpp(logits):
+        cpp.row_gradient_(logits, targets.contiguous(), stats, g.contiguous(), h.contiguous(), temperature)
+        return logits
+    return logits.copy_(row_gradient_reference(logits, targets, stats, g, h, temperature))

@@ -1,0 +1,338 @@
+"""The kernels against fp64: golden vectors of the released code, every loss mode, hard shapes and values."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lead_kernels import lead_advantages, linear_logprobs, linear_policy_loss, loss_weights, policy_loss
+
+# ------------------------------------------------------------------------------------------------------ lead_advantages
+
+# correct lengths, wrong lengths, options, rewards, advantages: G = 8, made by the released functions
+GOLDEN = {
+    "A": ([6000, 8000], [7000, 9000, 9500, 10000, 11000, 12000], {},
+          [1.035988, 0.965262] + [-1] * 6, [2.474827, 2.360860] + [-0.512951] * 6),
+    "B": ([5000, 5200, 5600, 6000, 6400, 7000, 8000], [9000], {},
+          [1.056756, 1.046843, 1.027295, 1.008111, 0.989286, 0.961706, 0.917436, -1],
+          [0.278225, 0.269206, 0.251422, 0.233970, 0.216844, 0.191753, 0.151479, -3.699352]),
+    "B without AD": ([5000, 5200, 5600, 6000, 6400, 7000, 8000], [9000], {"difficulty": False},
+          [1.056756, 1.046843, 1.027295, 1.008111, 0.989286, 0.961706, 0.917436, -1],
+          [0.431376, 0.417393, 0.389820, 0.362761, 0.336208, 0.297305, 0.234862, -2.469724]),
+    "C": ([5000, 6000, 7000, 8000], [6500, 9000, 9000, 10000], {},
+          [1.059815, 1.019554, 0.980821, 0.943561] + [-1] * 4,
+          [1.402388, 1.349089, 1.297814, 1.248487] + [-1.324445] * 4),
+    "D": (list(range(5000, 9000, 500)), [], {},
+          [1.074057, 1.052356, 1.031092, 1.010258, 0.989846, 0.969845, 0.950249, 0.931049],
+          [0.704860, 0.495209, 0.289795, 0.088532, -0.337022, -0.936267, -1.523402, -2.098675]),
+    "E": ([], list(range(1000, 9000, 1000)), {}, [-1] * 8, [0] * 8),
+    "F": ([5000], [1000] * 7, {}, [1] + [-1] * 7, [3.707060] + [-0.228031] * 7),
+    "G": ([3000, 4000, 4500, 5000], [6000, 7000, 8000, 9000],
+          {"length_gate": 4000, "rate": "positive", "group_filter": "official"},
+          [1] * 4 + [-1] * 4, [1.325066] * 4 + [-1.325066] * 4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_vectors(name):
+    right, wrong, options, reward, advantage = GOLDEN[name]
+    correct = torch.tensor([1] * len(right) + [0] * len(wrong))
+    got = lead_advantages(correct, torch.tensor(right + wrong), 8, **options)
+    torch.testing.assert_close(got.reward, torch.tensor(reward, dtype=torch.float32), atol=2e-6, rtol=0)
+    torch.testing.assert_close(got.advantage, torch.tensor(advantage, dtype=torch.float32), atol=4e-6, rtol=0)
+    assert got.solve_rate.tolist() == [len(right) / 8] and got.kept.tolist() == [True]
+
+
+def test_difficulty_weights():
+    """w(rho) at 0, 1/8, ..., 1, seen through groups whose normalised advantage is known."""
+    expected = [1.499392, 1.497881, 1.492638, 1.474725, 1.416556, 1.255030, 0.950000, 0.644970, 0.483444]
+    for n in range(1, 8):
+        correct = torch.tensor([1] * n + [0] * (8 - n))
+        on, off = (lead_advantages(correct, torch.full((8,), 100), 8, difficulty=d).advantage for d in (True, False))
+        assert abs(on[0] / off[0] - expected[n]) < 2e-6 and abs(on[-1] / off[-1] - expected[8 - n]) < 2e-6
+
+
+def test_several_groups_are_independent():
+    correct = torch.tensor([1, 0, 1, 1, 0, 0, 0, 1])
+    lengths = torch.tensor([5, 9, 7, 6, 14_000, 13_999, 3, 4])
+    both = lead_advantages(correct, lengths, 4)
+    for i in range(2):
+        one = lead_advantages(correct[4 * i : 4 * i + 4], lengths[4 * i : 4 * i + 4], 4)
+        assert torch.equal(both.advantage[4 * i : 4 * i + 4], one.advantage)
+
+
+def test_lengths_near_14000_keep_their_digits():
+    lengths = torch.tensor([14_000, 14_001, 14_002, 14_003])
+    got = lead_advantages(torch.ones(4), lengths, 4).reward.double()
+    z = (lengths.double() - 14_001.5) / (lengths.double().std() + 1e-6)
+    torch.testing.assert_close(got, torch.exp(-0.05 * z), atol=1e-7, rtol=0)
+    same = lead_advantages(torch.ones(4), torch.full((4,), 14_001), 4)
+    assert same.reward.tolist() == [1.0] * 4 and same.advantage.tolist() == [0.0] * 4
+
+
+def test_switches():
+    correct, lengths = torch.tensor([1, 1, 1, 1]), torch.tensor([10, 20, 30, 40])
+    assert lead_advantages(correct, lengths, 4).advantage.min() < 0
+    assert lead_advantages(correct, lengths, 4, nonnegative_correct=True).advantage.min() == 0
+    assert lead_advantages(correct, lengths, 4, length_reward=False).advantage.abs().max() == 0
+    mixed = torch.tensor([1, 1, 0, 0])
+    assert lead_advantages(mixed, lengths, 4, length_min_solve_rate=0.6).reward.tolist() == [1, 1, -1, -1]
+    assert lead_advantages(mixed, lengths, 4, length_min_solve_rate=0.4).reward[0] > 1
+    plain = lead_advantages(mixed, lengths, 4, length_reward=False, difficulty=False, std="none", wrong_reward=0.0)
+    assert plain.advantage.tolist() == [0.5, 0.5, -0.5, -0.5]
+    mad = lead_advantages(mixed, lengths, 4, length_reward=False, difficulty=False, std="mad")
+    torch.testing.assert_close(mad.advantage, torch.tensor([1.0, 1.0, -1.0, -1.0]), atol=1e-5, rtol=0)
+    each = lead_advantages(mixed, lengths, 4, wrong_reward=torch.tensor([0.0, 0.0, -1.5, 0.0]), length_reward=False)
+    assert each.reward.tolist() == [1, 1, -1.5, 0]
+    penal = lead_advantages(mixed, lengths, 4, penalty=torch.tensor([0.0, -0.5, 0.0, -0.5]), length_reward=False)
+    assert penal.reward.tolist() == [1, 0.5, -1, -1.5]
+    positive = lead_advantages(mixed, lengths, 4, penalty=torch.tensor([0.0, -1.5, 0, 0]), rate="positive")
+    assert positive.solve_rate.tolist() == [0.25]
+    for filters, outcome, kept in (("official", [0, 0], False), ("official", [1, 1], True), ("uniform", [1, 1], False),
+                                   ("uniform", [1, 0], True), ("none", [0, 0], True)):  # fmt: skip
+        got = lead_advantages(torch.tensor(outcome), torch.tensor([4, 8]), 2, group_filter=filters)
+        assert got.kept.tolist() == [kept]
+    unshaped = lead_advantages(torch.ones(2), torch.tensor([4, 8]), 2, group_filter="official", length_reward=False)
+    assert unshaped.kept.tolist() == [False] and unshaped.advantage.tolist() == [0, 0]
+
+
+def test_a_group_of_one_has_mean_0_and_std_1():
+    got = lead_advantages(torch.tensor([1, 0]), torch.tensor([10, 10]), 1, difficulty=False)
+    assert got.advantage.tolist() == [1, -1]
+
+
+@pytest.mark.parametrize("size", [0, -1, 1025])
+def test_group_sizes_out_of_range(size):
+    with pytest.raises(ValueError, match=f"group_size is {size}"):
+        lead_advantages(torch.ones(4), torch.ones(4), size)
+
+
+def test_shapes_that_do_not_fit():
+    with pytest.raises(ValueError, match="multiple of group_size 3"):
+        lead_advantages(torch.ones(4), torch.ones(4), 3)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 20_000)), min_size=2, max_size=40), st.randoms())
+@settings(max_examples=100, deadline=None)
+def test_permuting_a_group_permutes_its_advantages(members, rng):
+    order = list(range(len(members)))
+    rng.shuffle(order)
+
+    def run(rows):
+        c, n = zip(*rows, strict=True)
+        return lead_advantages(torch.tensor(c), torch.tensor(n), len(rows), wrong_reward=torch.tensor(-1.0).double())
+
+    a, b = run(members), run([members[i] for i in order])
+    torch.testing.assert_close(a.advantage[order], b.advantage, atol=1e-5, rtol=1e-5)
+    assert torch.isfinite(a.advantage).all()
+    # Shift and scale of lengths change nothing: z is what is rewarded.
+    moved = run([(c, 3 * n + 100) for c, n in members])
+    torch.testing.assert_close(a.advantage, moved.advantage, atol=1e-4, rtol=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------------------- losses
+
+T, D, V, S = 23, 8, 17, 5
+OPTIONS = list(
+    itertools.product(
+        ["token", "sequence", "cispo"], [0.0, 0.1], ["k1", "k2", "k3"], [None, 1.5], [None, 2.0], [False, True]
+    )
+)
+
+
+def inputs(seed: int = 0) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, dtype=torch.float64, generator=g)
+
+    return {
+        "hidden": 0.6 * draw(T, D), "head": draw(V, D), "targets": torch.randint(V, (T,), generator=g),
+        "ids": torch.arange(T) % S, "advantages": draw(S), "weights": draw(S).abs(),
+        "behavior": -2 * draw(T).abs(), "reference": -2 * draw(T).abs(),
+    }  # fmt: skip
+
+
+def specification(x, *, ratio, entropy, kl, dual, cap, level, old, temperature=0.7):
+    """The loss by its formulas and autograd alone, in fp64."""
+    hidden, head = (x[k].clone().requires_grad_() for k in ("hidden", "head"))
+    logp = (hidden @ head.T / temperature).log_softmax(-1)
+    lp, h = logp.gather(1, x["targets"][:, None])[:, 0], -(logp.exp() * logp).sum(1)
+    a, u = x["advantages"][x["ids"]], x["weights"][x["ids"]]
+    base = x["behavior"] if old else lp.detach()
+    log_r = lp - base
+    if ratio == "sequence":
+        log_r = torch.stack([log_r[x["ids"] == s].mean() for s in range(S)])[x["ids"]]
+    r = log_r.exp()
+    clipped = r.clamp(0.8, 1.2)
+    loss = -clipped.detach() * a * lp if ratio == "cispo" else -torch.minimum(r * a, clipped * a)
+    if dual is not None and ratio != "cispo":
+        loss = torch.where(a < 0, torch.minimum(loss, -dual * a), loss)
+    if cap is not None:
+        log_w = base.detach() - x["behavior"]
+        if level == "sequence":
+            log_w = torch.stack([log_w[x["ids"] == s].sum() for s in range(S)])[x["ids"]]
+        loss = loss * log_w.exp().clamp(max=cap)
+    d = x["reference"] - lp
+    k = {"k1": -d, "k2": 0.5 * d * d, "k3": d.exp() - 1 - d}[kl]
+    total = (u * (loss + 0.1 * k - entropy * h)).sum()
+    total.backward()
+    return total.detach(), hidden.grad, head.grad
+
+
+def arguments(x, *, ratio, entropy, kl, dual, cap, level, old):
+    return {
+        "sequence_ids": x["ids"], "weights": x["weights"], "advantages": x["advantages"],
+        "behavior_logprobs": x["behavior"], "old_logprobs": x["behavior"] if old else None,
+        "reference_logprobs": x["reference"], "temperature": 0.7, "ratio": ratio, "dual_clip": dual,
+        "importance_cap": cap, "importance_level": level, "kl": kl, "kl_coef": 0.1, "entropy_coef": entropy,
+    }  # fmt: skip
+
+
+def test_every_mode_equals_its_formula_with_gradients():
+    for seed, (ratio, entropy, kl, dual, cap, old) in enumerate(OPTIONS):
+        x = inputs(seed)
+        mode = {"ratio": ratio, "entropy": entropy, "kl": kl, "dual": dual, "cap": cap, "old": old,
+                "level": "sequence" if ratio == "sequence" or seed % 2 else "token"}  # fmt: skip
+        loss, d_hidden, d_head = specification(x, **mode)
+        for rows in (None, 7):
+            hidden, head = (x[k].clone().requires_grad_() for k in ("hidden", "head"))
+            out = linear_policy_loss(hidden, head, x["targets"], chunk_rows=rows, **arguments(x, **mode))
+            (3 * out.loss).backward()
+            torch.testing.assert_close(out.loss.detach(), loss, atol=1e-12, rtol=1e-10)
+            torch.testing.assert_close(hidden.grad, 3 * d_hidden, atol=1e-10, rtol=1e-9)
+            torch.testing.assert_close(head.grad, 3 * d_head, atol=1e-10, rtol=1e-9)
+        logits = (x["hidden"] @ x["head"].T).requires_grad_()
+        again = policy_loss(logits, x["targets"], **arguments(x, **mode))
+        again.loss.backward()
+        torch.testing.assert_close(again.loss.detach(), loss, atol=1e-12, rtol=1e-10)
+        torch.testing.assert_close(logits.grad @ x["head"], d_hidden, atol=1e-10, rtol=1e-9)
+
+
+def test_a_sequence_ratio_refuses_a_token_weight():
+    x = inputs()
+    mode = dict(ratio="sequence", entropy=0.0, kl="k3", dual=None, cap=2.0, level="token", old=True)
+    with pytest.raises(ValueError, match="importance_level is 'token'"):
+        linear_policy_loss(x["hidden"], x["head"], x["targets"], **arguments(x, **mode))
+
+
+BASIC = dict(ratio="token", entropy=0.05, kl="k3", dual=None, cap=None, level="token", old=True)
+
+
+@pytest.mark.parametrize("train", ["hidden", "head"])
+def test_gradient_for_one_alone(train):
+    x = inputs()
+    _, d_hidden, d_head = specification(x, **BASIC)
+    given = {k: x[k].clone().requires_grad_(k == train) for k in ("hidden", "head")}
+    linear_policy_loss(given["hidden"], given["head"], x["targets"], **arguments(x, **BASIC)).loss.backward()
+    torch.testing.assert_close(given[train].grad, d_hidden if train == "hidden" else d_head, atol=1e-10, rtol=1e-9)
+    assert next(v for k, v in given.items() if k != train).grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("vocabulary", [1, 7, 1003])
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_half_precision_is_as_good_as_torch_from_the_same_rounded_logits(dtype, vocabulary, offset):
+    if offset and dtype == torch.float16:
+        pytest.skip("1e4 with differences below 8 is not representable in fp16")
+    g = torch.Generator().manual_seed(vocabulary)
+    logits = (3 * torch.randn(37, vocabulary, generator=g) + offset).to(dtype)
+    targets = torch.randint(vocabulary, (37,), generator=g)
+    ids = torch.zeros(37, dtype=torch.int32)
+    common = dict(sequence_ids=ids, weights=torch.ones(1), advantages=torch.ones(1), entropy_coef=0.1)
+
+    def run(x):
+        x = x.clone().requires_grad_()
+        out = policy_loss(x, targets, **common)
+        out.loss.backward()
+        return out.logprobs.double(), x.grad.double()
+
+    logp, grad = run(logits)
+    exact_logp, exact_grad = run(logits.double())
+    base = logits.float().log_softmax(-1).gather(1, targets[:, None])[:, 0].double()
+    assert (logp <= 0).all()
+    assert (logp - exact_logp).abs().max() <= 2 * (base - exact_logp).abs().max() + 1e-7
+    assert (grad - exact_grad).abs().max() <= 2 * torch.finfo(dtype).eps * exact_grad.abs().max() + 2e-6
+
+
+def test_hard_rows():
+    inf = float("inf")
+    logits = torch.tensor([[0.0, -inf, 1.0], [-inf, -inf, 0.0], [80.0, -80.0, 0.0], [float("nan"), 0.0, 0.0]])
+    logits.requires_grad_()
+    out = policy_loss(logits, torch.tensor([0, 2, 0, 1]), sequence_ids=torch.arange(4), weights=torch.ones(4),
+                      advantages=torch.ones(4), entropy_coef=0.1)  # fmt: skip
+    out.loss.backward()
+    assert torch.isfinite(logits.grad[:3]).all() and torch.isfinite(out.logprobs[:3]).all()
+    assert torch.isnan(out.logprobs[3]) and out.logprobs[1] == 0 and (out.entropy[:3] >= 0).all()
+    assert logits.grad[0, 1] == 0
+
+
+@pytest.mark.parametrize("target", [-1, 17, 10**12])
+def test_targets_out_of_range_are_an_error(target):
+    x = inputs()
+    x["targets"][3] = target
+    with pytest.raises(ValueError, match=f"target {target} is outside the vocabulary of 17"):
+        linear_policy_loss(x["hidden"], x["head"], x["targets"], **arguments(x, **BASIC))
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        linear_logprobs(x["hidden"], x["head"], x["targets"])
+
+
+def test_no_rows_at_all():
+    hidden, head = torch.zeros(0, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
+    none = torch.zeros(0, dtype=torch.int64)
+    out = linear_policy_loss(hidden, head, none, sequence_ids=none, weights=torch.ones(1), advantages=torch.ones(1))
+    out.loss.backward()
+    assert out.loss == 0 and head.grad.abs().max() == 0 and out.metrics["tokens"] == 0
+
+
+def test_strided_hidden_and_the_same_bits_every_time():
+    x = inputs()
+    wide = torch.zeros(T, 2 * D, dtype=torch.float64)
+    wide[:, ::2] = x["hidden"]
+    runs = []
+    for hidden in (x["hidden"].clone(), wide[:, ::2], x["hidden"].clone()):
+        h, w = hidden.detach().requires_grad_(), x["head"].clone().requires_grad_()
+        linear_policy_loss(h, w, x["targets"], chunk_rows=5, **arguments(x, **BASIC)).loss.backward()
+        runs.append((h.grad, w.grad))
+    assert torch.equal(runs[0][0], runs[2][0]) and torch.equal(runs[0][1], runs[2][1])
+    torch.testing.assert_close(runs[0], runs[1])
+
+
+def test_linear_logprobs_with_gradients():
+    x = inputs()
+    h, w = (x[k].clone().requires_grad_() for k in ("hidden", "head"))
+    run = lambda h, w: linear_logprobs(h, w, x["targets"], temperature=0.7, chunk_rows=5)  # noqa: E731
+    assert torch.autograd.gradcheck(run, (h, w))
+    logp = (x["hidden"] @ x["head"].T / 0.7).log_softmax(-1)
+    torch.testing.assert_close(run(h, w)[0].detach(), logp.gather(1, x["targets"][:, None])[:, 0])
+    torch.testing.assert_close(run(h, w)[1].detach(), -(logp.exp() * logp).sum(1))
+
+
+def test_loss_weights_make_the_means_they_name():
+    lengths = torch.tensor([2.0, 6.0])
+    per_token = torch.tensor([1.0] * 2 + [3.0] * 6)
+    owner = torch.tensor([0] * 2 + [1] * 6)
+
+    def mean(kind, **kw):
+        return (loss_weights(lengths, kind, n_sequences=2, n_tokens=8, **kw)[owner] * per_token).sum().item()
+
+    assert mean("response") == pytest.approx(2.0) and mean("token") == pytest.approx(2.5)
+    assert mean("constant", constant=10) == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="constant is None"):
+        mean("constant")
+
+
+def test_metrics_add_up_over_cuts():
+    x = inputs()
+    mode = arguments(x, **{**BASIC, "cap": 1.5})
+    whole = linear_policy_loss(x["hidden"], x["head"], x["targets"], **mode).metrics
+    cut = linear_policy_loss(x["hidden"], x["head"], x["targets"], chunk_rows=4, **mode).metrics
+    for k in whole:
+        torch.testing.assert_close(whole[k].double(), cut[k].double())
+    assert whole["tokens"] == T and whole["importance_truncated"] == 0 and whole["max_logprob"] <= 0
+    lp = linear_logprobs(x["hidden"], x["head"], x["targets"], temperature=0.7)[0]
+    r, a = (lp - x["behavior"]).exp(), x["advantages"][x["ids"]]
+    assert whole["clip_high"] == ((r > 1.2) & (a > 0)).sum() and whole["clip_low"] == ((r < 0.8) & (a < 0)).sum()
+    assert whole["max_logprob_diff"] == (lp - x["behavior"]).abs().max()

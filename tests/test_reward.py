@@ -1,0 +1,219 @@
+"""Extraction, repetition, and the table of answers; the checker's processes are killed and replaced."""
+
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lead_fast.reward import (
+    Verifier,
+    extract_boxed,
+    graded_text,
+    is_degenerate,
+    normalize,
+    quick,
+    score,
+    soft_overlong_penalty,
+)
+from lead_fast.schema import Response
+
+# response, reference, right or wrong
+TABLE = [
+    # none, several, nested, unclosed
+    (r"The answer is 5", "5", False),
+    (r"\boxed{5}", "5", True),
+    (r"\boxed{4} no, \boxed{5}", "5", True),
+    (r"\boxed{5} no, \boxed{4}", "5", False),
+    (r"\boxed{\boxed{5}}", "5", True),
+    (r"\fbox{5}", "5", True),
+    (r"\boxed 5", "5", True),
+    (r"\boxed{5", "5", False),
+    (r"\boxed{}", "5", False),
+    (r"\boxed{\text{}}", "5", False),
+    (r"boxed{5}", "5", False),
+    (r"\boxed{ 5 }", "5", True),
+    (r"$\boxed{5}$.", "5", True),
+    (r"\boxed{5.}", "5", True),
+    # integers
+    (r"\boxed{-5}", "5", False),
+    (r"\boxed{-5}", "-5", True),
+    (r"\boxed{−5}", "-5", True),
+    (r"\boxed{05}", "5", True),
+    (r"\boxed{+5}", "5", True),
+    (r"\boxed{50}", "5", False),
+    (r"\boxed{1,000}", "1000", True),
+    (r"\boxed{1{,}000}", "1000", True),
+    (r"\boxed{1\,000}", "1000", True),
+    (r"\boxed{1,000,000}", "1000000", True),
+    (r"\boxed{x=5}", "5", True),
+    (r"\boxed{n = 5}", "5", True),
+    # decimals and fractions
+    (r"\boxed{0.5}", r"\frac{1}{2}", True),
+    (r"\boxed{.5}", "0.5", True),
+    (r"\boxed{0.50}", "0.5", True),
+    (r"\boxed{0.5}", "0.51", False),
+    (r"\boxed{\frac{1}{2}}", r"\frac12", True),
+    (r"\boxed{\dfrac{1}{2}}", r"\frac{1}{2}", True),
+    (r"\boxed{\tfrac{1}{2}}", r"\frac{1}{2}", True),
+    (r"\boxed{1/2}", r"\frac{1}{2}", True),
+    (r"\boxed{2/4}", r"\frac{1}{2}", True),
+    (r"\boxed{\frac{2}{1}}", "2", True),
+    (r"\boxed{-\frac{1}{2}}", r"\frac{-1}{2}", True),
+    (r"\boxed{\frac{1}{3}}", r"\frac{1}{2}", False),
+    (r"\boxed{2\frac{1}{2}}", r"\frac{5}{2}", True),
+    (r"\boxed{2 1/2}", "2.5", True),
+    (r"\boxed{2\frac{1}{2}}", "1", False),
+    # roots, powers, constants, expressions
+    (r"\boxed{\sqrt{8}}", r"2\sqrt{2}", True),
+    (r"\boxed{\sqrt{2}}", r"\sqrt{3}", False),
+    (r"\boxed{\frac{\sqrt{2}}{2}}", r"\frac{1}{\sqrt{2}}", True),
+    (r"\boxed{2^{10}}", "1024", True),
+    (r"\boxed{2\pi}", r"\pi \cdot 2", True),
+    (r"\boxed{\pi}", "3.14", False),
+    (r"\boxed{(x+1)^2}", "x^2+2x+1", True),
+    (r"\boxed{x+1}", "1+x", True),
+    (r"\boxed{x+1}", "x-1", False),
+    (r"\boxed{\frac{x}{2}}", "0.5x", True),
+    (r"\boxed{10!}", "3628800", True),
+    (r"\boxed{\binom{5}{2}}", "10", True),
+    (r"\boxed{\log_2 8}", "3", True),
+    # units, percent, degrees, money, text
+    (r"\boxed{5 \text{ cm}}", "5", True),
+    (r"\boxed{5\,\text{cm}^2}", "5", True),
+    (r"\boxed{5\mathrm{ m}}", "5", True),
+    (r"\boxed{90^\circ}", "90", True),
+    (r"\boxed{90^{\circ}}", "90", True),
+    (r"\boxed{50\%}", "50", True),
+    (r"\boxed{50\%}", r"50\%", True),
+    (r"\boxed{\$5}", "5", True),
+    (r"\boxed{\text{A}}", "A", True),
+    (r"\boxed{\textbf{B}}", "B", True),
+    (r"\boxed{A}", "B", False),
+    (r"\boxed{\text{Monday}}", "monday", True),
+    # tuples, sets, intervals, relations
+    (r"\boxed{(1,2)}", "(1, 2)", True),
+    (r"\boxed{\left(1, 2\right)}", "(1,2)", True),
+    (r"\boxed{(2,1)}", "(1,2)", False),
+    (r"\boxed{\{1,2,3\}}", r"\{3,2,1\}", True),
+    (r"\boxed{\{1,2\}}", r"\{1,2,3\}", False),
+    (r"\boxed{1, 2, 3}", "1,2,3", True),
+    (r"\boxed{[0,1]}", r"\left[0,1\right]", True),
+    (r"\boxed{(0,1]}", "[0,1]", False),
+    (r"\boxed{[0,\infty)}", r"[0, \infty)", True),
+    (r"\boxed{(-\infty,0)\cup(1,\infty)}", r"(1,\infty)\cup(-\infty,0)", True),
+    (r"\boxed{\begin{pmatrix}1\\2\end{pmatrix}}", r"\begin{pmatrix}1\\2\end{pmatrix}", True),
+    # what must not be taken for right
+    (r"\boxed{5 or 6}", "5", False),
+    (r"\boxed{?}", "5", False),
+    (r"\boxed{\text{no answer}}", "5", False),
+    (r"\boxed{__import__('os').system('true')}", "0", False),
+    (r"\boxed{9^{9^{9^{9}}}}", "5", False),
+    (r"\boxed{10^{1000000}}", "5", False),
+]
+
+
+@pytest.fixture(scope="module")
+def verifier():
+    with Verifier(timeout_s=20.0) as v:
+        yield v
+
+
+@pytest.mark.parametrize("response, gold, right", TABLE, ids=[f"{r} | {g}" for r, g, _ in TABLE])
+def test_reward_table(verifier, response, gold, right):
+    assert verifier.grade([(extract_boxed(response), gold)]) == [right]
+
+
+def test_the_table_is_long_enough():
+    assert len(TABLE) >= 60 and sum(right for *_, right in TABLE) < len(TABLE)
+
+
+def test_graded_text_around_think():
+    text = r"\boxed{1}</think>\boxed{2}"
+    assert [extract_boxed(graded_text(text, w)) for w in ("all", "before_think", "after_think")] == ["2", "1", "2"]
+    assert graded_text("abc", "before_think") == "abc" and graded_text("abc", "after_think") == ""
+
+
+def test_score_reports_truncation_and_repetition(verifier):
+    responses = [Response([1], [0.0], "stop", r"\boxed{7}", 0), Response([1], [0.0], "length", "again " * 50, 0)]
+    one, two = score(responses, ["7", "7"], verifier, degenerate=True)
+    assert one.correct and not one.truncated and not one.degenerate and one.extracted == "7"
+    assert not two.correct and two.truncated and two.degenerate and two.extracted is None
+
+
+@pytest.mark.parametrize(
+    "text, degenerate",
+    [
+        ("a " * 9, False),
+        ("a " * 10, True),
+        ("x y z " * 10, True),
+        ("x y z " * 9, False),
+        ("w" * 119, False),
+        ("w" * 120, True),
+        (" ".join(str(i) for i in range(5000)), False),
+        ("start " + " ".join(f"w{i % 30}" for i in range(300)), True),
+        (" ".join(f"w{i % 31}" for i in range(310)), False),
+        ("", False),
+    ],
+)
+def test_degenerate(text, degenerate):
+    assert is_degenerate(text) is degenerate
+
+
+def test_soft_overlong_penalty():
+    assert [soft_overlong_penalty(n, 100, 20) for n in (0, 80, 90, 100, 120)] == [0.0, 0.0, -0.5, -1.0, -1.0]
+
+
+def test_a_stalled_worker_is_killed_and_replaced():
+    with Verifier(timeout_s=20.0) as v:
+        assert v.grade([(r"\frac{2}{4}", "0.5")]) == [True]
+        first = v.worker.process
+        assert first is not None
+        v.timeout_s = 0.0
+        assert v.grade([(r"\frac{3}{6}", "0.5")]) == [False] and first.poll() is not None and v.kills == 1
+        v.timeout_s = 20.0
+        assert v.grade([(r"\frac{4}{8}", "0.5")]) == [True]
+        second = v.worker.process
+        assert second is not None and second.pid != first.pid
+    assert second.poll() is not None
+
+
+def test_a_dead_worker_is_replaced():
+    with Verifier(timeout_s=20.0) as v:
+        v.grade([(r"\frac{2}{4}", "0.5")])
+        assert v.worker.process is not None
+        v.worker.process.kill()
+        v.worker.process.wait()
+        assert v.grade([(r"\frac{5}{10}", "0.5")]) == [False]
+        assert v.grade([(r"\frac{6}{12}", "0.5")]) == [True]
+
+
+HOSTILE = [
+    r"\boxed{" + "{" * 10_000 + "5" + "}" * 10_000 + "}",
+    r"\boxed{" * 10_000 + "5" + "}" * 10_000,
+    r"\boxed{" + "9" * 1_000_000 + "}",
+    r"\boxed{" + "(" * 900 + ")" * 900 + "}",
+    r"\boxed{\sqrt{" * 100 + "2" + "}}" * 100,
+    "\\boxed{\x00\x1b[2J5\u202e}",
+    "\\boxed{５}",
+    "\\" * 100_000,
+    "}" * 100_000 + r"\boxed{1}",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_answers_neither_stall_nor_pass(verifier, text):
+    began = time.monotonic()
+    assert verifier.grade([(extract_boxed(text), "1234567")]) == [False]
+    assert time.monotonic() - began < 25
+
+
+@given(st.text(max_size=200))
+@settings(max_examples=200, deadline=None)
+def test_extraction_never_raises_and_finds_what_was_boxed(text):
+    extract_boxed(text)
+    normalize(text)
+    quick(text, "5")
+    is_degenerate(text)
+    clean = text.replace("\\", "").replace("{", "").replace("}", "")
+    assert extract_boxed(text + "\\boxed{" + clean + "}") == clean.strip()
