@@ -84,7 +84,7 @@ def soft_overlong_penalty(length: int, max_tokens: int, buffer: int) -> float:
 
 # --------------------------------------------------------------------------------------------------------- comparison
 
-_DROP = re.compile(r"\\left(?![a-z])|\\right(?![a-z])|\\[!,;: ]|\$|~|\\displaystyle|\\limits")
+_DROP = re.compile(r"\\left(?![a-z])|\\right(?![a-z])|\\[!,;: ]|\\?\$|~|\\displaystyle|\\limits")
 _UNIT = re.compile(
     r"(?<=[\d}])\s*(?:\\text|\\mathrm|\\mbox|\\textrm)\s*\{[^{}]*\}(?:\^\{?\d\}?)?$|\^\{?\\circ\}?|°|\\degree"
 )
