@@ -113,10 +113,7 @@ from lead_fast.model import load_policy
 from lead_fast.packing import assign, make_pack
 from lead_fast.schema import Score
 
-spec = json.loads(sys.argv[1])
-c = load_config(["--rollout.group_size=4", *spec["args"]])
 ranks = start()
-policy = load_policy(c.model, ranks, reshard=spec["reshard"])
 g = torch.Generator().manual_seed(3)
 draw = lambda most: torch.randint(4, 300, (int(torch.randint(2, most, (1,), generator=g)),), generator=g).tolist()
 groups = [draw(9) for _ in range(4)]
@@ -125,60 +122,73 @@ responses = [draw(40) for _ in range(16)]
 behavior = [(-3 * torch.rand(len(r), generator=g)).tolist() for r in responses]
 outcomes = [1,0,1,0, 0,0,0,0, 1,1,1,1, 0,1,0,0]
 lengths = [len(r) for r in responses]
-lead = advantages([Score(bool(o), None, False, False) for o in outcomes], lengths, c, ranks.device)
-o = objective(lead.advantage, lengths, lead.kept.repeat_interleave(4), c)
-live = [i for i, moves in enumerate(needs_gradient(o, c)) if moves or not spec["prune"]]
-if spec["shuffle"]:
-    live = live[::-1]
 whole = [len(p) + n - 1 for p, n in zip(prompts, lengths)]
-plan = assign([whole[i] for i in live], spec["budget"], ranks.world, float)
-loss = torch.zeros(())
-for members in plan[ranks.rank]:
-    pack = make_pack([live[i] for i in members], prompts, responses, behavior, ranks.device)
-    out = policy_loss(policy, pack, o, c)
-    out.loss.backward()
-    loss += out.loss.detach()
-policy.to_shards()
-grads = [p.grad.full_tensor().flatten() for p in policy.parameters()]
-loss = ranks.all_sum(loss)
+
+def gradient(args, reshard, prune, shuffle, budget, checkpointing):
+    args = ["--rollout.group_size=4", f"--model.activation_checkpointing={checkpointing}", *args]
+    c = load_config(args)
+    policy = load_policy(c.model, ranks, reshard=reshard)
+    lead = advantages([Score(bool(o), None, False, False) for o in outcomes], lengths, c, ranks.device)
+    o = objective(lead.advantage, lengths, lead.kept.repeat_interleave(4), c)
+    live = [i for i, moves in enumerate(needs_gradient(o, c)) if moves or not prune]
+    if shuffle:
+        live = live[::-1]
+    plan = assign([whole[i] for i in live], budget, ranks.world, float)
+    loss = torch.zeros(())
+    for members in plan[ranks.rank]:
+        pack = make_pack([live[i] for i in members], prompts, responses, behavior, ranks.device)
+        out = policy_loss(policy, pack, o, c)
+        out.loss.backward()
+        loss += out.loss.detach()
+    policy.to_shards()
+    grads = [p.grad.full_tensor().flatten() for p in policy.parameters()]
+    return ranks.all_sum(loss), torch.cat(grads), len(live), len(plan[0])
+
+specs = json.loads(sys.argv[1])
+results = {name: gradient(**spec) for name, spec in specs.items()}
 if ranks.main:
-    torch.save((loss, torch.cat(grads), len(live), [len(r) for r in plan]), spec["out"])
+    torch.save(results, sys.argv[2])
 stop()
 """
 
-
-def gradient(tmp_path: Path, ranks: int, **spec) -> tuple[torch.Tensor, torch.Tensor, int, list[int]]:
-    spec = {"args": [], "reshard": False, "prune": True, "shuffle": False, "budget": 100_000} | spec
-    spec["out"] = str(tmp_path / "gradient.pt")
-    script = tmp_path / "gradient.py"
-    script.write_text(GRADIENT)
-    done = torchrun(ranks, str(script), json.dumps(spec))
-    assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(spec["out"])
-
-
-SPLITS = [
-    {"ranks": 1, "budget": 150},
-    {"ranks": 2, "budget": 150, "shuffle": True},
-    {"ranks": 2, "reshard": True, "prune": False},
-]
+PLAIN = {"reshard": False, "prune": True, "shuffle": False, "budget": 100_000, "checkpointing": "none"}
+CUTS = {
+    "whole": {},
+    "cut": {"budget": 150, "shuffle": True},
+    "resharded, not pruned, checkpointed": {"reshard": True, "prune": False, "checkpointing": "full"},
+}
 MODES = {
     "paper": [],
-    "official": ["--preset=official", "--rollout.temperature=0.8", "--rollout.stop=[]"],
+    "official": ["--preset=official", "--rollout.stop=[]"],
     "gspo": ["--loss.ratio=sequence", "--loss.mean=token"],
     "cispo": ["--loss.ratio=cispo", "--loss.mean=constant"],
 }
 
 
+@pytest.fixture(scope="module")
+def gradients(tmp_path_factory) -> dict[int, dict]:
+    """Loss, gradient, live sequences and packs of every mode and cut, on one rank and on two."""
+    folder = tmp_path_factory.mktemp("gradients")
+    (folder / "gradient.py").write_text(GRADIENT)
+    specs = {f"{m}/{c}": {"args": args, **PLAIN, **cut} for m, args in MODES.items() for c, cut in CUTS.items()}
+    out = {}
+    for ranks in (1, 2):
+        done = torchrun(ranks, str(folder / "gradient.py"), json.dumps(specs), str(folder / f"{ranks}.pt"))
+        assert done.returncode == 0, done.stderr[-3000:]
+        out[ranks] = torch.load(folder / f"{ranks}.pt")
+    return out
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("mode", MODES)
-def test_ranks_packs_and_order_give_the_same_gradient(mode, tmp_path):
-    loss, grad, _, _ = gradient(tmp_path, 1, args=MODES[mode])
-    assert grad.norm() > 0
-    for split in SPLITS if mode == "paper" else SPLITS[1:2]:
-        other_loss, other, _, packs = gradient(tmp_path, args=MODES[mode], **split)
-        assert split.get("budget") is None or packs[0] > 1
-        assert abs(loss - other_loss) <= 1e-6 * max(1.0, abs(loss))
-        assert (grad - other).norm() <= 2e-6 * grad.norm()
+def test_ranks_packs_and_order_give_the_same_gradient(mode, cut, ranks, gradients):
+    loss, grad, live, _ = gradients[1][f"{mode}/whole"]
+    other_loss, other, other_live, packs = gradients[ranks][f"{mode}/{cut}"]
+    assert grad.norm() > 0 and (packs > 1) == (cut == "cut")
+    assert live < 16 and other_live == (16 if cut.startswith("resharded") else live)
+    assert abs(loss - other_loss) <= 1e-6 * max(1.0, abs(loss))
+    assert (grad - other).norm() <= 2e-6 * grad.norm()
 
 
 # ----------------------------------------------------------------------------------------------------------- end to end
