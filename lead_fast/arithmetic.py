@@ -28,7 +28,7 @@ STORY = {
     "*": ("ends up with {} times as many",),
 }
 VERB = {"+": "add", "-": "subtract", "*": "multiply by"}
-SPECIAL = ("<|pad|>", "<|user|>", "<|assistant|>", "<|end|>")
+SPECIAL = ("<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>")
 CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'assistant' %}<|assistant|>{{ m.content }}<|end|>"
     "{% else %}<|user|>{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -119,7 +119,10 @@ def _hasty(start: int, steps: list[Step], value: int) -> str:
 
 
 def build_tokenizer(folder: Path | None = None):
-    """Byte-level BPE on this task's words, every digit a token of its own; takes any text, gives it back unchanged.
+    """Byte-level BPE on this task's words, every digit a token of its own; takes any text.
+
+    It gives text back unchanged; loaded by AutoTokenizer it becomes Qwen2's class, which composes accents first (NFC)
+    and whose `<|endoftext|>` is the padding token here.
 
     Args:
         folder: where to save it in Hugging Face layout, or None.

@@ -84,9 +84,12 @@ def export(folder: Path, policy: Policy, tokenizer: PreTrainedTokenizerBase, dty
         partial = folder.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
         weights = {k.removeprefix("model."): v.to(dtype) for k, v in state.items() if isinstance(v, torch.Tensor)}
-        model = policy.model
-        model.config.dtype = dtype
-        model.save_pretrained(partial, state_dict=weights)
+        if policy.model.config.tie_word_embeddings:
+            weights.pop("lm_head.weight", None)
+        policy.model.save_pretrained(partial, state_dict=weights)
+        config = json.loads((partial / "config.json").read_text())
+        config["dtype"] = str(dtype).removeprefix("torch.")  # of the file, not of the masters
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         tokenizer.save_pretrained(partial)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)

@@ -11,7 +11,7 @@ import sys
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 RECIPES = Path(__file__).parent / "recipes"
 PRESETS = Path(__file__).parent / "presets"
@@ -351,7 +351,7 @@ def load_config(
             raise unknown_key(key, "the command line", cls)
         if args and not args[0].startswith("--"):
             given[key] = args.pop(0)
-        elif _is_bool(key, cls):
+        elif _type(key, cls) is bool:
             given[key] = "true"
         else:
             raise ValueError(f"{flag} needs a value, as in {flag}=VALUE.")
@@ -361,7 +361,8 @@ def load_config(
         tree = merge(tree, read_toml(preset, PRESETS, "preset")) | {"preset": preset}
     for key, value in given.items():
         *section, leaf = key.split(".")
-        tree = merge(tree, {section[0]: {leaf: _value(value)}} if section else {leaf: _value(value)})
+        parsed = _value(value, _type(key, cls))
+        tree = merge(tree, {section[0]: {leaf: parsed}} if section else {leaf: parsed})
     return from_tree(tree, cls)
 
 
@@ -369,14 +370,14 @@ def _split(arg: str) -> list[str]:
     return arg.split("=", 1) if arg.startswith("--") and "=" in arg else [arg]
 
 
-def _is_bool(key: str, cls: Any) -> bool:
+def _type(key: str, cls: Any) -> Any:
     for part in key.split("."):
         cls = {f.name: f.type for f in dataclasses.fields(cls)}[part]
-    return cls is bool
+    return cls
 
 
-def _value(text: str) -> Any:
-    if text.lower() == "none":
+def _value(text: str, kind: Any) -> Any:
+    if text.lower() == "none" and type(None) in get_args(kind):
         return None
     return json.loads(text) if text.startswith("[") else text
 

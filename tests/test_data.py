@@ -128,4 +128,4 @@ def test_the_tokenizer_keeps_any_text_and_takes_digits_one_by_one():
     for text in ("Mia has 47 apples.", "Ünïcode ∑ 数学 \x00 \n\t 12345 <b>", ""):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert len(tokenizer("12345")["input_ids"]) == 5 and len(tokenizer) <= 512
-    assert tokenizer.eos_token == "<|end|>" and tokenizer.pad_token == "<|pad|>"
+    assert tokenizer.eos_token == "<|end|>" and tokenizer.pad_token == "<|endoftext|>"

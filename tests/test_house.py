@@ -167,3 +167,8 @@ def test_a_mistake_on_the_command_line_ends_the_run_with_that_sentence():
     out = run("lead_fast.train", "--rollout.groupsize=4")
     assert out.returncode != 0
     assert out.stderr.strip().splitlines()[-1].startswith("error: Unknown configuration key rollout.groupsize")
+
+
+def test_none_is_a_value_where_a_key_has_it_and_absence_where_it_may_be_absent():
+    c = load_config(["--advantage.std=none", "--loss.dual_clip=none", "--resume", "--parallel.reshard=false"])
+    assert c.advantage.std == "none" and c.loss.dual_clip is None and c.resume and not c.parallel.reshard
