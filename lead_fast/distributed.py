@@ -73,3 +73,8 @@ def start() -> Ranks:
 def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def complaint(e: ValueError) -> str | int:
+    """What a command exits with when its user made a mistake: one sentence, on the first rank alone."""
+    return f"error: {e}" if os.environ.get("RANK", "0") == "0" else 1

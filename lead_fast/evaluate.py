@@ -12,7 +12,7 @@ import numpy as np
 
 from .config import Config, check, load_config
 from .data import load_problems, tokenize_prompts
-from .distributed import Ranks, start, stop
+from .distributed import Ranks, complaint, start, stop
 from .engine import Engine, Progress, Sampling, make_engine, silent
 from .model import load_tokenizer
 from .reward import Verifier
@@ -127,4 +127,4 @@ if __name__ == "__main__":
     try:
         main()
     except ValueError as e:
-        sys.exit(f"error: {e}")
+        sys.exit(complaint(e))

@@ -211,7 +211,7 @@ def shard(policy: Policy, ranks: Ranks, dtype: str, *, reshard: bool, activation
     if activation_checkpointing == "full":
         for block in blocks:
             checkpoint(block)
-    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.bfloat16)
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)  # outputs stay as they are
     precision = half if dtype == "bfloat16" else MixedPrecisionPolicy()
     for block in blocks:
         fully_shard(block, mesh=ranks.mesh, mp_policy=precision, reshard_after_forward=reshard)

@@ -19,7 +19,7 @@ from . import checkpoint
 from .arithmetic import architecture, build_tokenizer
 from .config import SftConfig, dump, load_config
 from .data import ProblemStream, load_problems, tokenize_prompts
-from .distributed import start, stop
+from .distributed import complaint, start, stop
 from .model import Policy, load_model, load_tokenizer, shard
 from .optim import learning_rate, make_optimizer, update
 from .packing import Pack, assign, make_pack
@@ -155,4 +155,4 @@ if __name__ == "__main__":
     try:
         main()
     except ValueError as e:
-        sys.exit(f"error: {e}")
+        sys.exit(complaint(e))

@@ -25,7 +25,7 @@ from . import checkpoint
 from .advantage import advantages, difficulty_weight
 from .config import RECIPES, Config, check, dump, load_config, names
 from .data import ProblemStream, load_problems, tokenize_prompts
-from .distributed import Ranks, start, stop
+from .distributed import Ranks, complaint, start, stop
 from .engine import Sampling, make_engine
 from .evaluate import evaluate, load_test
 from .loss import needs_gradient, objective, pack_logprobs, policy_loss, reduce_metrics
@@ -43,6 +43,7 @@ ASIDE = ("evaluate", "save")  # phases that are no part of a step
 
 def train(c: Config, ranks: Ranks, run: Path) -> None:
     """Train as `c` says; everything that comes out is in the folder `run`."""
+    asked_to_stop = stop_on_sigterm()
     # Everything that a user can get wrong is looked at before a model is loaded.
     tokenizer = load_tokenizer(c.model)
     problems, prompts = load_train(c, tokenizer)
@@ -59,7 +60,6 @@ def train(c: Config, ranks: Ranks, run: Path) -> None:
         first, seconds_before = found["step"], found["elapsed_s"]
         sync(policy, engine, first)
     metrics.truncate_after(first)
-    asked_to_stop = stop_on_sigterm()
     began = time.monotonic() - seconds_before
     timer = PhaseTimer()
     sampling = Sampling(c.rollout.max_tokens, c.rollout.temperature, c.rollout.top_p, c.rollout.min_p, c.rollout.stop)
@@ -306,4 +306,4 @@ if __name__ == "__main__":
     try:
         main()
     except ValueError as e:
-        sys.exit(f"error: {e}")
+        sys.exit(complaint(e))

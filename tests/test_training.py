@@ -142,7 +142,7 @@ def gradient(args, reshard, prune, shuffle, budget, checkpointing):
         loss += out.loss.detach()
     policy.to_shards()
     grads = [p.grad.full_tensor().flatten() for p in policy.parameters()]
-    return ranks.all_sum(loss), torch.cat(grads), len(live), len(plan[0])
+    return ranks.all_sum(loss), torch.cat(grads), len(live), len(plan[0]), out.logprobs
 
 specs = json.loads(sys.argv[1])
 results = {name: gradient(**spec) for name, spec in specs.items()}
@@ -170,7 +170,8 @@ def gradients(tmp_path_factory) -> dict[int, dict]:
     """Loss, gradient, live sequences and packs of every mode and cut, on one rank and on two."""
     folder = tmp_path_factory.mktemp("gradients")
     (folder / "gradient.py").write_text(GRADIENT)
-    specs = {f"{m}/{c}": {"args": args, **PLAIN, **cut} for m, args in MODES.items() for c, cut in CUTS.items()}
+    specs = {"half": {"args": ["--model.dtype=bfloat16"], **PLAIN}}
+    specs |= {f"{m}/{c}": {"args": args, **PLAIN, **cut} for m, args in MODES.items() for c, cut in CUTS.items()}
     out = {}
     for ranks in (1, 2):
         done = torchrun(ranks, str(folder / "gradient.py"), json.dumps(specs), str(folder / f"{ranks}.pt"))
@@ -183,12 +184,21 @@ def gradients(tmp_path_factory) -> dict[int, dict]:
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("mode", MODES)
 def test_ranks_packs_and_order_give_the_same_gradient(mode, cut, ranks, gradients):
-    loss, grad, live, _ = gradients[1][f"{mode}/whole"]
-    other_loss, other, other_live, packs = gradients[ranks][f"{mode}/{cut}"]
+    loss, grad, live, *_ = gradients[1][f"{mode}/whole"]
+    other_loss, other, other_live, packs, _ = gradients[ranks][f"{mode}/{cut}"]
     assert grad.norm() > 0 and (packs > 1) == (cut == "cut")
     assert live < 16 and other_live == (16 if cut.startswith("resharded") else live)
     assert abs(loss - other_loss) <= 1e-6 * max(1.0, abs(loss))
     assert (grad - other).norm() <= 2e-6 * grad.norm()
+
+
+def test_bfloat16_computes_the_same_with_a_float32_loss(gradients):
+    loss, grad, *_, logprobs = gradients[1]["paper/whole"]
+    half_loss, half, *_, half_logprobs = gradients[1]["half"]
+    assert half_loss.dtype == half_logprobs.dtype == half.dtype == torch.float32
+    assert not torch.equal(half_logprobs, half_logprobs.bfloat16().float())  # not rounded on the way out
+    assert (half_logprobs - logprobs).abs().max() < 0.3 and not torch.equal(half, grad)
+    assert torch.cosine_similarity(half, grad, dim=0) > 0.99
 
 
 # ----------------------------------------------------------------------------------------------------------- end to end
