@@ -143,9 +143,13 @@ def _tower(s: str) -> bool:
 
 def worker() -> None:
     """Reads [answer, gold] as JSON lines, writes true or false. Runs in a process of its own; ends when stdin does."""
+    import ctypes
     import logging
     import resource
+    import signal
 
+    if sys.platform == "linux":  # however the trainer ends, no worker outlives it
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     from math_verify import LatexExtractionConfig, parse, verify
 
     resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))

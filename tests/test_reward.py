@@ -1,5 +1,8 @@
 """Extraction, repetition, and the table of answers; the checker's processes are killed and replaced."""
 
+import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -217,3 +220,24 @@ def test_extraction_never_raises_and_finds_what_was_boxed(text):
     is_degenerate(text)
     clean = text.replace("\\", "").replace("{", "").replace("}", "")
     assert extract_boxed(text + "\\boxed{" + clean + "}") == clean.strip()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")
+def test_no_worker_outlives_a_killed_parent():
+    script = (
+        "import os, signal\nfrom lead_fast.reward import Verifier\nv = Verifier(60.0)\n"
+        "print(v.grade([(r'\\frac{2}{4}', '0.5')]), v.worker.process.pid, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, timeout=120).stdout
+    right, pid = out.rsplit(maxsplit=1)
+    assert right == "[True]"
+    deadline = time.monotonic() + 10
+    while (alive := os.path.exists(f"/proc/{pid}")) and time.monotonic() < deadline:
+        with open(f"/proc/{pid}/stat") as stat:
+            if stat.read().split()[2] == "Z":  # dead, and not yet collected
+                alive = False
+                break
+        time.sleep(0.1)
+    assert not alive
