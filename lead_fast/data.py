@@ -92,6 +92,8 @@ def _read(source: str, split: str) -> tuple[list[dict], list[str]]:
         rows = _read_jsonl(Path(source))
     elif source.endswith(".parquet"):
         rows = _read_parquet(Path(source))
+    elif Path(source).is_file():
+        raise ValueError(f"{source} is neither .jsonl nor .parquet: convert it to one of them.")
     else:
         rows = _read_hub(source, split)
     return rows, list(dict.fromkeys(k for row in rows for k in row))
@@ -100,12 +102,14 @@ def _read(source: str, split: str) -> tuple[list[dict], list[str]]:
 def _read_jsonl(path: Path) -> list[dict]:
     _must_exist(path)
     rows = []
-    with path.open(encoding="utf-8", errors="replace") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as e:
+                raise ValueError(f"{path}, line {number} is no UTF-8: save the file in that encoding.") from e
             except json.JSONDecodeError as e:
                 raise ValueError(f"{path}, line {number} is no JSON ({e.msg}): give one JSON object a line.") from e
             if not isinstance(row, dict):

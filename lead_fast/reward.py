@@ -1,9 +1,18 @@
 """From a response's text to right or wrong: the last \\boxed{}, checked in processes that may be killed.
 
-What is compared: the last boxed answer of the graded text with the reference. Equal after normalisation is right
-(dollar signs, spaces, \\left and \\right, \\dfrac, thousands commas, units in \\text{}, degree signs are dropped); two
+What is compared: the last boxed answer of the graded text with the reference. Equal after normalisation is right; two
 plain integers that differ are wrong; all else goes to math-verify in a worker process with a time limit, and what
-stalls, crashes or is absurdly long is wrong. Only LaTeX parsing is used: nothing in an answer is ever run as code.
+stalls, crashes or is absurdly long is wrong. What is decided here and not by math-verify:
+
+- Dropped: dollar signs, \\left, \\right, \\displaystyle, thousands separators of a whole number, degree signs (in
+  trigonometric functions they become radians), a leading \\approx, a unit in \\text{} behind a number. Words that
+  change the number (`or`, `million`, anything with a digit) are no unit, and 5 km is not 5 m.
+- 50% is 50 as well as 0.5; x = 5 is 5; the last member of a chain of equalities counts; an interval may be written as
+  an inequality; a set is no tuple; the case of words does not matter, that of single letters is left to math-verify.
+- A decimal equals what it agrees with to six places (math-verify's rule): 0.333333 is 1/3 and 0.33 is not.
+
+sympy evaluates text with Python's `eval` wherever it is handed a string, and latex2sympy hands it number tokens; the
+worker lets numbers and sympy's own closed forms through and refuses all else, so nothing in an answer is run as code.
 """
 
 import json
@@ -12,7 +21,7 @@ import re
 import select
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from .schema import Response, Score
@@ -35,20 +44,19 @@ def graded_text(text: str, where: str = "all") -> str:
 
 
 def extract_boxed(text: str) -> str | None:
-    """Content of the last \\boxed{...} or \\fbox{...} (or `\\boxed 7`), braces balanced; None if there is none."""
-    at = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
-    if at < 0:
-        return None
-    rest = text[at + (6 if text.startswith("\\boxed", at) else 5) :]
-    body = rest.lstrip()
-    if not body.startswith("{"):
-        word = re.match(r"\s+([^\s$]+)", rest)
-        return word.group(1) if word else None
-    depth = 0
-    for brace in re.finditer(r"\\.|[{}]", body, re.S):
+    """Content of the last \\boxed{...} or \\fbox{...}, braces balanced; without any, of `\\boxed 7`; else None.
+
+    A last box that is never closed gives None: the answer was not finished.
+    """
+    starts = [box.end() for box in re.finditer(r"\\(?:boxed|fbox)\s*+\{", text)]
+    if not starts:
+        words = re.findall(r"\\(?:boxed|fbox)\s++([^\s${}]++)", text)
+        return words[-1] if words else None
+    depth = 1
+    for brace in re.compile(r"\\.|[{}]", re.S).finditer(text, starts[-1]):
         depth += {"{": 1, "}": -1}.get(brace.group(), 0)
-        if depth == 0 and brace.group() == "}":
-            return body[1 : brace.start()].strip()
+        if depth == 0:
+            return text[starts[-1] : brace.start()].strip()
     return None
 
 
@@ -84,24 +92,49 @@ def soft_overlong_penalty(length: int, max_tokens: int, buffer: int) -> float:
 
 # --------------------------------------------------------------------------------------------------------- comparison
 
-_DROP = re.compile(r"\\left(?![a-z])|\\right(?![a-z])|\\[!,;: ]|\\?\$|~|\\displaystyle|\\limits")
-_UNIT = re.compile(
-    r"(?<=[\d}])\s*(?:\\text|\\mathrm|\\mbox|\\textrm)\s*\{[^{}]*\}(?:\^\{?\d\}?)?$|\^\{?\\circ\}?|°|\\degree"
+_SPELLING = str.maketrans({"−": "-", "×": "\\times ", "·": "\\cdot ", "÷": "/", "π": "\\pi ", "∞": "\\infty ",
+    "√": "\\sqrt ", "²": "^2", "³": "^3", "½": "\\frac12", "¼": "\\frac14", "¾": "\\frac34", "≤": "\\le ", "≥": "\\ge ",
+    "≠": "\\ne ", "∪": "\\cup ", "∩": "\\cap ", "∈": "\\in ", "∅": "\\emptyset ", "°": "^\\circ "})  # fmt: skip
+_DROP = re.compile(
+    r"\\(?:left|right)(?![a-z])\.?|(?<!\\)\\!|\\?\$|\\(?:displaystyle|limits)(?![a-z])|^\s*(?:\\approx|≈)"
 )
-_WHOLE_TEXT = re.compile(r"^(?:\\text|\\mathrm|\\mbox|\\textbf|\\mathbf)\s*\{([^{}]*)\}$")
-_MIXED = re.compile(r"^(-?)(\d+)\s*(?:\\[dt]?frac\{(\d+)\}\{(\d+)\}|\s(\d+)/(\d+))$")
-_INTEGER = re.compile(r"^[+-]?\d+$")
+_SPACE = re.compile(r"(?<!\\)\\[,;: ]|~|\\q?quad(?![a-z])")
+_UNIT = re.compile(
+    r"(?<=[\d}a-z])\s*\\(?:text|mathrm|mbox|textrm)\s*\{((?:[^{}\d,;=<>\\]|\^-?\d)*)\}((?:\^\{?-?\d\}?)?)$"
+)
+_WORDS = re.compile(r"\\(?:text|mathrm|mbox|textrm)\{[^{}]*\}$")
+_NO_UNIT = re.compile(
+    r"(?i)\b(?:or|and|not|to|than|if|when|for|mod|base|over|times|plus|minus|half|pi|dozen|\w*(?:hundred|thousand|illion))\b"
+)
+_UNITS = frozenset("mm cm dm m km in ft yd mi mg g kg lb oz ms s sec min h hr hours minutes seconds days ml l".split())
+_DEGREES = re.compile(r"(\d+(?:\.\d+)?)?\s*(?:\^\s*\{\s*\\circ\s*\}|\^\s*\\circ(?![a-z])|\\degree(?![a-z]))")
+_TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
+_WHOLE_TEXT = re.compile(r"^\\(?:text|mathrm|mbox|textbf|mathbf)\s*\{([^{}]*)\}$")
+_MIXED = re.compile(r"^(-?)(\d+)\s*(?:\\frac\{(\d+)\}\{(\d+)\}|\s(\d+)/(\d+))$")
+_RECURRING = re.compile(r"^(-?)(\d*)\.(\d*)\\(?:overline|bar|dot)\{?(\d+)\}?$")
+_THOUSANDS = re.compile(r"^[-+]?\d{1,3}(?:(?:,|\{,\}|\s)\d{3})+(?:\.\d+)?(?:\\?%)?$")
+_INTEGER = re.compile(r"^[+-]?\d+$", re.ASCII)
+_BASE = re.compile(r"^(\d+)_\{?(\d+)\}?$", re.ASCII)
 
 
 def normalize(answer: str) -> str:
-    """One spelling for what mathematicians write in several."""
-    s = "".join(c for c in answer if c.isprintable() or c in "\n\t").strip()
-    s = _DROP.sub("", s).replace("−", "-").replace("\\tfrac", "\\frac").replace("\\dfrac", "\\frac")
-    s = s.replace("\\%", "%").replace("\\cdot", "\\times") if "\\cdots" not in s else s.replace("\\%", "%")
-    s = s.strip().rstrip(".").strip()
+    """One spelling for what mathematicians write in several; spaces stay only where they part two words or numbers."""
+    return _normalize(answer)[0]
+
+
+def _normalize(answer: str) -> tuple[str, str]:
+    """The answer in one spelling, and the unit that was dropped from it."""
+    s = "".join(c for c in answer.translate(_SPELLING) if c.isprintable() or c in "\n\t")
+    s = _SPACE.sub(" ", _DROP.sub("", s)).strip().removesuffix(".").strip()
+    s = re.sub(r"\\[dt]frac(?![a-z])", r"\\frac", s).replace("\\%", "%").replace("\\varnothing", "\\emptyset")
+    s = re.sub(r"\\(?:text|mathrm|mbox)\{\s*(?:or|and)\s*\}", ",", s)
+    s = re.sub(r"\\cdot(?![a-z])", r"\\times", s)
     if m := _WHOLE_TEXT.match(s):
         s = m.group(1).strip()
-    s = _UNIT.sub("", s).strip()
+    s = _DEGREES.sub(r"(\\frac{\1\\pi}{180})" if _TRIGONOMETRIC.search(s) else r"\1", s).strip()
+    unit = ""
+    if (m := _UNIT.search(s)) and not _NO_UNIT.search(m.group(1)):
+        s, unit = s[: m.start()].strip(), "".join(m.groups()).replace(" ", "").strip(".").lower()
     if m := re.match(r"^[a-zA-Z]\s*=\s*([^=]+)$", s):
         s = m.group(1)
     s = re.sub(r"\\frac\s*(\d)\s*(\d)(?!\d)", r"\\frac{\1}{\2}", s)
@@ -109,33 +142,53 @@ def normalize(answer: str) -> str:
         sign, whole, a, b, c, d = m.groups()
         top, bottom = int(a or c), int(b or d)
         s = f"{sign}\\frac{{{int(whole) * bottom + top}}}{{{bottom}}}"
-    s = (
-        re.sub(r"(?<=\d)(?:,|\{,\})(?=\d{3}(?!\d))", "", s)
-        if re.match(r"^[-+]?\d{1,3}(?:(?:,|\{,\})\d{3})+(?:\.\d+)?%?$", s)
-        else s
-    )
-    return re.sub(r"\s+", "", s)
+    if m := _RECURRING.match(s):  # 0.1(6) = (16 - 1) / 90
+        sign, whole, start, cycle = m.groups()
+        top = int(whole + start + cycle) - int(whole + start or "0")
+        s = f"{sign}\\frac{{{top}}}{{{'9' * len(cycle) + '0' * len(start)}}}"
+    if m := re.match(r"^([-+]?\d+(?:\.\d+)?)[eE]([-+]?\d+)$", s):
+        s = f"{m.group(1)}\\times10^{{{m.group(2)}}}"
+    if _THOUSANDS.match(s):
+        s = re.sub(r",|\{,\}|\s", "", s)
+    s = re.sub(r"\s+", " ", s)
+    return re.sub(r"(?<![\da-zA-Z]) | (?![\da-zA-Z])|(?<=\d) (?=[a-zA-Z])|(?<=[a-zA-Z]) (?=\d)", "", s), unit
 
 
 def quick(answer: str, gold: str) -> bool | None:
     """Right or wrong where a glance tells, else None."""
     if len(answer) > MAX_ANSWER_CHARS:
         return False
-    a, b = normalize(answer), normalize(gold)
-    if not a:
+    (a, unit_a), (b, unit_b) = _normalize(answer), _normalize(gold)
+    if not a or (unit_a != unit_b and {unit_a, unit_b} <= _UNITS):
         return False
-    if a == b or a.lower() == b.lower() and a.isalpha():
+    if a == b or (a.lower() == b.lower() and len(a) > 1 and a.replace(" ", "").isalpha()):
         return True
     if _INTEGER.match(a) and _INTEGER.match(b):
         return int(a) == int(b)
-    if _tower(a):
+    if (m := _BASE.match(a)) and (n := _BASE.match(b)) and m.group(2) != n.group(2):
         return False
-    return None
+    if {_bracket(a), _bracket(b)} == {"set", "tuple"}:
+        return False
+    if any(map(str.isdigit, a)) and bool(_WORDS.search(a)) != bool(_WORDS.search(b)):
+        return False  # words that are no unit: math-verify would drop them and take `5 million` for 5
+    return False if _tower(a) else None
+
+
+def _bracket(s: str) -> str:
+    """`set` for \\{1,2\\}, `tuple` for (1,2) or [1,2], where the brackets hold numbers only."""
+    listed = re.match(r"^(\\\{|[(\[])[-\d.,/\s]*,[-\d.,/\s]*(?:\\\}|[)\]])$", s)
+    return "" if not listed else "set" if listed.group(1) == "\\{" else "tuple"
 
 
 def _tower(s: str) -> bool:
-    """Powers of powers and huge exponents or factorials, which a computer algebra system would try to write out."""
-    return bool(re.search(r"\^\{?[^{}]*\^|\^\{?\d{4,}|\d{4,}!|!!|\\uparrow|\d{60,}", s))
+    """What a computer algebra system would try to write out: huge exponents and factorials, powers of powers.
+
+    Only a short cut for the obvious; the time limit of the worker is the guard.
+    """
+    if re.search(r"\^\{?\d{5,}|\d{5,}!|!!|\\uparrow|\d{60,}|\^\{[^{}]*\^\{[^{}]*\^", s):
+        return True
+    inner = re.findall(r"\^\{[^{}]*?(\d+)\^\{?(\d+)", s)
+    return any(len(base) * int(exponent) > 20 for base, exponent in inner)
 
 
 # ------------------------------------------------------------------------------------------------------------- workers
@@ -150,11 +203,20 @@ def worker() -> None:
 
     if sys.platform == "linux":  # however the trainer ends, no worker outlives it
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    import sympy.physics.units  # noqa: F401  (hands strings to sympify while it is imported)
     from math_verify import LatexExtractionConfig, parse, verify
+    from sympy.parsing import sympy_parser
 
     resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
     sys.setrecursionlimit(3000)
     logging.disable(logging.CRITICAL)
+    sympy_parser.parse_expr = _only_numbers(sympy_parser.parse_expr)
+    try:
+        sympy.sympify("x")
+    except ValueError:  # as it must
+        pass
+    else:
+        raise RuntimeError("This sympy evaluates strings by another way than sympy_parser.parse_expr.")
     config = [LatexExtractionConfig()]
     out = sys.stdout
     print("ready", file=out, flush=True)
@@ -164,10 +226,22 @@ def worker() -> None:
             ours, theirs = (
                 parse(f"${normalize(x)}$", extraction_config=config, parsing_timeout=0) for x in (answer, gold)
             )
-            ok = bool(ours and theirs) and verify(theirs, ours, timeout_seconds=None)
+            ok = bool(ours and theirs) and verify(theirs, ours, timeout_seconds=None, allow_set_relation_comp=True)
         except (Exception, RecursionError):  # whatever a parser raises on an answer: the answer is wrong
             ok = False
         print(json.dumps(bool(ok)), file=out, flush=True)
+
+
+def _only_numbers(parse_expr: Callable) -> Callable:
+    """sympy's string parser, which is `eval`, for numbers and closed forms of numbers; all else is refused."""
+    safe = re.compile(r"(?:[\d\s.+\-*/()]|sqrt|exp|log|pi|[eE])*", re.ASCII)
+
+    def parse(text: str, *args, **kwargs):
+        if not safe.fullmatch(text):
+            raise ValueError(f"{text[:50]!r} is no number.")
+        return parse_expr(text, *args, **kwargs)
+
+    return parse
 
 
 class _Worker:
@@ -177,9 +251,9 @@ class _Worker:
         self.process: subprocess.Popen | None = None
 
     def ask(self, answer: str, gold: str, timeout_s: float) -> bool:
-        if self.process is None:
-            self.process = self._start()
-        process = self.process
+        if self.process is not None and self.process.poll() is not None:
+            self.kill()  # died between two answers: not this one's fault
+        process = self.process or self._start()
         assert process.stdin and process.stdout
         try:
             process.stdin.write((json.dumps([answer, gold]) + "\n").encode())
@@ -194,15 +268,21 @@ class _Worker:
     def _start(self) -> subprocess.Popen:
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", "from lead_fast.reward import worker; worker()"],
+            [sys.executable, "-P", "-c", "from lead_fast.reward import worker; worker()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env=env,
         )
-        if self._line(120.0) != "ready":
+        ready = self._line(120.0) == "ready"
+        if ready:
+            assert self.process.stdin
+            self.process.stdin.write(b'["x+1", "1+x"]\n')
+            self.process.stdin.flush()
+            ready = self._line(60.0) == "true"
+        if not ready:  # or every answer would be wrong, and nobody would know why
             self.kill()
-            raise RuntimeError("The answer checker did not start: is the package math-verify installed?")
+            raise RuntimeError("The answer checker does not start: are math-verify and sympy installed as pinned?")
         return self.process
 
     def _line(self, timeout_s: float) -> str:

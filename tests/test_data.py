@@ -66,6 +66,12 @@ def test_bad_sources(tmp_path, monkeypatch):
         load_problems(jsonl(tmp_path / "a.jsonl", [ROW]), min_difficulty=9)
     with pytest.raises(ValueError, match="min_difficulty is 1, but .* has no column difficulty"):
         load_problems(jsonl(tmp_path / "b.jsonl", [{"problem": "1", "answer": "1"}]), min_difficulty=1)
+    (tmp_path / "a.csv").write_text("problem,answer\n1+1,2\n")
+    with pytest.raises(ValueError, match="neither .jsonl nor .parquet"):
+        load_problems(str(tmp_path / "a.csv"))
+    (tmp_path / "latin.jsonl").write_bytes(b'{"problem": "1", "answer": "2"}\n{"problem": "caf\xe9", "answer": "2"}\n')
+    with pytest.raises(ValueError, match="line 2 is no UTF-8"):
+        load_problems(str(tmp_path / "latin.jsonl"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ValueError, match="could not be had from the hub.*give a .jsonl"):
         load_problems("nobody/no-such-dataset-here")

@@ -1,9 +1,11 @@
 """Extraction, repetition, and the table of answers; the checker's processes are killed and replaced."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from lead_fast.reward import (
     Verifier,
+    _only_numbers,
     extract_boxed,
     graded_text,
     is_degenerate,
@@ -106,6 +109,53 @@ TABLE = [
     (r"\boxed{[0,\infty)}", r"[0, \infty)", True),
     (r"\boxed{(-\infty,0)\cup(1,\infty)}", r"(1,\infty)\cup(-\infty,0)", True),
     (r"\boxed{\begin{pmatrix}1\\2\end{pmatrix}}", r"\begin{pmatrix}1\\2\end{pmatrix}", True),
+    # powers side by side are no tower
+    (r"\boxed{x^2+y^2}", "y^2+x^2", True),
+    (r"\boxed{x^4+2x^2+1}", "(x^2+1)^2", True),
+    (r"\boxed{2^3\cdot 3^2}", "72", True),
+    (r"\boxed{2^{2023}-1}", "-1+2^{2023}", True),
+    (r"\boxed{2^{2^3}}", "256", True),
+    (r"\boxed{e^{-x^2}}", r"\frac{1}{e^{x^2}}", True),
+    (r"\boxed{2024!}", r"2024\cdot 2023!", True),
+    # spaces part numbers and words
+    (r"\boxed{1 2}", "12", False),
+    (r"\boxed{1 2 3}", "123", False),
+    (r"\boxed{1 000}", "1000", True),
+    (r"\boxed{12,34}", "1234", False),
+    (r"\boxed{2 \pi r}", r"2r\pi", True),
+    (r"\boxed{x \ln 2}", r"\ln(2)x", True),
+    (r"\boxed{\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", True),
+    (r"\boxed{\begin{pmatrix}2\\1\end{pmatrix}}", r"\begin{pmatrix}1\\2\end{pmatrix}", False),
+    # words that are no unit
+    (r"\boxed{5\text{ or 6}}", "5", False),
+    (r"\boxed{5\text{ or }6}", "5", False),
+    (r"\boxed{5\text{ or }6}", "5,6", True),
+    (r"\boxed{5 \text{ million}}", "5", False),
+    (r"\boxed{3\text{ dozen}}", "3", False),
+    (r"\boxed{7\text{ is wrong, 8}}", "7", False),
+    (r"\boxed{5\text{ km}}", r"5\text{ m}", False),
+    (r"\boxed{9.8\text{ m/s^2}}", "9.8", True),
+    (r"\boxed{16\pi\text{ cm}^2}", r"16\pi", True),
+    # degrees, recurring decimals, exponents, number bases, signs of print
+    (r"\boxed{\sin 30^\circ}", r"\frac12", True),
+    (r"\boxed{\sin(30)}", r"\sin(30^\circ)", False),
+    (r"\boxed{0.\overline{3}}", r"\frac13", True),
+    (r"\boxed{0.1\overline{6}}", r"\frac16", True),
+    (r"\boxed{0.333333}", r"\frac13", True),
+    (r"\boxed{0.33}", r"\frac13", False),
+    (r"\boxed{1e3}", "1000", True),
+    (r"\boxed{101_2}", "101_3", False),
+    (r"\boxed{½}", "0.5", True),
+    (r"\boxed{√2}", r"\sqrt{2}", True),
+    (r"\boxed{\approx 3.14}", "3.14", True),
+    # brackets and inequalities
+    (r"\boxed{\{1,2\}}", "(1,2)", False),
+    (r"\boxed{(1,2)}", r"\{1,2\}", False),
+    (r"\boxed{x > 2}", r"(2,\infty)", True),
+    (r"\boxed{x\ge 2}", r"(2,\infty)", False),
+    (r"\boxed{\emptyset}", r"\varnothing", True),
+    # a \boxed that holds nothing does not hide the one that does
+    (r"\boxed{5}, as \boxed shows", "5", True),
     # what must not be taken for right
     (r"\boxed{5 or 6}", "5", False),
     (r"\boxed{?}", "5", False),
@@ -187,8 +237,84 @@ def test_a_dead_worker_is_replaced():
         assert v.worker.process is not None
         v.worker.process.kill()
         v.worker.process.wait()
-        assert v.grade([(r"\frac{5}{10}", "0.5")]) == [False]
-        assert v.grade([(r"\frac{6}{12}", "0.5")]) == [True]
+        assert v.grade([(r"\frac{5}{10}", "0.5"), (r"\frac{6}{12}", "0.5")]) == [True, True]
+
+
+def test_what_cannot_be_computed_costs_the_limit_and_no_more():
+    with Verifier(timeout_s=20.0) as v:
+        v.grade([("x+1", "1+x")])
+        v.timeout_s, began = 1.0, time.monotonic()
+        assert v.grade([("(x+y+z+w)^{300}", "(1+x)^{99}+z")]) == [False] and v.kills == 1
+        assert time.monotonic() - began < 5
+
+
+STALL = """
+import sys, threading, os, signal
+from lead_fast.reward import Verifier
+v = Verifier(timeout_s=20.0)
+v.grade([("x+1", "1+x")])
+print(v.worker.process.pid, flush=True)
+v.timeout_s = 60.0
+threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
+v.grade([("(x+y+z+w)^{300}", "(1+x)^{99}+z")])
+"""
+
+
+def test_a_worker_that_computes_ends_after_its_parent_was_killed():
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    done = subprocess.run([sys.executable, "-c", STALL], capture_output=True, text=True, env=env, timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    worker, until = int(done.stdout), time.monotonic() + 15
+    assert alive(worker), "it ended before its parent: this tests nothing"
+    while alive(worker) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not alive(worker)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_worker_that_always_fails_is_no_wrong_answer(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with Verifier(timeout_s=20.0) as v, pytest.raises(RuntimeError, match="does not start"):
+        v.grade([("x+1", "1+x")])
+
+
+def test_a_worker_runs_the_code_of_its_parent(tmp_path, monkeypatch):
+    (tmp_path / "lead_fast").mkdir()
+    (tmp_path / "lead_fast" / "__init__.py").write_text("raise RuntimeError('taken from the current folder')")
+    monkeypatch.chdir(tmp_path)
+    with Verifier(timeout_s=20.0) as v:
+        assert v.grade([("x+1", "1+x")]) == [True]
+
+
+def test_the_parser_of_strings_takes_numbers_only():
+    taken = []
+    parse = _only_numbers(taken.append)
+    for text in ("12", "0.5", "((2+sqrt(8))/2)", ".5"):
+        parse(text)
+    assert len(taken) == 4
+    for text in ("__import__('os')", "x", "print(1)", "(1).real", "e.real", "1_0", "[1]", "exit()", "a.b"):
+        with pytest.raises(ValueError, match="is no number"):
+            parse(text)
+
+
+def test_nothing_in_an_answer_is_run(verifier, tmp_path):
+    mark = tmp_path / "mark"
+    code = f"__import__('pathlib').Path('{mark}').touch()"
+    for form in CODE:
+        assert (
+            verifier.grade([(form.replace("CODE", code), "5"), (form.replace("CODE", code), r"\{1,2\}")]) == [False] * 2
+        )
+    assert not mark.exists()
+
+
+CODE = ["CODE", r"\text{CODE}", r"\{CODE\}", "(CODE,2)", r"\operatorname{CODE}(x)", "x_{CODE}", r"\sqrt[CODE]{2}",
+        r"\frac{CODE}{2}", r"\sum_{i=CODE}^3 1", r"x=\text{CODE}", r"x\in\{CODE\}", r"\binom{CODE}{1}"]  # fmt: skip
 
 
 HOSTILE = [
