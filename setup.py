@@ -1,43 +1,65 @@
-"""Builds csrc with torch's extension tools where there is a compiler and torch; says in a sentence if not.
+"""Builds csrc with torch's extension tools where there is a C++ compiler and torch; says in a sentence if not.
 
-torch is no build requirement, so that building never fetches gigabytes: build with `--no-build-isolation`, where the
-installed torch is seen. Without torch or a compiler the package installs without the extension and runs slower.
+torch is no build requirement: an isolated build would fetch gigabytes, and of a torch that need not be the one the
+extension is loaded by. Instead the torch of the environment that is installed into is used. `--no-build-isolation` and
+`-e` see it anyway; pip's build isolation hides that environment's packages, but runs its Python, which still names
+their folder. Without torch or a compiler the package installs without the extension and runs slower.
 """
 
+import os
+import platform
 import shutil
 import sys
+import sysconfig
 
 from setuptools import setup
 
+# csrc/rows.cpp is compiled once for each; the CPU decides at run time.
+INSTRUCTION_SETS = {"DEFAULT": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    INSTRUCTION_SETS["AVX2"] = ["-mavx2", "-mfma", "-mf16c"]
+    INSTRUCTION_SETS["AVX512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
+    INSTRUCTION_SETS["AVX512"] += ["-Wno-maybe-uninitialized"]  # of GCC 12 in its own avx512fintrin.h
 
-def extensions() -> dict:
-    if not (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):
-        return without("no C++ compiler was found (on Debian: apt-get install g++)")
+
+def extension() -> dict:
+    if not any(shutil.which(c) for c in (os.environ.get("CXX", "c++").split()[0], "g++", "clang++")):
+        return without("there is no C++ compiler (on Debian: apt-get install g++)")
+    sys.path.append(sysconfig.get_path("platlib"))
     try:
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError:
-        return without("torch is not visible to the build (install it, then pip install --no-build-isolation .)")
+        return without("this environment has no torch (install it, then lead-fast again)")
+
+    flags = ["-O3", "-g0", "-fvisibility=hidden", "-Wno-unknown-pragmas"]
+    if sys.platform == "linux":
+        flags.append("-fopenmp")  # not linked: the library is torch's own, so there is one pool of threads
 
     class Build(BuildExtension):
-        """A failed compilation costs the extension, not the installation."""
-
-        def run(self) -> None:
+        def build_extension(self, ext) -> None:
+            """Adds rows.cpp for every instruction set; a failure costs the extension, not the installation."""
             try:
-                super().run()
-            except Exception as e:  # whatever the compiler or its tools raise
-                without(f"compiling failed ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})")
-                self.extensions = []
+                ext.extra_objects = []
+                for name, instructions in INSTRUCTION_SETS.items():
+                    ext.extra_objects += self.compiler.compile(
+                        ["csrc/rows.cpp"],
+                        output_dir=os.path.join(self.build_temp, name),
+                        include_dirs=ext.include_dirs,
+                        extra_postargs=[*flags, f"-DCPU_CAPABILITY={name}", f"-DCPU_CAPABILITY_{name}", *instructions],
+                        depends=ext.depends,
+                    )
+                super().build_extension(ext)
+            except Exception as e:  # whatever the compiler and its tools raise
+                without(f"compiling failed ({str(e).splitlines()[0] if str(e) else type(e).__name__})")
 
-        def copy_extensions_to_source(self) -> None:
-            if self.extensions:
-                super().copy_extensions_to_source()
-
-    flags = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
-    sources = ["csrc/bindings.cpp", "csrc/rows.cpp"]
-    return {
-        "ext_modules": [CppExtension("lead_kernels._C", sources, extra_compile_args=flags, depends=["csrc/rows.h"])],
-        "cmdclass": {"build_ext": Build},
-    }
+    module = CppExtension(
+        "lead_kernels._C",
+        ["csrc/bindings.cpp", "csrc/lead_advantages.cpp"],
+        extra_compile_args=flags,
+        depends=["csrc/rows.cpp", "csrc/rows.h"],
+        optional=True,  # an extension that was not built is no error
+    )
+    return {"ext_modules": [module], "cmdclass": {"build_ext": Build}}
 
 
 def without(reason: str) -> dict:
@@ -45,4 +67,4 @@ def without(reason: str) -> dict:
     return {}
 
 
-setup(**extensions())
+setup(**extension())

@@ -1,7 +1,14 @@
-// The one file that knows torch and Python: two operators on a CPU, rows shared out over torch's threads.
-#include <ATen/Parallel.h>
-#include <torch/extension.h>
+// The one file that knows torch and Python: operators on CPU tensors, rows shared out over torch's threads.
+#include <Python.h>
 
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <optional>
+#include <string>
 #include <tuple>
 
 #include "rows.h"
@@ -10,60 +17,154 @@ namespace {
 
 using at::Tensor;
 
-void check(const Tensor& logits, const Tensor& targets) {
-  TORCH_CHECK(logits.dim() == 2 && logits.stride(1) == 1, "logits must be [T, V] with V contiguous");
-  TORCH_CHECK(targets.dim() == 1 && targets.size(0) == logits.size(0) && targets.is_contiguous() &&
-                  targets.scalar_type() == at::kLong,
-              "targets must be int64 [T]");
-}
-
-// f(row pointer, row index) for every row, in float32 or bfloat16 (as its bits).
-template <typename F>
-void each_row(const Tensor& logits, F f) {
-  const int64_t rows = logits.size(0), stride = logits.stride(0);
-  auto run = [&](auto* base) {
-    at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) f(base + i * stride, i);
-    });
-  };
-  if (logits.scalar_type() == at::kFloat) {
-    run(logits.data_ptr<float>());
-  } else {
-    TORCH_CHECK(logits.scalar_type() == at::kBFloat16, "logits must be float32 or bfloat16");
-    run(reinterpret_cast<uint16_t*>(logits.data_ptr<at::BFloat16>()));
+// The kernels for these logits on this CPU. torch decides, so ATEN_CPU_CAPABILITY is obeyed as by its own kernels.
+const lead::RowKernels& row_kernels(at::ScalarType dtype) {
+  static const lead::RowKernels* table = [] {
+#if defined(__x86_64__)
+    const std::string capability = at::get_cpu_capability();
+    if (capability == "AVX512") return lead::AVX512::table;
+    if (capability == "AVX2") return lead::AVX2::table;
+#endif
+    return lead::DEFAULT::table;
+  }();
+  switch (dtype) {
+    case at::kFloat: return table[0];
+    case at::kBFloat16: return table[1];
+    case at::kHalf: return table[2];
+    default: return table[3];
   }
 }
 
-// -> stats float32 [T, 4] (max, log_norm, logprob, entropy)
+void check(const Tensor& logits, const Tensor& targets) {
+  const auto dtype = logits.scalar_type();
+  TORCH_CHECK_VALUE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble,
+                    "logits are ", dtype, ": give float32, bfloat16, float16 or float64");
+  TORCH_CHECK_VALUE(logits.dim() == 2 && logits.size(1) > 0 && (logits.stride(1) == 1 || logits.size(1) == 1),
+                    "logits are ", logits.sizes(), " with strides ", logits.strides(), ": give [T, V] with V contiguous");
+  TORCH_CHECK_VALUE(targets.dim() == 1 && targets.size(0) == logits.size(0) && targets.scalar_type() == at::kLong &&
+                        targets.is_contiguous(),
+                    "targets are ", targets.scalar_type(), " ", targets.sizes(), ": give contiguous int64 [T]");
+  const int64_t* target = targets.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < targets.size(0); ++i)
+    TORCH_CHECK_VALUE(target[i] >= 0 && target[i] < logits.size(1), "target ", target[i],
+                      " is outside the vocabulary of ", logits.size(1));
+}
+
+// f(row index, row) for every row; a thread gets rows worth at least 16 thousand logits.
+template <typename F>
+void each_row(const Tensor& logits, F f) {
+  const int64_t stride_bytes = logits.stride(0) * logits.element_size(), v = logits.size(1);
+  const char* base = static_cast<const char*>(logits.const_data_ptr());
+  at::parallel_for(0, logits.size(0), 1 + 16384 / v, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(i, base + i * stride_bytes);
+  });
+}
+
+// f(a pointer to the element type) for one of the four dtypes.
+template <typename F>
+void with_type(at::ScalarType dtype, F f) {
+  switch (dtype) {
+    case at::kFloat: return f(static_cast<float*>(nullptr));
+    case at::kBFloat16: return f(static_cast<at::BFloat16*>(nullptr));
+    case at::kHalf: return f(static_cast<at::Half*>(nullptr));
+    default: return f(static_cast<double*>(nullptr));
+  }
+}
+
+// -> [T, 4]: max, log_norm, log-prob of the target, entropy; float32, or float64 for float64.
 Tensor row_stats(const Tensor& logits, const Tensor& targets, double temperature) {
   check(logits, targets);
-  Tensor out = at::empty({logits.size(0), 4}, logits.options().dtype(at::kFloat));
-  auto* stats = reinterpret_cast<lead::RowStats*>(out.data_ptr<float>());
-  const int64_t* target = targets.data_ptr<int64_t>();
+  const auto& kernels = row_kernels(logits.scalar_type());
+  const auto wide = logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  Tensor out = at::empty({logits.size(0), 4}, logits.options().dtype(wide));
+  const int64_t* target = targets.const_data_ptr<int64_t>();
   const int64_t v = logits.size(1);
-  for (int64_t i = 0; i < targets.size(0); ++i)
-    TORCH_CHECK_VALUE(target[i] >= 0 && target[i] < v, "target ", target[i], " is outside the vocabulary of ", v);
-  each_row(logits, [&](auto* z, int64_t i) {
-    stats[i] = lead::row_stats(z, v, target[i], static_cast<float>(temperature));
+  with_type(logits.scalar_type(), [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
+    A* stats = out.mutable_data_ptr<A>();
+    each_row(logits, [&](int64_t i, const void* row) {
+      const lead::RowStats s = kernels.stats(row, v, temperature);
+      const double z = static_cast<double>(static_cast<const T*>(row)[target[i]]);
+      stats[4 * i] = static_cast<A>(s.max);
+      stats[4 * i + 1] = static_cast<A>(s.log_norm);
+      stats[4 * i + 2] = static_cast<A>((z - s.max) / temperature - s.log_norm);
+      stats[4 * i + 3] = static_cast<A>(s.log_norm - s.mean);
+    });
   });
   return out;
 }
 
-// logits become their gradient
+// Writes d loss / d logits = (g (onehot_t - p) - h p (log p + H)) / temperature over the logits, or to `out` where given.
 void row_gradient_(const Tensor& logits, const Tensor& targets, const Tensor& stats, const Tensor& grad_logprob,
-                   const Tensor& grad_entropy, double temperature) {
+                   const Tensor& grad_entropy, double temperature, const std::optional<Tensor>& out) {
   check(logits, targets);
-  TORCH_CHECK(stats.is_contiguous() && grad_logprob.is_contiguous() && grad_entropy.is_contiguous() &&
-                  stats.scalar_type() == at::kFloat && grad_logprob.scalar_type() == at::kFloat &&
-                  grad_entropy.scalar_type() == at::kFloat,
-              "stats and gradients must be contiguous float32");
-  const auto* s = reinterpret_cast<const lead::RowStats*>(stats.data_ptr<float>());
-  const float *g = grad_logprob.data_ptr<float>(), *h = grad_entropy.data_ptr<float>();
-  const int64_t* target = targets.data_ptr<int64_t>();
-  const int64_t v = logits.size(1);
-  each_row(logits, [&](auto* z, int64_t i) {
-    lead::row_gradient(z, v, target[i], static_cast<float>(temperature), s[i], g[i], h[i]);
+  const auto& kernels = row_kernels(logits.scalar_type());
+  const auto wide = logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  for (const Tensor& x : {stats, grad_logprob, grad_entropy})
+    TORCH_CHECK_VALUE(x.scalar_type() == wide && x.size(0) == logits.size(0) && x.is_contiguous(),
+                      "stats and gradients must be contiguous ", wide, ", a row or a number for each row of logits");
+  const Tensor& grads = out ? *out : logits;
+  TORCH_CHECK_VALUE(grads.sizes() == logits.sizes() && grads.scalar_type() == logits.scalar_type() &&
+                        (grads.stride(1) == 1 || grads.size(1) == 1),
+                    "out is ", grads.scalar_type(), " ", grads.sizes(), ": give the logits' dtype and shape, V contiguous");
+  char* to = static_cast<char*>(grads.mutable_data_ptr());
+  const int64_t* target = targets.const_data_ptr<int64_t>();
+  const int64_t v = logits.size(1), step_bytes = grads.stride(0) * grads.element_size();
+  with_type(logits.scalar_type(), [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
+    const A *all = stats.const_data_ptr<A>(), *g = grad_logprob.const_data_ptr<A>(),
+            *h = grad_entropy.const_data_ptr<A>();
+    each_row(logits, [&](int64_t i, const void* row) {
+      void* grad = to + i * step_bytes;
+      const A* s = all + 4 * i;
+      const double max = s[0], log_norm = s[1], logprob = s[2], entropy = s[3], gi = g[i], hi = h[i];
+      kernels.gradient(row, grad, v, temperature, max, log_norm, (-gi - hi * (entropy - log_norm)) / temperature,
+                       -hi / temperature);
+      const double at_target = -gi * std::expm1(logprob) - (hi == 0 ? 0 : hi * std::exp(logprob) * (logprob + entropy));
+      static_cast<T*>(grad)[target[i]] = static_cast<T>(static_cast<A>(at_target / temperature));
+    });
   });
+}
+
+// -> reward [S], advantage [S], solve_rate [P] in float32, kept [P] bool. S is a multiple of group_size.
+std::tuple<Tensor, Tensor, Tensor, Tensor> lead_advantages(
+    const Tensor& correct, const Tensor& lengths, const Tensor& wrong_reward, const std::optional<Tensor>& penalty,
+    int64_t group_size, double alpha, double correct_reward, bool length_reward, bool difficulty, double weight_low,
+    double weight_high, double slope, double midpoint, double eps, int64_t std, double length_gate,
+    double length_min_solve_rate, bool nonnegative_correct, bool rate_positive, int64_t group_filter) {
+  const int64_t n = correct.numel();
+  TORCH_CHECK_VALUE(group_size > 0 && n % group_size == 0 && lengths.numel() == n && wrong_reward.numel() == n &&
+                        (!penalty || penalty->numel() == n),
+                    "correct, lengths, wrong_reward and penalty must have one number for each response of whole groups");
+  const lead::AdvantageOptions options{group_size, alpha, correct_reward, length_reward, difficulty, weight_low,
+                                       weight_high, slope, midpoint, eps,
+                                       static_cast<lead::AdvantageOptions::Spread>(std), length_gate,
+                                       length_min_solve_rate, nonnegative_correct, rate_positive,
+                                       static_cast<lead::AdvantageOptions::Filter>(group_filter)};
+  const auto wide = [](const Tensor& x) { return x.to(at::kDouble).contiguous(); };
+  const Tensor right = wide(correct.ne(0)), length = wide(lengths), wrong = wide(wrong_reward);
+  const Tensor extra = penalty ? wide(*penalty) : Tensor();
+  const auto options_out = lengths.options().dtype(at::kFloat);
+  Tensor reward = at::empty({n}, options_out), advantage = at::empty({n}, options_out);
+  Tensor rate = at::empty({n / group_size}, options_out), kept = at::empty({n / group_size}, options_out.dtype(at::kBool));
+  const double *right_p = right.const_data_ptr<double>(), *length_p = length.const_data_ptr<double>(),
+               *wrong_p = wrong.const_data_ptr<double>(),
+               *extra_p = penalty ? extra.const_data_ptr<double>() : nullptr;
+  float *reward_p = reward.mutable_data_ptr<float>(), *advantage_p = advantage.mutable_data_ptr<float>(),
+        *rate_p = rate.mutable_data_ptr<float>();
+  bool* kept_p = kept.mutable_data_ptr<bool>();
+  at::parallel_for(0, n / group_size, 1 + 4096 / group_size, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      const int64_t i = p * group_size;
+      const auto result = lead::lead_group(options, right_p + i, length_p + i, wrong_p + i,
+                                           extra_p ? extra_p + i : nullptr, reward_p + i, advantage_p + i);
+      rate_p[p] = static_cast<float>(result.solve_rate);
+      kept_p[p] = result.kept;
+    }
+  });
+  return {reward, advantage, rate, kept};
 }
 
 }  // namespace
@@ -72,11 +173,22 @@ TORCH_LIBRARY(lead_kernels_cpu, m) {
   m.def("row_stats(Tensor logits, Tensor targets, float temperature) -> Tensor");
   m.def(
       "row_gradient_(Tensor(a!) logits, Tensor targets, Tensor stats, Tensor grad_logprob, Tensor grad_entropy, "
-      "float temperature) -> ()");
+      "float temperature, Tensor(b!)? out=None) -> ()");
+  m.def(
+      "lead_advantages(Tensor correct, Tensor lengths, Tensor wrong_reward, Tensor? penalty, int group_size, float alpha, "
+      "float correct_reward, bool length_reward, bool difficulty, float weight_low, float weight_high, float slope, "
+      "float midpoint, float eps, int std, float length_gate, float length_min_solve_rate, bool nonnegative_correct, "
+      "bool rate_positive, int group_filter) -> (Tensor reward, Tensor advantage, Tensor solve_rate, Tensor kept)");
 }
+
 TORCH_LIBRARY_IMPL(lead_kernels_cpu, CPU, m) {
   m.impl("row_stats", row_stats);
   m.impl("row_gradient_", row_gradient_);
+  m.impl("lead_advantages", lead_advantages);
 }
 
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) { m.doc() = "CPU operators of lead_kernels, registered with torch on import"; }
+// Importing the module registers the operators; it holds nothing else.
+PyMODINIT_FUNC PyInit__C(void) {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "CPU operators of lead_kernels", -1, nullptr};
+  return PyModule_Create(&module);
+}

@@ -1,132 +1,219 @@
-// See rows.h. Plain loops over 16 lanes that the compiler turns into vectors; one clone per instruction set, chosen when
-// the library is loaded.
+// The row kernels, on torch's vectors. This file is compiled once for each instruction set (CPU_CAPABILITY, as torch's
+// own kernels are): AVX2, AVX-512 and whatever the compiler's default is.
+//
+//   x = (z - max z) / temperature     log_norm = log sum exp x     mean = sum x exp x / sum exp x
+//
+// Statistics take one look at each logit: every lane keeps its own running maximum m, s = sum exp(z - m) and
+// t = sum (z - m) exp(z - m), four vectors in registers at a time, and rescales s and t where its maximum moves, which
+// in random order happens about log(V) times. Subtracting before dividing by the temperature keeps an offset common to
+// all logits out of the rounding. Every 16 steps the sums are added up in double, so their error does not grow with V.
+// Lanes are added in their order: the same bits on every run and with any number of threads. Another instruction set
+// has other lanes and may differ in the last bits.
+// The gradient takes the second look and writes once, in place or beside.
+//
+// Floor, for B bytes a logit: B V read by the statistics, B V read and B V written by the gradient. Arithmetic is one
+// exponential a logit in each, of 13 vector instructions in float.
 #include "rows.h"
 
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define CLONES __attribute__((target_clones("avx512f", "arch=haswell", "default")))
-#else
-#define CLONES
-#endif
-#define INLINE inline __attribute__((always_inline))
+#include <tuple>
+#include <type_traits>
 
 namespace lead {
+namespace CPU_CAPABILITY {
 namespace {
 
-constexpr int kLanes = 16;
-
-INLINE float load(const float* p) { return *p; }
-INLINE float load(const uint16_t* p) {  // bfloat16
-  uint32_t bits = static_cast<uint32_t>(*p) << 16;
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
-}
-INLINE void store(float* p, float x) { *p = x; }
-INLINE void store(uint16_t* p, float x) {  // bfloat16, to nearest even
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  *p = static_cast<uint16_t>(x != x ? 0x7fc0u : rounded);
-}
-
-// exp of x <= 0, relative error below 2e-7; exp(-87.3) stands for all that is smaller.
-INLINE float exp_nonpositive(float x) {
-  x = x < -87.3f ? -87.3f : x;
-  float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // to the nearest integer
-  float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23;
-  float scale;
-  std::memcpy(&scale, &bits, 4);
-  return p * scale;
-}
+using at::vec::Vectorized;
 
 template <typename T>
-INLINE RowStats stats(const T* z, int64_t v, int64_t target, float temperature) {
-  float top[kLanes], sum[kLanes] = {}, dot[kLanes] = {};
-  for (int l = 0; l < kLanes; ++l) top[l] = -std::numeric_limits<float>::infinity();
-  const int64_t whole = v - v % kLanes;
-  for (int64_t j = 0; j < whole; j += kLanes)
-    for (int l = 0; l < kLanes; ++l) {
-      float x = load(z + j + l);
-      top[l] = x > top[l] ? x : top[l];
-    }
-  for (int64_t j = whole; j < v; ++j) top[j - whole] = std::fmax(top[j - whole], load(z + j));
-  float m = top[0];
-  for (int l = 1; l < kLanes; ++l) m = top[l] > m ? top[l] : m;
+using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;  // accumulate in float, double for double
 
-  const float scale = 1.0f / temperature;
-  for (int64_t j = 0; j < whole; j += kLanes)
-    for (int l = 0; l < kLanes; ++l) {
-      float x = (load(z + j + l) - m) * scale;
-      x = x < -87.3f ? -87.3f : x;  // a logit of -inf has weight 0, not NaN
-      float e = exp_nonpositive(x);
-      sum[l] += e;
-      dot[l] += x * e;
-    }
-  for (int64_t j = whole; j < v; ++j) {
-    float x = (load(z + j) - m) * scale;
-    x = x < -87.3f ? -87.3f : x;
-    float e = exp_nonpositive(x);
-    sum[j - whole] += e;
-    dot[j - whole] += x * e;
+// Powers of `base`, so that a row's arguments are scaled once: exponents of 2 in float, of e in double.
+template <typename A>
+struct Power;
+
+template <>
+struct Power<float> {
+  static constexpr double log_base = 0.693147180559945309417;
+  static constexpr float zero = -127;  // 2^zero is exactly 0 below, as 2^-127 is no normal number
+
+  // 2^x for -127 <= x <= 0. n = round(x) sits in the low bits of x + 1.5 * 2^23; 2^(x-n) by a minimax polynomial of degree 6
+  // that is exactly 1 at 0; n is added to the exponent's bits. Relative error below 1e-7.
+  static Vectorized<float> of(const Vectorized<float>& x) {
+    using V = Vectorized<float>;
+    const V magic(12582912.0f);
+    const V shifted = x + magic;
+    const V f = x - (shifted - magic);
+    V p(C6);
+    p = fmadd(p, f, V(C5));
+    p = fmadd(p, f, V(C4));
+    p = fmadd(p, f, V(C3));
+    p = fmadd(p, f, V(C2));
+    p = fmadd(p, f, V(C1));
+    p = fmadd(p, f, V(1.0f));
+    const auto exponent = at::vec::cast<int32_t>(shifted) << Vectorized<int32_t>(23);
+    return at::vec::cast<float>(at::vec::cast<int32_t>(p) + exponent);
   }
-  float s = 0, d = 0;
-  for (int l = 0; l < kLanes; ++l) {
-    s += sum[l];
-    d += dot[l];
-  }
-  const float log_norm = std::log(s);
-  float entropy = log_norm - d / s;
-  return {m, log_norm, (load(z + target) - m) * scale - log_norm, entropy < 0 ? 0.0f : entropy};
-}
+  static float of(float x) { return x <= zero ? 0.0f : std::exp2(x); }
+
+  static constexpr float C1 = 0.693147182f, C2 = 0.240226477f, C3 = 0.0555033237f, C4 = 0.00961843785f, C5 = 0.00133988878f, C6 = 0.000153533518f;
+};
+
+template <>
+struct Power<double> {
+  static constexpr double log_base = 1;
+  static constexpr double zero = -746;  // exp(zero) is 0
+  static Vectorized<double> of(const Vectorized<double>& x) { return x.exp(); }
+  static double of(double x) { return std::exp(x); }
+};
+
+constexpr int UNROLL = 4;
+constexpr int BLOCK = 16;  // steps whose sums are kept apart
 
 template <typename T>
-INLINE void gradient(T* z, int64_t v, int64_t target, float temperature, const RowStats& s, float g, float h) {
-  const float scale = 1.0f / temperature, shift = s.entropy - s.log_norm, a = -g * scale, b = -h * scale;
-  const float at_target = load(z + target);
-  const int64_t whole = v - v % kLanes;
-  for (int64_t j = 0; j < whole; j += kLanes)
-    for (int l = 0; l < kLanes; ++l) {
-      float x = (load(z + j + l) - s.max) * scale;
-      x = x < -87.3f ? -87.3f : x;
-      float y = x - s.log_norm;
-      float p = exp_nonpositive(y > 0 ? 0 : y);
-      p = x == -87.3f ? 0.0f : p;
-      store(z + j + l, p * (a + b * (x + shift)));
+struct Row {
+  using A = acc_t<T>;
+  using V = Vectorized<A>;
+  static constexpr int64_t STEP = UNROLL * V::size();
+
+  static void load(const T* z, V (&v)[UNROLL]) {
+    if constexpr (std::is_same_v<T, A>) {
+      for (int i = 0; i < UNROLL; ++i) v[i] = V::loadu(z + i * V::size());
+    } else {
+      for (int i = 0; i < UNROLL; i += 2)
+        std::tie(v[i], v[i + 1]) = at::vec::convert_to_float<T>(Vectorized<T>::loadu(z + i * V::size()));
     }
-  auto one = [&](float raw, float onehot) {
-    float x = (raw - s.max) * scale;
-    x = x < -87.3f ? -87.3f : x;
-    float y = x - s.log_norm;
-    float p = x == -87.3f ? 0.0f : exp_nonpositive(y > 0 ? 0 : y);
-    return p * (a + b * (x + shift)) + onehot * g * scale;
+  }
+  static void store(T* z, const V (&v)[UNROLL]) {
+    if constexpr (std::is_same_v<T, A>) {
+      for (int i = 0; i < UNROLL; ++i) v[i].store(z + i * V::size());
+    } else {
+      for (int i = 0; i < UNROLL; i += 2) at::vec::convert_from_float<T>(v[i], v[i + 1]).store(z + i * V::size());
+    }
+  }
+
+  // The exponent that a logit has below the maximum; NaN stays NaN.
+  static V exponent(const V& z, const V& max, const V& scale) {
+    return at::vec::clamp_min((z - max) * scale, V(Power<A>::zero));
+  }
+
+  struct Sums {
+    static constexpr int LANES = V::size();
+    V max{std::numeric_limits<A>::lowest()}, block_s{A(0)}, block_t{A(0)};
+    double s[LANES] = {}, t[LANES] = {};
+    int steps = 0;
+
+    // Adds the block's sums to the row's.
+    void flush() {
+      A part_s[LANES], part_t[LANES];
+      block_s.store(part_s);
+      block_t.store(part_t);
+      for (int l = 0; l < LANES; ++l) s[l] += part_s[l];
+      for (int l = 0; l < LANES; ++l) t[l] += part_t[l];
+      block_s = block_t = V(A(0));
+      steps = 0;
+    }
+    // Moves every lane's maximum to `higher`: exp(z - higher) = exp(z - max) factor, factor = exp(max - higher).
+    void rescale(const V& higher, const V& scale) {
+      flush();
+      const V x = exponent(max, higher, scale);
+      A moved[LANES], factor[LANES];
+      x.store(moved);
+      Power<A>::of(x).store(factor);
+      for (int l = 0; l < LANES; ++l) t[l] = factor[l] * (t[l] + s[l] * moved[l]);
+      for (int l = 0; l < LANES; ++l) s[l] = factor[l] * s[l];
+      max = higher;
+    }
+    void add(const V (&z)[UNROLL], const V& scale) {
+      const V top = at::vec::clamp_min(at::vec::clamp_min(z[0], z[1]), at::vec::clamp_min(z[2], z[3]));
+      if ((top > max).zero_mask() != (1 << LANES) - 1) rescale(at::vec::clamp_min(max, top), scale);
+      V x[UNROLL], e[UNROLL];
+      for (int i = 0; i < UNROLL; ++i) x[i] = exponent(z[i], max, scale);
+      for (int i = 0; i < UNROLL; ++i) e[i] = Power<A>::of(x[i]);
+      block_s = block_s + ((e[0] + e[1]) + (e[2] + e[3]));
+      block_t = block_t + (fmadd(e[0], x[0], e[1] * x[1]) + fmadd(e[2], x[2], e[3] * x[3]));
+      if (++steps == BLOCK) flush();
+    }
   };
-  for (int64_t j = whole; j < v; ++j) store(z + j, one(load(z + j), 0.0f));
-  store(z + target, one(at_target, 1.0f));
-}
+
+  static RowStats stats(const void* row, int64_t v, double temperature) {
+    const T* z = static_cast<const T*>(row);
+    const double scale = 1 / (temperature * Power<A>::log_base);
+    const V scale_v(static_cast<A>(scale));
+    Sums sums;
+    V part[UNROLL];
+    int64_t j = 0;
+    for (; j + STEP <= v; j += STEP) {
+      load(z + j, part);
+      sums.add(part, scale_v);
+    }
+    if (j < v) {
+      T tail[STEP];
+      std::fill(tail, tail + STEP, -std::numeric_limits<T>::infinity());
+      std::memcpy(tail, z + j, (v - j) * sizeof(T));
+      load(tail, part);
+      sums.add(part, scale_v);
+    }
+    sums.flush();
+
+    A max[V::size()];
+    sums.max.store(max);
+    A top = max[0];
+    for (A m : max) top = m > top ? m : top;
+    double sum = 0, dot = 0;
+    for (int l = 0; l < V::size(); ++l) {
+      const double x = std::max((double(max[l]) - double(top)) * scale, double(Power<A>::zero));
+      const double factor = x == Power<A>::zero ? 0 : std::exp(x * Power<A>::log_base);  // a lane of NaN stays NaN
+      sum += factor * sums.s[l];
+      dot += factor * (sums.t[l] + x * sums.s[l]);
+    }
+    return {double(top), std::log(sum), dot / sum * Power<A>::log_base};
+  }
+
+  static void gradient(const void* row, void* out, int64_t v, double temperature, double max, double log_norm, double a,
+                       double b) {
+    const T* z = static_cast<const T*>(row);
+    T* grad = static_cast<T*>(out);
+    if (a == 0 && b == 0) {
+      std::memset(out, 0, v * sizeof(T));
+      return;
+    }
+    const double scale = 1 / (temperature * Power<A>::log_base), norm = std::exp(-log_norm);
+    const V scale_v(static_cast<A>(scale)), max_v(static_cast<A>(max));
+    const V a_v(static_cast<A>(a * norm)), b_v(static_cast<A>(b * norm * Power<A>::log_base));
+    const auto step = [&](const T* from, T* to) {
+      V x[UNROLL];
+      load(from, x);
+      for (V& d : x) {
+        d = exponent(d, max_v, scale_v);
+        d = Power<A>::of(d) * fmadd(b_v, d, a_v);
+      }
+      store(to, x);
+    };
+    int64_t j = 0;
+    for (; j + STEP <= v; j += STEP) step(z + j, grad + j);
+    if (j < v) {
+      T tail[STEP];
+      std::fill(tail, tail + STEP, z[j]);
+      std::memcpy(tail, z + j, (v - j) * sizeof(T));
+      step(tail, tail);
+      std::memcpy(grad + j, tail, (v - j) * sizeof(T));
+    }
+  }
+
+  static constexpr RowKernels kernels{&stats, &gradient};
+};
 
 }  // namespace
 
-CLONES RowStats row_stats(const float* z, int64_t v, int64_t t, float temperature) { return stats(z, v, t, temperature); }
-CLONES RowStats row_stats(const uint16_t* z, int64_t v, int64_t t, float temperature) {
-  return stats(z, v, t, temperature);
-}
-CLONES void row_gradient(float* z, int64_t v, int64_t t, float temperature, const RowStats& s, float g, float h) {
-  gradient(z, v, t, temperature, s, g, h);
-}
-CLONES void row_gradient(uint16_t* z, int64_t v, int64_t t, float temperature, const RowStats& s, float g, float h) {
-  gradient(z, v, t, temperature, s, g, h);
-}
+extern const RowKernels table[4] = {
+    Row<float>::kernels, Row<at::BFloat16>::kernels, Row<at::Half>::kernels, Row<double>::kernels};
 
+}  // namespace CPU_CAPABILITY
 }  // namespace lead

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .linear_policy_loss import _accumulate, chunk_size, local
+from .linear_policy_loss import _accumulate, chunk_size, computable, local
 from .policy_loss import check_targets
 from .rows import row_gradient_, row_stats
 
@@ -72,4 +72,4 @@ def linear_logprobs(
     head = local(head_weight)
     check_targets(targets, head.shape[0])
     step = chunk_size(hidden.shape[0], head.shape[0], chunk_rows)
-    return _LinearLogprobs.apply(hidden, head, targets, temperature, step)  # type: ignore[return-value]
+    return _LinearLogprobs.apply(computable(hidden), computable(head), targets, temperature, step)  # type: ignore[return-value]

@@ -36,6 +36,12 @@ def local(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
+def computable(x: torch.Tensor) -> torch.Tensor:
+    """x, in float32 on a CPU without half-precision arithmetic, where such products are up to 100 times slower."""
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    return x.float() if half and x.device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported() else x
+
+
 def linear_policy_loss(
     hidden: torch.Tensor,
     head_weight: torch.Tensor,
@@ -86,7 +92,6 @@ def linear_policy_loss(
         "weights": weights,
         "advantages": advantages,
         "temperature": temperature,
-        "gradient": train_hidden or train_head,
         "ratio": ratio,
         "clip_low": clip_low,
         "clip_high": clip_high,
@@ -98,7 +103,7 @@ def linear_policy_loss(
         "entropy_coef": entropy_coef,
     }
     with torch.no_grad():
-        h, w = hidden.detach(), head.detach()
+        h, w = computable(hidden.detach()), computable(head.detach())
         log_ratio = importance = None
         if ratio == "sequence" or importance_level == "sequence":
             parts = [
@@ -121,6 +126,7 @@ def linear_policy_loss(
             out, logprob_C, entropy_C = policy_rows_(
                 logits_CV,
                 targets[at],
+                gradient=logits_CV if train_hidden or train_head else None,
                 sequence_ids=sequence_ids[at],
                 behavior_logprobs=cut(behavior_logprobs),
                 old_logprobs=cut(old_logprobs),
@@ -144,9 +150,9 @@ def linear_policy_loss(
         }
     pairs = []
     if grad_hidden is not None:
-        pairs.append((hidden, grad_hidden))
+        pairs.append((hidden, grad_hidden.to(hidden.dtype)))
     if grad_head is not None:
-        pairs.append((head, grad_head.to(w.dtype)))
+        pairs.append((head, grad_head.to(head.dtype)))
     return PolicyLoss(attach(loss, pairs) if pairs else loss, torch.cat(logprobs), torch.cat(entropies), metrics)
 
 

@@ -191,10 +191,10 @@ def policy_rows_(
     sequence_log_ratio: torch.Tensor | None,
     sequence_importance: torch.Tensor | None,
     temperature: float,
-    gradient: bool,
+    gradient: torch.Tensor | None,
     **loss: Any,
 ) -> tuple[Rows, torch.Tensor, torch.Tensor]:
-    """Rows, log-probs [T] and entropy [T]; where `gradient` is set, the logits become their gradient."""
+    """Rows, log-probs [T] and entropy [T]; the logits' gradient in `gradient`, which may be them."""
     stats = row_stats(logits, targets, temperature)
     logprob_T, entropy_T = stats[:, 2], stats[:, 3]
     dtype, index = stats.dtype, sequence_ids.long()
@@ -210,8 +210,8 @@ def policy_rows_(
         importance_T=sequence_importance,
         **loss,
     )
-    if gradient:
-        row_gradient_(logits, targets, stats, rows.grad_logprob_T, rows.grad_entropy_T, temperature)
+    if gradient is not None:
+        row_gradient_(logits, targets, stats, rows.grad_logprob_T, rows.grad_entropy_T, temperature, gradient)
     return rows, logprob_T, entropy_T
 
 
@@ -225,6 +225,9 @@ class _Scaled(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: torch.Tensor):  # type: ignore[override]
+        # A factor of 1 needs no second matrix; where asking costs nothing, ask.
+        if grad_loss.device.type == "cpu" and grad_loss.item() == 1:
+            return (None, None, None, *ctx.saved_tensors)
         return (None, None, None, *(g * grad_loss.to(g.dtype) for g in ctx.saved_tensors))
 
 
@@ -289,9 +292,9 @@ def policy_loss(
                 ratio,
                 importance_level,
             )
-        work = logits.detach().clone() if logits.requires_grad else logits
+        grad = torch.empty_like(logits) if logits.requires_grad else None
         rows, logprobs, entropy = policy_rows_(
-            work,
+            logits.detach(),
             targets,
             sequence_ids=sequence_ids,
             weights=weights,
@@ -302,7 +305,7 @@ def policy_loss(
             sequence_log_ratio=log_ratio,
             sequence_importance=importance,
             temperature=temperature,
-            gradient=logits.requires_grad,
+            gradient=grad,
             ratio=ratio,
             clip_low=clip_low,
             clip_high=clip_high,
@@ -314,7 +317,7 @@ def policy_loss(
             entropy_coef=entropy_coef,
         )
         loss = rows.loss_T.sum()
-    return PolicyLoss(attach(loss, [(logits, work)]) if logits.requires_grad else loss, logprobs, entropy, rows.metrics)
+    return PolicyLoss(loss if grad is None else attach(loss, [(logits, grad)]), logprobs, entropy, rows.metrics)
 
 
 def sequence_terms(

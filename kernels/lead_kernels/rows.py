@@ -3,10 +3,10 @@
     x = (z - max z) / temperature    log_norm = log sum exp x    logp = x_t - log_norm    H = log_norm - sum p x
     d z = (g (onehot_t - p) - h p (log p + H)) / temperature         g = d loss / d logp, h = d loss / d H
 
-Everything between the two, from log-prob to g and h, is O(1) a row and lives in policy_loss.py. On a CPU, float32 and
-bfloat16 run in C++ (csrc/rows.cpp); everything else, and a CPU without the extension, runs the plain torch below, which
-is the specification. Logits of half precision are exact inputs: log-sum-exp and gather are float32 from the same
-rounded values, so log-probs are never above 0.
+Everything between the two, from log-prob to g and h, is O(1) a row and lives in policy_loss.py. On a CPU it runs in C++
+(csrc/rows.cpp); elsewhere, and on a CPU without the extension, the plain torch below runs, which is the specification.
+Logits of half precision are exact inputs: log-sum-exp and gather are float32 from the same rounded values, so
+log-probs are never above 0.
 
 Floor: the statistics read V logits once (their second look comes from the cache), the gradient reads and writes them.
 
@@ -39,7 +39,7 @@ def cpu_extension() -> Any | None:
 
 def in_cpp(logits: torch.Tensor) -> Any | None:
     """The C++ operators if they take these logits."""
-    takes = logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.bfloat16) and logits.stride(1) == 1
+    takes = logits.device.type == "cpu" and logits.stride(1) == 1
     return cpu_extension() if takes else None
 
 
@@ -93,9 +93,11 @@ def row_gradient_(
     g: torch.Tensor,
     h: torch.Tensor,
     temperature: float,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Write over `logits` their gradient, given d loss / d logp and d loss / d H of every row ([T], stats' dtype)."""
+    """Write the gradient over `logits`, or to `out`, given d loss / d logp and d loss / d H of every row ([T])."""
+    to = logits if out is None else out
     if cpp := in_cpp(logits):
-        cpp.row_gradient_(logits, targets.contiguous(), stats, g.contiguous(), h.contiguous(), temperature)
-        return logits
-    return logits.copy_(row_gradient_reference(logits, targets, stats, g, h, temperature))
+        cpp.row_gradient_(logits, targets.contiguous(), stats, g.contiguous(), h.contiguous(), temperature, to)
+        return to
+    return to.copy_(row_gradient_reference(logits, targets, stats, g, h, temperature))

@@ -1,0 +1,313 @@
+"""csrc against the fp64 specification: dtypes, hard shapes and values, threads, instruction sets, a failing build."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lead_kernels import lead_advantages
+from lead_kernels.rows import cpu_extension, row_gradient_reference, row_stats_reference
+
+ROOT = Path(__file__).parent.parent
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+UNIT = {torch.float32: 2.0**-24, torch.float64: 2.0**-53, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-11}
+
+if cpu_extension() is None and not shutil.which("c++"):
+    pytest.skip("no compiler, no extension", allow_module_level=True)
+cpp = torch.ops.lead_kernels_cpu
+
+
+def rows(shape: tuple[int, int], dtype: torch.dtype, offset: float = 0.0, scale: float = 3.0, seed: int = 0):
+    make = torch.Generator().manual_seed(seed)
+    logits = (torch.randn(shape, generator=make) * scale + offset).to(dtype)
+    targets = torch.randint(shape[1], shape[:1], generator=make)
+    g, h = (torch.randn(shape[0], generator=make).to(wide(dtype)) * 1e-3 for _ in range(2))
+    return logits, targets, g, h
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def run(logits, targets, g, h, temperature=1.0):
+    """Statistics and gradient from csrc; the gradient is written over a copy."""
+    stats = cpp.row_stats(logits, targets, temperature)
+    grad = logits.clone()
+    cpp.row_gradient_(grad, targets, stats, g, h, temperature)
+    return stats, grad
+
+
+def spec(logits, targets, g, h, temperature, dtype):
+    z = logits.to(dtype)
+    stats = row_stats_reference(z, targets, temperature)
+    return stats, row_gradient_reference(z, targets, stats, g.to(dtype), h.to(dtype), temperature)
+
+
+def compare(logits, targets, g, h, temperature=1.0):
+    """At most twice the error of the same computation by torch, or a few roundings where torch happens to be exact."""
+    stats, grad = run(logits, targets, g, h, temperature)
+    exact, exact_grad = spec(logits, targets, g, h, temperature, torch.float64)
+    torch_stats, torch_grad = spec(logits, targets, g, h, temperature, wide(logits.dtype))
+    # float64: the specification has no more digits than what is compared
+    unit = 4 * UNIT[torch.float64] if logits.dtype == torch.float64 else UNIT[torch.float32]
+    for name, column in (("max", 0), ("log_norm", 1), ("logprob", 2), ("entropy", 3)):
+        error, baseline = ((x[:, column].double() - exact[:, column]).abs() for x in (stats, torch_stats))
+        room = 2 * baseline.amax() + 4 * unit * exact[:, column].abs().clamp(min=1)
+        assert (error <= room).all(), f"{name}: error {error.amax():.2e}, torch's {baseline.amax():.2e}"
+    assert (stats[:, 2] <= 0).all() and (stats[:, 3] >= 0).all()
+    error = (grad.double() - exact_grad).abs()
+    baseline = (torch_grad.to(logits.dtype).double() - exact_grad).abs().amax(1, keepdim=True)
+    tiny = torch.finfo(logits.dtype).smallest_normal * torch.finfo(logits.dtype).eps
+    room = 2 * baseline + 2 * UNIT[logits.dtype] * exact_grad.abs() + 8 * unit * exact_grad.abs().amax(1, keepdim=True)
+    assert (error <= room + tiny).all(), f"gradient: error {error.amax():.2e}, torch's {baseline.amax():.2e}"
+
+
+SHAPES = [(3, 1), (37, 7), (5, 31), (5, 32), (5, 33), (4, 4097), (3, 49_152), (2, 152_065)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes(dtype, shape):
+    compare(*rows(shape, dtype))
+
+
+@pytest.mark.parametrize("temperature", [0.3, 0.6, 2.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_temperatures(dtype, temperature):
+    compare(*rows((3, 5000), dtype), temperature)
+
+
+@pytest.mark.parametrize("offset", [1e4, -1e4])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_offsets(dtype, offset):
+    compare(*rows((3, 3001), dtype, offset))
+
+
+@pytest.mark.parametrize("order", ["ascending", "descending"])
+def test_sorted_rows_move_the_maximum_always_or_never(order):
+    logits, targets, g, h = rows((3, 3001), torch.float32, scale=10)
+    compare(logits.sort(1, descending=order == "descending").values, targets, g, h)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_masked_logits_have_no_probability_and_no_gradient(dtype):
+    logits, targets, g, h = rows((4, 999), dtype)
+    masked = torch.rand(logits.shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    masked[3] = True  # all but the target
+    masked.scatter_(1, targets[:, None], False)
+    logits[masked] = -torch.inf
+    compare(logits, targets, g, h)
+    stats, grad = run(logits, targets, g, h)
+    assert (grad[masked] == 0).all()
+    assert stats[3, 1:].tolist() == [0, 0, 0] and grad[3].abs().max() == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_logit_far_above_the_rest_and_a_target_far_below(dtype):
+    logits, targets, g, h = rows((4, 700), dtype)
+    logits[torch.arange(4), (targets + 1) % 700] = torch.finfo(dtype).max
+    compare(logits[:2], targets[:2], g[:2], torch.zeros_like(h[:2]))
+    stats, grad = run(logits, targets, g, h)
+    assert (stats[:, 2] < -1e4).all() and (stats[:, 3] == 0).all() and grad.isfinite().all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("column", [0, 40, 698])
+def test_a_bad_logit_is_reported_in_its_row_alone(value, column):
+    for dtype in DTYPES:
+        logits, targets, g, h = rows((3, 699), dtype)
+        clean, clean_grad = run(logits, targets, g, h)
+        logits[1, column] = value
+        stats, grad = run(logits, targets, g, h)
+        assert stats[1, 2:].isnan().all() and grad[1].isnan().all()
+        assert torch.equal(stats[::2], clean[::2]) and torch.equal(grad[::2], clean_grad[::2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_bad_logit_is_reported_in_the_shortest_rows(dtype):
+    inf, nan = torch.inf, torch.nan
+    logits = torch.tensor([[nan, 0, 0], [0, 0, nan], [inf, 0, 0], [-inf, -inf, -inf], [0, 0, 0]], dtype=dtype)
+    ones = torch.ones(5, dtype=wide(dtype))
+    stats, grad = run(logits, torch.tensor([1, 1, 0, 2, 1]), ones, ones)
+    assert stats[:4, 2:].isnan().all() and grad[:4].isnan().all()
+    assert stats[4].isfinite().all() and grad[4].isfinite().all()
+
+
+def test_small_gradients_are_scaled_before_they_are_rounded():
+    logits, targets, g, _ = rows((3, 400), torch.float16, scale=0.1)
+    stats = cpp.row_stats(logits, targets, 1.0)
+    assert (stats[:, 2] < -5).all()
+    compare(logits, targets, g * 1e-3, torch.zeros_like(g))
+    cpp.row_gradient_(logits, targets, stats, torch.full_like(g, 30.0), torch.zeros_like(g), 1.0)
+    assert (logits != 0).all()
+
+
+def test_a_row_without_gradient_is_zeros_even_where_it_is_not_scaled():
+    logits, targets, g, h = rows((3, 100), torch.bfloat16)
+    _, grad = run(logits, targets, torch.zeros_like(g), torch.zeros_like(h))
+    assert (grad == 0).all()
+
+
+@pytest.mark.parametrize("bad", [-1, 50, 2**40])
+def test_a_target_outside_the_vocabulary_is_an_error_before_anything_is_written(bad):
+    logits, targets, g, h = rows((3, 50), torch.float32)
+    stats, before = cpp.row_stats(logits, targets, 1.0), logits.clone()
+    targets[2] = bad
+    with pytest.raises(ValueError, match=f"target {bad} is outside the vocabulary of 50"):
+        cpp.row_stats(logits, targets, 1.0)
+    with pytest.raises(ValueError, match=f"target {bad} is outside"):
+        cpp.row_gradient_(logits, targets, stats, g, h, 1.0)
+    assert torch.equal(logits, before)
+
+
+def test_what_the_kernels_do_not_take_is_refused():
+    logits, targets, *_ = rows((3, 50), torch.float32)
+    for wrong in (logits.to(torch.int32), logits.T.contiguous().T, logits[0], logits[:, :0]):
+        with pytest.raises(ValueError, match="give"):
+            cpp.row_stats(wrong, targets, 1.0)
+    for wrong in (targets.int(), targets[:2], targets[:, None]):
+        with pytest.raises(ValueError, match="give"):
+            cpp.row_stats(logits, wrong, 1.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_row_stride_and_nothing_written_beside_the_rows(dtype):
+    logits, targets, g, h = rows((5, 71), dtype)
+    expected_stats, expected = run(logits, targets, g, h)
+    room = torch.full((5, 90), 77.0, dtype=dtype)
+    inside = room[:, 8:79]
+    inside.copy_(logits)
+    stats = cpp.row_stats(inside, targets, 1.0)
+    cpp.row_gradient_(inside, targets, stats, g, h, 1.0)
+    assert torch.equal(stats, expected_stats) and torch.equal(inside, expected)
+    assert (room[:, :8] == 77).all() and (room[:, 79:] == 77).all()
+    before, beside = logits.clone(), torch.full((5, 90), 77.0, dtype=dtype)
+    cpp.row_gradient_(logits, targets, stats, g, h, 1.0, beside[:, 8:79])
+    assert torch.equal(beside, room) and torch.equal(logits, before)
+    with pytest.raises(ValueError, match="out is"):
+        cpp.row_gradient_(logits, targets, stats, g, h, 1.0, beside)
+
+
+def test_no_rows():
+    stats, grad = run(*rows((0, 50), torch.float32))
+    assert stats.shape == (0, 4) and grad.shape == (0, 50)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_same_bits_on_every_run_and_with_any_number_of_threads(dtype):
+    case = rows((67, 3001), dtype)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for n in (1, 2, 3, 1):
+            torch.set_num_threads(n)
+            results.append(run(*case))
+    finally:
+        torch.set_num_threads(threads)
+    for stats, grad in results[1:]:
+        assert torch.equal(stats, results[0][0]) and torch.equal(grad, results[0][1])
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads are counted in /proc")
+def test_rows_are_shared_out_over_threads():
+    code = (
+        "import torch, os, lead_kernels._C; torch.set_num_threads(2); z = torch.empty(64, 20_000);"
+        "t = torch.tensor([0] * 64); count = lambda: len(os.listdir('/proc/self/task')); before = count();"
+        "torch.ops.lead_kernels_cpu.row_stats(z, t, 1.0); print(count() - before)"
+    )
+    assert python("-c", code).stdout == "1\n"
+    assert python("-c", code.replace("(2)", "(1)")).stdout == "0\n"
+
+
+def python(*args: str, **env: str) -> subprocess.CompletedProcess:
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    return subprocess.run([sys.executable, *args], cwd=ROOT, env=os.environ | {"PYTHONPATH": path} | env,
+                          capture_output=True, text=True, timeout=120)  # fmt: skip
+
+
+@pytest.mark.skipif("ATEN_CPU_CAPABILITY" in os.environ, reason="this is the inner run")
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_every_instruction_set_that_this_cpu_has(capability):
+    show = "import torch; print(torch.backends.cpu.get_cpu_capability().lower())"
+    best = ["default", "avx2", "avx512"].index(python("-c", show).stdout.strip())
+    if ["default", "avx2", "avx512"].index(capability) > best:
+        pytest.skip(f"this CPU has no {capability}")
+    assert python("-c", show, ATEN_CPU_CAPABILITY=capability).stdout.strip() in (capability, "no avx")
+    inner = "not instruction_set and not compiler and not without_torch and not shared_out"
+    done = python("-m", "pytest", "-q", "-x", "-k", inner, __file__, ATEN_CPU_CAPABILITY=capability)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-2000:]
+
+
+# ------------------------------------------------------------------------------------------------------ lead_advantages
+
+OPTIONS = [
+    {},
+    {"alpha": 0.2, "weight_low": 0.1, "weight_high": 2.0, "slope": 3.0, "midpoint": 0.4},
+    {"length_reward": False},
+    {"difficulty": False},
+    {"std": "none"},
+    {"std": "mad", "eps": 1e-3},
+    {"length_gate": 4000.0},
+    {"length_min_solve_rate": 0.5},
+    {"nonnegative_correct": True},
+    {"rate": "positive", "group_filter": "official", "correct_reward": 2.0},
+    {"group_filter": "uniform"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: ",".join(o) or "default")
+@pytest.mark.parametrize("group", [1, 2, 3, 8, 64])
+def test_advantages(options, group):
+    make = torch.Generator().manual_seed(group)
+    n = 12 * group
+    correct = torch.rand(n, generator=make) < torch.linspace(0, 1, 12).repeat_interleave(group)
+    lengths = torch.randint(1000, 14_000, (n,), generator=make)
+    lengths[:group] = 500
+    wrong = torch.where(torch.rand(n, generator=make) < 0.2, 0.5, -1.0).double()
+    penalty = -torch.rand(n, generator=make).double()
+    for extra in (None, penalty):
+        want = lead_advantages(correct, lengths, group, wrong_reward=wrong, penalty=extra, **options)
+        o = {"alpha": 0.05, "correct_reward": 1.0, "length_reward": True, "difficulty": True, "weight_low": 0.4,
+             "weight_high": 1.5, "slope": 10.0, "midpoint": 0.75, "eps": 1e-6, "std": "sample", "length_gate": 0.0,
+             "length_min_solve_rate": 0.0, "nonnegative_correct": False, "rate": "correct", "group_filter": "none",
+             **options}  # fmt: skip
+        o["std"] = ["sample", "none", "mad"].index(o["std"])
+        o["rate_positive"] = o.pop("rate") == "positive"
+        o["group_filter"] = ["none", "official", "uniform"].index(o["group_filter"])
+        got = cpp.lead_advantages(correct, lengths, wrong, extra, group, **o)
+        for mine, theirs in zip(got, want, strict=True):
+            torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------------ the build
+
+
+def build(tmp_path: Path, **env: str) -> subprocess.CompletedProcess:
+    return python("setup.py", "-q", "build_ext", "--build-lib", str(tmp_path / "lib"), "--build-temp",
+                  str(tmp_path / "temp"), **env)  # fmt: skip
+
+
+def test_without_a_compiler_one_sentence_and_no_failure(tmp_path):
+    done = build(tmp_path, PATH=str(tmp_path), CXX="no-such-compiler")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("built without its C++ kernels: there is no C++ compiler") == 1
+
+
+def test_without_torch_one_sentence_and_no_failure(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('no torch')\n")
+    done = build(tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("built without its C++ kernels: this environment has no torch") == 1
+
+
+def test_a_compiler_that_fails_costs_the_extension_only(tmp_path):
+    broken = tmp_path / "broken"
+    broken.write_text('#!/bin/sh\ncase "$*" in *-c*) exit 1;; esac\nexec c++ "$@"\n')
+    broken.chmod(0o755)
+    done = build(tmp_path, CXX=str(broken), CC=str(broken))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("built without its C++ kernels: compiling failed") == 1
