@@ -1,158 +1,403 @@
-"""The kernels beside what a user would write instead, on the same work, timed side by side in one run.
+"""The kernels beside everything a user would pick instead, on the same work, in one run.
 
-    python bench/kernels.py [--device cpu|cuda] [--rows 512] [--vocabulary 49152] [--hidden 576] [--gate] [--out FILE]
+    python bench/kernels.py [--device cpu|cuda] [--rows 1024] [--vocabulary 49152] [--hidden 576] [--gate] ...
 
-Work: GRPO's clipped loss against given old log-probs, with the gradient; results are checked equal before anything is
-timed. Rivals: torch eager (head, log_softmax, gather, loss, autograd), the same under torch.compile where it compiles,
-and the floor, three bare matrix products. Interleaved, cold caches (a buffer larger than the last-level cache is
-written between calls), median and spread; every time is also given as a ratio to ours. --gate runs the kernels' tests
-first.
+The work is GRPO's clipped loss of T response tokens against given old log-probs: `policy_loss` from logits,
+`linear_policy_loss` from hidden states and the head, both with gradients; and `linear_logprobs`, forward only. Every
+rival's results are checked against ours first. Calls are interleaved, with cold caches; extra memory is what a call
+takes above its inputs. The floors are measured beside them: bare matrix products of the same shapes, and a copy of the
+logits, which is one read and one write. Then `linear_policy_loss` again over several T, with a picture.
+
+Rivals, where installed: torch eager, torch.compile, torch's chunked linear_cross_entropy, Liger, TRL,
+cut-cross-entropy, quack, verl. --gate runs the kernels' tests first: no green test, no number.
+
+Legend: T rows, V vocabulary, D hidden, S sequences.
 """
 
 import argparse
-import json
-import platform
-import statistics
+import contextlib
+import io
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from harness import RESULTS, Call, Cannot, extra_bytes, interleaved, machine, summary, write_json
 
-from lead_kernels import linear_policy_loss, policy_loss
+from lead_kernels import linear_logprobs, linear_policy_loss, policy_loss
 
 ROOT = Path(__file__).resolve().parent.parent
+OURS, FLOOR = "lead_kernels", "floor: "
+CLIP = 0.2
 
 
-def eager_loss(logits: torch.Tensor, targets, old, advantage_T, weight: float) -> torch.Tensor:
-    logp = logits.float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
-    r = (logp - old).exp()
-    return -(weight * torch.minimum(r * advantage_T, r.clamp(0.8, 1.2) * advantage_T)).sum()
+@dataclass
+class Work:
+    """Inputs of one shape: S sequences of equal length, so that padded rivals have nothing to pad."""
+
+    device: str
+    dtype: torch.dtype
+    hidden: torch.Tensor  # [T, D]
+    head: torch.Tensor  # [V, D]
+    targets: torch.Tensor  # [T]
+    old: torch.Tensor  # [T]
+    advantages: torch.Tensor  # [S]
+
+    @classmethod
+    def make(cls, device: str, dtype: torch.dtype, T: int, V: int, D: int, S: int = 8) -> "Work":
+        g = torch.Generator().manual_seed(0)
+        hidden = torch.randn(T, D, generator=g).to(device, dtype)
+        head = (torch.randn(V, D, generator=g) / D**0.5).to(device, dtype)
+        targets = torch.randint(V, (T,), generator=g).to(device)
+        logp = linear_logprobs(hidden, head, targets)[0]
+        old = logp + (0.3 * torch.randn(T, generator=g)).to(device)  # some ratios are clipped
+        return cls(device, dtype, hidden, head, targets, old, torch.randn(S, generator=g).to(device))
+
+    @property
+    def ids(self) -> torch.Tensor:
+        T, S = len(self.targets), len(self.advantages)
+        return torch.arange(T, device=self.device) * S // T
+
+    def options(self) -> dict[str, Any]:
+        T, S = len(self.targets), len(self.advantages)
+        weights = torch.full((S,), 1.0 / T, device=self.device)
+        return {"sequence_ids": self.ids, "weights": weights, "advantages": self.advantages, "old_logprobs": self.old}
+
+    def loss(self, logp: torch.Tensor) -> torch.Tensor:
+        """The same loss from log-probs, in plain torch."""
+        r, a = (logp - self.old).exp(), self.advantages[self.ids]
+        return -torch.minimum(r * a, r.clamp(1 - CLIP, 1 + CLIP) * a).sum() / len(self.targets)
+
+    def padded(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(0, (len(self.advantages), -1))
 
 
-def cases(a: argparse.Namespace, dtype: torch.dtype) -> dict[str, dict[str, Callable]]:
-    """For each operation, what to time: name -> a call that returns the gradients it made."""
-    g = torch.Generator().manual_seed(0)
-    T, V, D, S = a.rows, a.vocabulary, a.hidden, 8
-    hidden = torch.randn(T, D, generator=g).to(a.device, dtype)
-    head = (torch.randn(V, D, generator=g) / D**0.5).to(a.device, dtype)
-    targets = torch.randint(V, (T,), generator=g).to(a.device)
-    old = (-12 * torch.rand(T, generator=g)).to(a.device)
-    advantages = torch.randn(S, generator=g).to(a.device)
-    ids = (torch.arange(T) * S // T).to(a.device)
-    logits = (hidden @ head.T).detach()
-    weight, advantage_T = 1.0 / T, advantages[ids]
-    ours = {"sequence_ids": ids, "weights": torch.full((S,), weight, device=a.device), "advantages": advantages,
-            "old_logprobs": old}  # fmt: skip
-    compiled = torch.compile(eager_loss)
+def eager_logp(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return logits.float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
-    def on_logits(loss: Callable) -> Callable:
+
+def imported(module: str, name: str) -> Any:
+    """An attribute of a rival's module; Cannot says why there is none."""
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            return getattr(__import__(module, fromlist=[name]), name)
+    except ModuleNotFoundError as e:
+        raise Cannot(f"{e.name} is not installed") from e
+    except (ImportError, RuntimeError, OSError, AttributeError) as e:
+        raise Cannot(str(e).splitlines()[0]) from e
+
+
+def needs_gpu(w: Work) -> None:
+    if w.device == "cpu":
+        raise Cannot("its kernels need a GPU")
+
+
+# ------------------------------------------------------------------------------- rivals: a call that returns gradients
+
+
+def on_logits(w: Work, loss: Callable[[torch.Tensor], torch.Tensor]) -> Call:
+    logits = w.hidden @ w.head.T
+
+    def run() -> tuple[torch.Tensor, ...]:
+        x = logits.detach().requires_grad_()
+        loss(x).backward()
+        assert x.grad is not None
+        return (x.grad,)
+
+    return run
+
+
+def policy_loss_calls(w: Work) -> Iterator[tuple[str, Callable[[], Call]]]:
+    def ours() -> Call:
+        o = w.options()
+        return on_logits(w, lambda x: policy_loss(x, w.targets, **o).loss)
+
+    def eager() -> Call:
+        return on_logits(w, lambda x: w.loss(eager_logp(x, w.targets)))
+
+    def compiled() -> Call:
+        f = torch.compile(eager_logp)
+        return on_logits(w, lambda x: w.loss(f(x, w.targets)))
+
+    def trl() -> Call:
+        f = imported("trl.trainer.utils", "selective_log_softmax")
+        return on_logits(w, lambda x: w.loss(f(x, w.targets)))
+
+    def liger() -> Call:
+        f = imported("liger_kernel.transformers.grpo_loss", "triton_grpo_loss")
+        needs_gpu(w)
+        # It takes [B, L + 1, V] and ignores the last position.
+        logits = torch.nn.functional.pad(w.padded(w.hidden @ w.head.T), (0, 0, 0, 1))
+        ids, old = w.padded(w.targets), w.padded(w.old)
+
         def run() -> tuple[torch.Tensor, ...]:
             x = logits.detach().requires_grad_()
-            loss(x).backward()
+            f(x, old, None, ids, w.advantages, beta=0.0, eps_low=CLIP, eps_high=CLIP, inplace=True)[0].mean().backward()
             assert x.grad is not None
-            return (x.grad,)
+            return (x.grad[:, :-1].reshape(-1, x.shape[-1]),)
 
         return run
 
-    def on_hidden(loss: Callable) -> Callable:
+    def quack() -> Call:
+        imported("quack.cross_entropy", "cross_entropy")
+        needs_gpu(w)
+        f = imported("quack.cross_entropy", "cross_entropy")
+        return on_logits(w, lambda x: w.loss(-f(x, w.targets, reduction="none")))
+
+    def copy() -> Call:
+        logits = w.hidden @ w.head.T
+        to = torch.empty_like(logits)
+        return lambda: to.copy_(logits)
+
+    yield from {OURS: ours, "torch eager": eager, "torch.compile": compiled, "TRL selective_log_softmax": trl,
+                "Liger triton_grpo_loss": liger, "quack cross_entropy": quack,
+                FLOOR + "a copy of the logits": copy}.items()  # fmt: skip
+
+
+def on_hidden(w: Work, loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Call:
+    def run() -> tuple[torch.Tensor, ...]:
+        h, head = w.hidden.detach().requires_grad_(), w.head.detach().requires_grad_()
+        loss(h, head).backward()
+        assert h.grad is not None and head.grad is not None
+        return h.grad, head.grad
+
+    return run
+
+
+def linear_logp(w: Work) -> Iterator[tuple[str, Callable[[], Callable]]]:
+    """Rivals' ways from hidden states and head to log-probs, differentiable."""
+
+    def eager() -> Callable:
+        return lambda h, head: eager_logp(h @ head.T, w.targets)
+
+    def compiled() -> Callable:
+        f = torch.compile(lambda h, head, t: eager_logp(h @ head.T, t))
+        return lambda h, head: f(h, head, w.targets)
+
+    def chunked_cross_entropy() -> Callable:
+        options = imported("torch.nn", "LinearCrossEntropyOptions")()
+        f = imported("torch.nn.functional", "linear_cross_entropy")
+        return lambda h, head: -f(h, head, w.targets, reduction="none", options=options).float()
+
+    def trl() -> Callable:
+        f = imported("trl.trainer.utils", "selective_log_softmax")
+        return lambda h, head: f(h @ head.T, w.targets)
+
+    def trl_fused() -> Callable:
+        f = imported("trl.trainer.utils", "_ChunkedLogProbFunction")
+        chunk = imported("trl.trainer.utils", "_CHUNKED_LOGPROB_CHUNK_SIZE")
+        return lambda h, head: f.apply(h, head, None, w.targets, 1.0, chunk, None, 1.0, ("log_probs",))[0]
+
+    def cce() -> Callable:
+        f = imported("cut_cross_entropy", "linear_cross_entropy")
+        impl = "torch_compile" if w.device == "cpu" else "cce"
+        return lambda h, head: -f(h, head, w.targets, reduction="none", impl=impl).float()
+
+    def verl() -> Callable:
+        f = imported("verl.utils.kernel.linear_cross_entropy", "linear_cross_entropy")
+        needs_gpu(w)
+        return lambda h, head: f(h, head, w.targets, 1.0)[0]
+
+    yield from {"torch eager": eager, "torch.compile": compiled, "torch linear_cross_entropy": chunked_cross_entropy,
+                "TRL selective_log_softmax": trl, "TRL fused head": trl_fused, "cut-cross-entropy": cce,
+                "verl linear_cross_entropy": verl}.items()  # fmt: skip
+
+
+def linear_policy_loss_calls(w: Work) -> Iterator[tuple[str, Callable[[], Call]]]:
+    def ours() -> Call:
+        o = w.options()
+        return on_hidden(w, lambda h, head: linear_policy_loss(h, head, w.targets, **o).loss)
+
+    def liger() -> Call:
+        make = imported("liger_kernel.chunked_loss", "LigerFusedLinearGRPOLoss")
+        f = make(beta=0.0, use_ref_model=False, epsilon_low=CLIP, epsilon_high=CLIP, loss_type="grpo")
+        ids, old = w.padded(w.targets), w.padded(w.old)
+        mask = torch.ones_like(old)
+
+        def loss(h: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+            return f(w.padded(h), head, ids, mask, w.advantages, old_per_token_logps=old)[0]
+
+        return on_hidden(w, loss)
+
+    def products() -> Call:
         def run() -> tuple[torch.Tensor, ...]:
-            h, w = hidden.detach().requires_grad_(), head.detach().requires_grad_()
-            loss(h, w).backward()
-            assert h.grad is not None and w.grad is not None
-            return h.grad, w.grad
+            z = w.hidden @ w.head.T
+            return z @ w.head, z.T @ w.hidden
 
         return run
 
-    def three_products() -> tuple[torch.Tensor, ...]:
-        z = hidden @ head.T
-        return z @ head, z.T @ hidden
+    def rival(make: Callable[[], Callable]) -> Callable[[], Call]:
+        def call() -> Call:
+            logp = make()
+            return on_hidden(w, lambda h, head: w.loss(logp(h, head)))
 
-    return {
-        "policy_loss": {
-            "lead_kernels": on_logits(lambda x: policy_loss(x, targets, **ours).loss),
-            "torch eager": on_logits(lambda x: eager_loss(x, targets, old, advantage_T, weight)),
-            "torch.compile": on_logits(lambda x: compiled(x, targets, old, advantage_T, weight)),
-        },
-        "linear_policy_loss": {
-            "lead_kernels": on_hidden(lambda h, w: linear_policy_loss(h, w, targets, **ours).loss),
-            "torch eager": on_hidden(lambda h, w: eager_loss(h @ w.T, targets, old, advantage_T, weight)),
-            "torch.compile": on_hidden(lambda h, w: compiled(h @ w.T, targets, old, advantage_T, weight)),
-            "three bare products (floor)": three_products,
-        },
-    }
+        return call
+
+    yield OURS, ours
+    for name, make in linear_logp(w):
+        yield name, rival(make)
+    yield "Liger fused linear GRPO", liger
+    yield FLOOR + "three bare products", products
 
 
-def measure(calls: dict[str, Callable], repeats: int, device: str) -> dict[str, list[float]]:
-    """Milliseconds of every call, interleaved, each after the caches were overwritten."""
-    flush = torch.empty(64 << 20, dtype=torch.uint8, device=device)
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            flush.add_(1)
-            if device == "cuda":
-                torch.cuda.synchronize()
-            began = time.perf_counter()
-            call()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            times[name].append(1e3 * (time.perf_counter() - began))
-    return times
+def linear_logprobs_calls(w: Work) -> Iterator[tuple[str, Callable[[], Call]]]:
+    def forward(logp: Callable) -> Call:
+        def run() -> tuple[torch.Tensor, ...]:
+            with torch.no_grad():
+                return (logp(w.hidden, w.head),)
+
+        return run
+
+    yield OURS, lambda: forward(lambda h, head: linear_logprobs(h, head, w.targets)[0])
+    for name, make in linear_logp(w):
+        yield name, lambda make=make: forward(make())
+    yield FLOOR + "one bare product", lambda: lambda: (w.hidden @ w.head.T,)
+
+
+OPERATIONS = {"policy_loss": policy_loss_calls, "linear_policy_loss": linear_policy_loss_calls,
+              "linear_logprobs": linear_logprobs_calls}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------- the benchmark
+
+
+def prepared(operation: str, w: Work, only: tuple[str, ...] = ()) -> dict[str, Call]:
+    """What runs here and computes the same; what does not is listed with its reason."""
+    calls: dict[str, Call] = {}
+    expected: tuple[torch.Tensor, ...] = ()
+    for name, make in OPERATIONS[operation](w):
+        if only and not name.startswith(only):
+            continue
+        try:
+            call = make()
+            got = call()
+        except Cannot as e:
+            print(f"  {name}: not measured, {e}")
+            continue
+        except Exception as e:  # whatever a rival raises on this machine is the reason it is listed with
+            print(f"  {name}: cannot do this here ({type(e).__name__}: {str(e).splitlines()[0][:90]})")
+            continue
+        expected = expected or got
+        if not name.startswith(FLOOR):
+            for x, y in zip(expected, got, strict=True):
+                difference = ((x.double() - y.double()).norm() / x.double().norm()).item()
+                assert difference < (1e-3 if w.dtype == torch.float32 else 3e-2), f"{name} computes something else: "\
+                    f"{difference:.1e}"  # fmt: skip
+        calls[name] = call
+    return calls
+
+
+def measure(operation: str, w: Work, repeats: int, only: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    calls = prepared(operation, w, only)
+    times = interleaved(calls, repeats, w.device)
+    T, V, D = len(w.targets), *w.head.shape
+    mine = summary(times[OURS])["median_ms"]
+    rows = []
+    for name, ms in times.items():
+        row = {"operation": operation, "dtype": str(w.dtype).removeprefix("torch."), "T": T, "V": V, "D": D,
+               "implementation": name, **summary(ms), "extra_bytes": extra_bytes(calls[name], w.device)}  # fmt: skip
+        row["times_ours"] = row["median_ms"] / mine
+        rows.append(row)
+    floor = next(r for r in rows if r["implementation"].startswith(FLOOR))
+    for row in rows:
+        row["share_of_floor"] = floor["median_ms"] / row["median_ms"]
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    head = f"{'':30} {'median ms':>10} {'(min to max)':>20} {'x ours':>7} {'floor share':>12} {'extra MiB':>10}"
+    lines = [head]
+    for r in rows:
+        extra = "" if r["extra_bytes"] is None else f"{r['extra_bytes'] / 2**20:.0f}"
+        spread = f"({r['min_ms']:.1f} to {r['max_ms']:.1f})"
+        lines.append(f"{r['implementation']:30} {r['median_ms']:10.1f} {spread:>20} {r['times_ours']:7.2f} "
+                     f"{100 * r['share_of_floor']:11.0f}% {extra:>10}")  # fmt: skip
+    return "\n".join(lines)
+
+
+def picture(rows: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Time and extra memory of linear_policy_loss over T."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    names = list(dict.fromkeys(r["implementation"] for r in rows))
+    for name in names:
+        mine = sorted((r for r in rows if r["implementation"] == name), key=lambda r: r["T"])
+        style = {"linewidth": 2.5, "color": "black"} if name == OURS else {"linewidth": 1.2}
+        style |= {"linestyle": "--", "color": "gray"} if name.startswith(FLOOR) else {}
+        x = [r["T"] for r in mine]
+        axes[0].plot(x, [r["median_ms"] / 1e3 for r in mine], marker="o", markersize=4, label=name, **style)
+        if all(r["extra_bytes"] is not None for r in mine):
+            axes[1].plot(x, [r["extra_bytes"] / 2**30 for r in mine], marker="o", markersize=4, label=name, **style)
+    for axis, label in zip(axes, ("seconds, forward + backward", "extra memory, GiB"), strict=True):
+        axis.set(xlabel="T, response tokens", ylabel=label, ylim=(0, None), xlim=(0, None))
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    print(f"Written: {path}")
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description="The kernels beside what a user would write instead.")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    p.add_argument("--rows", type=int, help="T; 512 on a CPU, 8192 on a GPU")
+    p = argparse.ArgumentParser(description="The kernels beside what a user would pick instead.")
+    cuda = torch.cuda.is_available()
+    p.add_argument("--device", default="cuda" if cuda else "cpu", choices=["cpu", "cuda"])
+    p.add_argument("--rows", type=int, help="T; 1024 on a CPU, 8192 on a GPU")
     p.add_argument("--vocabulary", type=int, help="V; 49152 on a CPU, 152064 on a GPU")
     p.add_argument("--hidden", type=int, help="D; 576 on a CPU, 5120 on a GPU")
-    p.add_argument("--dtypes", nargs="+", help="float32 bfloat16; a CPU's default is float32, a GPU's bfloat16")
-    p.add_argument("--repeats", type=int, default=7)
+    p.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16", "float16"],
+                   help="default: float32 bfloat16 on a CPU, bfloat16 on a GPU")  # fmt: skip
+    p.add_argument("--operations", nargs="+", choices=list(OPERATIONS), default=list(OPERATIONS))
+    p.add_argument("--sweep", nargs="*", type=int, help="T of the picture; default: a quarter to twice of --rows")
+    p.add_argument("--repeats", type=int, default=5)
     p.add_argument("--gate", action="store_true", help="run the kernels' tests first; no green test, no number")
-    p.add_argument("--out", type=Path, default=None, help="JSON; bench/results/kernels-<device>.json")
+    p.add_argument("--out", type=Path, help="JSON, the picture beside it; bench/results/kernels-<device>.json")
     a = p.parse_args()
     cpu = a.device == "cpu"
-    a.rows, a.vocabulary = a.rows or (512 if cpu else 8192), a.vocabulary or (49152 if cpu else 152064)
-    a.hidden, a.dtypes = a.hidden or (576 if cpu else 5120), a.dtypes or (["float32"] if cpu else ["bfloat16"])
+    T, V = a.rows or (1024 if cpu else 8192), a.vocabulary or (49152 if cpu else 152064)
+    D = a.hidden or (576 if cpu else 5120)
+    dtypes = a.dtypes or (["float32", "bfloat16"] if cpu else ["bfloat16"])
+    for value, name in ((T, "--rows"), (V, "--vocabulary"), (D, "--hidden"), (a.repeats, "--repeats")):
+        if value < 1:
+            sys.exit(f"{name} is {value}: give at least 1.")
+    if T % 8:
+        sys.exit(f"--rows is {T}: give a multiple of 8, the number of sequences.")
     if a.gate:
-        subprocess.run([sys.executable, "-m", "pytest", "-q", str(ROOT / "tests" / "test_kernels.py")], check=True)
+        tests = [str(ROOT / "tests" / f"test_{name}.py") for name in ("kernels", "csrc", "kernels_triton")]
+        subprocess.run([sys.executable, "-m", "pytest", "-q", *tests], check=True)
+    about = machine(a.device)
+    print(f"{about['device']}, torch {torch.__version__}")
     rows = []
-    for name in a.dtypes:
-        dtype = getattr(torch, name)
-        for operation, calls in cases(a, dtype).items():
-            usable: dict[str, Callable] = {}
-            expected = None
-            for rival, call in calls.items():
-                try:
-                    got = call()
-                except Exception as e:  # a rival that cannot do the work is listed as such
-                    print(f"{operation} {name}: {rival} cannot run here ({type(e).__name__})")
-                    continue
-                expected = expected or got
-                if "floor" not in rival:
-                    for x, y in zip(expected, got, strict=True):
-                        difference = ((x.float() - y.float()).norm() / x.float().norm()).item()
-                        assert difference < 2e-2, f"{rival} computes something else: {difference}"
-                usable[rival] = call
-            times = measure(usable, a.repeats, a.device)
-            mine = statistics.median(times["lead_kernels"])
-            for rival, ms in times.items():
-                median = statistics.median(ms)
-                rows.append({"operation": operation, "dtype": name, "rows": a.rows, "vocabulary": a.vocabulary,
-                             "hidden": a.hidden, "implementation": rival, "median_ms": median, "min_ms": min(ms),
-                             "max_ms": max(ms), "times_ours": median / mine})  # fmt: skip
-                print(f"{operation:20} {name:9} {rival:28} {median:9.1f} ms ({min(ms):.1f} to {max(ms):.1f})"
-                      f"   {median / mine:5.2f} x ours", flush=True)  # fmt: skip
-    device = torch.cuda.get_device_name() if not cpu else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    out = a.out or ROOT / "bench" / "results" / f"kernels-{a.device}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"device": device, "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__,
-                               "capability": torch.backends.cpu.get_cpu_capability(),
-                               "command": "python bench/kernels.py " + " ".join(sys.argv[1:]), "rows": rows},
-                              indent=1))  # fmt: skip
-    print(f"Written: {out}")
+    slow_half = cpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    for name in dtypes:
+        for operation in a.operations:
+            if operation != "policy_loss" and name != "float32" and slow_half:
+                print(f"\n{operation}, {name}: left out, this CPU has no half-precision arithmetic")
+                continue
+            print(f"\n{operation}, {name}, T {T}, V {V}" + ("" if operation == "policy_loss" else f", D {D}"))
+            w = Work.make(a.device, getattr(torch, name), T, V, D)
+            rows += (new := measure(operation, w, a.repeats))
+            print(table(new), flush=True)
+    sweep: list[dict[str, Any]] = []
+    lengths = [T // 4, T // 2, T, 2 * T] if a.sweep is None else a.sweep
+    if lengths and "linear_policy_loss" in a.operations:
+        print("\nlinear_policy_loss over T, " + dtypes[0])
+        only = (OURS, "torch eager", "torch.compile", "Liger", "torch linear", FLOOR)
+        for t in lengths:
+            w = Work.make(a.device, getattr(torch, dtypes[0]), t, V, D)
+            sweep += (new := measure("linear_policy_loss", w, max(2, a.repeats // 2), only))
+            print(f"T {t}\n{table(new)}", flush=True)
+    out = a.out or RESULTS / f"kernels-{a.device}.json"
+    write_json(out, about | {"rows": rows, "sweep": sweep})
+    if sweep:
+        picture(sweep, out.with_suffix(".png"), f"linear_policy_loss, {dtypes[0]}, V {V}, D {D}: {about['device']}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full_like.h>
 #include <torch/library.h>
 
 #include <cmath>
@@ -128,23 +129,28 @@ void row_gradient_(const Tensor& logits, const Tensor& targets, const Tensor& st
   });
 }
 
-// -> reward [S], advantage [S], solve_rate [P] in float32, kept [P] bool. S is a multiple of group_size.
-std::tuple<Tensor, Tensor, Tensor, Tensor> lead_advantages(
-    const Tensor& correct, const Tensor& lengths, const Tensor& wrong_reward, const std::optional<Tensor>& penalty,
-    int64_t group_size, double alpha, double correct_reward, bool length_reward, bool difficulty, double weight_low,
-    double weight_high, double slope, double midpoint, double eps, int64_t std, double length_gate,
-    double length_min_solve_rate, bool nonnegative_correct, bool rate_positive, int64_t group_filter) {
+// -> reward [S], advantage [S], solve_rate [P] in float32, kept [P] bool. Options in the order of pack_options in
+// kernels/lead_kernels/lead_advantage.py; wrong: [S], or none: floats[2] for all.
+std::tuple<Tensor, Tensor, Tensor, Tensor> lead_advantages(const Tensor& correct, const Tensor& lengths,
+                                                           const std::optional<Tensor>& wrong_reward,
+                                                           const std::optional<Tensor>& penalty, int64_t group_size,
+                                                           at::ArrayRef<double> floats, at::IntArrayRef ints) {
   const int64_t n = correct.numel();
-  TORCH_CHECK_VALUE(group_size > 0 && n % group_size == 0 && lengths.numel() == n && wrong_reward.numel() == n &&
-                        (!penalty || penalty->numel() == n),
+  TORCH_CHECK_VALUE(group_size > 0 && n % group_size == 0 && lengths.numel() == n &&
+                        (!wrong_reward || wrong_reward->numel() == n) && (!penalty || penalty->numel() == n),
                     "correct, lengths, wrong_reward and penalty must have one number for each response of whole groups");
-  const lead::AdvantageOptions options{group_size, alpha, correct_reward, length_reward, difficulty, weight_low,
-                                       weight_high, slope, midpoint, eps,
-                                       static_cast<lead::AdvantageOptions::Spread>(std), length_gate,
-                                       length_min_solve_rate, nonnegative_correct, rate_positive,
-                                       static_cast<lead::AdvantageOptions::Filter>(group_filter)};
+  TORCH_CHECK_VALUE(floats.size() == 10 && ints.size() == 6, "lead_advantages takes 10 floats and 6 ints");
+  lead::AdvantageOptions options;
+  options.group_size = group_size;
+  options.alpha = floats[0], options.correct_reward = floats[1], options.weight_low = floats[3];
+  options.weight_high = floats[4], options.slope = floats[5], options.midpoint = floats[6], options.eps = floats[7];
+  options.length_gate = floats[8], options.length_min_solve_rate = floats[9];
+  options.length_reward = ints[0], options.difficulty = ints[1];
+  options.std = static_cast<lead::AdvantageOptions::Spread>(ints[2]);
+  options.nonnegative_correct = ints[3], options.rate_positive = ints[4];
+  options.group_filter = static_cast<lead::AdvantageOptions::Filter>(ints[5]);
   const auto wide = [](const Tensor& x) { return x.to(at::kDouble).contiguous(); };
-  const Tensor right = wide(correct.ne(0)), length = wide(lengths), wrong = wide(wrong_reward);
+  const Tensor right = wide(correct.ne(0)), length = wide(lengths), wrong = wrong_reward ? wide(*wrong_reward) : at::full_like(length, floats[2]);
   const Tensor extra = penalty ? wide(*penalty) : Tensor();
   const auto options_out = lengths.options().dtype(at::kFloat);
   Tensor reward = at::empty({n}, options_out), advantage = at::empty({n}, options_out);
@@ -175,10 +181,8 @@ TORCH_LIBRARY(lead_kernels_cpu, m) {
       "row_gradient_(Tensor(a!) logits, Tensor targets, Tensor stats, Tensor grad_logprob, Tensor grad_entropy, "
       "float temperature, Tensor(b!)? out=None) -> ()");
   m.def(
-      "lead_advantages(Tensor correct, Tensor lengths, Tensor wrong_reward, Tensor? penalty, int group_size, float alpha, "
-      "float correct_reward, bool length_reward, bool difficulty, float weight_low, float weight_high, float slope, "
-      "float midpoint, float eps, int std, float length_gate, float length_min_solve_rate, bool nonnegative_correct, "
-      "bool rate_positive, int group_filter) -> (Tensor reward, Tensor advantage, Tensor solve_rate, Tensor kept)");
+      "lead_advantages(Tensor correct, Tensor lengths, Tensor? wrong_reward, Tensor? penalty, int group_size, "
+      "float[] floats, int[] ints) -> (Tensor reward, Tensor advantage, Tensor solve_rate, Tensor kept)");
 }
 
 TORCH_LIBRARY_IMPL(lead_kernels_cpu, CPU, m) {

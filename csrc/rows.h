@@ -37,7 +37,7 @@ struct AdvantageOptions {
   double alpha, correct_reward;
   bool length_reward, difficulty;
   double weight_low, weight_high, slope, midpoint, eps;
-  enum Spread : int64_t { SAMPLE, NONE, MAD } std;
+  enum Spread : int64_t { NONE, SAMPLE, MAD } std;
   double length_gate, length_min_solve_rate;
   bool nonnegative_correct, rate_positive;
   enum Filter : int64_t { KEEP_ALL, OFFICIAL, UNIFORM } group_filter;

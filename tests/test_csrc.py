@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lead_kernels import lead_advantages
+from lead_kernels.lead_advantage import lead_advantages_reference, pack_options, unpack_options
 from lead_kernels.rows import cpu_extension, row_gradient_reference, row_stats_reference
 
 ROOT = Path(__file__).parent.parent
@@ -53,7 +53,7 @@ def compare(logits, targets, g, h, temperature=1.0):
     exact, exact_grad = spec(logits, targets, g, h, temperature, torch.float64)
     torch_stats, torch_grad = spec(logits, targets, g, h, temperature, wide(logits.dtype))
     # float64: the specification has no more digits than what is compared
-    unit = 4 * UNIT[torch.float64] if logits.dtype == torch.float64 else UNIT[torch.float32]
+    unit = 16 * UNIT[torch.float64] if logits.dtype == torch.float64 else UNIT[torch.float32]
     for name, column in (("max", 0), ("log_norm", 1), ("logprob", 2), ("entropy", 3)):
         error, baseline = ((x[:, column].double() - exact[:, column]).abs() for x in (stats, torch_stats))
         room = 2 * baseline.amax() + 4 * unit * exact[:, column].abs().clamp(min=1)
@@ -61,12 +61,26 @@ def compare(logits, targets, g, h, temperature=1.0):
     assert (stats[:, 2] <= 0).all() and (stats[:, 3] >= 0).all()
     error = (grad.double() - exact_grad).abs()
     baseline = (torch_grad.to(logits.dtype).double() - exact_grad).abs().amax(1, keepdim=True)
+    if len(baseline) > 1000:  # of so many rows torch is exact in some by chance
+        baseline = baseline.clamp(min=baseline.mean())
     tiny = torch.finfo(logits.dtype).smallest_normal * torch.finfo(logits.dtype).eps
     room = 2 * baseline + 2 * UNIT[logits.dtype] * exact_grad.abs() + 8 * unit * exact_grad.abs().amax(1, keepdim=True)
     assert (error <= room + tiny).all(), f"gradient: error {error.amax():.2e}, torch's {baseline.amax():.2e}"
 
 
-SHAPES = [(3, 1), (37, 7), (5, 31), (5, 32), (5, 33), (4, 4097), (3, 49_152), (2, 152_065)]
+SHAPES = [
+    (3, 1),
+    (37, 7),
+    (5, 31),
+    (5, 32),
+    (5, 33),
+    (4, 4097),
+    (4099, 61),
+    (3, 49_152),
+    (1, 151_936),
+    (1, 152_064),
+    (2, 152_065),
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -270,15 +284,11 @@ def test_advantages(options, group):
     wrong = torch.where(torch.rand(n, generator=make) < 0.2, 0.5, -1.0).double()
     penalty = -torch.rand(n, generator=make).double()
     for extra in (None, penalty):
-        want = lead_advantages(correct, lengths, group, wrong_reward=wrong, penalty=extra, **options)
-        o = {"alpha": 0.05, "correct_reward": 1.0, "length_reward": True, "difficulty": True, "weight_low": 0.4,
-             "weight_high": 1.5, "slope": 10.0, "midpoint": 0.75, "eps": 1e-6, "std": "sample", "length_gate": 0.0,
-             "length_min_solve_rate": 0.0, "nonnegative_correct": False, "rate": "correct", "group_filter": "none",
-             **options}  # fmt: skip
-        o["std"] = ["sample", "none", "mad"].index(o["std"])
-        o["rate_positive"] = o.pop("rate") == "positive"
-        o["group_filter"] = ["none", "official", "uniform"].index(o["group_filter"])
-        got = cpp.lead_advantages(correct, lengths, wrong, extra, group, **o)
+        want = lead_advantages_reference(
+            correct, lengths, group, **unpack_options(wrong, extra, *pack_options(**options)[2:])
+        )
+        _, _, floats, ints = pack_options(**options)
+        got = cpp.lead_advantages(correct, lengths, wrong, extra, group, floats, ints)
         for mine, theirs in zip(got, want, strict=True):
             torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-6)
 

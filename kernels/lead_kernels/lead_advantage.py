@@ -15,9 +15,11 @@ keep their digits. Refuses groups over 1,024 and sizes that are no multiple of t
 Floor: S x (1 + 4 + 8 + 4) bytes, a few microseconds at any batch size: one launch.
 """
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
+
+from .rows import cpu_extension, in_triton
 
 MAX_GROUP = 1024
 
@@ -29,6 +31,117 @@ class LeadAdvantages(NamedTuple):
     advantage: torch.Tensor
     solve_rate: torch.Tensor
     kept: torch.Tensor
+
+
+STD, RATE, FILTER = ("none", "sample", "mad"), ("correct", "positive"), ("none", "official", "uniform")
+
+
+class GroupTable(NamedTuple):
+    """Outcomes and lengths of whole groups, for a loss that computes its advantages itself.
+
+    correct, lengths: [S], a group's responses side by side; options: keyword arguments of `lead_advantages`.
+    """
+
+    correct: torch.Tensor
+    lengths: torch.Tensor
+    group_size: int
+    options: dict[str, Any] = {}  # noqa: RUF012
+
+    def advantages(self) -> torch.Tensor:
+        return lead_advantages(self.correct, self.lengths, self.group_size, **self.options).advantage
+
+    def packed(self) -> tuple:
+        """correct, lengths, wrong, penalty, group size, floats, ints: what the operators and kernels take."""
+        check_groups(self.correct, self.lengths, self.group_size)
+        wrong, penalty, floats, ints = pack_options(**self.options)
+        return self.correct, self.lengths, wrong, penalty, self.group_size, floats, ints
+
+    @classmethod
+    def unpacked(cls, packed: tuple) -> "GroupTable":
+        correct, lengths, wrong, penalty, group_size, floats, ints = packed
+        return cls(correct, lengths, group_size, unpack_options(wrong, penalty, floats, ints))
+
+
+def pack_options(
+    *,
+    alpha: float = 0.05,
+    correct_reward: float = 1.0,
+    wrong_reward: float | torch.Tensor = -1.0,
+    penalty: torch.Tensor | None = None,
+    length_reward: bool = True,
+    difficulty: bool = True,
+    weight_low: float = 0.4,
+    weight_high: float = 1.5,
+    slope: float = 10.0,
+    midpoint: float = 0.75,
+    eps: float = 1e-6,
+    std: str = "sample",
+    length_gate: float = 0.0,
+    length_min_solve_rate: float = 0.0,
+    nonnegative_correct: bool = False,
+    rate: str = "correct",
+    group_filter: str = "none",
+) -> tuple[torch.Tensor | None, torch.Tensor | None, list[float], list[int]]:
+    """The options of `lead_advantages` as (wrong rewards [S] or None, penalty, floats, ints)."""
+    each = isinstance(wrong_reward, torch.Tensor)
+    floats = [alpha, correct_reward, 0.0 if each else wrong_reward, weight_low, weight_high, slope, midpoint, eps,
+              length_gate, length_min_solve_rate]  # fmt: skip
+    ints = [
+        length_reward,
+        difficulty,
+        STD.index(std),
+        nonnegative_correct,
+        RATE.index(rate),
+        FILTER.index(group_filter),
+    ]
+    return wrong_reward if each else None, penalty, [float(x) for x in floats], [int(x) for x in ints]
+
+
+def unpack_options(
+    wrong: torch.Tensor | None, penalty: torch.Tensor | None, floats: list[float], ints: list[int]
+) -> dict[str, Any]:
+    """The inverse of `pack_options`."""
+    names = ("alpha", "correct_reward", "wrong_reward", "weight_low", "weight_high", "slope", "midpoint", "eps",
+             "length_gate", "length_min_solve_rate")  # fmt: skip
+    options: dict[str, Any] = dict(zip(names, floats, strict=True))
+    if wrong is not None:
+        options["wrong_reward"] = wrong
+    return options | {"penalty": penalty, "length_reward": bool(ints[0]), "difficulty": bool(ints[1]),
+                      "std": STD[ints[2]], "nonnegative_correct": bool(ints[3]), "rate": RATE[ints[4]],
+                      "group_filter": FILTER[ints[5]]}  # fmt: skip
+
+
+def check_groups(correct: torch.Tensor, lengths: torch.Tensor, group_size: int) -> None:
+    """Raises ValueError for shapes that do not fit."""
+    if not 1 <= group_size <= MAX_GROUP:
+        raise ValueError(f"group_size is {group_size}: give 1 to {MAX_GROUP}.")
+    if correct.dim() != 1 or correct.shape != lengths.shape or correct.numel() % group_size:
+        raise ValueError(
+            f"correct is {list(correct.shape)} and lengths {list(lengths.shape)}: give two vectors of the same size, "
+            f"a multiple of group_size {group_size}."
+        )
+
+
+@torch.library.custom_op("lead_kernels::lead_advantages", mutates_args=())
+def lead_advantages_op(
+    correct: torch.Tensor, lengths: torch.Tensor, wrong: torch.Tensor | None, penalty: torch.Tensor | None,
+    group_size: int, floats: list[float], ints: list[int],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """reward [S], advantage [S], solve rate [P], kept [P]."""
+    wrong, penalty = (None if x is None else x.expand(correct.shape) for x in (wrong, penalty))
+    exact = wrong is not None and wrong.dtype == torch.float64
+    if not exact and (kernels := in_triton(lengths)):
+        return kernels.lead_advantages_triton(correct, lengths, wrong, penalty, group_size, floats, ints)
+    if lengths.device.type == "cpu" and (cpp := cpu_extension()):
+        return cpp.lead_advantages(correct, lengths, wrong, penalty, group_size, floats, ints)
+    return lead_advantages_reference(correct, lengths, group_size, **unpack_options(wrong, penalty, floats, ints))
+
+
+@lead_advantages_op.register_fake
+def _(correct, lengths, wrong, penalty, group_size, floats, ints):
+    reward, advantage = (correct.new_empty(correct.shape, dtype=torch.float32) for _ in range(2))
+    P = correct.shape[0] // group_size
+    return reward, advantage, *(correct.new_empty((P,), dtype=t) for t in (torch.float32, torch.bool))
 
 
 def lead_advantages(
@@ -78,13 +191,46 @@ def lead_advantages(
     Raises:
         ValueError: shapes that do not fit, or a group size outside 1 to 1024.
     """
-    if not 1 <= group_size <= MAX_GROUP:
-        raise ValueError(f"group_size is {group_size}: give 1 to {MAX_GROUP}.")
-    if correct.dim() != 1 or correct.shape != lengths.shape or correct.numel() % group_size:
-        raise ValueError(
-            f"correct is {list(correct.shape)} and lengths {list(lengths.shape)}: give two vectors of the same size, "
-            f"a multiple of group_size {group_size}."
-        )
+    check_groups(correct, lengths, group_size)
+    for name, value, values in (("std", std, STD), ("rate", rate, RATE), ("group_filter", group_filter, FILTER)):
+        if value not in values:
+            raise ValueError(f"{name} is {value!r}: give one of {', '.join(values)}.")
+    packed = pack_options(
+        alpha=alpha, correct_reward=correct_reward, wrong_reward=wrong_reward, penalty=penalty,
+        length_reward=length_reward, difficulty=difficulty, weight_low=weight_low, weight_high=weight_high, slope=slope,
+        midpoint=midpoint, eps=eps, std=std, length_gate=length_gate, length_min_solve_rate=length_min_solve_rate,
+        nonnegative_correct=nonnegative_correct, rate=rate, group_filter=group_filter,
+    )  # fmt: skip
+    wrong, penalties, floats, ints = packed
+    return LeadAdvantages(
+        *torch.ops.lead_kernels.lead_advantages(correct, lengths, wrong, penalties, group_size, floats, ints)
+    )
+
+
+def lead_advantages_reference(
+    correct: torch.Tensor,
+    lengths: torch.Tensor,
+    group_size: int,
+    *,
+    alpha: float,
+    correct_reward: float,
+    wrong_reward: float | torch.Tensor,
+    penalty: torch.Tensor | None,
+    length_reward: bool,
+    difficulty: bool,
+    weight_low: float,
+    weight_high: float,
+    slope: float,
+    midpoint: float,
+    eps: float,
+    std: str,
+    length_gate: float,
+    length_min_solve_rate: float,
+    nonnegative_correct: bool,
+    rate: str,
+    group_filter: str,
+) -> LeadAdvantages:
+    """The specification, in plain torch; arguments as `lead_advantages`."""
     dtype = wrong_reward.dtype if isinstance(wrong_reward, torch.Tensor) else torch.float32
     dtype = torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -141,6 +287,6 @@ def lead_advantages(
     return LeadAdvantages(
         reward.flatten().float(),
         advantage.flatten().float(),
-        (n / group_size if rate == "correct" else rho)[:, 0].float(),
+        rho[:, 0].float(),
         kept[:, 0],
     )

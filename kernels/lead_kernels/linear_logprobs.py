@@ -12,40 +12,79 @@ from typing import Any
 
 import torch
 
-from .linear_policy_loss import _accumulate, chunk_size, computable, local
+from .linear_policy_loss import _accumulate, add_product_, check_shapes, chunk_size, computable, local
 from .policy_loss import check_targets
 from .rows import row_gradient_, row_stats
 
 
-class _LinearLogprobs(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, temperature: float, step: int
-    ):
-        parts = [
-            row_stats(hidden[i : i + step] @ head.T, targets[i : i + step], temperature)
-            for i in range(0, max(1, hidden.shape[0]), step)
-        ]
-        stats = torch.cat(parts)
-        ctx.save_for_backward(hidden, head, targets, stats)
-        ctx.temperature, ctx.step = temperature, step
-        return stats[:, 2].clone(), stats[:, 3].clone()
+@torch.library.custom_op("lead_kernels::linear_logprobs", mutates_args=())
+def linear_logprobs_op(
+    hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, temperature: float, step: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """log-probs [T], entropy [T], and the rows' statistics [T, 4], which the backward needs."""
+    check_targets(targets, head.shape[0])
+    hidden, head = computable(hidden), computable(head)
+    buffer, parts = torch.empty(step, head.shape[0], dtype=head.dtype, device=head.device), []
+    for i in range(0, max(1, hidden.shape[0]), step):
+        h = hidden[i : i + step]
+        parts.append(row_stats(torch.mm(h, head.T, out=buffer[: len(h)]), targets[i : i + step], temperature))
+    stats = torch.cat(parts)
+    return stats[:, 2].clone(), stats[:, 3].clone(), stats
 
-    @staticmethod
-    def backward(ctx: Any, grad_logprob: torch.Tensor, grad_entropy: torch.Tensor):  # type: ignore[override]
-        hidden, head, targets, stats = ctx.saved_tensors
-        want_hidden, want_head = ctx.needs_input_grad[:2]
-        grad_hidden = torch.empty_like(hidden) if want_hidden else None
-        grad_head = torch.zeros(head.shape, dtype=_accumulate(head.dtype), device=head.device) if want_head else None
-        for i in range(0, hidden.shape[0], ctx.step):
-            at = slice(i, i + ctx.step)
-            h, t = hidden[at], targets[at]
-            d_CV = row_gradient_(h @ head.T, t, stats[at], grad_logprob[at], grad_entropy[at], ctx.temperature)
-            if grad_hidden is not None:
-                grad_hidden[at] = d_CV @ head
-            if grad_head is not None:
-                grad_head += d_CV.T @ h
-        return grad_hidden, None if grad_head is None else grad_head.to(head.dtype), None, None, None
+
+@linear_logprobs_op.register_fake
+def _(hidden, head, targets, temperature, step):
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    T = hidden.shape[0]
+    return hidden.new_empty(T, dtype=dtype), hidden.new_empty(T, dtype=dtype), hidden.new_empty(T, 4, dtype=dtype)
+
+
+@torch.library.custom_op("lead_kernels::linear_logprobs_backward", mutates_args=())
+def linear_logprobs_backward_op(
+    hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, stats: torch.Tensor, grad_logprob: torch.Tensor,
+    grad_entropy: torch.Tensor, temperature: float, step: int, train_hidden: bool, train_head: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """d hidden [T, D], d head [V, D]; empty where not asked for."""
+    dtypes = hidden.dtype, head.dtype
+    hidden, head = computable(hidden), computable(head)
+    grad_hidden = torch.empty(hidden.shape if train_hidden else (0,), dtype=hidden.dtype, device=hidden.device)
+    grad_head = torch.empty(head.shape if train_head else (0,), dtype=_accumulate(head.dtype), device=head.device)
+    buffer = torch.empty(step, head.shape[0], dtype=head.dtype, device=head.device)
+    for i in range(0, max(1, hidden.shape[0]), step):
+        at = slice(i, i + step)
+        h = hidden[at]
+        logits_CV = torch.mm(h, head.T, out=buffer[: len(h)])
+        d_CV = row_gradient_(logits_CV, targets[at], stats[at], grad_logprob[at], grad_entropy[at], temperature)
+        if train_hidden:
+            torch.mm(d_CV, head, out=grad_hidden[at])
+        if train_head:
+            add_product_(grad_head, d_CV.T, h, first=i == 0)
+    return grad_hidden.to(dtypes[0]), grad_head.to(dtypes[1])
+
+
+@linear_logprobs_backward_op.register_fake
+def _(hidden, head, targets, stats, grad_logprob, grad_entropy, temperature, step, train_hidden, train_head):
+    return (
+        torch.empty(hidden.shape if train_hidden else (0,), dtype=hidden.dtype, device=hidden.device),
+        torch.empty(head.shape if train_head else (0,), dtype=head.dtype, device=head.device),
+    )
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
+    hidden, head, targets, ctx.temperature, ctx.step = inputs
+    ctx.save_for_backward(hidden, head, targets, output[2])
+
+
+def _backward(ctx: Any, grad_logprob: torch.Tensor, grad_entropy: torch.Tensor, grad_stats: Any) -> tuple:
+    hidden, head, targets, stats = ctx.saved_tensors
+    want = ctx.needs_input_grad
+    d_hidden, d_head = torch.ops.lead_kernels.linear_logprobs_backward(
+        hidden, head, targets, stats, grad_logprob, grad_entropy, ctx.temperature, ctx.step, want[0], want[1]
+    )
+    return d_hidden if want[0] else None, d_head if want[1] else None, None, None, None
+
+
+linear_logprobs_op.register_autograd(_backward, setup_context=_save)
 
 
 def linear_logprobs(
@@ -63,13 +102,14 @@ def linear_logprobs(
         head_weight: [V, D], same dtype; a plain tensor or a replicated DTensor.
         targets: int64 [T], each in 0..V-1.
         temperature: divides the logits.
-        chunk_rows: rows of logits at once; None: as many as fit 256 MiB in fp32.
+        chunk_rows: most rows of logits at once; None: as many as fit 64 MiB (2 GiB on a GPU).
     Returns:
         logprobs, entropy: float32 [T] (float64 for float64), differentiable.
     Raises:
         ValueError: a target outside the vocabulary, a sharded head.
     """
     head = local(head_weight)
-    check_targets(targets, head.shape[0])
-    step = chunk_size(hidden.shape[0], head.shape[0], chunk_rows)
-    return _LinearLogprobs.apply(computable(hidden), computable(head), targets, temperature, step)  # type: ignore[return-value]
+    check_shapes(hidden, head, targets)
+    step = chunk_size(hidden.shape[0], head, chunk_rows)
+    logprobs, entropy, _ = torch.ops.lead_kernels.linear_logprobs(hidden, head, targets, temperature, step)
+    return logprobs, entropy

@@ -24,9 +24,12 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from .rows import row_gradient_, row_stats
+from .lead_advantage import GroupTable
+from .rows import in_triton, row_gradient_, row_stats, scaled
 
 LOG_RATIO_CAP = 20.0
+METRICS = ("tokens", "entropy", "kl_behavior", "clip_low", "clip_high", "ratio", "ratio_capped", "importance_truncated",
+           "logprob_diff", "kl_reference", "max_logprob", "max_logprob_diff")  # fmt: skip
 
 
 class PolicyLoss(NamedTuple):
@@ -77,7 +80,10 @@ def loss_weights(
 
 
 def check_targets(targets: torch.Tensor, vocabulary: int) -> None:
-    """Raises ValueError if a target is no column of the logits."""
+    """Raises ValueError if a target is no column of the logits; on a GPU the error is asynchronous, without a wait."""
+    if targets.is_cuda:
+        inside = ((targets >= 0) & (targets < vocabulary)).all()
+        return torch._assert_async(inside, f"a target is outside the vocabulary of {vocabulary}")  # type: ignore
     if targets.numel() and (int(targets.min()) < 0 or int(targets.max()) >= vocabulary):
         bad = targets[(targets < 0) | (targets >= vocabulary)][0]
         raise ValueError(f"target {int(bad)} is outside the vocabulary of {vocabulary}: check tokenizer and head.")
@@ -184,7 +190,7 @@ def policy_rows_(
     *,
     sequence_ids: torch.Tensor,
     weights: torch.Tensor,
-    advantages: torch.Tensor,
+    advantages: torch.Tensor | GroupTable,
     behavior_logprobs: torch.Tensor | None,
     old_logprobs: torch.Tensor | None,
     reference_logprobs: torch.Tensor | None,
@@ -193,8 +199,36 @@ def policy_rows_(
     temperature: float,
     gradient: torch.Tensor | None,
     **loss: Any,
-) -> tuple[Rows, torch.Tensor, torch.Tensor]:
-    """Rows, log-probs [T] and entropy [T]; the logits' gradient in `gradient`, which may be them."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """loss [T], log-probs [T], entropy [T] and metrics [12] in the order of METRICS.
+
+    The logits' gradient is written to `gradient`, which may be the logits themselves; None: forward only.
+    """
+    if kernels := in_triton(logits):
+        table = isinstance(advantages, GroupTable)
+        loss_T, logprob_T, entropy_T, sums = kernels.policy_rows_triton(
+            logits,
+            targets,
+            sequence_ids,
+            weights,
+            None if table else advantages,
+            advantages.packed() if table else NO_GROUPS,
+            behavior_T=behavior_logprobs,
+            old_T=old_logprobs,
+            reference_T=reference_logprobs,
+            sequence_ratio_T=sequence_log_ratio,
+            importance_T=sequence_importance,
+            temperature=temperature,
+            gradient=gradient,
+            **loss,
+        )
+        tokens = torch.full((1,), float(loss_T.numel()), device=logits.device)
+        most = logprob_T.amax() if loss_T.numel() else tokens[0] - float("inf")
+        diff = sums[6].amax() if loss_T.numel() else torch.zeros_like(most)
+        metrics = torch.cat([tokens, entropy_T.sum()[None], sums.sum(1), torch.stack([most, diff])])
+        return loss_T, logprob_T, entropy_T, metrics
+    if isinstance(advantages, GroupTable):
+        advantages = advantages.advantages()
     stats = row_stats(logits, targets, temperature)
     logprob_T, entropy_T = stats[:, 2], stats[:, 3]
     dtype, index = stats.dtype, sequence_ids.long()
@@ -212,28 +246,105 @@ def policy_rows_(
     )
     if gradient is not None:
         row_gradient_(logits, targets, stats, rows.grad_logprob_T, rows.grad_entropy_T, temperature, gradient)
-    return rows, logprob_T, entropy_T
+    metrics = torch.stack([rows.metrics[k].to(dtype) for k in METRICS])
+    return rows.loss_T, logprob_T.clone(), entropy_T.clone(), metrics
+
+
+def _logits_loss(
+    logits: torch.Tensor, targets: torch.Tensor, advantages: torch.Tensor | GroupTable, out: torch.Tensor | None,
+    *, temperature: float, ratio: str, importance_level: str, sequence_ids: torch.Tensor,
+    behavior_logprobs: torch.Tensor | None, old_logprobs: torch.Tensor | None, n_sequences: int, **rest: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    check_targets(targets, logits.shape[1])
+    log_ratio = importance = None
+    if ratio == "sequence" or importance_level == "sequence":
+        log_ratio, importance = sequence_terms(
+            row_stats(logits, targets, temperature)[:, 2],
+            sequence_ids,
+            n_sequences,
+            behavior_logprobs,
+            old_logprobs,
+            ratio,
+            importance_level,
+        )
+    loss_T, logprobs, entropy, metrics = policy_rows_(
+        logits,
+        targets,
+        sequence_ids=sequence_ids,
+        advantages=advantages,
+        behavior_logprobs=behavior_logprobs,
+        old_logprobs=old_logprobs,
+        sequence_log_ratio=log_ratio,
+        sequence_importance=importance,
+        temperature=temperature,
+        gradient=out,
+        ratio=ratio,
+        **rest,
+    )
+    return loss_T.sum(), logprobs, entropy, metrics
+
+
+@torch.library.custom_op("lead_kernels::policy_loss", mutates_args=())
+def policy_loss_op(
+    logits: torch.Tensor, targets: torch.Tensor, sequence_ids: torch.Tensor, weights: torch.Tensor,
+    advantages: torch.Tensor | None, correct: torch.Tensor | None, lengths: torch.Tensor | None,
+    wrong: torch.Tensor | None, penalty: torch.Tensor | None, group_size: int, floats: list[float], ints: list[int],
+    behavior: torch.Tensor | None, old: torch.Tensor | None, reference: torch.Tensor | None, temperature: float,
+    ratio: str, clip_low: float, clip_high: float, dual_clip: float | None, importance_cap: float | None,
+    importance_mode: str, importance_level: str, kl: str, kl_coef: float, entropy_coef: float, gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """loss, log-probs [T], entropy [T], metrics [12], d logits [T, V] (empty if `gradient` is False)."""
+    out = torch.empty(logits.shape if gradient else (0,), dtype=logits.dtype, device=logits.device)
+    if advantages is None:
+        assert correct is not None and lengths is not None
+        given: torch.Tensor | GroupTable = GroupTable.unpacked(
+            (correct, lengths, wrong, penalty, group_size, floats, ints)
+        )
+    else:
+        given = advantages
+    values = _logits_loss(
+        logits, targets, given, out if gradient else None, sequence_ids=sequence_ids, weights=weights,
+        behavior_logprobs=behavior, old_logprobs=old, reference_logprobs=reference, n_sequences=weights.numel(),
+        temperature=temperature, ratio=ratio, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip,
+        importance_cap=importance_cap, importance_mode=importance_mode, importance_level=importance_level, kl=kl,
+        kl_coef=kl_coef, entropy_coef=entropy_coef,
+    )  # fmt: skip
+    return *values, out
+
+
+@policy_loss_op.register_fake
+def _(logits, targets, *rest):
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    rows = [logits.new_empty(targets.shape, dtype=dtype) for _ in range(2)]
+    small = [logits.new_empty(s, dtype=dtype) for s in ((), (len(METRICS),))]
+    return small[0], *rows, small[1], logits.new_empty(logits.shape if rest[-1] else (0,))
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.save_for_backward(output[4])
+
+
+def _scale(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple:
+    """The gradient was taken in the forward: the backward only scales it."""
+    (grad,) = ctx.saved_tensors
+    return scaled(grad, grad_loss) if grad.dim() == 2 else None, *[None] * 26
+
+
+policy_loss_op.register_autograd(_scale, setup_context=_save)
 
 
 class _Scaled(torch.autograd.Function):
-    """A loss whose gradients were taken in the forward: the backward only scales them."""
+    """A loss whose gradient was written over its input: the backward only scales it."""
 
     @staticmethod
-    def forward(ctx: Any, loss: torch.Tensor, inputs: tuple, grads: tuple, *differentiable: torch.Tensor):
-        ctx.save_for_backward(*grads)
+    def forward(ctx: Any, loss: torch.Tensor, grad: torch.Tensor, logits: torch.Tensor):
+        ctx.save_for_backward(grad)
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, grad_loss: torch.Tensor):  # type: ignore[override]
-        # A factor of 1 needs no second matrix; where asking costs nothing, ask.
-        if grad_loss.device.type == "cpu" and grad_loss.item() == 1:
-            return (None, None, None, *ctx.saved_tensors)
-        return (None, None, None, *(g * grad_loss.to(g.dtype) for g in ctx.saved_tensors))
-
-
-def attach(loss: torch.Tensor, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """`loss` with known gradients: pairs of (input, d loss / d input)."""
-    return _Scaled.apply(loss, (), tuple(g for _, g in pairs), *(x for x, _ in pairs))
+        (grad,) = ctx.saved_tensors
+        return None, None, scaled(grad, grad_loss)
 
 
 def policy_loss(
@@ -242,7 +353,7 @@ def policy_loss(
     *,
     sequence_ids: torch.Tensor,
     weights: torch.Tensor,
-    advantages: torch.Tensor,
+    advantages: torch.Tensor | GroupTable,
     behavior_logprobs: torch.Tensor | None = None,
     old_logprobs: torch.Tensor | None = None,
     reference_logprobs: torch.Tensor | None = None,
@@ -257,6 +368,7 @@ def policy_loss(
     kl: Literal["k1", "k2", "k3"] = "k3",
     kl_coef: float = 0.0,
     entropy_coef: float = 0.0,
+    inplace: bool = False,
 ) -> PolicyLoss:
     """Policy loss of packed rows of logits.
 
@@ -266,7 +378,8 @@ def policy_loss(
         sequence_ids: each row's index into the [S] tensors, any integer type, [T]. Sequences are whole: all response
             rows of a sequence are in this call where ratio or importance_level is `sequence`.
         weights: weight of each token of a sequence, [S]; see `loss_weights`.
-        advantages: [S].
+        advantages: [S], or the GroupTable they follow from: on a GPU the same kernel then computes them.
+        inplace: write the gradient over the logits, which are lost (not under torch.compile).
         behavior_logprobs: log-probs under the policy that sampled, [T].
         old_logprobs: denominator of the ratio, [T]; None: the policy itself, detached.
         reference_logprobs: of the reference model, [T], for the KL term.
@@ -277,47 +390,37 @@ def policy_loss(
     Raises:
         ValueError: a target outside the vocabulary, or a token-level importance weight beside a sequence ratio.
     """
-    check_targets(targets, logits.shape[1])
     check_levels(ratio, importance_level, importance_cap)
-    sequence = ratio == "sequence" or importance_level == "sequence"
-    with torch.no_grad():
-        log_ratio = importance = None
-        if sequence:
-            log_ratio, importance = sequence_terms(
-                row_stats(logits, targets, temperature)[:, 2],
-                sequence_ids,
-                advantages.numel(),
-                behavior_logprobs,
-                old_logprobs,
-                ratio,
-                importance_level,
-            )
-        grad = torch.empty_like(logits) if logits.requires_grad else None
-        rows, logprobs, entropy = policy_rows_(
-            logits.detach(),
-            targets,
-            sequence_ids=sequence_ids,
-            weights=weights,
-            advantages=advantages,
-            behavior_logprobs=behavior_logprobs,
-            old_logprobs=old_logprobs,
-            reference_logprobs=reference_logprobs,
-            sequence_log_ratio=log_ratio,
-            sequence_importance=importance,
-            temperature=temperature,
-            gradient=grad,
-            ratio=ratio,
-            clip_low=clip_low,
-            clip_high=clip_high,
-            dual_clip=dual_clip,
-            importance_cap=importance_cap,
-            importance_mode=importance_mode,
-            kl=kl,
-            kl_coef=kl_coef,
-            entropy_coef=entropy_coef,
-        )
-        loss = rows.loss_T.sum()
-    return PolicyLoss(loss if grad is None else attach(loss, [(logits, grad)]), logprobs, entropy, rows.metrics)
+    options: dict[str, Any] = {
+        "temperature": temperature, "ratio": ratio, "clip_low": clip_low, "clip_high": clip_high,
+        "dual_clip": dual_clip, "importance_cap": importance_cap, "importance_mode": importance_mode,
+        "importance_level": importance_level, "kl": kl, "kl_coef": kl_coef, "entropy_coef": entropy_coef,
+    }  # fmt: skip
+    table = isinstance(advantages, GroupTable)
+    if inplace:
+        work = logits.detach()
+        with torch.no_grad():
+            loss, logprobs, entropy, metrics = _logits_loss(
+                work, targets, advantages, work if logits.requires_grad else None, sequence_ids=sequence_ids,
+                weights=weights, behavior_logprobs=behavior_logprobs, old_logprobs=old_logprobs,
+                reference_logprobs=reference_logprobs, n_sequences=weights.numel(), **options,
+            )  # fmt: skip
+        if logits.requires_grad:
+            loss = _Scaled.apply(loss, work, logits)
+    else:
+        loss, logprobs, entropy, metrics, _ = torch.ops.lead_kernels.policy_loss(
+            logits, targets, sequence_ids, weights, None if table else advantages,
+            *(advantages.packed() if table else NO_GROUPS), behavior_logprobs, old_logprobs, reference_logprobs,
+            **options, gradient=logits.requires_grad and torch.is_grad_enabled(),
+        )  # fmt: skip
+    return PolicyLoss(loss, logprobs.detach(), entropy.detach(), named(metrics.detach()))
+
+
+def named(metrics: torch.Tensor) -> dict[str, torch.Tensor]:
+    return dict(zip(METRICS, metrics.unbind(), strict=True))
+
+
+NO_GROUPS = (None, None, None, None, 1, [0.0] * 10, [0] * 6)
 
 
 def sequence_terms(

@@ -4,9 +4,9 @@
     d z = (g (onehot_t - p) - h p (log p + H)) / temperature         g = d loss / d logp, h = d loss / d H
 
 Everything between the two, from log-prob to g and h, is O(1) a row and lives in policy_loss.py. On a CPU it runs in C++
-(csrc/rows.cpp); elsewhere, and on a CPU without the extension, the plain torch below runs, which is the specification.
-Logits of half precision are exact inputs: log-sum-exp and gather are float32 from the same rounded values, so
-log-probs are never above 0.
+(csrc/rows.cpp), on a GPU in Triton (triton_rows.py; float64 excepted); a machine without those runs the plain torch
+below, which is the specification. Logits of half precision are exact inputs: log-sum-exp and gather are float32 from
+the same rounded values, so log-probs are never above 0.
 
 Floor: the statistics read V logits once (their second look comes from the cache), the gradient reads and writes them.
 
@@ -15,6 +15,7 @@ Legend: T rows, V vocabulary.
 
 import functools
 import importlib
+import os
 import warnings
 from typing import Any
 
@@ -41,6 +42,39 @@ def in_cpp(logits: torch.Tensor) -> Any | None:
     """The C++ operators if they take these logits."""
     takes = logits.device.type == "cpu" and logits.stride(1) == 1
     return cpu_extension() if takes else None
+
+
+@functools.cache
+def triton_kernels() -> Any | None:
+    """triton_rows, or None; says once what is lost without Triton."""
+    try:
+        return importlib.import_module("lead_kernels.triton_rows")
+    except ImportError as e:
+        warnings.warn(f"lead_kernels runs without Triton, slower on a GPU ({e}); pip install triton.", stacklevel=2)
+        return None
+
+
+def in_triton(logits: torch.Tensor) -> Any | None:
+    """The Triton launchers if they take these logits: on a GPU, or anywhere under Triton's interpreter."""
+    if not (logits.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+        return None
+    return triton_kernels() if logits.dtype != torch.float64 and logits.stride(-1) == 1 else None
+
+
+def scaled(grad: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """grad x factor (0-dim), for backwards whose gradient is ready but for the loss's own gradient, which is mostly 1.
+
+    Where autograd will not ask for `grad` again it is handed out itself, or scaled in place: no second matrix.
+    """
+    plain = type(grad) is torch.Tensor and type(factor) is torch.Tensor  # else: being traced
+    if not plain or torch._C._autograd._get_current_graph_task_keep_graph():  # type: ignore
+        return grad * factor.to(grad.dtype)
+    if kernels := in_triton(grad):
+        return kernels.scale_triton_(grad, factor)
+    if grad.device.type == "cpu":
+        number = factor.item()
+        return grad if number == 1 else grad * number
+    return grad * factor.to(grad.dtype)
 
 
 def row_stats_reference(logits: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -81,6 +115,8 @@ def row_stats(logits: torch.Tensor, targets: torch.Tensor, temperature: float) -
     Returns:
         float32 (float64 for float64) [T, 4].
     """
+    if kernels := in_triton(logits):
+        return kernels.row_stats_triton(logits, targets, temperature)
     if cpp := in_cpp(logits):
         return cpp.row_stats(logits, targets.contiguous(), temperature)
     return row_stats_reference(logits, targets, temperature)
@@ -97,6 +133,9 @@ def row_gradient_(
 ) -> torch.Tensor:
     """Write the gradient over `logits`, or to `out`, given d loss / d logp and d loss / d H of every row ([T])."""
     to = logits if out is None else out
+    if kernels := in_triton(logits):
+        kernels.row_gradient_triton_(logits, targets, stats, g, h, temperature, to)
+        return to
     if cpp := in_cpp(logits):
         cpp.row_gradient_(logits, targets.contiguous(), stats, g.contiguous(), h.contiguous(), temperature, to)
         return to

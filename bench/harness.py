@@ -1,0 +1,114 @@
+"""How the benchmarks measure: interleaved calls with cold caches, extra memory, the machine, JSON.
+
+A rival that is not installed, or cannot do the work, raises `Cannot` with the reason and is listed with it.
+"""
+
+import ctypes
+import gc
+import importlib.metadata
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).resolve().parent / "results"
+Call = Callable[[], Any]
+
+
+class Cannot(Exception):
+    """Why a rival is not measured."""
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def interleaved(calls: dict[str, Call], repeats: int, device: str) -> dict[str, list[float]]:
+    """Milliseconds of every call, in turns; before each a buffer larger than the last-level cache is written."""
+    flush = torch.empty(256 << 20 if device == "cuda" else 64 << 20, dtype=torch.uint8, device=device)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            gc.collect()
+            flush.add_(1)
+            synchronize(device)
+            began = time.perf_counter()
+            out = call()
+            synchronize(device)
+            times[name].append(1e3 * (time.perf_counter() - began))
+            del out
+    return times
+
+
+def extra_bytes(call: Call, device: str) -> int | None:
+    """Most memory in use during the call above what was in use before, bytes; None where it cannot be read.
+
+    On a GPU by torch's allocator, on Linux by the process's peak resident memory, which the kernel lets us reset.
+    """
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    if sys.platform != "linux":
+        return None
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed must not hide what is taken
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    before = resident_bytes("VmRSS")
+    call()
+    return resident_bytes("VmHWM") - before
+
+
+def resident_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith(field + ":"):
+            return 1024 * int(line.split()[1])
+    raise AssertionError(field)
+
+
+def summary(ms: list[float]) -> dict[str, float]:
+    return {"median_ms": statistics.median(ms), "min_ms": min(ms), "max_ms": max(ms)}
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Device, date, command and versions of what a result rests on."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in ("triton", "transformers", "liger-kernel", "trl", "cut-cross-entropy", "quack-kernels", "verl", "vllm"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if device == "cuda":
+        what = torch.cuda.get_device_name()
+    else:
+        what = f"{cpu_name()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    return {"device": what, "date": time.strftime("%Y-%m-%d"), "command": "python bench/" + " ".join(
+        [Path(sys.argv[0]).name, *sys.argv[1:]]), "versions": versions}  # fmt: skip
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    print(f"Written: {path}")

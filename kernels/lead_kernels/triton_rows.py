@@ -1,0 +1,330 @@
+"""Triton form of the row kernels: a program per row of logits.
+
+`policy_rows_kernel` is one kernel from logits to gradient: log-sum-exp (online, fp32), gather, entropy, advantage
+(given, or computed here from the group's outcomes and lengths), ratio, clip, importance weight, KL, loss, metrics, and
+the gradient written where the caller says, over the logits if that is the same tensor. `row_stats_kernel` and
+`row_gradient_kernel` are its two halves for linear_logprobs, whose loss is not known here.
+
+Formulas: rows.py and policy_loss.py, whose plain torch is the specification. dtypes: logits and gradient bf16, fp16 or
+fp32 (last dimension contiguous, any row stride); arithmetic and results fp32; the gradient is rounded once, after
+scaling. A target outside 0..V-1 or a sequence outside 0..S-1 is never read: its log-prob or its loss is NaN. Rows
+without gradient get zeros and are not read again.
+
+Sums run in a fixed order, with no atomics: the same bits on every run. Floor: V logits read and V written per row; the
+second look runs from the end of the row to its beginning, so that it meets what the cache still holds.
+
+Legend: T rows, V vocabulary, S sequences.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ._device import tile
+from .triton_advantage import group_advantage, group_block, lead_advantages_triton, load_group  # noqa: F401
+
+LOG_RATIO_CAP = tl.constexpr(20.0)
+SUMS = ("kl_behavior", "clip_low", "clip_high", "ratio", "ratio_capped", "importance_truncated", "logprob_diff",
+        "kl_reference")  # fmt: skip
+
+
+@triton.jit
+def row_statistics(row_ptr, target, V, inverse, BLOCK: tl.constexpr):
+    """max of the raw logits, and of x = (z - max) / temperature: log sum exp, log-prob of the target, entropy."""
+    inf = float("inf")
+    cols = tl.arange(0, BLOCK)
+    # Read before the loop, whose reductions are barriers: when any warp writes a gradient over the row, all have it.
+    inside = (target >= 0) & (target < V)
+    at_target = tl.load(row_ptr + target, mask=inside, other=float("nan")).to(tl.float32)
+    top = -inf
+    sum_B = tl.zeros([BLOCK], tl.float32)
+    dot_B = tl.zeros([BLOCK], tl.float32)  # of x e^x
+    for start in range(0, V, BLOCK):
+        at = start + cols
+        z = tl.load(row_ptr + at, mask=at < V, other=-inf).to(tl.float32)
+        higher = tl.maximum(top, tl.max(z, 0))
+        # Where nothing but -inf was seen, all sums are 0 and the shift is too.
+        shift = tl.where(top == -inf, 0.0, (higher - top) * inverse)
+        keep = tl.exp(-shift)
+        x = (z - higher) * inverse
+        e = tl.where(z == -inf, 0.0, tl.exp(x))
+        dot_B = (dot_B - shift * sum_B) * keep + tl.where(e == 0, 0.0, x * e)
+        sum_B = sum_B * keep + e
+        top = higher
+    total = tl.sum(sum_B, 0)
+    log_norm = tl.log(total)
+    entropy = log_norm - tl.sum(dot_B, 0) / total
+    return top, log_norm, (at_target - top) * inverse - log_norm, tl.where(entropy < 0, 0.0, entropy)
+
+
+@triton.jit
+def write_gradient(row_ptr, out_ptr, target, V, inverse, top, log_norm, entropy, g, h, BLOCK: tl.constexpr):
+    """d z = (g (onehot - p) - h p (log p + H)) / temperature over a row; zeros without reading where g = h = 0."""
+    cols = tl.arange(0, BLOCK)
+    if (g == 0) & (h == 0):
+        for start in range(0, V, BLOCK):
+            at = start + cols
+            tl.store(out_ptr + at, tl.zeros([BLOCK], out_ptr.dtype.element_ty), mask=at < V)
+    else:
+        tiles = tl.cdiv(V, BLOCK)
+        for i in range(0, tiles):
+            at = (tiles - 1 - i) * BLOCK + cols
+            z = tl.load(row_ptr + at, mask=at < V, other=-float("inf")).to(tl.float32)
+            log_p = (z - top) * inverse - log_norm
+            p = tl.exp(log_p)
+            inner = tl.where(p > 0, log_p + entropy, 0.0)
+            d = p * (-g - h * inner) + tl.where(at == target, g, 0.0)
+            tl.store(out_ptr + at, (d * inverse).to(out_ptr.dtype.element_ty), mask=at < V)
+
+
+@triton.jit
+def row_stats_kernel(logits_ptr, stride, target_ptr, stats_ptr, V, inverse, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(target_ptr + row)
+    top, log_norm, logp, entropy = row_statistics(logits_ptr + row * stride, target, V, inverse, BLOCK)
+    tl.store(stats_ptr + 4 * row, top)
+    tl.store(stats_ptr + 4 * row + 1, log_norm)
+    tl.store(stats_ptr + 4 * row + 2, logp)
+    tl.store(stats_ptr + 4 * row + 3, entropy)
+
+
+@triton.jit
+def row_gradient_kernel(
+    logits_ptr, stride, grad_ptr, grad_stride, target_ptr, stats_ptr, g_ptr, h_ptr, V, inverse, BLOCK: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    write_gradient(
+        logits_ptr + row * stride, grad_ptr + row * grad_stride, tl.load(target_ptr + row), V, inverse,
+        tl.load(stats_ptr + 4 * row),
+        tl.load(stats_ptr + 4 * row + 1), tl.load(stats_ptr + 4 * row + 3), tl.load(g_ptr + row), tl.load(h_ptr + row),
+        BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit
+def policy_rows_kernel(
+    logits_ptr, stride, grad_ptr, grad_stride, target_ptr, sequence_ptr, weight_ptr, advantage_ptr,
+    behavior_ptr, old_ptr, reference_ptr, log_ratio_ptr, importance_ptr,  # [T], each may be None
+    correct_ptr, length_ptr, wrong_ptr, penalty_ptr, size,  # the groups, where advantage_ptr is None
+    alpha, correct_reward, wrong_reward, weight_low, weight_high, slope, midpoint, eps, length_gate,
+    length_min_solve_rate,
+    loss_ptr, logp_ptr, entropy_ptr, sums_ptr, T, S, V, inverse,
+    clip_low, clip_high, dual_clip, importance_cap, kl_coef, entropy_coef,
+    CISPO: tl.constexpr, IMPORTANCE: tl.constexpr, KL: tl.constexpr,
+    LENGTH_REWARD: tl.constexpr, DIFFICULTY: tl.constexpr, STD: tl.constexpr, NONNEGATIVE: tl.constexpr,
+    POSITIVE: tl.constexpr, FILTER: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * stride
+    target = tl.load(target_ptr + row)
+    sequence = tl.load(sequence_ptr + row).to(tl.int64)
+    known = (sequence >= 0) & (sequence < S)
+    sequence = tl.where(known, sequence, 0)
+    u = tl.where(known, tl.load(weight_ptr + sequence), float("nan"))
+    if advantage_ptr is not None:
+        a = tl.load(advantage_ptr + sequence)
+    else:
+        cols = tl.arange(0, BLOCK_G)
+        first = sequence // size * size
+        right, length, wrong, penalty = load_group(
+            correct_ptr, length_ptr, wrong_ptr, wrong_reward, penalty_ptr, first, cols, size
+        )
+        _, every, _, _ = group_advantage(
+            right, length, wrong, penalty, cols, size, alpha, correct_reward, weight_low, weight_high, slope, midpoint,
+            eps, length_gate, length_min_solve_rate, LENGTH_REWARD, DIFFICULTY, STD, NONNEGATIVE, POSITIVE, FILTER,
+            BLOCK_G,
+        )  # fmt: skip
+        a = tl.sum(tl.where(cols == sequence - first, every, 0.0), 0)
+
+    top, log_norm, logp, entropy = row_statistics(row_ptr, target, V, inverse, BLOCK)
+
+    # From here to the gradient: rows_loss of policy_loss.py. tl.where, not minimum: it keeps NaN.
+    old = logp
+    if old_ptr is not None:
+        old = tl.load(old_ptr + row)
+    log_r = logp - old
+    if log_ratio_ptr is not None:
+        log_r = tl.load(log_ratio_ptr + row)
+    capped = log_r > LOG_RATIO_CAP
+    r = tl.exp(tl.where(capped, LOG_RATIO_CAP, log_r))
+    low, high = 1 - clip_low, 1 + clip_high
+    below, above = r < low, r > high
+    clipped = tl.where(below, low, tl.where(above, high, r))
+    if CISPO:
+        loss = -clipped * a * logp
+        g = -clipped * a
+    else:
+        free, bound = r * a, clipped * a
+        loss = -tl.where(bound < free, bound, free)
+        live = ((a > 0) & (above == 0)) | ((a <= 0) & (below == 0))
+        g = tl.where(live, -free, 0.0)
+        dual = (a < 0) & (loss > -dual_clip * a)
+        loss = tl.where(dual, -dual_clip * a, loss)
+        g = tl.where(dual | capped, 0.0, g)
+    diff = 0.0
+    truncated = False
+    if behavior_ptr is not None:
+        behavior = tl.load(behavior_ptr + row)
+        diff = logp - behavior
+        if IMPORTANCE > 0:
+            log_w = old - behavior
+            if importance_ptr is not None:
+                log_w = tl.load(importance_ptr + row)
+            w = tl.exp(tl.where(log_w > LOG_RATIO_CAP, LOG_RATIO_CAP, log_w))
+            truncated = w > importance_cap
+            w = tl.where(truncated, importance_cap if IMPORTANCE == 1 else 0.0, w)
+            loss = loss * w
+            g = g * w
+    kl = 0.0
+    if KL > 0:
+        d = tl.load(reference_ptr + row) - logp
+        if KL == 1:
+            kl = -d
+            slope_kl = 1.0
+        elif KL == 2:
+            kl = 0.5 * d * d
+            slope_kl = -d
+        else:
+            far = d > LOG_RATIO_CAP
+            e = tl.exp(tl.where(far, LOG_RATIO_CAP, d))
+            kl = e - 1 - d
+            slope_kl = 1 - tl.where(far, 0.0, e)
+        loss = loss + kl_coef * kl
+        g = g + kl_coef * slope_kl
+    loss = u * (loss - entropy_coef * entropy)
+
+    tl.store(loss_ptr + row, loss)
+    tl.store(logp_ptr + row, logp)
+    tl.store(entropy_ptr + row, entropy)
+    near = tl.where(diff > LOG_RATIO_CAP, LOG_RATIO_CAP, tl.where(diff < -LOG_RATIO_CAP, -LOG_RATIO_CAP, diff))
+    live = u != 0
+    tl.store(sums_ptr + row, tl.exp(near) - 1 - near)
+    tl.store(sums_ptr + T + row, (below & (a < 0) & live).to(tl.float32))
+    tl.store(sums_ptr + 2 * T + row, (above & (a > 0) & live).to(tl.float32))
+    tl.store(sums_ptr + 3 * T + row, r)
+    tl.store(sums_ptr + 4 * T + row, capped.to(tl.float32))
+    tl.store(sums_ptr + 5 * T + row, tl.where(truncated, 1.0, 0.0))
+    tl.store(sums_ptr + 6 * T + row, tl.abs(diff))
+    tl.store(sums_ptr + 7 * T + row, kl)
+    if grad_ptr is not None:
+        out_ptr = grad_ptr + row * grad_stride
+        write_gradient(row_ptr, out_ptr, target, V, inverse, top, log_norm, entropy, u * g, -u * entropy_coef, BLOCK)
+
+
+@triton.jit
+def scale_kernel(x_ptr, factor_ptr, n, BLOCK: tl.constexpr):
+    """x *= factor over [n]; nothing is read or written where the factor is 1."""
+    factor = tl.load(factor_ptr).to(tl.float32)
+    if factor != 1.0:
+        for start in range(tl.program_id(0).to(tl.int64) * BLOCK, n, tl.num_programs(0).to(tl.int64) * BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            x = tl.load(x_ptr + at, mask=at < n).to(tl.float32)
+            tl.store(x_ptr + at, (x * factor).to(x_ptr.dtype.element_ty), mask=at < n)
+
+
+def scale_triton_(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """x (contiguous) times factor (0-dim), in place, without asking the device what the factor is."""
+    assert x.is_contiguous()
+    if x.numel():
+        block = 4096
+        with torch.cuda.device_of(x):
+            scale_kernel[(min(1024, triton.cdiv(x.numel(), block)),)](x, factor, x.numel(), BLOCK=block, num_warps=8)
+    return x
+
+
+def row_stats_triton(logits: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
+    """max, log_norm, logp, H of every row: float32 [T, 4]."""
+    T, V = logits.shape
+    stats = torch.empty(T, 4, dtype=torch.float32, device=logits.device)
+    if T:
+        block, warps = tile(logits.dtype, V)
+        with torch.cuda.device_of(logits):
+            row_stats_kernel[(T,)](
+                logits, logits.stride(0), targets.contiguous(), stats, V, 1.0 / temperature, BLOCK=block,
+                num_warps=warps, enable_fp_fusion=True,
+            )  # fmt: skip
+    return stats
+
+
+def row_gradient_triton_(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    stats: torch.Tensor,
+    g: torch.Tensor,
+    h: torch.Tensor,
+    temperature: float,
+    out: torch.Tensor,
+) -> None:
+    """Write the gradient to `out`, which may be the logits."""
+    T, V = logits.shape
+    if T:
+        block, warps = tile(logits.dtype, V)
+        with torch.cuda.device_of(logits):
+            row_gradient_kernel[(T,)](
+                logits, logits.stride(0), out, out.stride(0), targets.contiguous(), stats, g.contiguous(),
+                h.contiguous(), V, 1.0 / temperature, BLOCK=block, num_warps=warps, enable_fp_fusion=True,
+            )  # fmt: skip
+
+
+def policy_rows_triton(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    sequence_ids: torch.Tensor,
+    weights: torch.Tensor,
+    advantages: torch.Tensor | None,
+    groups: tuple,
+    *,
+    behavior_T: torch.Tensor | None,
+    old_T: torch.Tensor | None,
+    reference_T: torch.Tensor | None,
+    sequence_ratio_T: torch.Tensor | None,
+    importance_T: torch.Tensor | None,
+    temperature: float,
+    ratio: str,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    importance_cap: float | None,
+    importance_mode: str,
+    kl: str,
+    kl_coef: float,
+    entropy_coef: float,
+    gradient: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """loss, logp, entropy: float32 [T]; sums float32 [8, T] in the order of SUMS; `gradient` is written.
+
+    `groups`: correct, lengths, wrong, penalty, group size, floats, ints (lead_advantage.options) where advantages is
+    None, else NO_GROUPS. `gradient`: the logits' shape and dtype, may be the logits; None: forward only.
+    """
+    (T, V), S = logits.shape, weights.numel()
+    per_token = (targets, sequence_ids, behavior_T, old_T, reference_T, sequence_ratio_T, importance_T)
+    assert all(x is None or x.shape == (T,) for x in per_token)
+    per_sequence = (advantages, groups[0], groups[1])
+    assert all(x is None or x.shape == (S,) for x in per_sequence)
+    loss, logp, entropy = (torch.empty(T, dtype=torch.float32, device=logits.device) for _ in range(3))
+    sums = torch.empty(len(SUMS), T, dtype=torch.float32, device=logits.device)
+    correct, lengths, wrong, penalty, size, floats, ints = groups
+    off = float("inf")
+
+    def flat(x: torch.Tensor | None) -> torch.Tensor | None:
+        return None if x is None else x.float().contiguous()
+
+    def each(x: torch.Tensor | None) -> torch.Tensor | None:
+        return None if x is None else x.float().expand(S).contiguous()
+
+    if T:
+        block, warps = tile(logits.dtype, V)
+        with torch.cuda.device_of(logits):
+            policy_rows_kernel[(T,)](
+                logits, logits.stride(0), gradient, 0 if gradient is None else gradient.stride(0), targets.contiguous(),
+                sequence_ids.contiguous(), flat(weights), flat(advantages), flat(behavior_T), flat(old_T),
+                flat(reference_T), flat(sequence_ratio_T), flat(importance_T),
+                None if correct is None else correct.contiguous(), None if lengths is None else lengths.contiguous(),
+                each(wrong), each(penalty), size, *floats, loss, logp, entropy, sums, T, S, V, 1.0 / temperature,
+                float(clip_low), float(clip_high), off if dual_clip is None else float(dual_clip),
+                off if importance_cap is None else float(importance_cap), float(kl_coef), float(entropy_coef),
+                ratio == "cispo", 0 if importance_cap is None else 1 + (importance_mode == "mask"),
+                int(kl[1]) if reference_T is not None and kl_coef else 0, *ints, BLOCK_G=group_block(size), BLOCK=block,
+                num_warps=warps, enable_fp_fusion=True,
+            )  # fmt: skip
+    return loss, logp, entropy, sums
