@@ -282,10 +282,14 @@ def prepared(operation: str, w: Work, only: tuple[str, ...] = ()) -> dict[str, C
             continue
         expected = expected or got
         if not name.startswith(FLOOR):
-            for x, y in zip(expected, got, strict=True):
-                difference = ((x.double() - y.double()).norm() / x.double().norm()).item()
-                assert difference < (1e-3 if w.dtype == torch.float32 else 3e-2), f"{name} computes something else: "\
-                    f"{difference:.1e}"  # fmt: skip
+            off = max(
+                ((x.double() - y.double()).norm() / x.double().norm()).item()
+                for x, y in zip(expected, got, strict=True)
+            )
+            if off > (1e-3 if w.dtype == torch.float32 else 3e-2):
+                assert name != "torch eager", f"{OURS} and torch eager differ by {off:.1e}"
+                print(f"  {name}: not measured, its results differ by {100 * off:.0f} % in this dtype")
+                continue
         calls[name] = call
     return calls
 

@@ -206,6 +206,17 @@ def test_any_row_stride_and_nothing_written_beside_the_rows(dtype):
         cpp.row_gradient_(logits, targets, stats, g, h, 1.0, beside)
 
 
+def test_offsets_past_2_to_the_31():
+    """Rows 2^30 apart in bfloat16: 4 GiB of addresses, of which three short rows are touched."""
+    near, targets, g, h = rows((3, 300), torch.bfloat16)
+    far = torch.empty(2 * 2**30 + 300, dtype=torch.bfloat16).as_strided((3, 300), (2**30, 1))
+    far.copy_(near)
+    stats = cpp.row_stats(far, targets, 1.0)
+    cpp.row_gradient_(far, targets, stats, g, h, 1.0)
+    same, grad = run(near, targets, g, h)
+    assert torch.equal(stats, same) and torch.equal(far, grad)
+
+
 def test_no_rows():
     stats, grad = run(*rows((0, 50), torch.float32))
     assert stats.shape == (0, 4) and grad.shape == (0, 50)

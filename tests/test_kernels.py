@@ -336,3 +336,22 @@ def test_metrics_add_up_over_cuts():
     r, a = (lp - x["behavior"]).exp(), x["advantages"][x["ids"]]
     assert whole["clip_high"] == ((r > 1.2) & (a > 0)).sum() and whole["clip_low"] == ((r < 0.8) & (a < 0)).sum()
     assert whole["max_logprob_diff"] == (lp - x["behavior"]).abs().max()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 40), st.integers(1, 300), st.integers(1, 6), st.integers(1, 50), st.randoms(use_true_random=False)
+)
+def test_any_shape_and_any_chunk_equals_torch(T, V, S, chunk, rng):
+    g = torch.Generator().manual_seed(rng.randrange(2**31))
+    hidden, head = torch.randn(T, 5, generator=g), torch.randn(V, 5, generator=g)
+    targets, ids = torch.randint(V, (T,), generator=g), torch.randint(S, (T,), generator=g)
+    weights, advantages = torch.rand(S, generator=g), torch.randn(S, generator=g)
+    h, w = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+    logp = (h.double() @ w.double().T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    loss = -(weights[ids] * advantages[ids] * (logp - logp.detach()).exp()).sum()
+    exact = torch.autograd.grad(loss, (h, w))
+    out = linear_policy_loss(h, w, targets, sequence_ids=ids, weights=weights, advantages=advantages, chunk_rows=chunk)
+    torch.testing.assert_close(out.loss, loss.float(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(out.logprobs, logp.detach().float(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(torch.autograd.grad(out.loss, (h, w)), exact, atol=1e-4, rtol=1e-3)
