@@ -167,6 +167,8 @@ class OptimConfig:
     """Steps of linear warm-up."""
     updates: int = 1
     """Optimiser steps per rollout batch, each on its own share of the groups."""
+    max_skipped: int = 5
+    """Stop after so many steps in a row whose loss or gradient was not finite (such updates are skipped); 0: never."""
 
 
 @dataclass(frozen=True)
@@ -209,6 +211,10 @@ class Config:
     """Steps between checkpoints; 0 saves none but the export at the end."""
     wandb: str = ""
     """Weights & Biases project; empty: none."""
+    watchdog_s: float = 1500.0
+    """Seconds without progress after which every rank's phase and stack are printed and the job ends; 0: never."""
+    debug: bool = False
+    """Check after every kernel that values are finite and log-probs at most 0; slower."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

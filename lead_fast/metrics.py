@@ -14,7 +14,7 @@ import shutil
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,16 @@ MOST_LEVELS = 20  # difficulties that TensorBoard gets one by one; metrics.jsonl
 class PhaseTimer:
     """Seconds spent in each phase of a step: `with timer("rollout"): ...`, read as `timer.seconds["rollout"]`.
 
-    A phase entered twice adds up. On CUDA a phase ends when its kernels have.
+    A phase entered twice adds up. On CUDA a phase ends when its kernels have. `entered` is told of every phase.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, entered: Callable[[str], object] = lambda phase: None) -> None:
         self.seconds: dict[str, float] = {}
+        self.entered = entered
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
+        self.entered(phase)
         began = time.perf_counter()
         try:
             yield
@@ -78,6 +80,7 @@ class Metrics:
         self._want_tensorboard = tensorboard and enabled
         self._wandb: Any = None
         self._console = _Console(total_steps)
+        self._waiting: dict[str, list[dict[str, Any]]] = {}  # records that a full disk did not take
         if enabled:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             if wandb_project:
@@ -117,7 +120,7 @@ class Metrics:
     def answers(self, step: int, rows: list[dict[str, Any]]) -> None:
         """A sample of answers with their scores, appended to answers.jsonl."""
         if self.enabled:
-            _append(self.run_dir / "answers.jsonl", [_plain({"step": step} | row) for row in rows])
+            self._keep("answers.jsonl", [plain({"step": step} | row) for row in rows])
 
     def progress(self, phase: str, step: int, done: int, total: int) -> None:
         """Where the current step's `phase` is: `done` of `total`. Rewritten in place on a terminal, else rare."""
@@ -137,9 +140,24 @@ class Metrics:
         done = step - self._first_step
         return (time.monotonic() - self._began) / done * (self.total_steps - step) if done > 0 else None
 
+    def warn(self, text: str) -> None:
+        """A console line that stays."""
+        if self.enabled:
+            self._console.line(f"Warning: {text}")
+
+    def _keep(self, name: str, records: list[dict[str, Any]]) -> None:
+        """Append to a file of the run; what cannot be written (a full disk) waits for the next time."""
+        waiting = self._waiting.setdefault(name, [])
+        waiting += records
+        try:
+            _append(self.run_dir / name, waiting)
+            waiting.clear()
+        except OSError as e:
+            self.warn(f"{len(waiting)} records of {name} cannot be written yet ({e}): the run goes on.")
+
     def _write(self, kind: str, step: int, record: dict[str, Any]) -> dict[str, Any]:
-        record = _plain({"step": step, "kind": kind} | record)
-        _append(self.run_dir / "metrics.jsonl", [record])
+        record = plain({"step": step, "kind": kind} | record)
+        self._keep("metrics.jsonl", [record])
         scalars = {f"{kind}/{name}": value for name, value in _scalars(record) if name not in ("step", "kind")}
         if self._want_tensorboard:
             if self._tensorboard is None:
@@ -147,9 +165,13 @@ class Metrics:
 
                 purge = self._first_step + 1 if self._first_step else None
                 self._tensorboard = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=purge)
-            for name, value in scalars.items():
-                self._tensorboard.add_scalar(name, value, step)
-            self._tensorboard.flush()
+            try:
+                for name, value in scalars.items():
+                    self._tensorboard.add_scalar(name, value, step)
+                self._tensorboard.flush()
+            except OSError as e:  # its writer does not recover from that: a new one opens a new file
+                self._console.line(f"Warning: tensorboard of step {step} was not written ({e}): the run goes on.")
+                self._tensorboard = None
         if self._wandb:
             self._wandb.log(scalars | {"step": step})
         return record
@@ -261,19 +283,26 @@ def _wait_for_cuda() -> None:
 
 def _append(path: Path, records: list[dict[str, Any]]) -> None:
     # A lone surrogate in a problem's text has no UTF-8; backslashreplace writes it as the escape that JSON has for it.
-    with open(path, "a", encoding="utf-8", errors="backslashreplace", newline="\n") as f:
-        for record in records:
-            f.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+    text = "".join(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in records)
+    data = text.encode("utf-8", errors="backslashreplace")
+    with open(path, "ab", buffering=0) as f:
+        began = f.tell()
+        try:
+            while data:
+                data = data[f.write(data) :]
+        except OSError:  # a full disk: half a line would spoil the file
+            f.truncate(began)
+            raise
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """The value in JSON's types: arrays and tensors become lists or numbers, NaN and infinities None."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -22,18 +22,21 @@ def learning_rate(step: int, steps: int, c: OptimConfig) -> float:
     return c.lr * {"constant": 1.0, "linear": 1.0 - x, "cosine": 0.5 * (1.0 + math.cos(math.pi * x))}[c.schedule]
 
 
-def update(policy: Policy, optimizer: torch.optim.Optimizer, lr: float, clip: float) -> float:
-    """One optimiser step on the shards. A gradient that is not finite is thrown away instead.
+def update(policy: Policy, optimizer: torch.optim.Optimizer, lr: float, clip: float, loss: float = 0.0) -> float:
+    """One optimiser step on the shards. If the gradient or `loss` is not finite it is thrown away instead.
 
+    Args:
+        loss: of the whole batch, the same number on every rank.
     Returns:
-        the gradient's global norm before clipping; not finite where the step was skipped.
+        the gradient's global norm before clipping; not finite where the step was skipped, on every rank alike.
     """
     policy.to_shards()
     for group in optimizer.param_groups:
         group["lr"] = lr
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), clip)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    if math.isfinite(value := float(norm)):
+    value = float(norm) if math.isfinite(loss) else math.nan
+    if math.isfinite(value):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return value

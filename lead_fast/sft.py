@@ -6,6 +6,7 @@ Loss: mean negative log-likelihood of the solution's tokens, end-of-sequence tok
 """
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ from .arithmetic import architecture, build_tokenizer
 from .config import SftConfig, dump, load_config
 from .data import ProblemStream, load_problems, tokenize_prompts
 from .distributed import complaint, start, stop
+from .health import Health
 from .model import Policy, load_model, load_tokenizer, shard
 from .optim import learning_rate, make_optimizer, update
 from .packing import Pack, assign, make_pack
@@ -77,10 +79,8 @@ def main(args: list[str] | None = None) -> None:
     c: SftConfig = load_config(args, cls=SftConfig, prog="lead_fast.sft")
     ranks = start()
     run = Path(c.output or f"runs/sft-{Path(c.recipe).stem}-{ranks.gather_objects(time.strftime('%Y%m%d-%H%M%S'))[0]}")
-    if ranks.main:
-        if (run / "metrics.jsonl").exists() and not c.resume:
-            raise ValueError(f"{run} holds a run already: go on with --resume, or give another --output.")
-        run.mkdir(parents=True, exist_ok=True)
+    lock = checkpoint.claim(run, c.resume) if ranks.main else None
+    if lock:
         checkpoint.write_atomic(run / "config.toml", dump(c))
     if c.from_scratch:
         tokenizer = build_tokenizer()
@@ -101,7 +101,7 @@ def main(args: list[str] | None = None) -> None:
     test_lengths = [len(p) + len(s) - 1 for p, s in zip(test_prompts, test_solutions, strict=True)]
     schedule = batches(lengths, c)
     first = 0
-    if c.resume and (found := checkpoint.load(run, policy, optimizer)):
+    if c.resume and (found := checkpoint.load(run, policy, optimizer, ranks)):
         first = found["step"]
 
     def cut(members: list[int], prompts, solutions, lengths) -> tuple[list[Pack], int]:
@@ -113,6 +113,7 @@ def main(args: list[str] | None = None) -> None:
     def total(losses: list[torch.Tensor]) -> float:
         return ranks.all_sum(torch.stack([x.detach() for x in losses]).sum()).item()
 
+    health = Health(run, c.optim.max_skipped)
     began = time.monotonic()
     with open(run / "metrics.jsonl" if ranks.main else "/dev/null", "a", encoding="utf-8") as log:
         for step in range(first, c.steps):
@@ -123,8 +124,10 @@ def main(args: list[str] | None = None) -> None:
                 loss.backward()
                 losses.append(loss)
             lr = learning_rate(step, c.steps, c.optim)
-            norm = update(policy, optimizer, lr, c.optim.grad_clip)
-            record = {"step": step + 1, "loss": total(losses), "grad_norm": norm, "learning_rate": lr}
+            loss = total(losses)
+            norm = update(policy, optimizer, lr, c.optim.grad_clip, loss)
+            health.count(step + 1, int(not math.isfinite(norm)), None)
+            record = {"step": step + 1, "loss": loss, "grad_norm": norm, "learning_rate": lr}
             if (step + 1) % c.validate_every == 0 or step + 1 == c.steps:
                 with torch.no_grad():
                     held, n = cut(list(range(len(test_lengths))), test_prompts, test_solutions, test_lengths)
@@ -143,6 +146,8 @@ def main(args: list[str] | None = None) -> None:
     if ranks.main:
         print(f"Model: {run / 'final'}", flush=True)
     stop()
+    if lock:
+        lock.close()
 
 
 def new_model(seed: int, vocabulary: int):

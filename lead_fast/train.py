@@ -10,6 +10,7 @@ Legend: P problems, G responses in a group, S = P x G sequences, R response rows
 
 import contextlib
 import dataclasses
+import math
 import signal
 import sys
 import time
@@ -28,6 +29,7 @@ from .data import ProblemStream, load_problems, tokenize_prompts
 from .distributed import Ranks, complaint, start, stop
 from .engine import Sampling, make_engine
 from .evaluate import evaluate, load_test
+from .health import Health, must_be_finite
 from .loss import needs_gradient, objective, pack_logprobs, policy_loss, reduce_metrics
 from .metrics import Metrics, PhaseTimer
 from .model import Policy, load_policy, load_tokenizer
@@ -37,8 +39,10 @@ from .report import write_report
 from .reward import Verifier
 from .rollout import Batch, gather, grade, rollout, sampling_seed
 from .sync import sync
+from .watchdog import Watchdog
 
 ASIDE = ("evaluate", "save")  # phases that are no part of a step
+ROUNDING = 1e-4  # nats; how far above 0 a log-prob may be rounded
 
 
 def train(c: Config, ranks: Ranks, run: Path) -> None:
@@ -55,32 +59,43 @@ def train(c: Config, ranks: Ranks, run: Path) -> None:
     reference = load_policy(c.model, ranks, reshard=True).eval() if c.loss.kl_coef else None
     optimizer = make_optimizer(policy, c.optim)
     engine = make_engine(c, tokenizer, ranks)
-    first, seconds_before = 0, 0.0
-    if c.resume and (found := checkpoint.load(run, policy, optimizer)):
-        first, seconds_before = found["step"], found["elapsed_s"]
+    first, seconds_before, skipped = 0, 0.0, 0
+    if c.resume and (found := checkpoint.load(run, policy, optimizer, ranks)):
+        first, seconds_before, skipped = found["step"], found["elapsed_s"], found["updates_skipped"]
         sync(policy, engine, first)
     metrics.truncate_after(first)
     began = time.monotonic() - seconds_before
-    timer = PhaseTimer()
+    health = Health(run, c.optim.max_skipped, skipped)
+    dog = Watchdog(c.watchdog_s, ranks)
+    timer = PhaseTimer(dog.beat)
     sampling = Sampling(c.rollout.max_tokens, c.rollout.temperature, c.rollout.top_p, c.rollout.min_p, c.rollout.stop)
+
+    def progress(phase: str, step: int, at: int, of: int) -> None:
+        dog.beat(phase, step)
+        metrics.progress(phase, step, at, of)
 
     def held_out(step: int) -> None:
         with timer("evaluate"):
-            tell = partial(metrics.progress, "evaluate", step)
+            tell = partial(progress, "evaluate", step)
             record, batch = evaluate(engine, test, test_prompts, verifier, c, ranks, tell)
         metrics.eval(step, record | {"elapsed_s": time.monotonic() - began})
         metrics.answers(step, sample_of_answers(batch, "test"))
 
-    def save(step: int) -> None:
+    def save(step: int) -> bool:
         with timer("save"):
-            extra = {"elapsed_s": time.monotonic() - began}
-            checkpoint.save(run, step, policy, optimizer, extra, ranks)
+            extra = {"elapsed_s": time.monotonic() - began, "updates_skipped": health.skipped}
+            return checkpoint.save(run, step, policy, optimizer, extra, ranks)
 
-    with Verifier(timeout_s=c.reward.verifier_timeout_s) as verifier, contextlib.closing(metrics):
+    with (
+        Verifier(timeout_s=c.reward.verifier_timeout_s) as verifier,
+        contextlib.closing(metrics),
+        contextlib.closing(dog),
+    ):
         if c.evaluate.every and first == 0:
             held_out(0)
         for step in range(first, c.steps):
             chosen = stream.batch(step)
+            dog.beat("rollout", step + 1)
             with timer("rollout"):
                 engine.wake()
                 groups = rollout(
@@ -91,7 +106,7 @@ def train(c: Config, ranks: Ranks, run: Path) -> None:
                     sampling,
                     sampling_seed(c.seed, step),
                     ranks,
-                    partial(metrics.progress, "rollout", step + 1),
+                    partial(progress, "rollout", step + 1),
                 )
                 engine.sleep()
             with timer("reward"):
@@ -99,8 +114,11 @@ def train(c: Config, ranks: Ranks, run: Path) -> None:
 
             with timer("advantage"):
                 lead = advantages(batch.scores, batch.lengths, c, ranks.device)
+            if c.debug:
+                must_be_finite("rollout's log-probs", *map(torch.tensor, batch.logprobs), most=ROUNDING)
+                must_be_finite("rewards and advantages", lead.reward, lead.advantage)
             lr = learning_rate(step, c.steps, c.optim)
-            tell = partial(metrics.progress, "train", step + 1)
+            tell = partial(progress, "train", step + 1)
             learned = learn(policy, reference, optimizer, batch, lead, lr, c, ranks, timer, tell)
             with timer("sync"):
                 sync(policy, engine, step + 1)
@@ -111,16 +129,28 @@ def train(c: Config, ranks: Ranks, run: Path) -> None:
             record = describe(batch, lead, c) | learned
             record |= {"learning_rate": lr, "elapsed_s": now - began, "seconds": dict(timer.seconds)}
             record["tokens_per_s"] = record["tokens"] / sum(s for p, s in timer.seconds.items() if p not in ASIDE)
+            record |= {"alerts": health.look(done, record)}
             metrics.train(done, record)
+            for alert in record["alerts"]:
+                metrics.warn(alert)
+            kept = None
+            if record["updates_skipped"] and ranks.main:
+                kept = health.keep(done, spoilt(batch, lead, record))
+                metrics.warn(f"step {done}: loss or gradient not finite, update skipped; its batch is in {kept}.")
+            health.count(done, record["updates_skipped"], kept)
             metrics.answers(done, sample_of_answers(batch, "train", lead.reward.tolist()))
             timer.reset()
+            saved = False
             leaving = ranks.all_max(torch.tensor(float(bool(asked_to_stop)))).item() > 0
             if leaving or (c.checkpoint_every and done % c.checkpoint_every == 0):
-                save(done)  # its seconds are told with the next step
+                saved = save(done)  # its seconds are told with the next step
             if leaving:
+                if not saved:
+                    raise ValueError(f"Asked to stop after step {done}, but it could not be saved: make room in {run}.")
                 if ranks.main:
                     print(f"Asked to stop: saved after step {done}; go on with --output={run} --resume.", flush=True)
                 return
+        dog.beat("export")
         checkpoint.export(run / "final", policy, tokenizer, getattr(torch, c.model.dtype), ranks)
     if ranks.main:
         print(f"Model: {run / 'final'}   Report: {write_report(run)}", flush=True)
@@ -161,9 +191,15 @@ def learn(
             for at_pack, (pack, old_R) in enumerate(zip(packs, old, strict=True)):
                 progress(at_pack, len(packs))
                 ref_R = pack_logprobs(reference, pack, c.rollout.temperature) if reference else None
-                parts.append(backward(policy, pack, policy_loss(policy, pack, o, c, old_R, ref_R)))
+                out = policy_loss(policy, pack, o, c, old_R, ref_R)
+                if c.debug:
+                    where = f"log-probs of a pack of {len(mine[at_pack])} sequences on rank {ranks.rank}"
+                    must_be_finite(where, out.logprobs, old_R, ref_R, most=ROUNDING)
+                    must_be_finite("loss and entropy of that pack", out.loss, out.entropy)
+                parts.append(backward(policy, pack, out))
         with timer("optim"):
-            norms.append(update(policy, optimizer, lr, c.optim.grad_clip))
+            loss = ranks.all_sum(torch.stack([p["loss"] for p in parts[-len(packs) :]]).sum())
+            norms.append(update(policy, optimizer, lr, c.optim.grad_clip, loss.item()))
     sums = reduce_metrics(parts, ranks)
     n = sums["tokens"] or float("nan")  # a batch without a gradient has no means
     return {
@@ -176,6 +212,7 @@ def learn(
         "logprob_diff_max": sums["max_logprob_diff"],
         "importance_truncated_share": sums["importance_truncated"] / n,
         "grad_norm": sum(norms) / len(norms),
+        "updates_skipped": sum(not math.isfinite(norm) for norm in norms),
         "packing_efficiency": sum(balance) / len(balance),
         "sequences_skipped": len(lengths) - trained,
         "groups_dropped": int((~lead.kept).sum()),
@@ -211,6 +248,17 @@ def describe(batch: Batch, lead: LeadAdvantages, c: Config) -> dict:
         "truncated_share": sum(s.truncated for s in batch.scores) / len(batch.scores),
         "response_tokens": int(lengths.sum()),
         "tokens": int(lengths.sum()) + sum(len(g.prompt_ids) * len(g.responses) for g in batch.groups),
+    }
+
+
+def spoilt(batch: Batch, lead: LeadAdvantages, record: dict) -> dict:
+    """Everything that went into a step whose update was skipped."""
+    return {
+        "record": record,
+        "groups": [dataclasses.asdict(g) for g in batch.groups],
+        "scores": [dataclasses.asdict(s) for s in batch.scores],
+        "reward": lead.reward,
+        "advantage": lead.advantage,
     }
 
 
@@ -293,13 +341,13 @@ def main(args: list[str] | None = None) -> None:
         return stop()
     stamp = ranks.gather_objects(time.strftime("%Y%m%d-%H%M%S"))[0]
     run = Path(c.output or f"runs/{Path(c.recipe).stem}-{stamp}")
-    if ranks.main:
-        if (run / "metrics.jsonl").exists() and not c.resume:
-            raise ValueError(f"{run} holds a run already: go on with --resume, or give another --output.")
-        run.mkdir(parents=True, exist_ok=True)
+    lock = checkpoint.claim(run, c.resume) if ranks.main else None
+    if lock:
         checkpoint.write_atomic(run / "config.toml", dump(dataclasses.replace(c, resume=False)))
     train(c, ranks, run)
     stop()
+    if lock:
+        lock.close()
 
 
 if __name__ == "__main__":

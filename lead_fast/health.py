@@ -1,0 +1,100 @@
+"""Numbers that should not be: spoilt batches are kept, spikes are told, debug mode checks every value."""
+
+import json
+import math
+import statistics
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .metrics import plain
+
+WINDOW = 50  # steps that a spike is measured against
+FEWEST = 8  # steps before anything is called a spike
+SPIKE = 10.0  # times the median
+RATIO = 0.5  # nats between engine and trainer, mean over tokens
+MOST_KEPT = 5  # batches kept for inspection, in a run
+
+
+class Health:
+    """Looks at every step's record and says what stands out; counts skipped updates.
+
+    Args:
+        run: the run directory; `run/nonfinite/step-N.json` keeps the batches of skipped updates.
+        most_skipped: skipped steps in a row after which the run stops; 0: never.
+        skipped: updates that were skipped before a resume.
+    """
+
+    def __init__(self, run: Path, most_skipped: int, skipped: int = 0):
+        self.run, self.most_skipped = run, most_skipped
+        self.skipped, self.in_a_row = skipped, 0
+        self.recent: dict[str, deque[float]] = {}
+
+    def look(self, step: int, record: dict[str, Any]) -> list[str]:
+        """Sentences on what is unusual in a training step's record; none on a step like the others."""
+        told = []
+        for key in ("loss", "grad_norm"):
+            value, recent = record.get(key), self.recent.setdefault(key, deque(maxlen=WINDOW))
+            if value is None or not math.isfinite(value):
+                continue
+            usual = statistics.median(recent) if recent else 0.0
+            if len(recent) >= FEWEST and usual > 0 and abs(value) > SPIKE * usual:
+                told.append(f"step {step}: {key} is {value:.3g}, its median over {len(recent)} steps is {usual:.3g}.")
+            if value != 0:  # a batch without a gradient says nothing of what is usual
+                recent.append(abs(value))
+        drift = record.get("logprob_diff_mean")
+        if drift is not None and math.isfinite(drift) and drift > RATIO:
+            told.append(
+                f"step {step}: log-probs of trainer and engine differ by {drift:.3g} nats on average, "
+                f"{record.get('logprob_diff_max', math.nan):.3g} at most: the ratio has exploded."
+            )
+        return told
+
+    def count(self, step: int, updates_skipped: int, kept: Path | None) -> None:
+        """Note a step's skipped updates.
+
+        Raises:
+            ValueError: `most_skipped` steps in a row had one; the weights are those before the first of them.
+        """
+        self.skipped += updates_skipped
+        self.in_a_row = self.in_a_row + 1 if updates_skipped else 0
+        if self.most_skipped and self.in_a_row >= self.most_skipped:
+            raise ValueError(
+                f"Loss or gradient was not finite in {self.in_a_row} steps in a row, the last of them step {step}"
+                + (f" (its batch is in {kept})" if kept else "")
+                + ": lower optim.lr, look at the data, or raise optim.max_skipped."
+            )
+
+    def keep(self, step: int, batch: dict[str, Any]) -> Path | None:
+        """Write a spoilt batch down for inspection; the first few only. Returns where, None if it was not kept."""
+        folder = self.run / "nonfinite"
+        path = folder / f"step-{step}.json"
+        try:
+            folder.mkdir(exist_ok=True)
+            if not path.exists() and len([*folder.iterdir()]) >= MOST_KEPT:
+                return None
+            path.write_text(json.dumps(plain(batch), allow_nan=False), encoding="utf-8")
+        except OSError:  # a full disk ends no run
+            return None
+        return path
+
+
+def must_be_finite(what: str, *tensors: torch.Tensor | None, most: float = math.inf) -> None:
+    """Debug mode's check.
+
+    Args:
+        what: named in the error.
+        tensors: float tensors of any shape; None is passed over.
+        most: no value may be above it; log-probs: 0, with room for rounding.
+    Raises:
+        FloatingPointError: a value is not finite or above `most`.
+    """
+    for x in tensors:
+        if x is None or not x.numel():
+            continue
+        bad = ~torch.isfinite(x) | (x > most)
+        if bad.any():
+            first = x[bad].flatten()[0].item()
+            raise FloatingPointError(f"{what}: {int(bad.sum())} of {x.numel()} values are wrong, the first: {first}.")

@@ -1,0 +1,86 @@
+"""Ends a job that stands still, and says where each rank stood.
+
+    dog = Watchdog(1500, ranks); dog.beat("rollout", step=3); ...; dog.close()
+
+Every rank has a thread that looks at the time of its last beat. The first to find it too long ago says so in the
+job's store; every rank's thread then prints its own phase and Python stacks, and the process ends with `EXIT`. Should
+Python itself stand still (code that keeps the interpreter's lock), faulthandler's own thread prints the stacks and
+ends the process a little later.
+"""
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from typing import Any
+
+import torch.distributed as dist
+
+from .distributed import Ranks
+
+EXIT = 75  # temporary failure: run again with --resume
+GRACE_S = 10.0  # for the other ranks to print theirs
+STILL, PRINTED = "watchdog/still", "watchdog/printed"
+
+
+class Watchdog:
+    """Watches one rank.
+
+    Args:
+        limit_s: seconds without a beat after which the job is ended; 0: never.
+        ranks: of this job; a process group must be up.
+    """
+
+    def __init__(self, limit_s: float, ranks: Ranks):
+        self.limit_s, self.rank, self.world = limit_s, ranks.rank, ranks.world
+        self.phase, self.step, self.last_s = "start", 0, time.monotonic()
+        self._armed_s = 0.0
+        self._closed = threading.Event()
+        if limit_s > 0:
+            store: Any = dist.distributed_c10d._get_default_store()
+            self._store = store.clone()  # a connection of its own: the thread shares none with the collectives
+            self.beat("start", 0)
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def beat(self, phase: str | None = None, step: int | None = None) -> None:
+        """Something went on; `phase` and `step` stay as they were if not given. Cheap."""
+        self.phase, self.step = phase or self.phase, self.step if step is None else step
+        self.last_s = time.monotonic()
+        if self.limit_s > 0 and self.last_s - self._armed_s > min(1.0, self.limit_s / 10):
+            self._armed_s = self.last_s
+            faulthandler.dump_traceback_later(self.limit_s + min(self.limit_s, 30.0), exit=True)
+
+    def close(self) -> None:
+        self._closed.set()
+        if self.limit_s > 0:
+            faulthandler.cancel_dump_traceback_later()
+
+    def _watch(self) -> None:
+        while not self._closed.wait(min(5.0, self.limit_s / 5)):
+            idle_s = time.monotonic() - self.last_s
+            try:
+                others = self._store.check([STILL])
+                if idle_s > self.limit_s or others:
+                    if not others:
+                        self._store.set(STILL, str(self.rank))
+                    self._bark(idle_s)
+                    self._wait_for_others()
+                    os._exit(EXIT)
+            except dist.DistError:  # the store is gone: the job is ending by itself, or this rank is alone
+                if idle_s > self.limit_s:
+                    self._bark(idle_s)
+                    os._exit(EXIT)
+
+    def _bark(self, idle_s: float) -> None:
+        told = f"rank {self.rank} made no progress for {idle_s:.0f} s: phase {self.phase}, step {self.step}"
+        print(f"Watchdog ({self.limit_s:g} s): {told}. Its stacks:", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+        sys.stderr.flush()
+
+    def _wait_for_others(self) -> None:
+        """So that no rank is killed by the launcher before it has printed."""
+        self._store.add(PRINTED, 1)
+        until = time.monotonic() + GRACE_S
+        while time.monotonic() < until and self._store.add(PRINTED, 0) < self.world:
+            time.sleep(0.1)
