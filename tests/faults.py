@@ -1,0 +1,101 @@
+"""The trainer with one thing going wrong in it, for test_faults.py and soak.py: everything else is real.
+
+    torchrun ... tests/faults.py '[{"do": "kill", "at": "backward", "step": 3, "rank": 1}]' --steps=6 ...
+
+do: kill (SIGKILL to itself), hang, nan (the loss of one pack), inf (the same, its gradient finite), spike (its loss and
+gradient times 1e4), above0 (a kernel that gives log-probs above 0). at: a phase of the loop, or forward, backward,
+written, listed, renamed (the stages of a save), any for nan and its like. rank: the one it happens to. restart: happens
+only in the life of the job that torchrun counts so (0 the first).
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from lead_fast import checkpoint, train, watchdog
+from lead_fast.distributed import complaint
+
+FAULTS = json.loads(sys.argv[1])
+RANK, LIFE = int(os.environ.get("RANK", 0)), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+step = 0
+
+
+def here(at: str, *kinds: str) -> str:
+    for f in FAULTS:
+        if f["do"] in kinds and f.get("at", at) == at and f["step"] == step:
+            if f.get("rank", RANK) == RANK and f.get("restart", LIFE) == LIFE:
+                return f["do"]
+    return ""
+
+
+def strike(at: str) -> None:
+    if kind := here(at, "kill", "hang"):
+        print(f"fault: {kind} at {at}, step {step}, rank {RANK}", flush=True)
+        if kind == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        hang()
+
+
+def hang() -> None:
+    while True:
+        time.sleep(1)
+
+
+class Watchdog(watchdog.Watchdog):
+    def beat(self, phase: str | None = None, step: int | None = None) -> None:
+        super().beat(phase, step)
+        globals()["step"] = self.step
+        if step is None and phase:  # a phase begins
+            strike(phase)
+
+
+policy_loss, backward, dcp_save = train.policy_loss, train.backward, checkpoint.dcp_save
+write_atomic, rename = checkpoint.write_atomic, Path.rename
+
+
+def faulty_loss(*args):
+    strike("forward")
+    out = policy_loss(*args)
+    kind = here("any", "nan", "inf", "spike", "above0")
+    if kind == "above0":
+        return out._replace(logprobs=out.logprobs + 1.0)
+    factor, plus = {"nan": (torch.nan, 0), "inf": (1, torch.inf), "spike": (1e4, 0), "": (1, 0)}[kind]
+    return out._replace(loss=out.loss * factor + plus)
+
+
+def faulty_backward(*args):
+    strike("backward")
+    return backward(*args)
+
+
+def faulty_save(*args, **kw):
+    dcp_save(*args, **kw)
+    strike("written")
+
+
+def faulty_write(path: Path, text: str) -> None:
+    write_atomic(path, text)
+    if path.name == "extra.json":
+        strike("listed")
+
+
+def faulty_rename(self: Path, target: Path):
+    out = rename(self, target)
+    if "step-" in target.name:
+        strike("renamed")
+    return out
+
+
+train.Watchdog, train.policy_loss, train.backward = Watchdog, faulty_loss, faulty_backward
+checkpoint.dcp_save, checkpoint.write_atomic, Path.rename = faulty_save, faulty_write, faulty_rename
+
+if __name__ == "__main__":
+    try:
+        train.main(sys.argv[2:])
+    except ValueError as e:
+        sys.exit(complaint(e))

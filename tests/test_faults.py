@@ -1,0 +1,528 @@
+"""What befalls a run of days: kills, hangs, a full disk, spoilt files, numbers that are none. docs/reliability.md."""
+
+import json
+import os
+import pickle
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lead_fast import checkpoint
+from lead_fast.arithmetic import make_problems
+from lead_fast.config import load_config
+from lead_fast.data import ProblemStream
+from lead_fast.distributed import start, stop
+from lead_fast.health import Health, must_be_finite
+from lead_fast.metrics import Metrics, read_jsonl
+from lead_fast.model import load_model, load_policy, load_tokenizer
+from lead_fast.optim import make_optimizer, update
+
+ROOT = Path(__file__).parent.parent
+STEPS = 5
+
+
+class Job:
+    """A torchrun job of its own session; every process of it can be found by a mark in its environment."""
+
+    def __init__(self, ranks: int, *args: str, restarts: int = 0, preexec=None):
+        self.mark = uuid.uuid4().hex
+        env = os.environ | {
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+            "OMP_NUM_THREADS": "1",
+            "LEAD_TEST_MARK": self.mark,
+        }
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        self.process = subprocess.Popen(
+            [sys.executable, *launcher, f"--max-restarts={restarts}", *args],
+            env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=preexec,
+        )  # fmt: skip
+
+    def wait(self, timeout: float = 300) -> str:
+        """Everything that the job printed; it has ended then, in time."""
+        try:
+            return self.process.communicate(timeout=timeout)[0]
+        finally:
+            for pid in self.alive():  # of a job that did not end: the test has failed, and cleans up
+                os.kill(pid, signal.SIGKILL)
+
+    @property
+    def code(self) -> int:
+        return self.process.returncode
+
+    def alive(self, patience_s: float = 10.0) -> list[int]:
+        """Processes of the job that still are, looked at until there is none or patience ends."""
+        until = time.monotonic() + patience_s
+        while (found := self.pids()) and self.process.returncode is not None and time.monotonic() < until:
+            time.sleep(0.1)
+        return found
+
+    def pids(self) -> list[int]:
+        out = []
+        for p in Path("/proc").glob("[0-9]*"):
+            try:
+                if self.mark.encode() in (p / "environ").read_bytes():
+                    out.append(int(p.name))
+            except OSError:  # ended, or another user's
+                continue
+        return out
+
+    def ranks(self) -> list[int]:
+        """Process ids of the ranks."""
+        return [pid for pid in self.pids() if _variable(pid, "RANK") and b"worker()" not in _command(pid)]
+
+    def checkers(self) -> list[int]:
+        return [pid for pid in self.pids() if b"worker()" in _command(pid)]
+
+
+def _command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def _variable(pid: int, name: str) -> str:
+    try:
+        rows = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return ""
+    return next((r.partition(b"=")[2].decode() for r in rows if r.startswith(name.encode() + b"=")), "")
+
+
+def small(folder: Path, *more: str) -> list[str]:
+    """Arguments of a run of a few seconds, whose answers go through the checker's own process (a float, not an int)."""
+    data = folder / "problems.jsonl"
+    if not data.exists():
+        rows = make_problems(64, seed=1, split="train")
+        data.write_text("".join(json.dumps(r | {"answer": f"{r['answer']}.0"}) + "\n" for r in rows))
+    return ["--rollout.problems=4", "--rollout.group_size=4", "--rollout.max_tokens=48", "--evaluate.every=0",
+            f"--data.train={data}", "--optim.lr=1e-3", f"--steps={STEPS}", "--checkpoint_every=1", *more]  # fmt: skip
+
+
+def faulty(faults: list[dict]) -> list[str]:
+    return [str(ROOT / "tests" / "faults.py"), json.dumps(faults)]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "final" / "model.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("faults")
+    job = Job(2, "-m", "lead_fast.train", *small(folder, f"--output={folder / 'unbroken'}"))
+    out = job.wait()
+    assert job.code == 0 and not job.alive(), out[-3000:]
+    steps = read_jsonl(folder / "unbroken" / "metrics.jsonl")
+    assert sum(r["grad_norm"] > 0 for r in steps) >= 2, "the weights hardly move: equal weights would say nothing"
+    return folder / "unbroken"
+
+
+# --------------------------------------------------------------------------------------------------------------- kills
+
+
+def test_killed_in_rollout_backward_and_save_the_job_goes_on_to_the_same_weights(unbroken):
+    run = unbroken.parent / "killed"
+    faults = [
+        {"do": "kill", "at": "rollout", "step": 2, "rank": 1, "restart": 0},
+        {"do": "kill", "at": "backward", "step": 3, "rank": 0, "restart": 1},
+        {"do": "kill", "at": "written", "step": 4, "rank": 1, "restart": 2},
+    ]
+    job = Job(2, *faulty(faults), *small(unbroken.parent, f"--output={run}", "--resume"), restarts=3)
+    out = job.wait()
+    assert job.code == 0 and not job.alive(), out[-3000:]
+    assert [out.count(f"fault: kill at {f['at']}, step {f['step']}") for f in faults] == [1, 1, 1], out[-3000:]
+    assert "checkpoint step-4.partial is passed over (it was cut short" in out and "going on from step-3" in out
+    assert same(weights(run), weights(unbroken))
+    assert [r["step"] for r in read_jsonl(run / "metrics.jsonl")] == [*range(1, STEPS + 1)]
+
+
+def test_a_killed_rank_ends_the_job_and_leaves_no_process(unbroken):
+    run = unbroken.parent / "ended"
+    fault = {"do": "kill", "at": "sync", "step": 2, "rank": 1}
+    job = Job(2, *faulty([fault]), *small(unbroken.parent, f"--output={run}"))
+    seen: set[int] = set()
+    while job.process.poll() is None and not seen:  # the checkers work while the job does
+        seen |= set(job.checkers())
+        time.sleep(0.05)
+    out = job.wait(timeout=120)
+    assert seen, "no checker ran: this tests nothing of them"
+    assert "fault: kill at sync" in out and job.code != 0 and not job.alive(), out[-3000:]
+
+
+def test_sigterm_to_the_ranks_of_a_job_saves_and_ends_with_0(unbroken):
+    run = unbroken.parent / "asked"
+    job = Job(2, "-m", "lead_fast.train", *small(unbroken.parent, f"--output={run}", "--steps=500"))
+    while job.process.poll() is None and not (run / "metrics.jsonl").exists():
+        time.sleep(0.1)
+    for pid in job.ranks():
+        os.kill(pid, signal.SIGTERM)
+    out = job.wait(timeout=120)
+    assert job.code == 0 and "Asked to stop: saved after step" in out and not job.alive(), out[-3000:]
+    assert (run / "checkpoints" / "latest").read_text() == checkpoint.finished(run)[0].name
+
+
+# -------------------------------------------------------------------------------------------------------------- resume
+
+
+def test_a_two_rank_checkpoint_resumes_on_four_at_the_same_place_in_the_data(unbroken):
+    run = unbroken.parent / "four"
+    shutil.copytree(unbroken, run)
+    for folder in checkpoint.finished(run)[:1]:  # step 5 goes, step 4 stays
+        shutil.rmtree(folder)
+    job = Job(4, "-m", "lead_fast.train", *small(unbroken.parent, f"--output={run}", "--resume"))
+    out = job.wait()
+    assert job.code == 0 and not job.alive(), out[-3000:]
+    assert [r["step"] for r in read_jsonl(run / "metrics.jsonl")] == [*range(1, STEPS + 1)]
+    mine, theirs = (
+        {r["problem"] for r in read_jsonl(folder / "answers.jsonl") if r["step"] == STEPS} for folder in (run, unbroken)
+    )
+    assert mine == theirs and len(mine) == 4
+    assert ProblemStream(64, 4, 0).batch(4) != ProblemStream(64, 4, 0).batch(0)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """A job of one rank in this process, with a model and an optimiser that has taken a step."""
+    ranks = start()
+    c = load_config([])
+    policy = load_policy(c.model, ranks, reshard=False)
+    optimizer = make_optimizer(policy, c.optim)
+    yield ranks, policy, optimizer
+    stop()
+
+
+def take_a_step(policy, optimizer) -> dict[str, torch.Tensor]:
+    for p in policy.parameters():
+        p.grad = torch.ones_like(p)
+    update(policy, optimizer, 1e-2, 1.0)
+    return {k: v.full_tensor().clone() for k, v in policy.named_parameters()}
+
+
+def saved(run: Path, alone, steps: int = 3) -> list[dict[str, torch.Tensor]]:
+    """Checkpoints of steps 1 to `steps`, of which two are kept; the weights at each."""
+    ranks, policy, optimizer = alone
+    out = []
+    for step in range(1, steps + 1):
+        out.append(take_a_step(policy, optimizer))
+        assert checkpoint.save(run, step, policy, optimizer, {"mark": step * 11}, ranks)
+    return out
+
+
+def reload(run: Path, alone) -> tuple[dict | None, dict[str, torch.Tensor]]:
+    ranks, policy, optimizer = alone
+    for p in policy.parameters():
+        p.data.fill_(7.0)
+    found = checkpoint.load(run, policy, optimizer, ranks)
+    return found, {k: v.full_tensor().clone() for k, v in policy.named_parameters()}
+
+
+def shard_of(folder: Path) -> Path:
+    return next(folder.glob("__0_*"))
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+SPOILT = {
+    "truncated": (lambda f: os.truncate(shard_of(f), 1000), "has 1000 bytes of"),
+    "one bit": (lambda f: flip(shard_of(f)), "was changed after it was written"),
+    "missing": (lambda f: shard_of(f).unlink(), "is missing"),
+    "metadata": (lambda f: os.truncate(f / ".metadata", 50), "has 50 bytes of"),
+    "half a list": (lambda f: os.truncate(f / "extra.json", 20), "list of files cannot be read"),
+    "no list": (lambda f: (f / "extra.json").unlink(), "list of files cannot be read"),
+    "empty list": (lambda f: (f / "extra.json").write_text('{"files": {}}'), "list of files is not whole"),
+    "cut short": (lambda f: f.rename(f.with_suffix(".partial")), "cut short while it was written"),
+}
+
+
+@pytest.mark.parametrize("kind", SPOILT)
+def test_a_spoilt_checkpoint_is_passed_over_for_the_last_whole_one(kind, alone, tmp_path, capsys):
+    spoil, why = SPOILT[kind]
+    states = saved(tmp_path, alone)
+    assert [p.name for p in checkpoint.finished(tmp_path)] == ["step-3", "step-2"]
+    found, state = reload(tmp_path, alone)
+    assert found and found["step"] == 3 and found["mark"] == 33 and same(state, states[2])
+    capsys.readouterr()
+    spoil(tmp_path / "checkpoints" / "step-3")
+    found, state = reload(tmp_path, alone)
+    assert found and found["step"] == 2 and found["mark"] == 22 and same(state, states[1])
+    said = capsys.readouterr().out
+    assert said.count("Warning") == 1 and why in said and "step-3" in said and "going on from step-2" in said
+
+
+def test_where_no_checkpoint_is_whole_the_run_stops_with_a_sentence(alone, tmp_path):
+    saved(tmp_path, alone, steps=1)
+    flip(shard_of(tmp_path / "checkpoints" / "step-1"))
+    with pytest.raises(ValueError, match="No checkpoint in .* is whole .*step-1"):
+        reload(tmp_path, alone)
+    shutil.rmtree(tmp_path / "checkpoints")
+    assert reload(tmp_path, alone)[0] is None
+
+
+def test_a_full_disk_keeps_the_old_checkpoint_and_the_run(alone, tmp_path, capfd):
+    """The file size limit of the process is real: the write fails as it does on a full disk."""
+    ranks, policy, optimizer = alone
+    states = saved(tmp_path, alone, steps=1)
+    take_a_step(policy, optimizer)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        assert not checkpoint.save(tmp_path, 2, policy, optimizer, {}, ranks)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    said = capfd.readouterr().out
+    assert "checkpoint of step 2 was not written" in said and "newest one kept: step-1" in said
+    assert [p.name for p in (tmp_path / "checkpoints").glob("step-*")] == ["step-1"]
+    found, state = reload(tmp_path, alone)
+    assert found and found["step"] == 1 and same(state, states[0])
+    assert checkpoint.save(tmp_path, 3, policy, optimizer, {}, ranks)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 16 MB, where this process may mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=16m", "none", str(disk)]
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("a file system cannot be mounted here")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_run_on_a_disk_that_fills_up_goes_on_to_its_end(small_disk, unbroken):
+    """One checkpoint and the final model fit. Then room is made, and the run goes on from the checkpoint it had."""
+    run = small_disk / "run"
+    job = Job(2, "-m", "lead_fast.train", *small(unbroken.parent, f"--output={run}"))
+    out = job.wait()
+    assert job.code == 0 and out.count("was not written") == STEPS - 1 and "kept: step-1" in out, out[-3000:]
+    assert same(weights(run), weights(unbroken))
+    assert [p.name for p in checkpoint.finished(run)] == ["step-1"] and not [*run.glob("checkpoints/*.partial")]
+
+
+def test_records_wait_for_room_on_the_disk(tmp_path, capsys):
+    """/dev/full answers every write as a full disk does."""
+    m = Metrics(tmp_path, total_steps=3, tensorboard=False)
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    m.train(1, {"loss": 1.0})
+    m.train(2, {"loss": 2.0})
+    assert "2 records of metrics.jsonl cannot be written yet" in capsys.readouterr().out
+    (tmp_path / "metrics.jsonl").unlink()
+    m.train(3, {"loss": 3.0})
+    assert [r["loss"] for r in read_jsonl(tmp_path / "metrics.jsonl")] == [1.0, 2.0, 3.0]
+
+
+# --------------------------------------------------------------------------------------------------------------- hangs
+
+
+def test_the_watchdog_names_every_ranks_phase_and_stack_and_ends_the_job(unbroken):
+    run = unbroken.parent / "hung"
+    fault = {"do": "hang", "at": "optim", "step": 2, "rank": 1}
+    job = Job(2, *faulty([fault]), *small(unbroken.parent, f"--output={run}", "--watchdog_s=6"))
+    out = job.wait(timeout=150)
+    assert job.code != 0 and not job.alive(), out[-3000:]
+    for rank in (0, 1):
+        assert f"rank {rank} made no progress" in out, out[-3000:]
+    assert out.count("phase optim, step 2") == 2
+    assert "in hang" in out and "all_reduce" in out  # rank 1's stack, and rank 0's, which waits for it
+
+
+LOCKED = """
+import ctypes
+from lead_fast.distributed import start
+from lead_fast.watchdog import Watchdog
+dog = Watchdog(2.0, start())
+dog.beat("reward", 7)
+ctypes.PyDLL(None).sleep(60)  # keeps the interpreter's lock: no Python thread runs
+"""
+
+
+def test_code_that_keeps_the_interpreters_lock_is_ended_too():
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    done = subprocess.run([sys.executable, "-c", LOCKED], capture_output=True, text=True, env=env, timeout=50)
+    assert done.returncode != 0 and "Timeout (0:00:04)!" in done.stderr and "<string>" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------- numbers
+
+
+def test_what_is_not_finite_is_skipped_on_all_ranks_counted_kept_and_stops_the_run_in_the_end(unbroken):
+    run = unbroken.parent / "nonfinite"
+    faults = [{"do": "inf", "step": 2, "rank": 1}, {"do": "nan", "step": 4, "rank": 0}]
+    faults += [{"do": "nan", "step": 5, "rank": 1}]
+    args = small(unbroken.parent, f"--output={run}", "--optim.max_skipped=2", "--steps=9", "--advantage.std=none",
+                 "--loss.entropy_coef=1e-3")  # fmt: skip
+    job = Job(2, *faulty(faults), *args)
+    out = job.wait()
+    assert job.code != 0 and not job.alive(), out[-3000:]
+    assert "not finite in 2 steps in a row, the last of them step 5" in out and "optim.max_skipped" in out
+    steps = read_jsonl(run / "metrics.jsonl")
+    assert [r["updates_skipped"] for r in steps] == [0, 1, 0, 1, 1]
+    assert [r["grad_norm"] is None for r in steps] == [False, True, False, True, True]
+    for step in (2, 4, 5):
+        kept = json.loads((run / "nonfinite" / f"step-{step}.json").read_text())
+        assert len(kept["groups"]) == 4 and len(kept["advantage"]) == 16 and kept["groups"][0]["responses"][0]["text"]
+    # The engine had the ranks' weights at every step: had one rank taken its step and not the other, they would differ.
+    assert max(r["logprob_diff_max"] for r in steps) < 1e-3
+
+
+def test_debug_mode_ends_a_run_whose_kernel_gives_log_probs_above_0(unbroken):
+    run = unbroken.parent / "debug"
+    fault = {"do": "above0", "step": 1, "rank": 0}
+    job = Job(1, *faulty([fault]), *small(unbroken.parent, f"--output={run}", "--debug", "--loss.entropy_coef=1e-3"))
+    out = job.wait()
+    assert job.code != 0 and "log-probs of a pack of 16 sequences on rank 0" in out, out[-3000:]
+
+
+def test_a_step_that_is_not_finite_leaves_weights_and_moments_as_they_were(alone):
+    _, policy, optimizer = alone
+    before = take_a_step(policy, optimizer)
+    moments = [s["exp_avg"].full_tensor().clone() for s in optimizer.state.values()]
+    for spoil, loss in ((torch.nan, 0.0), (torch.inf, 0.0), (1.0, torch.nan), (1.0, torch.inf)):
+        for p in policy.parameters():
+            p.grad = torch.full_like(p, spoil)
+        assert not torch.tensor(update(policy, optimizer, 1e-2, 1.0, float(loss))).isfinite()
+        assert same(before, {k: v.full_tensor() for k, v in policy.named_parameters()})
+        after = [s["exp_avg"].full_tensor() for s in optimizer.state.values()]
+        assert all(torch.equal(a, b) for a, b in zip(moments, after, strict=True))
+
+
+def test_spikes_and_exploded_ratios_are_told_and_ordinary_steps_are_not(tmp_path):
+    health = Health(tmp_path, 3)
+    usual = {"loss": -0.02, "grad_norm": 0.3, "logprob_diff_mean": 1e-4, "logprob_diff_max": 1e-2}
+    assert [health.look(s, usual | {"grad_norm": 0.3 + s / 100}) for s in range(20)] == [[]] * 20
+    (told,) = health.look(20, usual | {"grad_norm": 30.0})
+    assert "step 20: grad_norm is 30" in told
+    (told,) = health.look(21, usual | {"loss": 2.0})
+    assert "loss is 2" in told
+    (told,) = health.look(22, usual | {"logprob_diff_mean": 0.9, "logprob_diff_max": 8.0})
+    assert "0.9 nats on average, 8 at most" in told
+    nothing = {"loss": float("nan"), "grad_norm": float("nan"), "logprob_diff_mean": float("nan")}
+    assert health.look(23, nothing) == [] and health.look(24, {}) == [] and health.look(25, usual) == []
+
+
+def test_skipped_steps_are_counted_in_a_row_and_few_batches_are_kept(tmp_path):
+    health = Health(tmp_path, 2, skipped=4)
+    for step, n in enumerate((1, 0, 1, 0)):
+        health.count(step, n, None)
+    assert health.skipped == 6
+    health.count(4, 1, None)
+    with pytest.raises(ValueError, match="2 steps in a row"):
+        health.count(5, 1, None)
+    assert sum(health.keep(s, {"x": torch.tensor([float("nan")])}) is not None for s in range(9)) == 5
+    assert json.loads((tmp_path / "nonfinite" / "step-0.json").read_text()) == {"x": [None]}
+
+
+def test_debug_mode_looks_for_values_above_a_bound_and_not_finite():
+    must_be_finite("x", torch.tensor([-1.0, 0.0]), None, torch.empty(0), most=0.0)
+    for bad in (0.1, float("nan"), float("inf"), float("-inf")):
+        with pytest.raises(FloatingPointError, match="x: 1 of 2 values"):
+            must_be_finite("x", torch.tensor([-1.0, bad]), most=0.0)
+
+
+# --------------------------------------------------------------------------------------------------------------- trust
+
+
+class Evil:
+    """A pickle that leaves a mark where it is loaded."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self):
+        return (Path.touch, (self.mark,))
+
+
+def test_a_checkpoint_is_never_executed(alone, tmp_path):
+    mark = tmp_path / "mark"
+    pickle.loads(pickle.dumps(Evil(mark)))
+    assert mark.exists()
+    mark.unlink()
+    saved(tmp_path, alone, steps=1)
+    folder = tmp_path / "checkpoints" / "step-1"
+    (folder / ".metadata").write_bytes(pickle.dumps(Evil(mark)))
+    listed = json.loads((folder / "extra.json").read_text())
+    path = folder / ".metadata"
+    listed["files"][".metadata"] = {"bytes": path.stat().st_size, "sha256": checkpoint.digest(path)}
+    (folder / "extra.json").write_text(json.dumps(listed))
+    with pytest.raises(ValueError, match="no checkpoint needs"):
+        reload(tmp_path, alone)
+    assert not mark.exists()
+
+
+def test_what_is_no_tensor_in_a_checkpoint_is_not_executed_either(alone, tmp_path):
+    """The optimiser's settings are pickles inside the shards, which DCP would load freely."""
+    ranks, policy, optimizer = alone
+    mark = tmp_path / "mark"
+    take_a_step(policy, optimizer)
+    optimizer.param_groups[0]["eps"], eps = Evil(mark), optimizer.param_groups[0]["eps"]
+    assert checkpoint.save(tmp_path, 1, policy, optimizer, {}, ranks)
+    optimizer.param_groups[0]["eps"] = eps
+    with pytest.raises(ValueError, match="(?i)weights.only|unsupported|cannot be read"):
+        reload(tmp_path, alone)
+    assert not mark.exists()
+
+
+def test_a_pickled_model_is_refused_and_not_loaded(tmp_path):
+    source = Path(load_tokenizer(load_config([]).model).name_or_path)
+    folder, mark = tmp_path / "model", tmp_path / "mark"
+    shutil.copytree(source, folder)
+    (folder / "model.safetensors").unlink()
+    torch.save({"x": Evil(mark)}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="model.path .* cannot be loaded"):
+        load_model(load_config([f"--model={folder}"]).model)
+    assert not mark.exists()
+
+
+def test_a_models_own_code_is_not_run_unless_asked_for(tmp_path):
+    source = Path(load_tokenizer(load_config([]).model).name_or_path)
+    folder, mark = tmp_path / "model", tmp_path / "mark"
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text(f"open({str(mark)!r}, 'w')\n")
+    with pytest.raises(ValueError, match="(?i)code|mine"):
+        load_model(load_config([f"--model={folder}"]).model)
+    assert not mark.exists()
+
+
+def test_a_configuration_is_data(tmp_path):
+    mark = tmp_path / "mark"
+    path = tmp_path / "c.toml"
+    path.write_text(f"recipe = \"__import__('pathlib').Path('{mark}').touch()\"\n")
+    load_config(["--config", str(path), f'--rollout.stop=["$(touch {mark})"]'])
+    with pytest.raises(ValueError, match="steps"):
+        load_config(["--config", str(path), f"--steps=__import__('pathlib').Path('{mark}').touch()"])
+    assert not mark.exists()
+
+
+def test_a_run_directory_belongs_to_one_run(tmp_path):
+    run = tmp_path / "run"
+    lock = checkpoint.claim(run, resume=False)
+    assert (run / "lock").read_text() == f"{os.getpid()}\n"
+    for resume in (True, False):
+        with pytest.raises(ValueError, match=f"in use by another run .process {os.getpid()}."):
+            checkpoint.claim(run, resume)
+    lock.close()
+    checkpoint.claim(run, resume=True).close()
+    (run / "config.toml").write_text("")
+    with pytest.raises(ValueError, match="holds a run already"):
+        checkpoint.claim(run, resume=False)
