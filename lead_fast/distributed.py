@@ -1,11 +1,14 @@
 """Ranks, devices and the few collectives that the loop needs beside FSDP's own."""
 
+import itertools
 import os
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 
@@ -17,6 +20,13 @@ class Ranks:
     world: int
     device: torch.device
     mesh: DeviceMesh
+    tickets: Iterator[int] = field(default_factory=itertools.count, compare=False)
+    """Numbers that come in the same order on every rank: names for what they share in the store."""
+
+    @property
+    def store(self) -> Store:
+        """The job's own key-value store."""
+        return dist.distributed_c10d._get_default_store()
 
     @property
     def main(self) -> bool:
@@ -70,7 +80,14 @@ def start() -> Ranks:
     return Ranks(dist.get_rank(), world, device, mesh)
 
 
+at_stop: list[Callable[[], None]] = []
+"""What must end before the process group does, such as an engine with groups of its own."""
+
+
 def stop() -> None:
+    """Leave the job."""
+    while at_stop:
+        at_stop.pop()()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -58,16 +58,18 @@ def evaluate(
     Returns:
         the record that metrics.jsonl keeps (see `summary`), and the graded answers.
     """
-    size = max(1, c.rollout.batch_size * ranks.world // c.evaluate.samples)
-    parts: list[Batch] = []
-    for at in range(0, len(problems), size):
-        progress(at, len(problems))
-        share = slice(at, at + size)
-        groups = rollout(
-            engine, problems[share], prompts[share], c.evaluate.samples, sampling(c), c.seed + 7919 * at + 1, ranks
-        )
-        parts.append(gather(groups, grade(groups, verifier, c), ranks))
-    batch = Batch([g for p in parts for g in p.groups], [s for p in parts for s in p.scores])
+    share = rollout(
+        engine,
+        problems,
+        prompts,
+        c.evaluate.samples,
+        sampling(c),
+        c.seed + 1,
+        ranks,
+        progress,
+        shared_by=c.rollout.tensor_parallel,
+    )
+    batch = gather(share, grade(share.groups, verifier, c), ranks)
     return summary(batch, c.evaluate.samples), batch
 
 

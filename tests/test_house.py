@@ -55,7 +55,8 @@ def test_stages_import_no_stage_but_what_they_build_on():
         "model": shared | {".packing"},
         "loss": shared | {".model", ".packing"},
         "optim": shared | {".model"},
-        "sync": shared | {".engine", ".model"},
+        "vllm_engine": shared | {".engine", ".model"},
+        "sync": shared | {".engine", ".model", ".loss", ".packing"},
         "checkpoint": shared | {".model"},
     }
     for stage, allowed in may.items():
