@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch.distributed.distributed_c10d import HashStore, Store
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -69,7 +70,7 @@ class Work:
     prompts: list[list[int]]
     n: int
     seeds: list[int]
-    store: Store = field(default_factory=HashStore)
+    store: Store = field(default_factory=lambda: dist.HashStore())  # type: ignore[attr-defined]
     name: str = "work"
     engines: int = 1
     begun: dict[int, list[Response]] = field(default_factory=dict)

@@ -169,31 +169,33 @@ class VllmEngine:
                 "lower data.max_prompt_tokens or give --data.drop_long_prompts."
             )
         group = _Group(work.begun.get(i) or [Response([], [], "unfinished", "", self.version) for _ in range(work.n)])
-        greedy = s.temperature == 0  # n greedy answers are n times the same, and vLLM takes only one
-        if greedy or work.want is not None:
-            for j in range(1 if greedy else work.n):
+        if s.temperature == 0:  # n greedy answers are n times the same, and vLLM takes only one
+            group.copies = work.n
+            self._add(group, i, 0, work, s)
+        elif work.want is not None:
+            for j in range(work.n):
                 if not group.finished[j]:
-                    self._add(
-                        group, f"{i}.{j}", prompt + group.tokens[j], 1, work.seeds[i] + j, s, len(group.tokens[j])
-                    )
-            group.copies = work.n if greedy else 1
+                    self._add(group, i, j, work, s)
         else:
-            self._add(group, str(i), prompt, work.n, work.seeds[i], s)
+            self._add(group, i, None, work, s)
         return group
 
-    def _add(self, group: "_Group", name: str, ids: list[int], n: int, seed: int, s: Sampling, begun: int = 0) -> None:
+    def _add(self, group: "_Group", i: int, j: int | None, work: Work, s: Sampling) -> None:
+        """Response j to prompt i, from where it stands, or, with j = None, all responses from the start."""
+        begun = [] if j is None else group.tokens[j]
+        name = f"{i}" if j is None else f"{i}.{j}"
         group.requests.append(name)
         self.llm.llm_engine.add_request(
             name,
-            {"prompt_token_ids": ids},
+            {"prompt_token_ids": work.prompts[i] + begun},
             self.sampling_params(
-                n=n,
-                seed=seed,
+                n=work.n if j is None else 1,
+                seed=work.seeds[i] + (j or 0),  # as vLLM counts up for n > 1
                 temperature=s.temperature,
                 top_p=s.top_p,
                 top_k=s.top_k,
                 min_p=s.min_p,
-                max_tokens=s.max_tokens - begun,
+                max_tokens=s.max_tokens - len(begun),
                 stop=list(s.stop) or None,
                 stop_token_ids=self.eos_ids,
                 ignore_eos=True,  # they are among the stop tokens
@@ -202,7 +204,7 @@ class VllmEngine:
                 skip_special_tokens=False,  # a stop string may be one
                 logprobs=0,
                 flat_logprobs=True,
-                output_kind=self.output_kind.DELTA,
+                output_kind=self.output_kind.FINAL_ONLY if work.want is None else self.output_kind.DELTA,
                 repetition_detection=self.repeats,
             ),
         )
