@@ -95,8 +95,11 @@ def idle(repeats: int) -> list[dict]:
                 hours.append(max(ms) / 1e3)
             rows.append({"problems": problems, "answers_at_once": capacity, "policy": policy, "repeats": repeats,
                          "idle_share": statistics.mean(shares), "seconds": statistics.mean(hours)})  # fmt: skip
-            print(f"{problems:4} problems x 8, {capacity:3} at once a rank   {policy:15}"
-                  f"   idle {100 * rows[-1]['idle_share']:5.1f} %   {rows[-1]['seconds']:7.1f} s", flush=True)  # fmt: skip
+            print(
+                f"{problems:4} problems x 8, {capacity:3} at once a rank   {policy:15}"
+                f"   idle {100 * rows[-1]['idle_share']:5.1f} %   {rows[-1]['seconds']:7.1f} s",
+                flush=True,
+            )
     return rows
 
 
@@ -188,7 +191,8 @@ def sync_times(a: argparse.Namespace) -> list[dict]:
     for name, seconds in seen.items():
         median = statistics.median(seconds)
         rows.append({"what": name, "ranks": ranks.world, "bytes": size, "seconds": median, "min_s": min(seconds),
-                     "max_s": max(seconds), "gb_per_s": size / median / 1e9, "times_memcpy": median / floor})  # fmt: skip
+                     "max_s": max(seconds), "gb_per_s": size / median / 1e9,
+                     "times_memcpy": median / floor})  # fmt: skip
         if ranks.main:
             print(f"{name:26} {1e3 * median:9.1f} ms for {size / 1e6:.0f} MB   {size / median / 1e9:6.2f} GB/s"
                   f"   {median / floor:5.1f} x memcpy", flush=True)  # fmt: skip
