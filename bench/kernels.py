@@ -359,9 +359,7 @@ def main() -> None:
     p.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16", "float16"],
                    help="default: float32 bfloat16 on a CPU, bfloat16 on a GPU")  # fmt: skip
     p.add_argument("--operations", nargs="+", choices=list(OPERATIONS), default=list(OPERATIONS))
-    p.add_argument(
-        "--sweep", nargs="*", type=int, help="further T for the picture; default: an eighth to a half of --rows"
-    )
+    p.add_argument("--sweep", nargs="*", type=int, help="further T for the picture; default: an eighth to twice --rows")
     p.add_argument("--repeats", type=int, default=5)
     p.add_argument("--gate", action="store_true", help="run the kernels' tests first; no green test, no number")
     p.add_argument("--out", type=Path, help="JSON, the picture beside it; bench/results/kernels-<device>.json")
@@ -397,7 +395,7 @@ def main() -> None:
         only = (OURS, "torch eager", "torch.compile", "Liger", "torch linear", FLOOR)
         done = [r for r in rows if r["operation"] == "linear_policy_loss" and r["dtype"] == dtypes[0]]
         sweep = [r for r in done if r["implementation"].startswith(only)]
-        for t in a.sweep if a.sweep is not None else [T * k // 64 * 8 for k in (1, 2, 4) if T >= 64]:
+        for t in a.sweep if a.sweep is not None else [T * k // 64 * 8 for k in (1, 2, 4, 16) if T >= 64]:
             print(f"\nlinear_policy_loss, {dtypes[0]}, T {t}, V {V}, D {D}")
             w = Work.make(a.device, getattr(torch, dtypes[0]), t, V, D)
             sweep += (new := measure("linear_policy_loss", w, a.repeats, only))
