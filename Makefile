@@ -1,4 +1,5 @@
-# make train | test | test-vllm | lint | bench | ablation | gpu | clean      (VENV=.venv and PYTHON=python3 can be changed)
+# make train | test | test-vllm | soak | lint | bench | ablation | gpu | clean
+# VENV=.venv and PYTHON=python3 can be changed.
 SHELL := /bin/bash
 VENV ?= .venv
 PYTHON ?= python3
@@ -12,7 +13,7 @@ TORCH_FLAGS ?=
 EXTRAS := $(if $(CUDA),[gpu$(COMMA)dev],[dev])
 COMMA := ,
 
-.PHONY: train test test-vllm lint format bench ablation gpu clean
+.PHONY: train test test-vllm soak lint format bench ablation gpu clean
 export PYTHONUNBUFFERED := 1
 
 $(VENV)/.installed: pyproject.toml setup.py .ci/constraints.txt $(wildcard csrc/*)
@@ -41,6 +42,9 @@ $(VENV)-vllm/.installed: pyproject.toml .ci/vllm_requirements.py
 
 test-vllm: $(VENV)-vllm/.installed  ## rollouts by real vLLM on a CPU, in a few minutes
 	$(VENV)-vllm/bin/python -m pytest -q tests/test_vllm.py
+
+soak: $(VENV)/.installed  ## the long tests: 500 steps, 25 kills, 100,000 gradings; the result is docs/soak.json
+	PYTHONPATH=.:kernels $(BIN)/python tests/soak.py $(ARGS)
 
 lint: $(VENV)/.installed  ## format, lint, types
 	$(BIN)/ruff format --check .
