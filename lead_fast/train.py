@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -127,7 +128,7 @@ def train(c: Config, ranks: Ranks, run: Path) -> None:
                     batch = backlog.settle(gather(share, grade(share.groups, verifier, c), ranks))
                 except EngineFailure as e:
                     kept = step > first and save(step)
-                    rescue = f"saved after step {step}; go on with --output={run} --resume" if kept else "nothing is lost"
+                    rescue = f"saved after step {step}; go on with --output={run} --resume" if kept else "begin anew"
                     raise ValueError(f"In step {step + 1} {e}: {rescue}.") from e
             with timer("advantage"):
                 lead = advantages(batch.scores, batch.lengths, c, ranks.device)
@@ -145,7 +146,8 @@ def train(c: Config, ranks: Ranks, run: Path) -> None:
             if c.evaluate.every and (done % c.evaluate.every == 0 or done == c.steps):
                 held_out(done)
             now = time.monotonic()
-            record = describe(batch, lead, c) | learned | synced | {"rollout_idle_share": batch.idle_share}
+            record: dict[str, Any] = describe(batch, lead, c) | learned | synced
+            record |= {"rollout_idle_share": batch.idle_share}
             record |= {"learning_rate": lr, "elapsed_s": now - began, "seconds": dict(timer.seconds)}
             record["tokens_per_s"] = record["tokens"] / sum(s for p, s in timer.seconds.items() if p not in ASIDE)
             record |= {"alerts": health.look(done, record)}
