@@ -50,7 +50,7 @@ def test_stages_import_no_stage_but_what_they_build_on():
         "data": shared | {".arithmetic"},
         "reward": shared,
         "advantage": shared | {".reward"},
-        "engine": shared | {".model"},
+        "engine": shared | {".model", ".vllm_engine"},
         "rollout": shared | {".engine", ".reward"},
         "model": shared | {".packing"},
         "loss": shared | {".model", ".packing"},
