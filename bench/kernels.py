@@ -115,6 +115,18 @@ def policy_loss_calls(w: Work) -> Iterator[tuple[str, Callable[[], Call]]]:
         o = w.options()
         return on_logits(w, lambda x: policy_loss(x, w.targets, **o).loss)
 
+    def in_place() -> Call:
+        logits, o = w.hidden @ w.head.T, w.options()
+        work = logits.clone()
+
+        def run() -> tuple[torch.Tensor, ...]:
+            x = work.detach().requires_grad_()
+            policy_loss(x, w.targets, inplace=True, **o).loss.backward()
+            return (x.grad,)  # type: ignore[return-value]
+
+        run.prepare = lambda: work.copy_(logits)  # type: ignore[attr-defined]
+        return run
+
     def eager() -> Call:
         return on_logits(w, lambda x: w.loss(eager_logp(x, w.targets)))
 
@@ -152,7 +164,8 @@ def policy_loss_calls(w: Work) -> Iterator[tuple[str, Callable[[], Call]]]:
         to = torch.empty_like(logits)
         return lambda: to.copy_(logits)
 
-    yield from {OURS: ours, "torch eager": eager, "torch.compile": compiled, "TRL selective_log_softmax": trl,
+    yield from {OURS: ours, OURS + ", in place": in_place, "torch eager": eager, "torch.compile": compiled,
+                "TRL selective_log_softmax": trl,
                 "Liger triton_grpo_loss": liger, "quack cross_entropy": quack,
                 FLOOR + "a copy of the logits": copy}.items()  # fmt: skip
 
@@ -280,7 +293,7 @@ def prepared(operation: str, w: Work, only: tuple[str, ...] = ()) -> dict[str, C
         except Exception as e:  # whatever a rival raises on this machine is the reason it is listed with
             print(f"  {name}: cannot do this here ({type(e).__name__}: {str(e).splitlines()[0][:90]})")
             continue
-        expected = expected or got
+        expected = expected or tuple(x.clone() for x in got)
         if not name.startswith(FLOOR):
             off = max(
                 ((x.double() - y.double()).norm() / x.double().norm()).item()
