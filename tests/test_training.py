@@ -124,16 +124,25 @@ outcomes = [1,0,1,0, 0,0,0,0, 1,1,1,1, 0,1,0,0]
 lengths = [len(r) for r in responses]
 whole = [len(p) + n - 1 for p, n in zip(prompts, lengths)]
 
-def gradient(args, reshard, prune, shuffle, budget, checkpointing):
+policies = {}
+
+def gradient(args, reshard, prune, shuffle, packs, checkpointing):
     args = ["--rollout.group_size=4", f"--model.activation_checkpointing={checkpointing}", *args]
     c = load_config(args)
-    policy = load_policy(c.model, ranks, reshard=reshard)
+    kind = c.model, reshard
+    policy = policies[kind] = policies.get(kind) or load_policy(c.model, ranks, reshard=reshard)
+    policy.zero_grad(set_to_none=True)
     lead = advantages([Score(bool(o), None, False, False) for o in outcomes], lengths, c, ranks.device)
     o = objective(lead.advantage, lengths, lead.kept.repeat_interleave(4), c)
     live = [i for i, moves in enumerate(needs_gradient(o, c)) if moves or not prune]
     if shuffle:
         live = live[::-1]
-    plan = assign([whole[i] for i in live], budget, ranks.world, float)
+    if packs == "budget":
+        plan = assign([whole[i] for i in live], 60, ranks.world, float)
+    else:  # dealt out like cards; with more packs than sequences some are empty
+        hands = packs * ranks.world
+        deal = [list(range(len(live)))[h::hands] for h in range(hands)]
+        plan = [deal[r :: ranks.world] for r in range(ranks.world)]
     loss = torch.zeros(())
     for members in plan[ranks.rank]:
         pack = make_pack([live[i] for i in members], prompts, responses, behavior, ranks.device)
@@ -151,49 +160,61 @@ if ranks.main:
 stop()
 """
 
-PLAIN = {"reshard": False, "prune": True, "shuffle": False, "budget": 100_000, "checkpointing": "none"}
+PLAIN = {"reshard": False, "prune": True, "shuffle": False, "packs": 1, "checkpointing": "none"}
+ALL = 16  # packs: as many as there are sequences, so that on several ranks some are empty
 CUTS = {
-    "whole": {},
-    "cut": {"budget": 60, "shuffle": True},
-    "resharded, not pruned, checkpointed": {"reshard": True, "prune": False, "checkpointing": "full"},
-}
+    f"{packs} packs, {'pruned' if prune else 'not pruned'}": {"packs": packs, "prune": prune, "shuffle": packs == 3}
+    for packs in (1, 3, ALL)
+    for prune in (True, False)
+} | {
+    "by budget, shuffled": {"packs": "budget", "shuffle": True},
+    "3 packs, not pruned, resharded, checkpointed": {
+        "packs": 3, "prune": False, "reshard": True, "checkpointing": "full"},
+}  # fmt: skip
+WHOLE = "1 packs, pruned"
 MODES = {
     "paper": [],
     "official": ["--preset=official", "--rollout.stop=[]"],
     "gspo": ["--loss.ratio=sequence", "--loss.mean=token"],
     "cispo": ["--loss.ratio=cispo", "--loss.mean=constant"],
+    "dapo, groups dropped": ["--loss.clip_high=0.28", "--loss.mean=token", "--advantage.group_filter=uniform"],
+    "entropy, capped": ["--loss.entropy_coef=1e-2", "--loss.importance_cap=2.0", "--loss.dual_clip=3.0"],
 }
+
+
+CASES = [
+    (m, c) for m in MODES for c in CUTS if m in ("paper", "dapo, groups dropped") or "not pruned" in c or "by" in c
+]
 
 
 @pytest.fixture(scope="module")
 def gradients(tmp_path_factory) -> dict[int, dict]:
-    """Loss, gradient, live sequences and packs of every mode and cut, on one rank and on two."""
+    """Loss, gradient, live sequences and packs of every mode and cut, on one, two and four ranks."""
     folder = tmp_path_factory.mktemp("gradients")
     (folder / "gradient.py").write_text(GRADIENT)
     specs = {"half": {"args": ["--model.dtype=bfloat16"], **PLAIN}}
-    specs |= {f"{m}/{c}": {"args": args, **PLAIN, **cut} for m, args in MODES.items() for c, cut in CUTS.items()}
+    specs |= {f"{m}/{c}": {"args": MODES[m], **PLAIN, **CUTS[c]} for m, c in [*CASES, *((m, WHOLE) for m in MODES)]}
     out = {}
-    for ranks in (1, 2):
+    for ranks in (1, 2, 4):
         done = torchrun(ranks, str(folder / "gradient.py"), json.dumps(specs), str(folder / f"{ranks}.pt"))
         assert done.returncode == 0, done.stderr[-3000:]
         out[ranks] = torch.load(folder / f"{ranks}.pt")
     return out
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("cut", CUTS)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("mode,cut", CASES)
 def test_ranks_packs_and_order_give_the_same_gradient(mode, cut, ranks, gradients):
-    loss, grad, live, *_ = gradients[1][f"{mode}/whole"]
+    loss, grad, live, *_ = gradients[1][f"{mode}/{WHOLE}"]
     other_loss, other, other_live, packs, _ = gradients[ranks][f"{mode}/{cut}"]
-    assert grad.norm() > 0 and (packs > 1) == (cut == "cut")
-    assert live < 16 and other_live == (16 if cut.startswith("resharded") else live)
+    assert grad.norm() > 0 and (packs > 1 if "budget" in cut else packs == int(cut.split()[0]))
+    assert (live < 16) == ("entropy" not in mode) and other_live == (16 if "not pruned" in cut else live)
     assert abs(loss - other_loss) <= 1e-6 * max(1.0, abs(loss))
-    assert (grad - other).norm() <= 2e-6 * grad.norm()
+    assert (grad - other).norm() <= 1e-6 * grad.norm()
 
 
 def test_bfloat16_computes_the_same_with_a_float32_loss(gradients):
-    loss, grad, *_, logprobs = gradients[1]["paper/whole"]
+    loss, grad, *_, logprobs = gradients[1][f"paper/{WHOLE}"]
     half_loss, half, *_, half_logprobs = gradients[1]["half"]
     assert half_loss.dtype == half_logprobs.dtype == half.dtype == torch.float32
     assert not torch.equal(half_logprobs, half_logprobs.bfloat16().float())  # not rounded on the way out
