@@ -71,15 +71,18 @@ def many_steps(steps: int, folder: Path) -> tuple[dict, list[str]]:
     )
     job = Job(2, "-m", "lead_fast.train", *args, out=folder / "out.txt")
     rows: dict[str, list[tuple[int, float, int]]] = {}
+    load = []  # of the machine: what others do on it makes steps slow too
     while job.process.poll() is None:
         time.sleep(1)
+        load.append(os.getloadavg()[0])
         path = run / "metrics.jsonl"
         step = path.read_bytes().count(b'"kind": "train"') if path.exists() else 0
         ranks = job.ranks()
         for i, pid in enumerate([*ranks, *job.checkers()]):
             try:
                 name = f"rank {i}" if i < len(ranks) else f"checker {i - len(ranks)}"
-                rows.setdefault(f"{name} ({pid})", []).append((step, resident_mb(pid), open_files(pid)))
+                if mb := resident_mb(pid):  # 0: ended, and not yet collected
+                    rows.setdefault(f"{name} ({pid})", []).append((step, mb, open_files(pid)))
             except OSError:  # it has just ended
                 continue
     job.wait()
@@ -115,6 +118,7 @@ def many_steps(steps: int, folder: Path) -> tuple[dict, list[str]]:
         "median_step_s": round(median, 3),
         "slowest_over_median": round(max(seconds) / median, 2),
         "steps_over_5_medians": slow,
+        "load_average_max": round(max(load), 1),
         "processes": processes,
     }
     return found, broken
@@ -122,7 +126,7 @@ def many_steps(steps: int, folder: Path) -> tuple[dict, list[str]]:
 
 def many_kills(kills: int, folder: Path, rng: random.Random) -> tuple[dict, list[str]]:
     """SIGKILL to a rank at every phase, then at random moments; the final weights against those of an unbroken run."""
-    steps = 60
+    steps = 2 * kills + 10
     job = Job(2, "-m", "lead_fast.train", *small(folder, f"--output={folder / 'unbroken'}", f"--steps={steps}"))
     job.wait()
     assert job.code == 0

@@ -1,6 +1,9 @@
 """Laws that hold for any input: rewards, advantages, packing, extraction. Hypothesis looks for what breaks them."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -235,3 +238,30 @@ def test_whole_numbers_are_equal_when_they_are(a, b):
 @LAW
 def test_repetition_does_not_depend_on_the_spaces(text, width):
     assert is_degenerate(text) == is_degenerate((" " * width).join(text.split()))
+
+
+# --------------------------------------------------------------------------------------------------------------- memory
+
+PEAK = """
+import resource, torch
+from lead_kernels import linear_policy_loss
+torch.set_num_threads(1)
+T, V, D = 4096, 40_000, 8
+hidden, head = torch.randn(T, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
+row = dict(sequence_ids=torch.zeros(T, dtype=torch.int32), weights=torch.ones(1) / T, advantages=torch.ones(1))
+few = linear_policy_loss(hidden[:8], head, torch.arange(8), **row | {"sequence_ids": row["sequence_ids"][:8]})
+few.loss.backward()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+out = linear_policy_loss(hidden, head, torch.arange(T), **row)
+out.loss.backward()
+kept = [x.requires_grad for x in (out.logprobs, out.entropy, *out.metrics.values())]
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / (T * V * 4), any(kept))
+"""
+
+
+def test_logits_are_never_whole_and_what_a_pack_leaves_behind_holds_no_graph():
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    share, kept = done.stdout.split()
+    assert float(share) < 0.5 and kept == "False"  # of the T x V matrix's bytes, 655 MB
