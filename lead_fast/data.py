@@ -242,3 +242,34 @@ class ProblemStream:
                 self.orders.clear()
             self.orders[epoch] = np.random.default_rng([self.seed, epoch]).permutation(self.n)
         return self.orders[epoch]
+
+
+class SolveRateStream:
+    """Draws distinct problems by how often they were solved when last sampled: weight 4 r (1 - r), at least `floor`.
+
+    A problem not sampled yet has weight 1. A draw depends on the seed, the step and the solve rates told so far.
+
+    Args:
+        n: problems there are.
+        size: problems a batch, at most n.
+        seed: of the draws.
+    """
+
+    def __init__(self, n: int, size: int, seed: int, floor: float = 0.05):
+        self.size, self.seed, self.floor = size, seed, floor
+        self.weights = np.ones(n)
+
+    def tell(self, index: int, rate: float) -> None:
+        """Problem `index` was just solved in this share of its responses."""
+        self.weights[index] = max(self.floor, 4 * rate * (1 - rate))
+
+    def batch(self, step: int) -> list[int]:
+        draws = np.random.default_rng([self.seed, step])
+        chance = self.weights / self.weights.sum()
+        return [int(i) for i in draws.choice(len(chance), self.size, replace=False, p=chance)]
+
+
+if __name__ == "__main__":
+    from .prepare import main
+
+    main()

@@ -25,6 +25,7 @@ from .health import Health
 from .model import Policy, load_model, load_tokenizer, shard
 from .optim import learning_rate, make_optimizer, update
 from .packing import Pack, assign, make_pack
+from .release import release
 
 
 def load_examples(c: SftConfig, tokenizer, source: str, split: str) -> tuple[list[list[int]], list[list[int]]]:
@@ -144,6 +145,7 @@ def main(args: list[str] | None = None) -> None:
                 checkpoint.save(run, step + 1, policy, optimizer, {}, ranks)
     checkpoint.export(run / "final", policy, tokenizer, getattr(torch, c.export_dtype), ranks)
     if ranks.main:
+        release(run)
         print(f"Model: {run / 'final'}", flush=True)
     stop()
     if lock:

@@ -91,7 +91,17 @@ def test_paths_and_commands_in_documents_exist(doc: Path):
         assert key in {*keys(Config), *keys(SftConfig)}, f"{doc.name} names --{key}"
 
 
-GENERATED = {"samples.jsonl", "evaluation.png", "final/", "table.md", "metrics.jsonl", "answers.jsonl", "config.toml", "report.html", "evaluation.json"}
+GENERATED = {
+    "samples.jsonl",
+    "evaluation.png",
+    "final/",
+    "table.md",
+    "metrics.jsonl",
+    "answers.jsonl",
+    "config.toml",
+    "report.html",
+    "evaluation.json",
+}
 
 
 def test_configuration_is_one_small_described_tree():
