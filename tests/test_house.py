@@ -47,7 +47,7 @@ def test_stages_import_no_stage_but_what_they_build_on():
         "config": set(),
         "distributed": set(),
         "packing": set(),
-        "data": shared | {".arithmetic"},
+        "data": shared | {".arithmetic", ".prepare"},  # prepare only as the command `-m lead_fast.data`
         "reward": shared,
         "advantage": shared | {".reward"},
         "engine": shared | {".model"},

@@ -170,3 +170,39 @@ def test_a_release_has_generation_settings_and_a_card(tmp_path):
     manifest = json.loads((tmp_path / "m.manifest.json").read_text())
     assert manifest["sha256_file"] in card and "recipe `tiny`" in card and "pass_at_1 0.5" in card
     assert "[0.25, 0.75]" in card and re.search(r"- torch \d", card) and "temperature = 0.6" in card
+
+
+class OpensThinking:
+    """The embedded tokenizer with a template that opens <think> itself, as R1-distill's does."""
+
+    def __new__(cls):
+        from lead_fast.arithmetic import build_tokenizer
+
+        tokenizer = build_tokenizer()
+        tokenizer.chat_template = "{{ messages[0].content }}<|assistant|><think>\n"
+        return tokenizer
+
+
+def test_sft_trains_on_the_end_of_sequence_and_opens_thinking_once(tmp_path):
+    from lead_fast.arithmetic import build_tokenizer
+    from lead_fast.config import SftConfig
+    from lead_fast.sft import load_examples
+
+    source = jsonl(tmp_path / "a.jsonl", [{"problem": "P", "answer": "1", "solution": "<think>\nwork</think>1"}])
+    for tokenizer, expected in ((OpensThinking(), "work</think>1"), (build_tokenizer(), "<think>\nwork</think>1")):
+        (prompt,), (solution,) = load_examples(SftConfig(), tokenizer, source, "train")
+        assert tokenizer.decode(solution[:-1]) == expected and solution[-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(prompt + solution).count("<think>") == 1
+
+
+def test_a_model_of_another_architecture_gets_one_sentence(tmp_path):
+    from transformers import AutoModelForCausalLM, GPT2Config
+
+    from lead_fast.config import ModelConfig
+    from lead_fast.model import load_model
+
+    small = GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=16)
+    AutoModelForCausalLM.from_config(small).save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(ValueError, match="is of type gpt2, whose blocks and head are not where") as e:
+        load_model(ModelConfig(path=str(tmp_path / "gpt2")))
+    assert "\n" not in str(e.value)
