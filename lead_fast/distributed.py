@@ -1,12 +1,16 @@
 """Ranks, devices and the few collectives that the loop needs beside FSDP's own."""
 
+import itertools
 import os
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import Store
+from torch.distributed.rendezvous import rendezvous
 
 
 @dataclass(frozen=True)
@@ -17,6 +21,13 @@ class Ranks:
     world: int
     device: torch.device
     mesh: DeviceMesh
+    tickets: Iterator[int] = field(default_factory=itertools.count, compare=False)
+    """Numbers that come in the same order on every rank: names for what they share in the store."""
+
+    @property
+    def store(self) -> Store:
+        """The job's own key-value store."""
+        return dist.distributed_c10d._get_default_store()
 
     @property
     def main(self) -> bool:
@@ -60,7 +71,12 @@ def start() -> Ranks:
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        store, rank, world = next(rendezvous("env://"))
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
+            # torchrun keeps one store over the restarts of a job: without a prefix, ranks may find their dead
+            # predecessors' addresses in it. (Over several machines the count may differ from one to the other.)
+            store = dist.PrefixStore(f"life-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # type: ignore
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
     world = dist.get_world_size()
     if not cuda:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
@@ -70,7 +86,14 @@ def start() -> Ranks:
     return Ranks(dist.get_rank(), world, device, mesh)
 
 
+at_stop: list[Callable[[], None]] = []
+"""What must end before the process group does, such as an engine with groups of its own."""
+
+
 def stop() -> None:
+    """Leave the job."""
+    while at_stop:
+        at_stop.pop()()
     if dist.is_initialized():
         dist.destroy_process_group()
 

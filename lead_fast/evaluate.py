@@ -131,14 +131,15 @@ def evaluate(
     Returns:
         the record that metrics.jsonl keeps (see scores.summary), and the graded answers that were sampled now.
     """
-    size = max(1, c.rollout.batch_size * ranks.world // c.evaluate.samples)
+    at_once = c.rollout.batch_size * ranks.world * (8 if c.rollout.engine == "vllm" else 1)
+    size = max(1, at_once // c.evaluate.samples if samples else len(problems))  # what a kill may cost
     done: dict[str, Answered] = dict(samples.done) if samples else {}
     missing = [i for i, p in enumerate(problems) if p.id not in done]
     parts: list[Batch] = []
     for at in range(0, len(missing), size):
         progress(len(problems) - len(missing) + at, len(problems))
         share = missing[at : at + size]
-        groups = rollout(
+        found = rollout(
             engine,
             [problems[i] for i in share],
             [prompts[i] for i in share],
@@ -146,15 +147,21 @@ def evaluate(
             sampling(c),
             c.seed + 7919 * share[0] + 1,
             ranks,
+            progress if samples is None else silent,
+            shared_by=c.rollout.tensor_parallel,
         )
-        part = gather(groups, grade(groups, verifier, c), ranks)
+        part = gather(found, grade(found.groups, verifier, c), ranks)
         parts.append(part)
         if ranks.main:
             new = answered(part, verifier, texts=samples is not None)
             done |= {a.id: a for a in new}
             if samples:
                 samples.add(new)
-    batch = Batch([g for p in parts for g in p.groups], [s for p in parts for s in p.scores])
+    batch = (
+        parts[0]
+        if len(parts) == 1
+        else Batch([g for p in parts for g in p.groups], [s for p in parts for s in p.scores])
+    )
     record = summary([done[p.id] for p in problems], c.rollout.max_tokens) if ranks.main else {}
     return record, batch
 

@@ -89,6 +89,27 @@ def pack_logprobs(policy: Policy, pack: Pack, temperature: float) -> torch.Tenso
     return policy(pack, lambda h, w: linear_logprobs(h, w, pack.targets_R, temperature=temperature)[0])
 
 
+AGREE = {"float32": 1e-3, "bfloat16": 0.05}  # nats, mean over the tokens of the first batch
+
+
+def check_agreement(difference: float, c: Config) -> None:
+    """Engine and trainer hold the same weights at the first step: their log-probs must agree.
+
+    Args:
+        difference: mean |log-prob by the engine - log-prob by the trainer|, nats; NaN passes.
+    Raises:
+        ValueError: over AGREE; not looked at where sampling drops tokens, which makes the engine's log-probs larger.
+    """
+    r = c.rollout
+    if r.top_p == 1 and r.min_p == 0 and r.top_k == 0 and difference > AGREE[c.model.dtype]:
+        raise ValueError(
+            f"With equal weights the engine's log-probs differ from the trainer's by {difference:.3g} nats a token "
+            f"(limit {AGREE[c.model.dtype]:g} in {c.model.dtype}): look at model.dtype, rollout.temperature, the "
+            "engine's logprobs_mode (processed_logprobs) and whether both see the same chat template, or try "
+            "--rollout.engine=transformers."
+        )
+
+
 def reduce_metrics(parts: list[dict[str, torch.Tensor]], ranks: Ranks) -> dict[str, float]:
     """Sums over packs and ranks; names that begin with `max_` are maxima. Every rank must hold at least one part."""
     sums: dict[str, list[torch.Tensor]] = defaultdict(list)

@@ -413,6 +413,6 @@ def score(
     extracted = [extract_boxed(graded_text(r.text, where)) for r in responses]
     correct = verifier.grade(list(zip(extracted, answers, strict=True)))
     return [
-        Score(ok, found, r.truncated, degenerate and is_degenerate(r.text))
+        Score(ok, found, r.truncated, degenerate and (r.finish_reason == "repetition" or is_degenerate(r.text)))
         for r, ok, found in zip(responses, correct, extracted, strict=True)
     ]

@@ -19,8 +19,9 @@ class Response:
     """One sampled answer.
 
     logprobs: log-prob of each of token_ids at the sampling temperature, by the engine that sampled it.
-    finish_reason: `stop` (end of sequence or stop string), `length` or `repetition`.
-    policy_version: number of optimiser batches that the weights had seen.
+    finish_reason: `stop` (end of sequence or stop string), `length`, `repetition`, or `unfinished` (goes on in the next
+    step).
+    policy_version: number of optimiser batches that the weights had seen when the first token was sampled.
     """
 
     token_ids: list[int]

@@ -1,37 +1,149 @@
-"""Weights from FSDP's shards to the engine: gathered in buckets, whole tensors under Hugging Face names."""
+"""Weights from FSDP's shards to the engine, in buckets: cast, gathered once, loaded, and checked.
 
+A bucket is one collective, in the engine's dtype, over all the tensors in it; no file, no bounce through host memory.
+"""
+
+import time
 from collections.abc import Iterator
 
 import torch
-from torch.distributed.tensor import DTensor
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, Shard
 
-from .engine import Engine
+from .config import Config
+from .distributed import Ranks
+from .engine import Engine, Sampling, Work, fingerprint
+from .loss import pack_logprobs
 from .model import Policy
+from .packing import make_pack
 
-BUCKET_BYTES = 1 << 30
+all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name since torch 2.13
+CANARY_TOKENS = 32
+CANARY_LIMIT = {"float32": 1e-3, "bfloat16": 0.1}  # nats, mean over the canary's tokens
 
 
 @torch.no_grad()
-def whole_weights(policy: Policy, bucket_bytes: int = BUCKET_BYTES) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every parameter, gathered; at most a bucket of them is in memory at once.
+def whole_weights(policy: Policy, dtype: torch.dtype, bucket_bytes: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """Every parameter in `dtype`, whole, under its Hugging Face name, in lists of at most `bucket_bytes` (or one).
 
     A collective: every rank must consume the whole iterator.
     """
     bucket: list[tuple[str, torch.Tensor]] = []
     held = 0
     for name, p in policy.model.named_parameters():
-        bucket.append((name, p.detach()))
-        held += p.numel() * p.element_size()
-        if held >= bucket_bytes:
-            yield from _gather(bucket)
+        size = p.numel() * dtype.itemsize
+        if bucket and held + size > bucket_bytes:
+            yield _gather(bucket, dtype)
             bucket, held = [], 0
-    yield from _gather(bucket)
+        bucket.append((name, p.detach()))
+        held += size
+    if bucket:
+        yield _gather(bucket, dtype)
 
 
-def _gather(bucket: list[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
-    return [(name, p.full_tensor() if isinstance(p, DTensor) else p) for name, p in bucket]
+def _gather(bucket: list[tuple[str, torch.Tensor]], dtype: torch.dtype) -> list[tuple[str, torch.Tensor]]:
+    """One all-gather for the bucket. FSDP shards the first dimension as torch.chunk does: the last may be short."""
+    shards = [p for _, p in bucket if isinstance(p, DTensor)]
+    if not shards:
+        return [(name, p.to(dtype)) for name, p in bucket]
+    mesh = shards[0].device_mesh
+    world = mesh.size()
+    assert mesh.ndim == 1 and all(p.placements == (Shard(0),) for p in shards)
+    rows = [-(-p.shape[0] // world) for p in shards]
+    sizes = [r * p.shape[1:].numel() for r, p in zip(rows, shards, strict=True)]
+    mine = torch.zeros(sum(sizes), dtype=dtype, device=shards[0].to_local().device)
+    for p, at in zip(shards, mine.split(sizes), strict=True):
+        local = p.to_local()
+        at[: local.numel()].copy_(local.reshape(-1))
+    every = torch.empty(world * mine.numel(), dtype=dtype, device=mine.device)
+    all_gather(every, mine, group=mesh.get_group())
+    pieces = iter(every.view(world, -1).split(sizes, dim=1))
+    out = []
+    for name, p in bucket:
+        if isinstance(p, DTensor):
+            whole = next(pieces).reshape(-1, *p.shape[1:])[: p.shape[0]]
+        else:
+            whole = p.to(dtype)
+        out.append((name, whole))
+    return out
 
 
-def sync(policy: Policy, engine: Engine, version: int) -> None:
-    """Give the engine the policy's weights, which become policy version `version`. A collective."""
-    engine.load_weights(whole_weights(policy), version)
+def sync(policy: Policy, engine: Engine, version: int, c: Config, ranks: Ranks) -> dict:
+    """Give the engine the policy's weights, which become policy version `version`. A collective.
+
+    Returns:
+        what metrics.jsonl keeps: sync_s, sync_bytes (of whole tensors, a rank) and sync_gb_per_s.
+    Raises:
+        ValueError: an engine does not hold what was sent; on every rank, if on any.
+    """
+    began = time.perf_counter()
+    dtype = getattr(torch, c.model.dtype)
+    sent: dict[str, tuple[float, float, int]] = {}
+
+    def watched() -> Iterator[list[tuple[str, torch.Tensor]]]:
+        for bucket in whole_weights(policy, dtype, c.rollout.sync_bucket_mib << 20):
+            values = fingerprint([t for _, t in bucket])
+            sent.update(zip([name for name, _ in bucket], values, strict=True))
+            yield bucket
+
+    engine.load_weights(watched(), version)
+    complaint = next(filter(None, ranks.gather_objects(compare(sent, engine, c.rollout.tensor_parallel))), None)
+    if complaint:
+        raise ValueError(complaint)
+    size = sum(n for *_, n in sent.values()) * dtype.itemsize
+    seconds = time.perf_counter() - began
+    return {"sync_s": seconds, "sync_bytes": size, "sync_gb_per_s": size / seconds / 1e9}
+
+
+def compare(sent: dict[str, tuple[float, float, int]], engine: Engine, tensor_parallel: int) -> str | None:
+    """What is wrong with what the engine holds against what was sent, or None where nothing is.
+
+    Compared are sum and sum of squares of every tensor, added up for fused ones.
+
+    Names of the engine that nobody sent are an error, unless there are sent names that it does not know either: then
+    it calls them differently, and those tensors are not compared. An engine over several ranks holds parts: only what
+    it holds whole is compared.
+    """
+    held = engine.checksums()
+    known = {name for x in held for name in x.names}
+    renamed = bool(sent.keys() - known)
+    for x in held:
+        missing = [name for name in x.names if name not in sent]
+        if missing and not renamed:
+            return f"Sync left out {missing[0]}: the engine would generate with old weights."
+        if missing:
+            continue
+        total, squares, size = (sum(sent[name][k] for name in x.names) for k in range(3))
+        if tensor_parallel > 1 and x.size < size:
+            continue
+        near = 1e-9 * (squares * size) ** 0.5 + 1e-30  # what the order of an fp64 sum can change
+        if not (abs(x.total - total) <= near and abs(x.squares - squares) <= 1e-9 * squares + 1e-30):
+            return (
+                f"After sync the engine's {' + '.join(x.names)} differs from the policy's (sum {x.total:.9g}, sent "
+                f"{total:.9g}): the engine did not take these weights; give --rollout.engine=transformers."
+            )
+    return None
+
+
+def canary(policy: Policy, engine: Engine, prompt: list[int], c: Config, ranks: Ranks) -> float:
+    """Mean |difference| of engine's and trainer's log-probs on a few tokens that the engine samples. A collective.
+
+    Raises:
+        ValueError: the difference is over CANARY_LIMIT.
+    """
+    members = c.rollout.tensor_parallel
+    work = Work([prompt], 1, [c.seed], ranks.store, f"canary-{next(ranks.tickets)}/{ranks.rank // members}")
+    work.member, work.members = ranks.rank % members, members
+    response = engine.generate(work, Sampling(CANARY_TOKENS, c.rollout.temperature))[0][0]
+    pack = make_pack([0], [prompt], [response.token_ids], [response.logprobs], ranks.device)
+    ours = pack_logprobs(policy, pack, c.rollout.temperature)
+    assert pack.behavior_R is not None
+    difference = ranks.all_max((ours - pack.behavior_R).abs().mean()).item()
+    policy.to_shards()
+    if not difference <= CANARY_LIMIT[c.model.dtype]:
+        raise ValueError(
+            f"At the first sync the engine's log-probs differ from the trainer's by {difference:.3g} nats on average "
+            f"(limit {CANARY_LIMIT[c.model.dtype]:g} in {c.model.dtype}): weights that were not taken, another dtype, "
+            "or a model that the engine computes differently; give --rollout.engine=transformers."
+        )
+    return difference

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,10 +28,10 @@ from .advantage import advantages, difficulty_weight
 from .config import RECIPES, Config, check, dump, load_config, names
 from .data import ProblemStream, SolveRateStream, load_problems, tokenize_prompts
 from .distributed import Ranks, complaint, start, stop
-from .engine import Sampling, make_engine
+from .engine import EngineFailure, Sampling, make_engine
 from .evaluate import evaluate, load_test
 from .health import Health, must_be_finite
-from .loss import needs_gradient, objective, pack_logprobs, policy_loss, reduce_metrics
+from .loss import check_agreement, needs_gradient, objective, pack_logprobs, policy_loss, reduce_metrics
 from .metrics import Metrics, PhaseTimer, read_jsonl
 from .model import Policy, load_policy, load_tokenizer
 from .optim import learning_rate, make_optimizer, update
@@ -38,9 +39,9 @@ from .packing import Pack, assign, efficiency, make_pack
 from .release import release
 from .report import write_report
 from .reward import Verifier
-from .rollout import Batch, gather, grade, rollout, sampling_seed
+from .rollout import Backlog, Batch, gather, grade, rollout, sampling_seed
 from .schema import Group, Score
-from .sync import sync
+from .sync import canary, sync
 from .watchdog import Watchdog
 
 ASIDE = ("evaluate", "save")  # phases that are no part of a step
@@ -65,16 +66,24 @@ def train(c: Config, ranks: Ranks, run: Path) -> None:
     reference = load_policy(c.model, ranks, reshard=True).eval() if c.loss.kl_coef else None
     optimizer = make_optimizer(policy, c.optim)
     engine = make_engine(c, tokenizer, ranks)
-    first, seconds_before, skipped = 0, 0.0, 0
-    if c.resume and (found := checkpoint.load(run, policy, optimizer, ranks)):
-        first, seconds_before, skipped = found["step"], found["elapsed_s"], found["updates_skipped"]
-        sync(policy, engine, first)
+    found = (c.resume and checkpoint.load(run, policy, optimizer, ranks)) or {}
+    first, seconds_before = found.get("step", 0), found.get("elapsed_s", 0.0)
+    r = c.rollout
+    backlog = Backlog(
+        lambda at: stream.batch(at // r.problems)[at % r.problems],
+        r.problems,
+        r.extra_problems,
+        found.get("asked", first * r.problems),
+        found.get("waiting", ()),
+    )
+    sampling = Sampling(r.max_tokens, r.temperature, r.top_p, r.min_p, r.stop, r.top_k)
+    sync(policy, engine, first, c, ranks)
+    canary(policy, engine, prompts[0], c, ranks)
     metrics.truncate_after(first)
     began = time.monotonic() - seconds_before
-    health = Health(run, c.optim.max_skipped, skipped)
+    health = Health(run, c.optim.max_skipped, found.get("updates_skipped", 0))
     dog = Watchdog(c.watchdog_s, ranks)
     timer = PhaseTimer(dog.beat)
-    sampling = Sampling(c.rollout.max_tokens, c.rollout.temperature, c.rollout.top_p, c.rollout.min_p, c.rollout.stop)
 
     def progress(phase: str, step: int, at: int, of: int) -> None:
         dog.beat(phase, step)
@@ -87,29 +96,32 @@ def train(c: Config, ranks: Ranks, run: Path) -> None:
         metrics.eval(step, record | {"elapsed_s": time.monotonic() - began})
         metrics.answers(step, sample_of_answers(batch, "test"))
 
-    def sample(chosen: list[int], step: int, again: int) -> tuple[Batch, LeadAdvantages]:
-        """Graded groups of these problems and their advantages; `again` counts the refills of the step."""
+    def ask_others(chosen: list[int], step: int, again: int) -> tuple[Batch, LeadAdvantages]:
+        """Graded groups of problems that stand in for dropped ones, and their advantages; `again` counts the rounds."""
         with timer("rollout"):
             engine.wake()
-            groups = rollout(
+            share = rollout(
                 engine,
                 [problems[i] for i in chosen],
                 [prompts[i] for i in chosen],
-                c.rollout.group_size,
+                r.group_size,
                 sampling,
-                sampling_seed(c.seed, step, *([again] if again else [])),
+                sampling_seed(c.seed, step, again),
                 ranks,
                 partial(progress, "rollout", step + 1),
+                shared_by=r.tensor_parallel,
             )
-            engine.sleep()
+            if not share.failure:
+                engine.sleep()
         with timer("reward"):
-            batch = gather(groups, grade(groups, verifier, c), ranks)
+            batch = gather(share, grade(share.groups, verifier, c), ranks)
         with timer("advantage"):
             return batch, advantages(batch.scores, batch.lengths, c, ranks.device)
 
     def save(step: int) -> bool:
         with timer("save"):
             extra = {"elapsed_s": time.monotonic() - began, "updates_skipped": health.skipped}
+            extra |= {"asked": backlog.position, "waiting": list(backlog.waiting)}
             return checkpoint.save(run, step, policy, optimizer, extra, ranks)
 
     with (
@@ -124,18 +136,43 @@ def train(c: Config, ranks: Ranks, run: Path) -> None:
         if c.evaluate.every and first == 0:
             held_out(0)
         for step in range(first, c.steps):
-            chosen = stream.batch(step)
+            chosen = backlog.ask()
             dog.beat("rollout", step + 1)
-            batch, lead = sample(chosen, step, 0)
-            rows, refilled = solved(batch), 0
+            with timer("rollout"):
+                engine.wake()
+                share = rollout(
+                    engine,
+                    [problems[i] for i in chosen],
+                    [prompts[i] for i in chosen],
+                    c.rollout.group_size,
+                    sampling,
+                    sampling_seed(c.seed, step),
+                    ranks,
+                    partial(progress, "rollout", step + 1),
+                    shared_by=r.tensor_parallel,
+                    begun=backlog.begun,
+                    want=r.problems if r.extra_problems else None,
+                )
+                if not share.failure:
+                    engine.sleep()
+            with timer("reward"):
+                try:
+                    batch = backlog.settle(gather(share, grade(share.groups, verifier, c), ranks))
+                except EngineFailure as e:
+                    kept = step > first and save(step)
+                    rescue = f"saved after step {step}; go on with --output={run} --resume" if kept else "begin anew"
+                    raise ValueError(f"In step {step + 1} {e}: {rescue}.") from e
+            with timer("advantage"):
+                lead = advantages(batch.scores, batch.lengths, c, ranks.device)
+            rows, refilled, replaced = solved(batch), 0, set(chosen)
             for again in range(1, c.rollout.refill + 1):
                 if not (dropped := int((~lead.kept).sum())):
                     break
-                others = [i for i in spare.batch(step * c.rollout.refill + again - 1) if i not in chosen][:dropped]
+                others = [i for i in spare.batch(step * c.rollout.refill + again - 1) if i not in replaced][:dropped]
                 if not others:
                     break
-                more, more_lead = sample(others, step, again)
-                chosen += others
+                more, more_lead = ask_others(others, step, again)
+                replaced |= set(others)
                 rows += solved(more)
                 batch, swapped = refill(batch, lead.kept.tolist(), more, more_lead.kept.tolist())
                 refilled += swapped
@@ -149,19 +186,17 @@ def train(c: Config, ranks: Ranks, run: Path) -> None:
             lr = learning_rate(step, c.steps, c.optim)
             tell = partial(progress, "train", step + 1)
             learned = learn(policy, reference, optimizer, batch, lead, lr, c, ranks, timer, tell)
+            if step == first and c.optim.updates == 1:
+                check_agreement(learned["logprob_diff_mean"], c)
             with timer("sync"):
-                sync(policy, engine, step + 1)
+                synced = sync(policy, engine, step + 1, c, ranks)
             done = step + 1
             if c.evaluate.every and (done % c.evaluate.every == 0 or done == c.steps):
                 held_out(done)
             now = time.monotonic()
-            record = describe(batch, lead, c) | learned
-            record |= {
-                "groups_refilled": refilled,
-                "learning_rate": lr,
-                "elapsed_s": now - began,
-                "seconds": dict(timer.seconds),
-            }
+            record: dict[str, Any] = describe(batch, lead, c) | learned | synced
+            record |= {"rollout_idle_share": batch.idle_share, "groups_refilled": refilled}
+            record |= {"learning_rate": lr, "elapsed_s": now - began, "seconds": dict(timer.seconds)}
             record["tokens_per_s"] = record["tokens"] / sum(s for p, s in timer.seconds.items() if p not in ASIDE)
             record |= {"alerts": health.look(done, record)}
             metrics.train(done, record)
@@ -300,7 +335,8 @@ def refill(batch: Batch, kept: list[bool], more: Batch, more_kept: list[bool]) -
         instead = None if ok else next(good, None)
         swapped += instead is not None
         out.append(instead or found)
-    return Batch([g for g, _ in out], [s for _, scores in out for s in scores]), swapped
+    flat = [s for _, scores in out for s in scores]
+    return dataclasses.replace(batch, groups=[g for g, _ in out], scores=flat), swapped
 
 
 def solved(batch: Batch) -> list[dict]:

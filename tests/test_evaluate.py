@@ -102,11 +102,11 @@ class Counting:
     def __init__(self, engine, breaks_at: int = 10**9):
         self.engine, self.asked, self.breaks_at = engine, 0, breaks_at
 
-    def generate(self, prompts, *args):
+    def generate(self, work, *args):
         if self.asked >= self.breaks_at:
             raise KeyboardInterrupt
-        self.asked += len(prompts)
-        return self.engine.generate(prompts, *args)
+        self.asked += len(work.prompts)
+        return self.engine.generate(work, *args)
 
 
 def test_a_killed_evaluation_goes_on_and_samples_nothing_twice(machine, tmp_path):

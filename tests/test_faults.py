@@ -33,7 +33,7 @@ STEPS = 5
 class Job:
     """A torchrun job of its own session; every process of it can be found by a mark in its environment."""
 
-    def __init__(self, ranks: int, *args: str, restarts: int = 0, preexec=None):
+    def __init__(self, ranks: int, *args: str, restarts: int = 0, out: Path | None = None):
         self.mark = uuid.uuid4().hex
         env = os.environ | {
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
@@ -43,7 +43,7 @@ class Job:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         self.process = subprocess.Popen(
             [sys.executable, *launcher, f"--max-restarts={restarts}", *args],
-            env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=preexec,
+            env=env, cwd=ROOT, stdout=out.open("w") if out else subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
 
     def wait(self, timeout: float = 300) -> str:

@@ -50,12 +50,13 @@ def test_stages_import_no_stage_but_what_they_build_on():
         "data": shared | {".arithmetic", ".prepare"},  # prepare only as the command `-m lead_fast.data`
         "reward": shared,
         "advantage": shared | {".reward"},
-        "engine": shared | {".model"},
+        "engine": shared | {".model", ".vllm_engine"},
         "rollout": shared | {".engine", ".reward"},
         "model": shared | {".packing"},
         "loss": shared | {".model", ".packing"},
         "optim": shared | {".model"},
-        "sync": shared | {".engine", ".model"},
+        "vllm_engine": shared | {".engine", ".model"},
+        "sync": shared | {".engine", ".model", ".loss", ".packing"},
         "checkpoint": shared | {".model"},
     }
     for stage, allowed in may.items():

@@ -15,8 +15,17 @@ from typing import Any
 import torch
 
 from .lead_advantage import GroupTable
-from .policy_loss import METRICS, PolicyLoss, check_levels, check_targets, named, policy_rows_, sequence_terms
-from .rows import row_stats, scaled
+from .policy_loss import (
+    METRICS,
+    PolicyLoss,
+    check_levels,
+    check_targets,
+    compiled_or_no_grad,
+    named,
+    policy_rows_,
+    sequence_terms,
+)
+from .rows import Ready, row_stats
 
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 2 << 30}
 
@@ -155,7 +164,7 @@ def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _scale(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple:
     """The gradients were taken in the forward: the backward only scales them."""
-    grads = [scaled(g, grad_loss) if g.dim() == 2 else None for g in ctx.saved_tensors]
+    grads = [g * grad_loss.to(g.dtype) if g.dim() == 2 else None for g in ctx.saved_tensors]
     return *grads, *[None] * 21
 
 
@@ -205,11 +214,17 @@ def linear_policy_loss(
         advantages = advantages.advantages()
     step = chunk_size(hidden.shape[0], head, chunk_rows)
     on = torch.is_grad_enabled()
-    loss, logprobs, entropy, metrics, _, _ = torch.ops.lead_kernels.linear_policy_loss(
-        hidden, head, targets, sequence_ids, weights, advantages, behavior_logprobs, old_logprobs, reference_logprobs,
-        temperature, ratio, clip_low, clip_high, dual_clip, importance_cap, importance_mode, importance_level, kl,
-        kl_coef, entropy_coef, step, on and hidden.requires_grad, on and head.requires_grad,
-    )  # fmt: skip
+    train = on and hidden.requires_grad, on and head.requires_grad
+    with compiled_or_no_grad():
+        loss, logprobs, entropy, metrics, *grads = torch.ops.lead_kernels.linear_policy_loss(
+            hidden, head, targets, sequence_ids, weights, advantages, behavior_logprobs, old_logprobs,
+            reference_logprobs, temperature, ratio, clip_low, clip_high, dual_clip, importance_cap, importance_mode,
+            importance_level, kl, kl_coef, entropy_coef, step, *train,
+        )  # fmt: skip
+    if any(train) and not torch.compiler.is_compiling():
+        grads = [g if wanted else None for g, wanted in zip(grads, train, strict=True)]
+        loss = Ready.apply(loss, grads, hidden, head)
+        del grads
     return PolicyLoss(loss, logprobs.detach(), entropy.detach(), named(metrics.detach()))
 
 

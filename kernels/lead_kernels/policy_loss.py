@@ -20,12 +20,13 @@ Floor per row: one read and one write of V logits; everything else is O(1) a row
 Legend: T rows, V vocabulary, S sequences.
 """
 
+import contextlib
 from typing import Any, Literal, NamedTuple
 
 import torch
 
 from .lead_advantage import GroupTable
-from .rows import in_triton, row_gradient_, row_stats, scaled
+from .rows import Ready, in_triton, row_gradient_, row_stats
 
 LOG_RATIO_CAP = 20.0
 METRICS = ("tokens", "entropy", "kl_behavior", "clip_low", "clip_high", "ratio", "ratio_capped", "importance_truncated",
@@ -327,24 +328,10 @@ def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _scale(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple:
     """The gradient was taken in the forward: the backward only scales it."""
     (grad,) = ctx.saved_tensors
-    return scaled(grad, grad_loss) if grad.dim() == 2 else None, *[None] * 26
+    return grad * grad_loss.to(grad.dtype) if grad.dim() == 2 else None, *[None] * 26
 
 
 policy_loss_op.register_autograd(_scale, setup_context=_save)
-
-
-class _Scaled(torch.autograd.Function):
-    """A loss whose gradient was written over its input: the backward only scales it."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: torch.Tensor, grad: torch.Tensor, logits: torch.Tensor):
-        ctx.save_for_backward(grad)
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: torch.Tensor):  # type: ignore[override]
-        (grad,) = ctx.saved_tensors
-        return None, None, scaled(grad, grad_loss)
 
 
 def policy_loss(
@@ -396,24 +383,32 @@ def policy_loss(
         "dual_clip": dual_clip, "importance_cap": importance_cap, "importance_mode": importance_mode,
         "importance_level": importance_level, "kl": kl, "kl_coef": kl_coef, "entropy_coef": entropy_coef,
     }  # fmt: skip
-    table = isinstance(advantages, GroupTable)
+    train = logits.requires_grad and torch.is_grad_enabled()
     if inplace:
-        work = logits.detach()
         with torch.no_grad():
+            grad = logits.detach()
             loss, logprobs, entropy, metrics = _logits_loss(
-                work, targets, advantages, work if logits.requires_grad else None, sequence_ids=sequence_ids,
+                grad, targets, advantages, grad if train else None, sequence_ids=sequence_ids,
                 weights=weights, behavior_logprobs=behavior_logprobs, old_logprobs=old_logprobs,
                 reference_logprobs=reference_logprobs, n_sequences=weights.numel(), **options,
             )  # fmt: skip
-        if logits.requires_grad:
-            loss = _Scaled.apply(loss, work, logits)
     else:
-        loss, logprobs, entropy, metrics, _ = torch.ops.lead_kernels.policy_loss(
-            logits, targets, sequence_ids, weights, None if table else advantages,
-            *(advantages.packed() if table else NO_GROUPS), behavior_logprobs, old_logprobs, reference_logprobs,
-            **options, gradient=logits.requires_grad and torch.is_grad_enabled(),
-        )  # fmt: skip
+        table = isinstance(advantages, GroupTable)
+        with compiled_or_no_grad():
+            loss, logprobs, entropy, metrics, grad = torch.ops.lead_kernels.policy_loss(
+                logits, targets, sequence_ids, weights, None if table else advantages,
+                *(advantages.packed() if table else NO_GROUPS), behavior_logprobs, old_logprobs, reference_logprobs,
+                **options, gradient=train,
+            )  # fmt: skip
+    if train and not torch.compiler.is_compiling():
+        loss = Ready.apply(loss, [grad], logits)
+        del grad
     return PolicyLoss(loss, logprobs.detach(), entropy.detach(), named(metrics.detach()))
+
+
+def compiled_or_no_grad() -> contextlib.AbstractContextManager:
+    """Under torch.compile the operators' own autograd is traced; else `Ready` takes their gradients on."""
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else torch.no_grad()
 
 
 def named(metrics: torch.Tensor) -> dict[str, torch.Tensor]:

