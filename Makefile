@@ -1,4 +1,4 @@
-# make train | test | test-vllm | soak | lint | bench | ablation | gpu | clean
+# make train | test | test-vllm | soak | lint | bench | ablation | pipeline | gpu | clean
 # VENV=.venv and PYTHON=python3 can be changed.
 SHELL := /bin/bash
 VENV ?= .venv
@@ -13,7 +13,7 @@ TORCH_FLAGS ?=
 EXTRAS := $(if $(CUDA),[gpu$(COMMA)dev],[dev])
 COMMA := ,
 
-.PHONY: train test test-vllm soak lint format bench ablation gpu clean
+.PHONY: train test test-vllm soak lint format bench ablation pipeline gpu clean
 export PYTHONUNBUFFERED := 1
 
 $(VENV)/.installed: pyproject.toml setup.py .ci/constraints.txt $(wildcard csrc/*)
@@ -60,6 +60,9 @@ bench: $(VENV)/.installed  ## kernels against what a user would pick instead
 
 ablation: $(VENV)/.installed  ## plain GRPO, L, L+AD, LEAD: three seeds each, a table and a picture in docs
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python bench/ablation.py
+
+pipeline: $(VENV)/.installed  ## a real pretrained model: data, SFT, two stages, evaluation, export; 2 CPU cores
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python bench/pipeline.py $(ARGS)
 
 gpu: $(VENV)/.installed  ## what only a GPU can check: kernel tests and kernel benchmark on it
 	$(BIN)/python -m pytest -q tests -k kernel

@@ -35,7 +35,7 @@ class DataConfig:
     train: str = "arithmetic:train"
     """Training problems: a .jsonl or .parquet file, a hub dataset's name, or `arithmetic:train?n=4000` (built in)."""
     test: str = "arithmetic:test"
-    """Held-out problems, in the same forms."""
+    """Held-out problems, in the same forms, or AIME24, AIME25, MATH500, AMC23, Minerva, OlympiadBench."""
     problem_column: str = "problem"
     """Column with the question."""
     answer_column: str = "answer"
@@ -48,6 +48,8 @@ class DataConfig:
     """Appended to every problem, in the same user turn."""
     max_prompt_tokens: int = 1024
     """Limit on a prompt, chat template included, tokens."""
+    sampling: Literal["shuffle", "solve_rate"] = "shuffle"
+    """Order of training problems: every one once an epoch, or drawn by recent solve rate, those near 1/2 most often."""
     drop_long_prompts: bool = False
     """Drop problems whose prompt is over the limit (and say how many) instead of stopping."""
 
@@ -72,6 +74,8 @@ class RolloutConfig:
     """Sample from so many most likely tokens; 0 is off."""
     stop: tuple[str, ...] = ()
     """Generation ends at any of these strings."""
+    refill: int = 0
+    """Most rounds of sampling other problems in place of groups that advantage.group_filter drops (DAPO); 0: none."""
     batch_size: int = 128
     """Most responses that an engine generates at once."""
     tensor_parallel: int = 1
@@ -428,6 +432,11 @@ def check(c: Config, world: int) -> None:
         raise ValueError(
             f"rollout.group_size is 1 and advantage.std is {a.std}: one response has no spread to normalise by; "
             "give a group size of 2 or more, or --advantage.std=none."
+        )
+    if r.refill < 0 or (r.refill and a.group_filter == "none"):
+        raise ValueError(
+            f"rollout.refill is {r.refill} and advantage.group_filter {a.group_filter}: it replaces dropped groups; "
+            "give 0, or --advantage.group_filter=uniform."
         )
     if r.group_size > 1024:
         raise ValueError(f"rollout.group_size is {r.group_size}: the kernels take groups of at most 1024.")

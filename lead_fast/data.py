@@ -11,6 +11,17 @@ import numpy as np
 
 from .schema import Problem
 
+# Benchmarks by the names that papers use: hub set (and its configuration behind a colon) and split.
+BENCHMARKS = {
+    "AIME24": ("HuggingFaceH4/aime_2024", "train"),
+    "AIME25": ("math-ai/aime25", "test"),
+    "MATH500": ("HuggingFaceH4/MATH-500", "test"),
+    "AMC23": ("math-ai/amc23", "test"),
+    "Minerva": ("math-ai/minervamath", "test"),
+    "OlympiadBench": ("Hothan/OlympiadBench:OE_TO_maths_en_COMP", "train"),
+}
+BENCHMARK_COLUMNS = (("problem", "question"), ("answer", "final_answer"), ("difficulty", "level"))
+
 
 def load_problems(
     source: str,
@@ -26,8 +37,9 @@ def load_problems(
     """Rows of a source as problems.
 
     Args:
-        source: path of a .jsonl or .parquet file; a hub dataset's name; or `arithmetic:train?n=4000&seed=1`, made here.
-        split: of a hub dataset.
+        source: path of a .jsonl or .parquet file; a benchmark's name (`BENCHMARKS`); a hub dataset's name, or
+            `name:configuration`; or `arithmetic:train?n=4000&seed=1`, made here.
+        split: of a hub dataset; one that has a single split gives that one.
         problem_column, answer_column: must be there.
         difficulty_column, solution_column: may be there.
         min_difficulty: keep only problems above this.
@@ -36,7 +48,15 @@ def load_problems(
         ValueError: no such file or dataset, a row that is no JSON, a missing column, an empty question or answer, no
             problem left.
     """
+    name = next((n for n in BENCHMARKS if n.lower() == source.lower()), None)
+    if name is not None:
+        source, split = BENCHMARKS[name]
     rows, columns = _read(source, split)
+    if name is not None:  # the sets differ in their columns' names; those the user gave go first
+        problem_column, answer_column, difficulty_column = (
+            next((c for c in (given, *usual) if c in columns), given)
+            for given, usual in zip((problem_column, answer_column, difficulty_column), BENCHMARK_COLUMNS, strict=True)
+        )
     for wanted, key in ((problem_column, "data.problem_column"), (answer_column, "data.answer_column")):
         if wanted not in columns:
             raise ValueError(
@@ -72,6 +92,8 @@ def load_problems(
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, list):  # several answers, as OlympiadBench gives them
+        return ", ".join(_text(v) for v in value)
     return "" if value is None else str(value).strip()
 
 
@@ -132,17 +154,26 @@ def _read_parquet(path: Path) -> list[dict]:
 
 
 def _read_hub(name: str, split: str) -> list[dict]:
-    from datasets import load_dataset
+    from datasets import get_dataset_split_names, load_dataset
     from datasets.exceptions import DatasetsError
 
+    path, _, config = name.partition(":")
     try:
-        return list(load_dataset(name, split=split))  # type: ignore[arg-type]
+        splits = get_dataset_split_names(path, config or None)
+        if split not in splits and len(splits) == 1:
+            print(f"{name} has no split {split}: its only one, {splits[0]}, is taken.", flush=True)
+            split = splits[0]
+        if split in splits:
+            return list(load_dataset(path, config or None, split=split))  # type: ignore[arg-type]
     except (OSError, ValueError, RuntimeError, DatasetsError) as e:
         reason = str(e).strip().split("\n")[0][:200]
         raise ValueError(
             f"{name} is no local file and could not be had from the hub, split {split} ({reason}): "
             "give a .jsonl or .parquet file with columns problem and answer."
         ) from e
+    raise ValueError(
+        f"{name} has no split {split}, only {', '.join(splits)}: save the one you mean as .jsonl or .parquet."
+    )
 
 
 def _must_exist(path: Path) -> None:
@@ -245,3 +276,39 @@ class ProblemStream:
                 self.orders.clear()
             self.orders[epoch] = np.random.default_rng([self.seed, epoch]).permutation(self.n)
         return self.orders[epoch]
+
+
+class SolveRateStream:
+    """Draws distinct problems by how often they were solved when last sampled: weight 4 r (1 - r), at least `floor`.
+
+    A problem not sampled yet has weight 1. A draw depends on the seed, the step and the solve rates told so far.
+
+    Args:
+        n: problems there are.
+        size: problems a batch, at most n.
+        seed: of the draws.
+    """
+
+    def __init__(self, n: int, size: int, seed: int, floor: float = 0.05):
+        self.size, self.seed, self.floor = size, seed, floor
+        self.drawn: tuple[int, list[int]] = (-1, [])
+        self.weights = np.ones(n)
+
+    def tell(self, index: int, rate: float) -> None:
+        """Problem `index` was just solved in this share of its responses."""
+        self.weights[index] = max(self.floor, 4 * rate * (1 - rate))
+
+    def batch(self, step: int) -> list[int]:
+        """Indices of the problems of `step`, the same however often it is asked."""
+        if self.drawn[0] != step:
+            draws = np.random.default_rng([self.seed, step])
+            chance = self.weights / self.weights.sum()
+            found = draws.choice(len(chance), self.size, replace=False, p=chance)
+            self.drawn = step, [int(i) for i in found]
+        return self.drawn[1]
+
+
+if __name__ == "__main__":
+    from .prepare import main
+
+    main()

@@ -1,23 +1,30 @@
-"""Held-out accuracy on the raw 0/1 score: pass@1, its confidence interval, lengths, and both by difficulty.
+"""Held-out accuracy on the raw 0/1 score: Pass@1, pass@k, Cons@k and lengths, with intervals (see scores.py).
 
-python -m lead_fast.evaluate --model DIR [--data.test=FILE] [--evaluate.samples=32] [--output=DIR]
+    torchrun --nproc_per_node N -m lead_fast.evaluate --model DIR --data.test=AIME24 [--evaluate.samples=32 ...]
+    python -m lead_fast.evaluate --compare LABEL=DIR LABEL=DIR [--output=DIR]
+
+The set is AIME24, AIME25, MATH500, AMC23, Minerva, OlympiadBench, a hub set or a file. DIR gets samples.jsonl (every
+graded answer), evaluation.json, table.md and evaluation.png. What samples.jsonl holds is not sampled again, so an
+evaluation that was killed goes on by the same command.
 """
 
+import argparse
+import dataclasses
+import hashlib
 import json
 import sys
-from collections import defaultdict
 from pathlib import Path
-
-import numpy as np
 
 from .config import Config, check, load_config
 from .data import load_problems, tokenize_prompts
 from .distributed import Ranks, complaint, start, stop
 from .engine import Engine, Progress, Sampling, make_engine, silent
 from .model import load_tokenizer
+from .report import parse_labelled
 from .reward import Verifier
 from .rollout import Batch, gather, grade, rollout
 from .schema import Problem
+from .scores import Answered, difference, draw, summary, table, vote
 
 
 def sampling(c: Config) -> Sampling:
@@ -44,6 +51,69 @@ def load_test(c: Config, tokenizer) -> tuple[list[Problem], list[list[int]]]:
     )
 
 
+class Samples:
+    """The graded answers in samples.jsonl: what is there is kept, what is new is appended, a problem a line.
+
+    Args:
+        path: the file, made when the first answers come.
+        asked: everything that the answers depend on; a file of other answers is refused.
+    """
+
+    def __init__(self, path: Path, asked: dict):
+        self.path, self.head = path, {"asked": asked}
+        self.done: dict[str, Answered] = {}
+        lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+        whole = lines[:-1]  # what follows the last line end is half a line, from a kill
+        if whole:
+            old = json.loads(whole[0]).get("asked", {})
+            other = [k for k in asked if old.get(k) != asked[k]]
+            if other:
+                raise ValueError(
+                    f"{path} holds answers with another {other[0]} ({old.get(other[0])!r}, now {asked[other[0]]!r}): "
+                    "give another --output, or remove the file."
+                )
+            found = [Answered(**json.loads(line)) for line in whole[1:]]
+            self.done = {a.id: a for a in found}
+
+    def add(self, answered: list[Answered]) -> None:
+        """Keep whole problems; after this a kill loses none of them."""
+        text = "" if self.done else json.dumps(self.head) + "\n"
+        self.done |= {a.id: a for a in answered}
+        if text:  # the first answers, or all that a kill left is half a line
+            self.path.write_text("", encoding="utf-8")
+        else:
+            whole = self.path.read_bytes().rpartition(b"\n")
+            if whole[2]:
+                self.path.write_bytes(whole[0] + b"\n")
+        with open(self.path, "a", encoding="utf-8") as f:
+            f.write(text + "".join(json.dumps(dataclasses.asdict(a)) + "\n" for a in answered))
+
+
+def answered(batch: Batch, verifier: Verifier, *, texts: bool) -> list[Answered]:
+    """The groups of a batch as records; with three samples or more the majority vote is taken."""
+    out, at = [], 0
+    for g in batch.groups:
+        scores = batch.scores[at : at + len(g.responses)]
+        at += len(g.responses)
+        correct, extracted = [s.correct for s in scores], [s.extracted for s in scores]
+        votes = vote(extracted, correct, lambda a, b: verifier.grade([(a, b)])[0]) if len(scores) > 2 else None
+        out.append(
+            Answered(
+                g.problem.id,
+                g.problem.problem,
+                g.problem.answer,
+                g.problem.difficulty,
+                correct,
+                [r.length for r in g.responses],
+                [s.truncated for s in scores],
+                extracted,
+                [r.text for r in g.responses] if texts else [],
+                votes,
+            )
+        )
+    return out
+
+
 def evaluate(
     engine: Engine,
     problems: list[Problem],
@@ -52,76 +122,122 @@ def evaluate(
     c: Config,
     ranks: Ranks,
     progress: Progress = silent,
+    samples: Samples | None = None,
 ) -> tuple[dict, Batch]:
     """Sample every problem `evaluate.samples` times and grade. A collective; the same seed every time.
 
+    Args:
+        samples: answers that are there already, and where new ones go (on the first rank); None keeps none.
     Returns:
-        the record that metrics.jsonl keeps (see `summary`), and the graded answers.
+        the record that metrics.jsonl keeps (see scores.summary), and the graded answers that were sampled now.
     """
-    share = rollout(
-        engine,
-        problems,
-        prompts,
-        c.evaluate.samples,
-        sampling(c),
-        c.seed + 1,
-        ranks,
-        progress,
-        shared_by=c.rollout.tensor_parallel,
+    at_once = c.rollout.batch_size * ranks.world * (8 if c.rollout.engine == "vllm" else 1)
+    size = max(1, at_once // c.evaluate.samples if samples else len(problems))  # what a kill may cost
+    done: dict[str, Answered] = dict(samples.done) if samples else {}
+    missing = [i for i, p in enumerate(problems) if p.id not in done]
+    parts: list[Batch] = []
+    for at in range(0, len(missing), size):
+        progress(len(problems) - len(missing) + at, len(problems))
+        share = missing[at : at + size]
+        found = rollout(
+            engine,
+            [problems[i] for i in share],
+            [prompts[i] for i in share],
+            c.evaluate.samples,
+            sampling(c),
+            c.seed + 7919 * share[0] + 1,
+            ranks,
+            progress if samples is None else silent,
+            shared_by=c.rollout.tensor_parallel,
+        )
+        part = gather(found, grade(found.groups, verifier, c), ranks)
+        parts.append(part)
+        if ranks.main:
+            new = answered(part, verifier, texts=samples is not None)
+            done |= {a.id: a for a in new}
+            if samples:
+                samples.add(new)
+    batch = (
+        parts[0]
+        if len(parts) == 1
+        else Batch([g for p in parts for g in p.groups], [s for p in parts for s in p.scores])
     )
-    batch = gather(share, grade(share.groups, verifier, c), ranks)
-    return summary(batch, c.evaluate.samples), batch
+    record = summary([done[p.id] for p in problems], c.rollout.max_tokens) if ranks.main else {}
+    return record, batch
 
 
-def summary(batch: Batch, samples: int, resamples: int = 2000) -> dict:
-    """Pass@1 with a bootstrap 95 % interval over problems, lengths in tokens, and both by difficulty."""
-    correct = np.array([s.correct for s in batch.scores], dtype=float)
-    lengths = np.array(batch.lengths, dtype=float)
-    rate = correct.reshape(-1, samples).mean(1)
-    draws = np.random.default_rng(0).integers(0, len(rate), (resamples, len(rate)))
-    low, high = np.quantile(rate[draws].mean(1), [0.025, 0.975])
-
-    def mean(x: np.ndarray) -> float | None:
-        return float(x.mean()) if x.size else None
-
-    levels: dict[str, list[int]] = defaultdict(list)
-    for i, g in enumerate(batch.groups):
-        if g.problem.difficulty is not None:
-            levels[f"{g.problem.difficulty:g}"] += range(i * samples, (i + 1) * samples)
+def asked(c: Config, problems: list[Problem]) -> dict:
+    """All that answers depend on, for Samples."""
+    text = json.dumps([[p.id, p.problem, p.answer] for p in problems])
     return {
-        "problems": len(rate),
-        "samples": samples,
-        "pass_at_1": float(rate.mean()),
-        "pass_at_1_ci": [float(low), float(high)],
-        "length_correct": mean(lengths[correct == 1]),
-        "length_wrong": mean(lengths[correct == 0]),
-        "length_mean": float(lengths.mean()),
-        "truncated_share": float(np.mean([s.truncated for s in batch.scores])),
-        "by_difficulty": {
-            level: {
-                "problems": len(rows) // samples,
-                "pass_at_1": float(correct[rows].mean()),
-                "length_correct": mean(lengths[rows][correct[rows] == 1]),
-            }
-            for level, rows in sorted(levels.items(), key=lambda kv: float(kv[0]))
-        },
+        "model.path": c.model.path,
+        "data.test": c.data.test,
+        "problems": hashlib.sha256(text.encode()).hexdigest()[:16],
+        "evaluate.samples": c.evaluate.samples,
+        "evaluate.temperature": c.evaluate.temperature,
+        "evaluate.min_p": c.evaluate.min_p,
+        "rollout.max_tokens": c.rollout.max_tokens,
+        "rollout.stop": list(c.rollout.stop),
+        "reward.grade": c.reward.grade,
+        "data.instruction": c.data.instruction,
+        "seed": c.seed,
     }
 
 
+def write(folder: Path, records: dict[str, dict], gains: dict | None = None) -> str:
+    """table.md and evaluation.png of models side by side; returns the table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = table(records, gains)
+    (folder / "table.md").write_text(text, encoding="utf-8")
+    draw(records, folder / "evaluation.png")
+    return text
+
+
+def compare(args: list[str]) -> None:
+    """Finished evaluations side by side, and what each gained over the first, paired by problem."""
+    p = argparse.ArgumentParser(prog="python -m lead_fast.evaluate", description="Finished evaluations side by side.")
+    p.add_argument("--compare", nargs="+", metavar="LABEL=DIR", required=True)
+    p.add_argument("--output", default=".")
+    a = p.parse_args(args)
+    records, rows = {}, {}
+    for label, (folder, *more) in parse_labelled(a.compare).items():
+        if more or not (folder / "evaluation.json").is_file():
+            raise ValueError(f"{folder} holds no evaluation.json: give the --output of one lead_fast.evaluate.")
+        records[label] = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+        rows[label] = list(Samples(folder / "samples.jsonl", {}).done.values())
+    first = next(iter(rows))
+    gains = {label: difference(rows[first], rows[label]) for label in rows if label != first}
+    print(write(Path(a.output), records, gains))
+
+
 def main(args: list[str] | None = None) -> None:
-    c = load_config(args, prog="lead_fast.evaluate")
+    args = list(sys.argv[1:] if args is None else args)
+    if any(a.startswith("--compare") for a in args):
+        return compare(args)
+    c: Config = load_config(args, prog="lead_fast.evaluate")
     ranks = start()
     check(c, 1)
     tokenizer = load_tokenizer(c.model)
     problems, prompts = load_test(c, tokenizer)
-    engine = make_engine(c, tokenizer, ranks)
+    folder = Path(c.output or f"runs/evaluate-{Path(c.model.path).name}-{Path(c.data.test).stem}")
+    folder.mkdir(parents=True, exist_ok=True)
+    samples = Samples(folder / "samples.jsonl", asked(c, problems))
+    if ranks.main and samples.done:
+        print(f"{len(samples.done)} of {len(problems)} problems are answered already in {samples.path}.", flush=True)
+    ranks.barrier()  # all have read before the first rank writes
+
+    def tell(at: int, of: int) -> None:
+        if ranks.main:
+            print(f"evaluate {at}/{of}", flush=True)
+
     with Verifier(timeout_s=c.reward.verifier_timeout_s) as verifier:
-        record, _ = evaluate(engine, problems, prompts, verifier, c, ranks)
+        engine = make_engine(c, tokenizer, ranks)
+        record, _ = evaluate(engine, problems, prompts, verifier, c, ranks, tell, samples)
     if ranks.main:
-        print(json.dumps(record, indent=2))
-        if c.output:
-            Path(c.output).mkdir(parents=True, exist_ok=True)
-            (Path(c.output) / "evaluation.json").write_text(json.dumps(record, indent=2))
+        record = {"model": c.model.path, "data": c.data.test} | record
+        (folder / "evaluation.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        print(write(folder, {Path(c.model.path).name: record}))
+        print(f"Evaluation: {folder}", flush=True)
     stop()
 
 

@@ -91,7 +91,7 @@ class Metrics:
         if not self.enabled:
             return
         self._first_step, self._began = step, time.monotonic()
-        for name in ("metrics.jsonl", "answers.jsonl"):
+        for name in ("metrics.jsonl", "answers.jsonl", "solved.jsonl"):
             path = self.run_dir / name
             if path.exists():
                 kept = [r for r in read_jsonl(path) if r["step"] <= step]
@@ -121,6 +121,11 @@ class Metrics:
         """A sample of answers with their scores, appended to answers.jsonl."""
         if self.enabled:
             self._keep("answers.jsonl", [plain({"step": step} | row) for row in rows])
+
+    def solved(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """How often each problem of the step was solved, appended to solved.jsonl."""
+        if self.enabled:
+            self._keep("solved.jsonl", [plain({"step": step} | row) for row in rows])
 
     def progress(self, phase: str, step: int, done: int, total: int) -> None:
         """Where the current step's `phase` is: `done` of `total`. Rewritten in place on a terminal, else rare."""

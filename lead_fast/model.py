@@ -57,14 +57,20 @@ def load_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> nn.Mo
     """The causal language model in `dtype` on the CPU, from safetensors only."""
     path = resolve(config.path)
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, use_safetensors=True, trust_remote_code=config.trust_remote_code
         )
-    except OSError as e:
+    except (OSError, ValueError) as e:
         reason = str(e).strip().split("\n")[0]
         raise ValueError(
             f"model.path {config.path} cannot be loaded: give a local folder or a hub name ({reason})"
         ) from e
+    if not (hasattr(model, "lm_head") and hasattr(getattr(model, "model", None), "layers")):
+        raise ValueError(
+            f"model.path {config.path} is of type {model.config.model_type}, whose blocks and head are not where the "
+            "trainer looks: give a model of the Llama kind (Llama, Qwen2, Qwen3, Mistral, ...)."
+        )
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------------- attention

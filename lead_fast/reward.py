@@ -9,7 +9,10 @@ stalls, crashes or is absurdly long is wrong. What is decided here and not by ma
   change the number (`or`, `million`, anything with a digit) are no unit, and 5 km is not 5 m.
 - 50% is 50 as well as 0.5; x = 5 is 5; the last member of a chain of equalities counts; an interval may be written as
   an inequality; a set is no tuple; the case of words does not matter, that of single letters is left to math-verify.
-- A decimal equals what it agrees with to six places (math-verify's rule): 0.333333 is 1/3 and 0.33 is not.
+- A decimal equals what it agrees with to six places (math-verify's rule): 0.333333 is 1/3 and 0.33 is not. Numbers
+  with a power of ten, and tiny ones, must agree to one part in a million: 2e-18 is not 2e-17.
+- A unit in plain text behind a number is dropped too (3 dollars, 9.6 m/s); a unit's symbol only where the other
+  side is a plain number, for 5 m may be a product. Where the reference is a choice's letter, the first letter tells.
 
 sympy evaluates text with Python's `eval` wherever it is handed a string, and latex2sympy hands it number tokens; the
 worker lets numbers and sympy's own closed forms through and refuses all else, so nothing in an answer is run as code.
@@ -109,7 +112,19 @@ _NO_UNIT = re.compile(
 _UNITS = frozenset("mm cm dm m km in ft yd mi mg g kg lb oz ms s sec min h hr hours minutes seconds days ml l".split())
 _DEGREES = re.compile(r"(\d+(?:\.\d+)?)?\s*(?:\^\s*\{\s*\\circ\s*\}|\^\s*\\circ(?![a-z])|\\degree(?![a-z]))")
 _TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
-_WHOLE_TEXT = re.compile(r"^\\(?:text|mathrm|mbox|textbf|mathbf)\s*\{([^{}]*)\}$")
+_PLAIN_UNIT = re.compile(
+    r"(?<=[\d}])(?:\s|\\,|~)*(dollars?|cents?|degrees?|units?|miles?|meters?|metres?|feet|foot|inch(?:es)?|hours?"
+    r"|minutes?|seconds?|days?|weeks?|months?|years?|(?:square|cubic) [a-z]+"
+    r"|(?:[kcmdnu]?m|[km]?g|s|h|[kM]?J|N|[kM]?W|[kMG]?Hz|[kMG]?eV"
+    r"|K|Pa|V|A|C|mol|erg|ft|in)(?:/[a-z]+)?)(\^\{?-?\d\}?)?$"
+)
+_PERCENT = re.compile(r"(?<=\d)\s*(?:percent|\\(?:text|mathrm|mbox)\{\s*percent\s*\})$")
+_NUMBER = re.compile(r"^([-+]?\d{1,30}(?:\.\d{1,30})?|[-+]?\.\d{1,30})(?:\\times10\^\{?(-?\d{1,3})\}?)?$", re.ASCII)
+_CHOICE = re.compile(r"^\(?([A-E])\)?$")
+_CHOSEN = re.compile(r"^(?:\\(?:text|textbf|mathrm|mathbf)\s*\{)?\s*(?:\(([A-E])\)|([A-E])(?=[).:}]))")
+_EULER = re.compile(r"(?<![a-zA-Z])e\^\{((?:[^{}]|\{[^{}]*\})*)\}")
+_IMAGINARY = re.compile(r"(?<![a-zA-Z])i(?![a-zA-Z])")
+_WHOLE_TEXT = re.compile(r"^\\(?:text|textit|textrm|mathrm|mbox|textbf|mathbf|boldsymbol)\s*\{([^{}]*)\}$")
 _MIXED = re.compile(r"^(-?)(\d+)\s*(?:\\frac\{(\d+)\}\{(\d+)\}|\s(\d+)/(\d+))$")
 _RECURRING = re.compile(r"^(-?)(\d*)\.(\d*)\\(?:overline|bar|dot)\{?(\d+)\}?$")
 _THOUSANDS = re.compile(r"^[-+]?\d{1,3}(?:(?:,|\{,\}|\s)\d{3})+(?:\.\d+)?(?:\\?%)?$")
@@ -132,6 +147,7 @@ def _normalize(answer: str) -> tuple[str, str]:
     if m := _WHOLE_TEXT.match(s):
         s = m.group(1).strip()
     s = _DEGREES.sub(r"(\\frac{\1\\pi}{180})" if _TRIGONOMETRIC.search(s) else r"\1", s).strip()
+    s = _EULER.sub(_euler, s)
     unit = ""
     if (m := _UNIT.search(s)) and not _NO_UNIT.search(m.group(1)):
         s, unit = s[: m.start()].strip(), "".join(m.groups()).replace(" ", "").strip(".").lower()
@@ -154,10 +170,47 @@ def _normalize(answer: str) -> tuple[str, str]:
     return re.sub(r"(?<![\da-zA-Z]) | (?![\da-zA-Z])|(?<=\d) (?=[a-zA-Z])|(?<=[a-zA-Z]) (?=\d)", "", s), unit
 
 
+def _euler(m: re.Match) -> str:
+    """e^{i x} in cosine and sine where x is a closed form of numbers: math-verify takes i and e for letters."""
+    exponent, found = _IMAGINARY.subn("", m.group(1))
+    exponent = exponent.strip().replace("{}", "{1}")
+    exponent += "1" * (exponent in ("", "-"))
+    if found != 1 or not re.fullmatch(r"(?:[\d(){}/\s-]|\\pi|\\frac|\\times)*", exponent):
+        return m.group()
+    return f"(\\cos({exponent})+i\\sin({exponent}))"
+
+
+def plain_units(answer: str, other: str) -> str:
+    """The answer with a unit in plain text behind its number set as \\text{...}, which comparison knows."""
+    s = _PERCENT.sub("%", answer.strip().strip("$").removesuffix(".").strip())
+    if not (m := _PLAIN_UNIT.search(s)):
+        return s if s.endswith("%") else answer
+    if len(m.group(1)) < 4 and not _NUMBER.match(normalize(other)):
+        return answer
+    return f"{s[: m.start()]}\\text{{ {m.group(1)}}}{m.group(2) or ''}"
+
+
+def _numbers(a: str, b: str) -> bool | None:
+    """Two decimals, where their size or a percent sign is beyond math-verify's six places; else None."""
+    x, y = (_NUMBER.match(s.removesuffix("%")) for s in (a, b))
+    if not x or not y:
+        return None
+    one, two = (float(m.group(1)) * 10.0 ** int(m.group(2) or 0) for m in (x, y))
+    near = abs(one - two) <= 1e-6 * max(abs(one), abs(two))
+    if a.endswith("%") or b.endswith("%"):
+        return True if near else None
+    tiny = 0 < max(abs(one), abs(two)) < 1e-3
+    return near if tiny or x.group(2) or y.group(2) else None
+
+
 def quick(answer: str, gold: str) -> bool | None:
     """Right or wrong where a glance tells, else None."""
     if len(answer) > MAX_ANSWER_CHARS:
         return False
+    if m := _CHOICE.match(normalize(gold)):
+        if chosen := _CHOSEN.match(answer.strip().strip("$")):
+            return (chosen.group(1) or chosen.group(2)) == m.group(1)
+    answer, gold = plain_units(answer, gold), plain_units(gold, answer)
     (a, unit_a), (b, unit_b) = _normalize(answer), _normalize(gold)
     if not a or (unit_a != unit_b and {unit_a, unit_b} <= _UNITS):
         return False
@@ -165,6 +218,8 @@ def quick(answer: str, gold: str) -> bool | None:
         return True
     if _INTEGER.match(a) and _INTEGER.match(b):
         return int(a) == int(b)
+    if (near := _numbers(a, b)) is not None:
+        return near
     if (m := _BASE.match(a)) and (n := _BASE.match(b)) and m.group(2) != n.group(2):
         return False
     if {_bracket(a), _bracket(b)} == {"set", "tuple"}:
@@ -326,15 +381,22 @@ class Verifier:
         """Whether each (extracted answer, reference) agrees; no answer is wrong."""
         return [answer is not None and self._equal(answer, gold) for answer, gold in pairs]
 
+    def parses(self, answer: str) -> bool:
+        """Whether a reference can be graded against: a whole number, or math-verify finds it equal to itself."""
+        if _INTEGER.match(normalize(answer)):
+            return True
+        balanced = answer.count("{") == answer.count("}")  # math-verify would compare what is not as plain text
+        return balanced and len(answer) <= MAX_ANSWER_CHARS and self.worker.ask(answer, answer, self.timeout_s)
+
     def _equal(self, answer: str, gold: str) -> bool:
         told = quick(answer, gold)
         if told is not None:
             return told
-        key = (answer, gold)
+        key = plain_units(answer, gold), plain_units(gold, answer)
         if key not in self.seen:
             if len(self.seen) > 100_000:
                 self.seen.clear()
-            self.seen[key] = self.worker.ask(answer, gold, self.timeout_s)
+            self.seen[key] = self.worker.ask(*key, self.timeout_s)
             self.kills += self.worker.process is None
         return self.seen[key]
 

@@ -25,6 +25,7 @@ from .health import Health
 from .model import Policy, load_model, load_tokenizer, shard
 from .optim import learning_rate, make_optimizer, update
 from .packing import Pack, assign, make_pack
+from .release import release
 
 
 def load_examples(c: SftConfig, tokenizer, source: str, split: str) -> tuple[list[list[int]], list[list[int]]]:
@@ -51,6 +52,8 @@ def load_examples(c: SftConfig, tokenizer, source: str, split: str) -> tuple[lis
         drop_long=c.data.drop_long_prompts,
     )
     texts = [str(p.solution) for p in problems]
+    if prompts and str(tokenizer.decode(prompts[0][-8:])).rstrip().endswith("<think>"):  # the template opens it itself
+        texts = [text.lstrip().removeprefix("<think>").lstrip("\n") for text in texts]
     encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
     return prompts, [ids + [tokenizer.eos_token_id] for ids in encoded]
 
@@ -113,6 +116,10 @@ def main(args: list[str] | None = None) -> None:
     def total(losses: list[torch.Tensor]) -> float:
         return ranks.all_sum(torch.stack([x.detach() for x in losses]).sum()).item()
 
+    if ranks.main and first and (run / "metrics.jsonl").is_file():  # what came after the checkpoint is made again
+        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+        kept = [line for line in lines if json.loads(line)["step"] <= first]
+        checkpoint.write_atomic(run / "metrics.jsonl", "".join(line + "\n" for line in kept))
     health = Health(run, c.optim.max_skipped)
     began = time.monotonic()
     with open(run / "metrics.jsonl" if ranks.main else "/dev/null", "a", encoding="utf-8") as log:
@@ -144,6 +151,7 @@ def main(args: list[str] | None = None) -> None:
                 checkpoint.save(run, step + 1, policy, optimizer, {}, ranks)
     checkpoint.export(run / "final", policy, tokenizer, getattr(torch, c.export_dtype), ranks)
     if ranks.main:
+        release(run)
         print(f"Model: {run / 'final'}", flush=True)
     stop()
     if lock:

@@ -26,19 +26,21 @@ from lead_kernels import LeadAdvantages
 from . import checkpoint
 from .advantage import advantages, difficulty_weight
 from .config import RECIPES, Config, check, dump, load_config, names
-from .data import ProblemStream, load_problems, tokenize_prompts
+from .data import ProblemStream, SolveRateStream, load_problems, tokenize_prompts
 from .distributed import Ranks, complaint, start, stop
 from .engine import EngineFailure, Sampling, make_engine
 from .evaluate import evaluate, load_test
 from .health import Health, must_be_finite
 from .loss import check_agreement, needs_gradient, objective, pack_logprobs, policy_loss, reduce_metrics
-from .metrics import Metrics, PhaseTimer
+from .metrics import Metrics, PhaseTimer, read_jsonl
 from .model import Policy, load_policy, load_tokenizer
 from .optim import learning_rate, make_optimizer, update
 from .packing import Pack, assign, efficiency, make_pack
+from .release import release
 from .report import write_report
 from .reward import Verifier
 from .rollout import Backlog, Batch, gather, grade, rollout, sampling_seed
+from .schema import Group, Score
 from .sync import canary, sync
 from .watchdog import Watchdog
 
@@ -53,7 +55,11 @@ def train(c: Config, ranks: Ranks, run: Path) -> None:
     tokenizer = load_tokenizer(c.model)
     problems, prompts = load_train(c, tokenizer)
     test, test_prompts = load_test(c, tokenizer) if c.evaluate.every else ([], [])
-    stream = ProblemStream(len(problems), c.rollout.problems, c.seed)
+    stream = (SolveRateStream if c.data.sampling == "solve_rate" else ProblemStream)(
+        len(problems), c.rollout.problems, c.seed
+    )
+    spare = ProblemStream(len(problems), c.rollout.problems, c.seed + 1)
+    place = {p.problem: i for i, p in enumerate(problems)}
     metrics = Metrics(run, total_steps=c.steps, wandb_project=c.wandb or None, enabled=ranks.main)
 
     policy = load_policy(c.model, ranks, reshard=c.parallel.reshard)
@@ -90,6 +96,28 @@ def train(c: Config, ranks: Ranks, run: Path) -> None:
         metrics.eval(step, record | {"elapsed_s": time.monotonic() - began})
         metrics.answers(step, sample_of_answers(batch, "test"))
 
+    def ask_others(chosen: list[int], step: int, again: int) -> tuple[Batch, LeadAdvantages]:
+        """Graded groups of problems that stand in for dropped ones, and their advantages; `again` counts the rounds."""
+        with timer("rollout"):
+            engine.wake()
+            share = rollout(
+                engine,
+                [problems[i] for i in chosen],
+                [prompts[i] for i in chosen],
+                r.group_size,
+                sampling,
+                sampling_seed(c.seed, step, again),
+                ranks,
+                partial(progress, "rollout", step + 1),
+                shared_by=r.tensor_parallel,
+            )
+            if not share.failure:
+                engine.sleep()
+        with timer("reward"):
+            batch = gather(share, grade(share.groups, verifier, c), ranks)
+        with timer("advantage"):
+            return batch, advantages(batch.scores, batch.lengths, c, ranks.device)
+
     def save(step: int) -> bool:
         with timer("save"):
             extra = {"elapsed_s": time.monotonic() - began, "updates_skipped": health.skipped}
@@ -101,6 +129,10 @@ def train(c: Config, ranks: Ranks, run: Path) -> None:
         contextlib.closing(metrics),
         contextlib.closing(dog),
     ):
+        if first and isinstance(stream, SolveRateStream):  # the first rank's file speaks for all
+            past = ranks.gather_objects(read_jsonl(run / "solved.jsonl") if ranks.main else None)[0]
+            for row in past:
+                stream.tell(place[row["problem"]], row["correct"] / row["sampled"])
         if c.evaluate.every and first == 0:
             held_out(0)
         for step in range(first, c.steps):
@@ -132,6 +164,22 @@ def train(c: Config, ranks: Ranks, run: Path) -> None:
                     raise ValueError(f"In step {step + 1} {e}: {rescue}.") from e
             with timer("advantage"):
                 lead = advantages(batch.scores, batch.lengths, c, ranks.device)
+            rows, refilled, replaced = solved(batch), 0, set(chosen)
+            for again in range(1, c.rollout.refill + 1):
+                if not (dropped := int((~lead.kept).sum())):
+                    break
+                others = [i for i in spare.batch(step * c.rollout.refill + again - 1) if i not in replaced][:dropped]
+                if not others:
+                    break
+                more, more_lead = ask_others(others, step, again)
+                replaced |= set(others)
+                rows += solved(more)
+                batch, swapped = refill(batch, lead.kept.tolist(), more, more_lead.kept.tolist())
+                refilled += swapped
+                lead = advantages(batch.scores, batch.lengths, c, ranks.device)
+            if isinstance(stream, SolveRateStream):
+                for row in rows:
+                    stream.tell(place[row["problem"]], row["correct"] / row["sampled"])
             if c.debug:
                 must_be_finite("rollout's log-probs", *map(torch.tensor, batch.logprobs), most=ROUNDING)
                 must_be_finite("rewards and advantages", lead.reward, lead.advantage)
@@ -147,7 +195,7 @@ def train(c: Config, ranks: Ranks, run: Path) -> None:
                 held_out(done)
             now = time.monotonic()
             record: dict[str, Any] = describe(batch, lead, c) | learned | synced
-            record |= {"rollout_idle_share": batch.idle_share}
+            record |= {"rollout_idle_share": batch.idle_share, "groups_refilled": refilled}
             record |= {"learning_rate": lr, "elapsed_s": now - began, "seconds": dict(timer.seconds)}
             record["tokens_per_s"] = record["tokens"] / sum(s for p, s in timer.seconds.items() if p not in ASIDE)
             record |= {"alerts": health.look(done, record)}
@@ -160,6 +208,7 @@ def train(c: Config, ranks: Ranks, run: Path) -> None:
                 metrics.warn(f"step {done}: loss or gradient not finite, update skipped; its batch is in {kept}.")
             health.count(done, record["updates_skipped"], kept)
             metrics.answers(done, sample_of_answers(batch, "train", lead.reward.tolist()))
+            metrics.solved(done, rows)
             timer.reset()
             saved = False
             leaving = ranks.all_max(torch.tensor(float(bool(asked_to_stop)))).item() > 0
@@ -174,6 +223,7 @@ def train(c: Config, ranks: Ranks, run: Path) -> None:
         dog.beat("export")
         checkpoint.export(run / "final", policy, tokenizer, getattr(torch, c.model.dtype), ranks)
     if ranks.main:
+        release(run)
         print(f"Model: {run / 'final'}   Report: {write_report(run)}", flush=True)
 
 
@@ -270,6 +320,33 @@ def describe(batch: Batch, lead: LeadAdvantages, c: Config) -> dict:
         "response_tokens": int(lengths.sum()),
         "tokens": int(lengths.sum()) + sum(len(g.prompt_ids) * len(g.responses) for g in batch.groups),
     }
+
+
+def refill(batch: Batch, kept: list[bool], more: Batch, more_kept: list[bool]) -> tuple[Batch, int]:
+    """The batch with its dropped groups replaced, as far as they go, by the kept ones of `more`; and how many were."""
+
+    def whole(b: Batch) -> list[tuple[Group, list[Score]]]:
+        n = len(b.scores) // len(b.groups) if b.groups else 0
+        return [(g, b.scores[i * n : (i + 1) * n]) for i, g in enumerate(b.groups)]
+
+    good = iter([found for found, ok in zip(whole(more), more_kept, strict=True) if ok])
+    out, swapped = [], 0
+    for found, ok in zip(whole(batch), kept, strict=True):
+        instead = None if ok else next(good, None)
+        swapped += instead is not None
+        out.append(instead or found)
+    flat = [s for _, scores in out for s in scores]
+    return dataclasses.replace(batch, groups=[g for g, _ in out], scores=flat), swapped
+
+
+def solved(batch: Batch) -> list[dict]:
+    """Of every problem, how many responses were correct: what `lead_fast.data select` chooses by."""
+    out, at = [], 0
+    for g in batch.groups:
+        part = batch.scores[at : at + len(g.responses)]
+        at += len(g.responses)
+        out.append({"problem": g.problem.problem, "correct": sum(s.correct for s in part), "sampled": len(part)})
+    return out
 
 
 def spoilt(batch: Batch, lead: LeadAdvantages, record: dict) -> dict:

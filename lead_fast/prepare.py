@@ -1,0 +1,227 @@
+"""Training sets made, chosen, mixed and described: `python -m lead_fast.data deepscaler | select | mix | stats`.
+
+    deepscaler [--source FILE] [--above 2.5] --out FILE.parquet     # the paper's set, by difficulty
+    select SOURCE --rollouts RUN_DIR [--least 0 --most 0.75] --out FILE.parquet
+    select SOURCE --samples EVALUATION_DIR ... --out FILE.parquet   # solve rates of a model sampled k times
+    mix SOURCE SOURCE ... --out FILE.parquet
+    stats SOURCE [--model DIR] [--out FOLDER]
+
+Every set is Parquet with columns problem, answer, difficulty, solution, source, and beside it FILE.manifest.json:
+source and revision, filters, counts, hash. Equal inputs give equal files.
+"""
+
+import argparse
+import hashlib
+import json
+import re
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+from .data import load_problems, tokenize_prompts
+from .reward import Verifier
+from .schema import Problem
+
+DEEPSCALER = "agentica-org/DeepScaleR-Preview-Dataset"
+
+
+def write_set(out: Path, rows: list[dict], manifest: dict[str, Any]) -> None:
+    """The rows as Parquet and its manifest, whole or not at all."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    if out.suffix != ".parquet":
+        raise ValueError(f"--out is {out}: give a name that ends in .parquet.")
+    if not rows:
+        raise ValueError(f"No row is left for {out}: loosen the filters ({manifest['filters']}).")
+    schema = pa.schema([("problem", pa.string()), ("answer", pa.string()), ("difficulty", pa.float64()),
+                        ("solution", pa.string()), ("source", pa.string())])  # fmt: skip
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_suffix(".partial")
+    parquet.write_table(pa.Table.from_pylist(rows, schema=schema), partial)
+    partial.rename(out)
+    text = json.dumps(rows, sort_keys=True).encode()
+    manifest |= {"rows": len(rows), "sha256_rows": hashlib.sha256(text).hexdigest(), "sha256_file": file_hash(out)}
+    out.with_suffix(".manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    print(f"{out}: {len(rows)} rows; {', '.join(f'{k} {v}' for k, v in manifest['counts'].items())}")
+
+
+def row(p: Problem, source: str) -> dict:
+    return {"problem": p.problem, "answer": p.answer, "difficulty": p.difficulty, "solution": p.solution,
+            "source": source}  # fmt: skip
+
+
+def file_hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def origin(source: str) -> dict[str, Any]:
+    """Where rows come from and which revision: a file's hash, the manifest beside it, or the hub's commit."""
+    path = Path(source)
+    if path.is_file():
+        beside = path.with_suffix(".manifest.json")
+        made = {"manifest": json.loads(beside.read_text(encoding="utf-8"))} if beside.is_file() else {}
+        return {"source": source, "revision": f"sha256:{file_hash(path)}"} | made
+    if source.startswith("arithmetic:") or path.is_dir():
+        return {"source": source, "revision": None}
+    from huggingface_hub import HfApi
+
+    try:
+        return {"source": source, "revision": HfApi().dataset_info(source.partition(":")[0]).sha}
+    except (OSError, ValueError):  # the rows came from the cache: no revision can be asked for
+        return {"source": source, "revision": None}
+
+
+def deepscaler(a: argparse.Namespace) -> None:
+    """DeepScaleR-like rows above a difficulty, answers that the verifier cannot read dropped, duplicates too."""
+    problems = load_problems(a.source, problem_column=a.problem_column, answer_column=a.answer_column,
+                             difficulty_column=a.difficulty_column)  # fmt: skip
+    graded = [p for p in problems if p.difficulty is not None]
+    if not graded and a.above is not None:
+        raise ValueError(
+            f"{a.source} has no difficulty in column {a.difficulty_column}: give a file that has one with --source, "
+            "another --difficulty_column, or --above=none to keep all."
+        )
+    hard = [p for p in graded if p.difficulty > a.above] if a.above is not None else problems  # type: ignore[operator]
+    unique = list({p.problem: p for p in reversed(hard)}.values())[::-1]
+    with Verifier() as verifier:
+        kept = [p for p in unique if verifier.parses(p.answer)]
+    counts = {"read": len(problems), "without difficulty": len(problems) - len(graded), "above": len(hard),
+              "duplicates": len(hard) - len(unique), "unparseable answers": len(unique) - len(kept)}  # fmt: skip
+    filters = {"difficulty_above": a.above, "answer_parses": True, "unique_problem": True}
+    write_set(a.out, [row(p, a.source) for p in kept], origin(a.source) | {"filters": filters, "counts": counts})
+
+
+def solve_rates(rollouts: list[Path], samples: list[Path]) -> dict[str, float]:
+    """Share of correct answers by a problem's text, over everything that was sampled for it."""
+    right: dict[str, int] = defaultdict(int)
+    asked: Counter[str] = Counter()
+    for folder in rollouts:
+        path = folder / "solved.jsonl"
+        if not path.is_file():
+            raise ValueError(f"{folder} has no solved.jsonl: give the folder of a run of lead_fast.train.")
+        for line in path.read_text(encoding="utf-8").splitlines():
+            r = json.loads(line)
+            right[r["problem"]] += r["correct"]
+            asked[r["problem"]] += r["sampled"]
+    for folder in samples:
+        path = folder / "samples.jsonl"
+        if not path.is_file():
+            raise ValueError(f"{folder} has no samples.jsonl: give the --output of lead_fast.evaluate.")
+        for line in path.read_text(encoding="utf-8").splitlines()[1:]:
+            r = json.loads(line)
+            right[r["problem"]] += sum(r["correct"])
+            asked[r["problem"]] += len(r["correct"])
+    return {problem: right[problem] / n for problem, n in asked.items()}
+
+
+def select(a: argparse.Namespace) -> None:
+    """Problems whose measured solve rate lies in [least, most]; those never sampled are left out and counted."""
+    if not a.rollouts and not a.samples:
+        raise ValueError("select needs solve rates: give --rollouts RUN_DIR or --samples EVALUATION_DIR.")
+    problems = load_problems(a.source)
+    rates = solve_rates(a.rollouts, a.samples)
+    seen = [p for p in problems if p.problem in rates]
+    kept = [p for p in seen if a.least <= rates[p.problem] <= a.most]
+    counts = {"read": len(problems), "never sampled": len(problems) - len(seen),
+              "outside": len(seen) - len(kept)}  # fmt: skip
+    filters = {"solve_rate_least": a.least, "solve_rate_most": a.most,
+               "measured_by": [str(f) for f in [*a.rollouts, *a.samples]]}  # fmt: skip
+    write_set(a.out, [row(p, a.source) for p in kept], origin(a.source) | {"filters": filters, "counts": counts})
+
+
+def mix(a: argparse.Namespace) -> None:
+    """All sources one after the other; a problem that was there already is left out and counted."""
+    seen: set[str] = set()
+    rows, counts = [], {}
+    for source in a.sources:
+        problems = load_problems(source)
+        new = list({p.problem: p for p in problems if p.problem not in seen}.values())
+        seen |= {p.problem for p in new}
+        rows += [row(p, source) for p in new]
+        counts |= {f"read from {source}": len(problems), f"already there, {source}": len(problems) - len(new)}
+    write_set(a.out, rows, {"sources": [origin(s) for s in a.sources], "filters": {"unique_problem": True},
+                            "counts": counts})  # fmt: skip
+
+
+def stats(a: argparse.Namespace) -> None:
+    """Counts, difficulties and lengths of a set, as a table and a picture; prompt lengths in tokens with --model."""
+    import matplotlib
+    import numpy as np
+
+    from .report import BLUE, STYLE, figure
+
+    problems = load_problems(a.source)
+    levels = [p.difficulty for p in problems if p.difficulty is not None]
+    unit = "characters"
+    sizes = [len(p.problem) for p in problems]
+    if a.model:
+        from .config import DataConfig, ModelConfig
+        from .model import load_tokenizer
+
+        unit, tokenizer = "tokens", load_tokenizer(ModelConfig(path=a.model))
+        _, prompts = tokenize_prompts(problems, tokenizer, instruction=DataConfig.instruction, max_prompt_tokens=10**9)
+        sizes = [len(ids) for ids in prompts]
+    record = {
+        "source": a.source,
+        "problems": len(problems),
+        "unique problems": len({p.problem for p in problems}),
+        "with difficulty": len(levels),
+        "with solution": sum(p.solution is not None for p in problems),
+        "integer answers": sum(re.fullmatch(r"-?\d+", p.answer) is not None for p in problems),
+        f"prompt length, {unit}: median, 95 %, longest": [int(x) for x in np.quantile(sizes, [0.5, 0.95, 1])],
+        "difficulty: 5 %, median, 95 %": [float(x) for x in np.quantile(levels, [0.05, 0.5, 0.95])] if levels else None,
+    }
+    a.out.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context(STYLE):
+        fig, axes = figure(10.4, 3.8, 2 if levels else 1)
+        axes[0].hist(sizes, bins=min(40, len(set(sizes))), color=BLUE)
+        axes[0].set(title="Length of prompts", xlabel=unit, ylabel="problems")
+        if levels:
+            axes[1].hist(levels, bins=min(40, len(set(levels))), color=BLUE)
+            axes[1].set(title="Difficulty", xlabel="difficulty", ylabel="problems")
+        fig.savefig(a.out / "stats.png")
+    (a.out / "stats.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print("\n".join(f"{k:50} {v}" for k, v in record.items()))
+    print(a.out / "stats.png")
+
+
+def number_or_none(text: str) -> float | None:
+    return None if text.lower() == "none" else float(text)
+
+
+def main(args: list[str] | None = None) -> None:
+    p = argparse.ArgumentParser(prog="python -m lead_fast.data", description=(__doc__ or "").splitlines()[0])
+    commands = p.add_subparsers(required=True, metavar="deepscaler | select | mix | stats")
+
+    def command(run: Any) -> argparse.ArgumentParser:
+        found = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
+        found.set_defaults(run=run)
+        return found
+
+    c = command(deepscaler)
+    c.add_argument("--source", default=DEEPSCALER, help="hub set, .jsonl or .parquet file of the same columns")
+    c.add_argument("--above", type=number_or_none, default=2.5, help="keep difficulties above this; none keeps all")
+    for column in ("problem", "answer", "difficulty"):
+        c.add_argument(f"--{column}_column", default=column)
+    c.add_argument("--out", type=Path, required=True)
+    c = command(select)
+    c.add_argument("source")
+    c.add_argument("--rollouts", type=Path, nargs="+", default=[], help="run folders of lead_fast.train")
+    c.add_argument("--samples", type=Path, nargs="+", default=[], help="output folders of lead_fast.evaluate")
+    c.add_argument("--least", type=float, default=0.0)
+    c.add_argument("--most", type=float, default=0.75, help="the paper's stage 2: 0.75")
+    c.add_argument("--out", type=Path, required=True)
+    c = command(mix)
+    c.add_argument("sources", nargs="+")
+    c.add_argument("--out", type=Path, required=True)
+    c = command(stats)
+    c.add_argument("source")
+    c.add_argument("--model", help="measure prompts in this model's tokens, its chat template included")
+    c.add_argument("--out", type=Path, default=Path("."))
+    a = p.parse_args(args)
+    try:
+        a.run(a)
+    except ValueError as e:
+        sys.exit(f"error: {e}")

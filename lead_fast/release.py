@@ -1,0 +1,107 @@
+"""What makes an export a release: generation settings and a model card beside weights, tokenizer and chat template.
+
+python -m lead_fast.release RUN_DIR [--evaluation DIR ...]     # writes the card again, with evaluations in it
+"""
+
+import argparse
+import importlib.metadata
+import json
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("lead-fast", "torch", "transformers", "triton", "vllm", "math-verify", "datasets")
+
+
+def generation_config(folder: Path, *, temperature: float, min_p: float, max_new_tokens: int | None) -> None:
+    """Set how the model is meant to be sampled; its end-of-sequence tokens and all else stay."""
+    path = folder / "generation_config.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    for key in ("top_k", "top_p", "do_sample", "temperature", "min_p"):
+        found.pop(key, None)
+    found |= {"do_sample": temperature > 0}
+    if temperature > 0:
+        found |= {"temperature": temperature} | ({"min_p": min_p} if min_p else {})
+    if max_new_tokens:
+        found["max_new_tokens"] = max_new_tokens
+    path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what the model was made with."""
+    out = {}
+    for name in PACKAGES:
+        try:
+            out[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return out
+
+
+def card(run: Path, evaluations: list[Path]) -> str:
+    """The model card of a finished run, as Markdown: recipe, data with its manifest, metrics, evaluations, versions."""
+    text = (run / "config.toml").read_text(encoding="utf-8")
+    c: dict[str, Any] = tomllib.loads(text)
+    base = c["model"]["path"]
+    on_hub = not Path(base).exists() and "/" in base
+    head = ["---", "library_name: transformers", *([f"base_model: {base}"] if on_hub else []), "---"]
+    out = [*head, "", f"# {run.resolve().name}", ""]
+    out.append(f"Trained by lead-fast from `{base}` with recipe `{c['recipe']}`" +
+               (f" and preset `{c['preset']}`." if c.get("preset") else "."))  # fmt: skip
+    ask = c["data"]["instruction"]
+    out += ["", "One user turn, no system turn: the problem" + (f", and on a line of its own: `{ask}`" if ask else ".")]
+    out += ["", "## Data", ""]
+    for split in ("train", "test"):
+        source = c["data"][split]
+        out.append(f"- {split}: `{source}`")
+        beside = Path(source).with_suffix(".manifest.json")
+        if beside.is_file():
+            out += ["", "```json", beside.read_text(encoding="utf-8").strip(), "```", ""]
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    out += ["", "## Metrics of the run", "", f"{max((r['step'] for r in records), default=0)} steps.", ""]
+    for r in [r for r in records if r.get("pass_at_1") is not None or r.get("validation_loss") is not None]:
+        shown = {k: r[k] for k in ("pass_at_1", "pass_at_1_ci", "length_correct", "validation_loss") if r.get(k)}
+        out.append(f"- step {r['step']}: " + ", ".join(f"{k} {_short(v)}" for k, v in shown.items()))
+    for folder in evaluations:
+        if not (folder / "table.md").is_file():
+            raise ValueError(f"{folder} has no table.md: give the --output of lead_fast.evaluate.")
+        out += ["", f"## Evaluation: {folder.name}", "", (folder / "table.md").read_text(encoding="utf-8").strip()]
+    out += ["", "## Versions", "", *(f"- {k} {v}" for k, v in versions().items())]
+    return "\n".join([*out, "", "## Configuration", "", "```toml", text.strip(), "```", ""])
+
+
+def _short(value: float | list[float]) -> str:
+    return f"[{', '.join(f'{v:.4g}' for v in value)}]" if isinstance(value, list) else f"{value:.4g}"
+
+
+def release(run: Path, evaluations: list[Path] | None = None) -> Path:
+    """Put generation settings and the card (README.md) into RUN_DIR/final; returns the folder.
+
+    Raises:
+        ValueError: the run has no export yet.
+    """
+    folder = run / "final"
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{run} has no final/config.json: let the run finish, or resume it with --resume.")
+    c = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))
+    if "evaluate" in c:  # an RL run; SFT leaves the base model's settings
+        e = c["evaluate"]
+        generation_config(folder, temperature=e["temperature"], min_p=e["min_p"], max_new_tokens=None)
+    (folder / "README.md").write_text(card(run, evaluations or []), encoding="utf-8")
+    return folder
+
+
+def main(args: list[str] | None = None) -> None:
+    p = argparse.ArgumentParser(prog="python -m lead_fast.release", description=(__doc__ or "").splitlines()[0])
+    p.add_argument("run_dir", type=Path)
+    p.add_argument("--evaluation", type=Path, nargs="+", default=[], help="output folders of lead_fast.evaluate")
+    a = p.parse_args(args)
+    try:
+        print(release(a.run_dir, a.evaluation))
+    except (ValueError, FileNotFoundError) as e:
+        sys.exit(f"error: {e}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""Arithmetic word problems with worked solutions, made from a seed: what `make pipeline` trains a pretrained model on.
+
+A problem's difficulty is its number of steps, 2 to 4. Its worked solution ends in \\boxed{} and is terse (one equation
+a line) or wordy (the same equations in sentences). Train and test never share a problem.
+
+    python -m lead_fast.word_problems --out DIR [--train 3000] [--test 256] [--seed 1]     # train.jsonl and test.jsonl
+"""
+
+import argparse
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+from .arithmetic import is_test
+
+TERSE = 0.4  # share of terse solutions
+NAMES = "Mia Tom Ana Leo Sam Eva Ben Zoe Max Ida Noor Kofi".split()
+THINGS = "apples stickers books cards shells stamps pencils marbles cookies beads".split()
+
+Line = tuple[str, str, int]  # what is worked out, the expression, its value
+
+
+def make_problems(n: int, *, seed: int, split: str = "train", terse: float = TERSE) -> list[dict]:
+    """`n` distinct problems of one split ("train" or "test").
+
+    Returns:
+        rows with problem, answer, difficulty and solution; equal seeds give equal rows on every machine.
+    """
+    rng = random.Random(f"words {seed} {split}")
+    seen: set[str] = set()
+    rows: list[dict] = []
+    while len(rows) < n:
+        text, lines = rng.choice(KINDS)(rng)
+        brief = rng.random() < terse
+        if text in seen or is_test(text) != (split == "test"):
+            continue
+        seen.add(text)
+        answer = lines[-1][2]
+        rows.append(
+            {
+                "problem": text,
+                "answer": str(answer),
+                "difficulty": float(len(lines)),
+                "solution": (_terse if brief else _wordy)(lines) + f"\n\\boxed{{{answer}}}",
+            }
+        )
+    return rows
+
+
+def _terse(lines: list[Line]) -> str:
+    return "\n".join(f"{expression} = {value}" for _, expression, value in lines)
+
+
+def _wordy(lines: list[Line]) -> str:
+    told = "Let's think about the problem one step at a time."
+    for i, (what, expression, value) in enumerate(lines):
+        opening = "First we need to find" if i == 0 else "Next we need to find"
+        told += f"\n{opening} {what}. We calculate {expression} = {value}, so this is {value}."
+    return told + "\nNow we have everything, and we can give the final answer:"
+
+
+def _bags(rng: random.Random) -> tuple[str, list[Line]]:
+    name, thing = rng.choice(NAMES), rng.choice(THINGS)
+    bags, each, lost = rng.randint(2, 9), rng.randint(3, 12), rng.randint(2, 5)
+    whole = bags * each
+    lines = [(f"how many {thing} there are in all bags", f"{bags} * {each}", whole)]
+    lines.append((f"how many {thing} are left", f"{whole} - {lost}", whole - lost))
+    text = f"{name} has {bags} bags with {each} {thing} in each bag and gives {lost} {thing} away."
+    if rng.random() < 0.5:
+        more = rng.randint(3, 20)
+        lines.append((f"how many {thing} there are in the end", f"{whole - lost} + {more}", whole - lost + more))
+        text += f" Then {name} finds {more} more."
+    return f"{text} How many {thing} does {name} have now?", lines
+
+
+def _shop(rng: random.Random) -> tuple[str, list[Line]]:
+    name, (thing, other) = rng.choice(NAMES), rng.sample(THINGS, 2)
+    n, price, m, cost = rng.randint(2, 9), rng.randint(2, 9), rng.randint(2, 6), rng.randint(2, 9)
+    first, second = n * price, m * cost
+    total = first + second
+    lines = [(f"what the {thing} cost", f"{n} * {price}", first), (f"what the {other} cost", f"{m} * {cost}", second)]
+    lines.append(("what everything costs together", f"{first} + {second}", total))
+    text = f"{name} buys {n} {thing} for {price} dollars each and {m} {other} for {cost} dollars each."
+    if rng.random() < 0.5:
+        paid = total + rng.randint(1, 30)
+        lines.append(("how much is left", f"{paid} - {total}", paid - total))
+        return f"{text} {name} had {paid} dollars. How many dollars are left?", lines
+    return f"{text} How many dollars does {name} pay?", lines
+
+
+def _sharing(rng: random.Random) -> tuple[str, list[Line]]:
+    (name, friend), thing = rng.sample(NAMES, 2), rng.choice(THINGS)
+    shares, each = rng.randint(2, 8), rng.randint(3, 12)
+    whole = shares * each
+    mine = rng.randint(2, whole - 2)
+    more = rng.randint(2, 9)
+    text = (
+        f"{name} has {mine} {thing} and {friend} has {whole - mine}. They share all of them equally among {shares} "
+        f"children. How many {thing} does a child have who had {more} before?"
+    )
+    return text, [
+        (f"how many {thing} there are together", f"{mine} + {whole - mine}", whole),
+        ("how many each child gets", f"{whole} / {shares}", each),
+        ("how many that child has then", f"{each} + {more}", each + more),
+    ]
+
+
+def _days(rng: random.Random) -> tuple[str, list[Line]]:
+    name = rng.choice(NAMES)
+    pages, days, rest = rng.randint(4, 15), rng.randint(2, 7), rng.randint(3, 40)
+    read = pages * days
+    text = f"{name} reads {pages} pages a day for {days} days, and {rest} pages are left."
+    lines = [("how many pages have been read", f"{pages} * {days}", read)]
+    lines.append(("how many pages the book has", f"{read} + {rest}", read + rest))
+    if rng.random() < 0.4:
+        twice = 2 * (read + rest)
+        lines.append(("how many pages the second book has", f"2 * {read + rest}", twice))
+        return f"{text} A second book has twice as many pages as this one. How many pages has the second book?", lines
+    return f"{text} How many pages has the book?", lines
+
+
+KINDS: tuple[Callable[[random.Random], tuple[str, list[Line]]], ...] = (_bags, _shop, _sharing, _days)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description="Write arithmetic word problems as JSONL.")
+    p.add_argument("--out", type=Path, required=True)
+    p.add_argument("--train", type=int, default=3000)
+    p.add_argument("--test", type=int, default=256)
+    p.add_argument("--seed", type=int, default=1)
+    a = p.parse_args()
+    a.out.mkdir(parents=True, exist_ok=True)
+    for split, n in (("train", a.train), ("test", a.test)):
+        rows = make_problems(n, seed=a.seed, split=split)
+        (a.out / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""Data commands on local files of the public sets' columns, word problems, solve-rate sampling and refill."""
+
+import json
+import re
+
+import numpy as np
+import pyarrow.parquet as parquet
+import pytest
+
+from lead_fast.data import SolveRateStream, load_problems
+from lead_fast.prepare import file_hash, main
+from lead_fast.rollout import Batch
+from lead_fast.schema import Group, Problem, Response, Score
+from lead_fast.train import refill
+from lead_fast.word_problems import make_problems
+
+
+def jsonl(path, rows):
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return str(path)
+
+
+def test_deepscaler_by_difficulty_without_the_unparseable_and_twice_told(tmp_path):
+    rows = [{"problem": f"q{i}", "answer": str(i), "solution": "s", "difficulty": i / 2} for i in range(10)]
+    rows += [rows[9], {"problem": "bad", "answer": "\\frac{", "solution": "", "difficulty": 4.0}]
+    rows += [{"problem": "fine", "answer": "\\frac{1}{2}", "solution": "", "difficulty": 4.0}]
+    rows += [{"problem": "ungraded", "answer": "1", "solution": "", "difficulty": None}]
+    source = jsonl(tmp_path / "in.jsonl", rows)
+    main(["deepscaler", "--source", source, "--out", str(tmp_path / "a.parquet")])
+    found = load_problems(str(tmp_path / "a.parquet"))
+    assert [p.problem for p in found] == ["q6", "q7", "q8", "q9", "fine"]
+    manifest = json.loads((tmp_path / "a.manifest.json").read_text())
+    assert manifest["counts"] == {"read": 14, "without difficulty": 1, "above": 7, "duplicates": 1,
+                                  "unparseable answers": 1}  # fmt: skip
+    assert manifest["rows"] == 5 and manifest["filters"]["difficulty_above"] == 2.5
+    assert manifest["revision"] == f"sha256:{file_hash(tmp_path / 'in.jsonl')}"
+    assert manifest["sha256_file"] == file_hash(tmp_path / "a.parquet")
+    main(["deepscaler", "--source", source, "--out", str(tmp_path / "b.parquet")])
+    assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
+
+
+def test_select_by_rollouts_and_by_samples(tmp_path):
+    source = jsonl(tmp_path / "in.jsonl", [{"problem": f"q{i}", "answer": "1", "difficulty": i} for i in range(5)])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "eval").mkdir()
+    jsonl(tmp_path / "run" / "solved.jsonl", [{"step": s, "problem": f"q{i}", "correct": 2 * i, "sampled": 8}
+                                              for s in (1, 2) for i in range(4)])  # fmt: skip
+    (tmp_path / "eval" / "samples.jsonl").write_text(
+        '{"asked": {}}\n' + json.dumps({"problem": "q4", "correct": [True, False]}) + "\n"
+    )
+    main(["select", source, "--rollouts", str(tmp_path / "run"), "--most", "0.5", "--out", str(tmp_path / "a.parquet")])
+    assert [p.problem for p in load_problems(str(tmp_path / "a.parquet"))] == ["q0", "q1", "q2"]
+    counts = json.loads((tmp_path / "a.manifest.json").read_text())["counts"]
+    assert counts == {"read": 5, "never sampled": 1, "outside": 1}
+    main(["select", source, "--rollouts", str(tmp_path / "run"), "--samples", str(tmp_path / "eval"), "--least", "0.5",
+          "--most", "0.75", "--out", str(tmp_path / "b.parquet")])  # fmt: skip
+    assert [p.problem for p in load_problems(str(tmp_path / "b.parquet"))] == ["q2", "q3", "q4"]
+
+
+def test_mix_keeps_each_problem_once_and_says_where_from(tmp_path):
+    a = jsonl(tmp_path / "a.jsonl", [{"problem": "1", "answer": "1"}, {"problem": "2", "answer": "2"}])
+    b = jsonl(tmp_path / "b.jsonl", [{"problem": "2", "answer": "2"}, {"problem": "3", "answer": "3"}])
+    main(["mix", a, b, "--out", str(tmp_path / "m.parquet")])
+    rows = parquet.read_table(tmp_path / "m.parquet").to_pylist()
+    assert [(r["problem"], r["source"]) for r in rows] == [("1", a), ("2", a), ("3", b)]
+    main(["mix", str(tmp_path / "m.parquet"), "--out", str(tmp_path / "n.parquet")])
+    manifest = json.loads((tmp_path / "n.manifest.json").read_text())
+    assert manifest["sources"][0]["manifest"]["counts"][f"already there, {b}"] == 1
+
+
+def test_stats(tmp_path, capsys):
+    main(["stats", "arithmetic:train?n=50", "--model", "tiny", "--out", str(tmp_path)])
+    record = json.loads((tmp_path / "stats.json").read_text())
+    assert record["problems"] == record["with difficulty"] == record["integer answers"] == 50
+    assert "prompt length, tokens" in capsys.readouterr().out and (tmp_path / "stats.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        (["deepscaler", "--source", "{no}", "--out", "x.parquet"], "has no difficulty in column difficulty"),
+        (["deepscaler", "--source", "{no}", "--above=none", "--out", "x.csv"], "give a name that ends in .parquet"),
+        (["select", "{no}", "--out", "x.parquet"], "needs solve rates"),
+        (["select", "{no}", "--rollouts", "/nowhere", "--out", "x.parquet"], "has no solved.jsonl"),
+        (["select", "{no}", "--samples", "/nowhere", "--out", "x.parquet"], "has no samples.jsonl"),
+        (["mix", "nowhere.jsonl", "--out", "x.parquet"], "nowhere.jsonl does not exist"),
+    ],
+)
+def test_mistakes_get_one_sentence(args, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    no = jsonl(tmp_path / "no.jsonl", [{"problem": "1", "answer": "1"}])
+    with pytest.raises(SystemExit) as e:
+        main([a.replace("{no}", no) for a in args])
+    assert says in str(e.value) and "\n" not in str(e.value)
+    assert not (tmp_path / "x.parquet").exists()
+
+
+# --------------------------------------------------------------------------------------------------------- curriculum
+
+
+def test_solve_rates_steer_the_draw_and_nothing_is_drawn_twice():
+    stream = SolveRateStream(100, 10, seed=3)
+    for i in range(100):
+        stream.tell(i, 0.5 if i < 10 else 1.0 if i < 55 else 0.0)
+    drawn = [stream.batch(step) for step in range(200)]
+    assert all(len(set(b)) == 10 for b in drawn) and stream.batch(7) == drawn[7] != drawn[8]
+    times = np.bincount(np.concatenate(drawn), minlength=100)
+    assert times[:10].min() > 3 * times[10:].mean() and times[10:].sum() > 0
+
+
+def groups(outcomes: list[list[int]], first: int) -> Batch:
+    made = [Group(Problem(str(first + i), f"q{first + i}", "1"), [1], [Response([5], [0.0], "stop", "", 0)] * len(o))
+            for i, o in enumerate(outcomes)]  # fmt: skip
+    return Batch(made, [Score(bool(x), None, False, False) for o in outcomes for x in o])
+
+
+def test_refill_puts_kept_groups_in_the_place_of_dropped_ones():
+    batch = groups([[1, 1], [1, 0], [0, 0], [0, 0]], 0)
+    more = groups([[0, 0], [0, 1]], 10)
+    out, swapped = refill(batch, [False, True, False, False], more, [False, True])
+    assert swapped == 1 and [g.problem.problem for g in out.groups] == ["q11", "q1", "q2", "q3"]
+    assert [s.correct for s in out.scores] == [False, True, True, False, False, False, False, False]
+
+
+# ------------------------------------------------------------------------------------------------------- word problems
+
+
+def test_word_problems_have_right_solutions_in_two_lengths():
+    rows = make_problems(400, seed=1)
+    assert rows == make_problems(400, seed=1) != make_problems(400, seed=2)
+    assert not {r["problem"] for r in rows} & {r["problem"] for r in make_problems(200, seed=1, split="test")}
+    brief, wordy = [], []
+    for r in rows:
+        steps = re.findall(r"(\d+ [-+*/] \d+) = (\d+)", r["solution"])
+        assert len(steps) == r["difficulty"] and all(eval(left) == int(right) for left, right in steps)
+        assert steps[-1][1] == r["answer"] and r["solution"].endswith(f"\\boxed{{{r['answer']}}}")
+        (wordy if "step at a time" in r["solution"] else brief).append(len(r["solution"]))
+    assert len(brief) > 80 and len(wordy) > 80 and np.mean(wordy) > 3 * np.mean(brief)
+
+
+# ------------------------------------------------------------------------------------------------------------ release
+
+
+def test_a_release_has_generation_settings_and_a_card(tmp_path):
+    import shutil
+
+    from transformers import GenerationConfig
+
+    from lead_fast.config import dump, load_config
+    from lead_fast.model import EMBEDDED
+    from lead_fast.release import release
+
+    run = tmp_path / "run"
+    (run / "final").mkdir(parents=True)
+    data = jsonl(tmp_path / "train.jsonl", [{"problem": "1", "answer": "1"}])
+    main(["mix", data, "--out", str(tmp_path / "m.parquet")])
+    c = load_config(["--recipe=tiny", f"--data.train={tmp_path}/m.parquet", "--evaluate.temperature=0.6",
+                     "--evaluate.min_p=0.01"])  # fmt: skip
+    (run / "config.toml").write_text(dump(c))
+    jsonl(run / "metrics.jsonl", [{"kind": "eval", "step": 3, "pass_at_1": 0.5, "pass_at_1_ci": [0.25, 0.75]}])
+    with pytest.raises(ValueError, match="has no final/config.json"):
+        release(run)
+    shutil.copytree(EMBEDDED["tiny"], run / "final", dirs_exist_ok=True)
+    before = GenerationConfig.from_pretrained(run / "final")
+    release(run)
+    after = GenerationConfig.from_pretrained(run / "final")
+    assert (after.do_sample, after.temperature, after.min_p) == (True, 0.6, 0.01)
+    assert after.eos_token_id == before.eos_token_id and after.pad_token_id == before.pad_token_id
+    card = (run / "final" / "README.md").read_text()
+    manifest = json.loads((tmp_path / "m.manifest.json").read_text())
+    assert manifest["sha256_file"] in card and "recipe `tiny`" in card and "pass_at_1 0.5" in card
+    assert "[0.25, 0.75]" in card and re.search(r"- torch \d", card) and "temperature = 0.6" in card
+
+
+class OpensThinking:
+    """The embedded tokenizer with a template that opens <think> itself, as R1-distill's does."""
+
+    def __new__(cls):
+        from lead_fast.arithmetic import build_tokenizer
+
+        tokenizer = build_tokenizer()
+        tokenizer.chat_template = "{{ messages[0].content }}<|assistant|><think>\n"
+        return tokenizer
+
+
+def test_sft_trains_on_the_end_of_sequence_and_opens_thinking_once(tmp_path):
+    from lead_fast.arithmetic import build_tokenizer
+    from lead_fast.config import SftConfig
+    from lead_fast.sft import load_examples
+
+    source = jsonl(tmp_path / "a.jsonl", [{"problem": "P", "answer": "1", "solution": "<think>\nwork</think>1"}])
+    for tokenizer, expected in ((OpensThinking(), "work</think>1"), (build_tokenizer(), "<think>\nwork</think>1")):
+        (prompt,), (solution,) = load_examples(SftConfig(), tokenizer, source, "train")
+        assert tokenizer.decode(solution[:-1]) == expected and solution[-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(prompt + solution).count("<think>") == 1
+
+
+def test_a_model_of_another_architecture_gets_one_sentence(tmp_path):
+    from transformers import AutoModelForCausalLM, GPT2Config
+
+    from lead_fast.config import ModelConfig
+    from lead_fast.model import load_model
+
+    small = GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=16)
+    AutoModelForCausalLM.from_config(small).save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(ValueError, match="is of type gpt2, whose blocks and head are not where") as e:
+        load_model(ModelConfig(path=str(tmp_path / "gpt2")))
+    assert "\n" not in str(e.value)
