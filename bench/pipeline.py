@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 QUESTION = "Mia has 4 bags with 7 apples in each bag and gives 5 apples away. How many apples does Mia have now?"
@@ -49,7 +50,7 @@ def generate(folder: Path) -> str:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
     turn = f"{QUESTION}\nLet's think step by step and put the final answer within \\boxed{{}}."
     ids = tokenizer.apply_chat_template(
         [{"role": "user", "content": turn}], add_generation_prompt=True, return_tensors="pt", return_dict=True

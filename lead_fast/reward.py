@@ -281,10 +281,19 @@ def worker() -> None:
             ours, theirs = (
                 parse(f"${normalize(x)}$", extraction_config=config, parsing_timeout=0) for x in (answer, gold)
             )
-            ok = bool(ours and theirs) and verify(theirs, ours, timeout_seconds=None, allow_set_relation_comp=True)
+            ok = bool(ours and theirs) and not (_endless(ours) and not _endless(theirs))
+            ok = ok and verify(theirs, ours, timeout_seconds=None, allow_set_relation_comp=True)
         except (Exception, RecursionError):  # whatever a parser raises on an answer: the answer is wrong
             ok = False
         print(json.dumps(bool(ok)), file=out, flush=True)
+
+
+def _endless(parsed: list) -> bool:
+    """A number without bound or value among what was parsed: math-verify's tolerance takes it for any other number."""
+    import sympy
+
+    without = (sympy.oo, -sympy.oo, sympy.zoo, sympy.nan)
+    return any(isinstance(x, sympy.Expr) and x.has(*without) for x in parsed)
 
 
 def _only_numbers(parse_expr: Callable) -> Callable:

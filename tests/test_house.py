@@ -95,6 +95,7 @@ def test_paths_and_commands_in_documents_exist(doc: Path):
 
 
 GENERATED = {
+    "docs/pipeline/",
     "samples.jsonl",
     "evaluation.png",
     "final/",

@@ -26,6 +26,10 @@ from lead_fast.schema import Response
 
 # response, reference, right or wrong
 TABLE = [
+    (r"\boxed{∞∞}", "98712.31", False),
+    (r"\boxed{\infty}", "7", False),
+    (r"\boxed{\infty}", r"\infty", True),
+    (r"\boxed{(3, \infty)}", "x > 3", True),
     # none, several, nested, unclosed
     (r"The answer is 5", "5", False),
     (r"\boxed{5}", "5", True),
