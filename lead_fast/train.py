@@ -160,7 +160,7 @@ def train(c: Config, ranks: Ranks, run: Path) -> None:
                     batch = backlog.settle(gather(share, grade(share.groups, verifier, c), ranks))
                 except EngineFailure as e:
                     kept = step > first and save(step)
-                    rescue = f"saved after step {step}; go on with --output={run} --resume" if kept else "begin anew"
+                    rescue = f"saved after step {step}; go on with --output={run} --resume" if kept else "start again"
                     raise ValueError(f"In step {step + 1} {e}: {rescue}.") from e
             with timer("advantage"):
                 lead = advantages(batch.scores, batch.lengths, c, ranks.device)

@@ -148,7 +148,7 @@ class VllmEngine:
                 if group.whole:
                     whole[int(i)] = self._responses(groups.pop(int(i)))
                     work.finish()
-                    progress(len(whole), work.share)
+            progress(len(whole), work.share)
             if work.enough():
                 engine.abort_request([name for g in groups.values() for name in g.requests])
                 return whole | {i: self._responses(g) for i, g in groups.items()}
