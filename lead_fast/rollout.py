@@ -157,29 +157,31 @@ class Backlog:
 
     def __init__(self, stream: Callable[[int], int], size: int, extra: int, position: int, waiting: Sequence[int] = ()):
         self.stream, self.size, self.extra, self.position = stream, size, extra, position
-        self.waiting: dict[int, list[Response]] = dict.fromkeys(waiting, [])
-        self.asked: list[int] = []
+        self.entries: list[tuple[int, list[Response]]] = [(p, []) for p in waiting]  # problem, what there is of it
+
+    @property
+    def waiting(self) -> list[int]:
+        """Problems that were asked and not trained on yet."""
+        return [problem for problem, _ in self.entries]
 
     def ask(self) -> list[int]:
         """The step's problems."""
-        self.asked = list(self.waiting)
-        while len(self.asked) < self.size + self.extra:
-            problem = self.stream(self.position)
-            if problem in self.waiting:  # a small data set came round again: it is asked once it is answered
-                break
-            self.asked.append(problem)
+        while len(self.entries) < self.size + self.extra:
+            self.entries.append((self.stream(self.position), []))
             self.position += 1
-        return self.asked
+        return self.waiting
 
     @property
     def begun(self) -> dict[int, list[Response]]:
         """By place in the step: responses to go on with."""
-        return {i: self.waiting[p] for i, p in enumerate(self.asked) if self.waiting.get(p)}
+        return {i: responses for i, (_, responses) in enumerate(self.entries) if responses}
 
     def settle(self, batch: Batch) -> Batch:
         """The first `size` whole groups, those asked earliest first; what is left waits."""
         whole = dict(zip(batch.indices, batch.groups, strict=True))
-        left = {**batch.leftover, **{i: whole[i].responses for i in batch.indices[self.size :]}}
-        self.waiting = {p: left.get(i, []) for i, p in enumerate(self.asked) if i not in batch.indices[: self.size]}
-        g = batch.groups[: self.size]
-        return replace(batch, groups=g, scores=batch.scores[: sum(len(x.responses) for x in g)], leftover={})
+        kept = batch.indices[: self.size]
+        left = {**batch.leftover, **{i: g.responses for i, g in whole.items()}}
+        self.entries = [(p, left.get(i, [])) for i, (p, _) in enumerate(self.entries) if i not in kept]
+        groups = [whole[i] for i in kept]
+        scores = batch.scores[: sum(len(g.responses) for g in groups)]
+        return replace(batch, groups=groups, scores=scores, indices=kept, leftover={})

@@ -121,7 +121,7 @@ def train(c: Config, ranks: Ranks, run: Path) -> None:
     def save(step: int) -> bool:
         with timer("save"):
             extra = {"elapsed_s": time.monotonic() - began, "updates_skipped": health.skipped}
-            extra |= {"asked": backlog.position, "waiting": list(backlog.waiting)}
+            extra |= {"asked": backlog.position, "waiting": backlog.waiting}
             return checkpoint.save(run, step, policy, optimizer, extra, ranks)
 
     with (

@@ -42,10 +42,10 @@ class VllmEngine:
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, ranks: Ranks):
         for key, value in ENVIRONMENT.items():
             os.environ.setdefault(key, value)
+        warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
         try:
-            with warnings.catch_warnings(action="ignore"):
-                import vllm  # type: ignore
-                from vllm.sampling_params import RepetitionDetectionParams, RequestOutputKind  # type: ignore
+            import vllm  # type: ignore
+            from vllm.sampling_params import RepetitionDetectionParams, RequestOutputKind  # type: ignore
         except ImportError as e:
             raise ValueError(
                 f"rollout.engine is vllm, which cannot be imported ({e}): install it with "

@@ -144,6 +144,10 @@ MISTAKES = [
     (["--steps=0"], "steps is 0"),
     (["--optim.updates=2", "--loss.old_logprobs=current"], "optim.updates is 2"),
     (["--loss.dual_clip=0.5"], "loss.dual_clip is 0.5"),
+    (["--rollout.top_k=-1"], "rollout.top_k is -1"),
+    (["--rollout.engine=vllm", "--rollout.tensor_parallel=3"], "rollout.tensor_parallel is 3, which does not divide 2"),
+    (["--rollout.tensor_parallel=2"], "only vLLM can do"),
+    (["--rollout.extra_problems=4"], "only vLLM can do"),
 ]
 
 
@@ -152,6 +156,14 @@ def test_a_mistake_gets_one_sentence(args, says):
     with pytest.raises(ValueError) as e:
         check(load_config(args), 2)
     assert says in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vllm is installed here")
+def test_vllm_that_is_not_installed_gets_a_sentence():
+    with pytest.raises(
+        ValueError, match=r'rollout.engine is vllm, which is not installed: pip install "lead-fast\[vllm'
+    ):
+        check(load_config(["--rollout.engine=vllm"]), 2)
 
 
 def test_unknown_key_in_a_file(tmp_path):

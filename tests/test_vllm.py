@@ -149,13 +149,14 @@ sync(policy, engine, 3, c, ranks)
 log = []
 backlog = Backlog(lambda at: at % 12, 3, 2, 0)
 for step in range(3):
-    asked = list(backlog.ask())
+    asked = backlog.ask()
     share = rollout(engine, [problems[p] for p in asked], [prompts[p] for p in asked], 4, Sampling(64, 0.8),
                     100 + step, ranks, begun=backlog.begun, want=3)
     begun = {asked[i]: [r.token_ids for r in g] for i, g in backlog.begun.items()}
+    assert asked == backlog.waiting
     batch = backlog.settle(gather(share, [None] * 4 * len(share.groups), ranks))
     trained = {problems.index(g.problem): g.responses for g in batch.groups}
-    log.append({"asked": asked, "begun": begun, "trained": tokens(trained), "waiting": list(backlog.waiting),
+    log.append({"asked": asked, "begun": begun, "trained": tokens(trained), "waiting": backlog.waiting,
                 "finish": [r.finish_reason for g in trained.values() for r in g],
                 "difference": differences(trained, 0.8, which=sorted(trained))})
 out["steps"] = log
