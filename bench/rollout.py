@@ -41,63 +41,85 @@ class Rank:
 
     def __init__(self) -> None:
         self.ms, self.steps = 0.0, 0
-        self.ends: list[int] = []  # heap of the steps at which running answers end
+        self.ends: list[tuple[int, int]] = []  # heap: the step at which a running answer ends, its group
 
-    def add(self, lengths: list[int]) -> None:
+    def add(self, group: int, lengths: list[int]) -> None:
         for n in lengths:
-            heapq.heappush(self.ends, self.steps + n)
+            heapq.heappush(self.ends, (self.steps + n, group))
 
     def next_end(self) -> float:
         """When the next answer ends, ms."""
-        return self.ms + (self.ends[0] - self.steps) * step_ms(len(self.ends)) if self.ends else float("inf")
+        return self.ms + (self.ends[0][0] - self.steps) * step_ms(len(self.ends))
 
-    def advance(self) -> None:
+    def advance(self) -> int:
+        """To the end of the next answer; returns its group."""
         self.ms = self.next_end()
-        self.steps = heapq.heappop(self.ends)
+        self.steps, group = heapq.heappop(self.ends)
+        return group
+
+    def left(self, ms: float) -> list[tuple[int, int]]:
+        """At a time before the next end: what is running, as (group, tokens to go)."""
+        steps = self.steps + int((ms - self.ms) / step_ms(len(self.ends))) if self.ends else 0
+        return [(group, max(1, end - steps)) for end, group in self.ends]
 
 
-def simulate(groups: list[list[int]], capacity: int, policy: str) -> list[float]:
-    """Milliseconds of each rank. Policies:
+def simulate(groups: list[list[int]], capacity: int, policy: str, want: int) -> tuple[list[float], list[list[int]]]:
+    """Milliseconds of each rank, and the tokens that are still to come of the groups that were cut off. Policies:
 
     lock step       each rank its own prompts, a full batch at a time, the next when its last answer has ended
     fixed shares    each rank its own prompts, the next as soon as there is room
     shared counter  every rank takes the next prompt of all as soon as it has room (lead_fast.rollout)
+    early cut       the same, and all stop when `want` groups are whole (rollout.extra_problems)
     """
     ranks = [Rank() for _ in range(RANKS)]
-    n = len(groups[0])
+    n = max(map(len, groups))
     room = max(n, min(capacity, -(-len(groups) // RANKS) * n))
-    queues = [groups[r::RANKS] for r in range(RANKS)] if policy != "shared counter" else [list(groups)] * RANKS
+    every = list(enumerate(groups))
+    shared = policy in ("shared counter", "early cut")
+    queues = [every] * RANKS if shared else [every[r::RANKS] for r in range(RANKS)]
+    to_come = [len(lengths) for lengths in groups]
     turn = ranks  # who may have room: everybody at first, then who has just ended an answer
     while True:
         for rank in turn:
             queue = queues[ranks.index(rank)]
             if policy != "lock step" or not rank.ends:
-                while queue and len(rank.ends) + n <= room:
-                    rank.add(queue.pop(0))
+                while queue and len(rank.ends) + len(queue[0][1]) <= room:
+                    rank.add(*queue.pop(0))
         busy = [rank for rank in ranks if rank.ends]
         if not busy:
-            return [rank.ms for rank in ranks]
+            return [rank.ms for rank in ranks], []
         turn = [min(busy, key=Rank.next_end)]
-        turn[0].advance()
+        to_come[turn[0].advance()] -= 1
+        if policy == "early cut" and to_come.count(0) == want:
+            now = turn[0].ms
+            cut: dict[int, list[int]] = dict(every)
+            for rank in ranks:
+                for group, tokens in rank.left(now):
+                    cut.setdefault(group, []).append(tokens)
+            return [now if rank.ends else rank.ms for rank in ranks], [cut[g] for g in sorted(cut)]
 
 
-def idle(repeats: int) -> list[dict]:
+def idle(repeats: int, steps: int = 4) -> list[dict]:
     rows = []
-    for problems, capacity in ((32, 32), (32, 16), (128, 64), (128, 16), (512, 64)):
-        for policy in ("lock step", "fixed shares", "shared counter"):
-            shares, hours = [], []
+    for problems, capacity in ((32, 32), (32, 16), (128, 64), (128, 16)):
+        for policy in ("lock step", "fixed shares", "shared counter", "early cut"):
+            shares, seconds = [], []
+            asked = problems + problems // 4 if policy == "early cut" else problems
             for seed in range(repeats):
                 rng = np.random.default_rng(seed)
-                hard = rng.normal(8.3, 0.5, (problems, 1))  # a hard problem's answers are all long
-                lengths = np.exp(rng.normal(hard, 0.5, (problems, 8))).clip(16, TAIL).astype(int)
-                ms = simulate(lengths.tolist(), capacity, policy)
-                shares.append(1 - statistics.mean(ms) / max(ms))
-                hours.append(max(ms) / 1e3)
-            rows.append({"problems": problems, "answers_at_once": capacity, "policy": policy, "repeats": repeats,
-                         "idle_share": statistics.mean(shares), "seconds": statistics.mean(hours)})  # fmt: skip
+                waiting: list[list[int]] = []
+                for _ in range(steps):
+                    hard = rng.normal(8.3, 0.5, (asked - len(waiting), 1))  # a hard problem's answers are all long
+                    new = np.exp(rng.normal(hard, 0.5, (len(hard), 8))).clip(16, TAIL).astype(int).tolist()
+                    ms, waiting = simulate(waiting + new, capacity, policy, problems)
+                    shares.append(1 - statistics.mean(ms) / max(ms))
+                    seconds.append(max(ms) / 1e3)
+            rows.append({"problems": problems, "asked": asked, "answers_at_once": capacity, "policy": policy,
+                         "runs": repeats, "steps": steps, "idle_share": statistics.mean(shares),
+                         "seconds_a_step": statistics.mean(seconds)})  # fmt: skip
             print(
                 f"{problems:4} problems x 8, {capacity:3} at once a rank   {policy:15}"
-                f"   idle {100 * rows[-1]['idle_share']:5.1f} %   {rows[-1]['seconds']:7.1f} s",
+                f"   idle {100 * rows[-1]['idle_share']:5.1f} %   {rows[-1]['seconds_a_step']:7.1f} s a step",
                 flush=True,
             )
     return rows

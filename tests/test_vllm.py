@@ -121,6 +121,22 @@ engine.repeats = RepetitionDetectionParams(max_pattern_size=4, min_pattern_size=
 out["repeated"] = [(r.token_ids, r.finish_reason) for g in generate(engine, 4, Sampling(64, 1.0)).values() for r in g]
 engine.repeats = None
 
+# Over-sampling with an early cut, over several steps.
+log = []
+backlog = Backlog(lambda at: at % 12, 3, 2, 0)
+for step in range(3):
+    asked = backlog.ask()
+    share = rollout(engine, [problems[p] for p in asked], [prompts[p] for p in asked], 4, Sampling(64, 0.8),
+                    100 + step, ranks, begun=backlog.begun, want=3)
+    begun = {asked[i]: [r.token_ids for r in g] for i, g in backlog.begun.items()}
+    assert asked == backlog.waiting
+    batch = backlog.settle(gather(share, [None] * 4 * len(share.groups), ranks))
+    trained = {problems.index(g.problem): g.responses for g in batch.groups}
+    log.append({"asked": asked, "begun": begun, "trained": tokens(trained), "waiting": backlog.waiting,
+                "finish": [r.finish_reason for g in trained.values() for r in g],
+                "difference": differences(trained, 0.8, which=sorted(trained))})
+out["steps"] = log
+
 # Weights move: stale, synced, and synced with something missing.
 optimiser_step()
 out["stale"] = differences(generate(engine, 4, Sampling(64, 0.8)), 0.8)
@@ -144,22 +160,6 @@ out["canary_refuses"] = None
 optimiser_step()
 out["canary_refuses"] = message(lambda: canary(policy, engine, prompts[0], c, ranks))
 sync(policy, engine, 3, c, ranks)
-
-# Over-sampling with an early cut, over several steps.
-log = []
-backlog = Backlog(lambda at: at % 12, 3, 2, 0)
-for step in range(3):
-    asked = backlog.ask()
-    share = rollout(engine, [problems[p] for p in asked], [prompts[p] for p in asked], 4, Sampling(64, 0.8),
-                    100 + step, ranks, begun=backlog.begun, want=3)
-    begun = {asked[i]: [r.token_ids for r in g] for i, g in backlog.begun.items()}
-    assert asked == backlog.waiting
-    batch = backlog.settle(gather(share, [None] * 4 * len(share.groups), ranks))
-    trained = {problems.index(g.problem): g.responses for g in batch.groups}
-    log.append({"asked": asked, "begun": begun, "trained": tokens(trained), "waiting": backlog.waiting,
-                "finish": [r.finish_reason for g in trained.values() for r in g],
-                "difference": differences(trained, 0.8, which=sorted(trained))})
-out["steps"] = log
 
 out["long"] = message(lambda: engine.generate(Work([[5] * 500], 1, [0]), Sampling(4)))
 torch.save(out, sys.argv[1])
