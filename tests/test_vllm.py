@@ -176,7 +176,7 @@ calm = gather(calm, [None] * 4 * len(calm.groups), ranks)
 step = engine._step
 if ranks.rank == 1:
     def slow(whole):
-        time.sleep(0.05)
+        time.sleep(0.15)
         return step(whole)
     engine._step = slow
 share = rollout(engine, problems, prompts, 4, Sampling(64, 0.8), 9, ranks)
