@@ -18,8 +18,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 ROOT = Path(__file__).parent.parent
-NATS = {"float32": 2e-5, "bfloat16": 0.25}  # most that a log-prob may differ between engine and trainer
-MEAN_NATS = {"float32": 1e-6, "bfloat16": 0.01}
+NATS = {"float32": 5e-5, "bfloat16": 0.5}  # most that a log-prob may differ between engine and trainer
+MEAN_NATS = {"float32": 5e-6, "bfloat16": 0.01}
 
 COMMON = """
 import sys, time
@@ -113,7 +113,7 @@ for i, group in generate(engine, 2, cut).items():
 out["processed"] = worst
 
 # Stop strings, stop tokens, the length limit.
-for name, s in {"string": Sampling(64, 0.0, stop=("=",)), "length": Sampling(5, 0.0)}.items():
+for name, s in {"string": Sampling(64, 0.0, stop=("these steps",)), "length": Sampling(5, 0.0)}.items():
     out[name] = [[(r.token_ids, r.finish_reason, r.text) for i in range(12) for r in generate(e, 1, s)[i]]
                  for e in (engine, theirs)]
 from vllm.sampling_params import RepetitionDetectionParams
@@ -290,8 +290,8 @@ def test_stop_strings_stop_tokens_and_the_length_limit(one):
     dtype, out = one
     for ours, theirs in (out["string"], out["length"]) if dtype == "float32" else ():
         assert ours == theirs
-    assert all(finish == "stop" and text.count("=") <= 1 for _, finish, text in out["string"][0])
-    assert any("=" in text for *_, text in out["string"][0])
+    assert all(finish == "stop" and "final" not in text for _, finish, text in out["string"][0])
+    assert any(text.endswith("these steps") for *_, text in out["string"][0])
     assert any(finish == "length" and len(ids) == 5 for ids, finish, _ in out["length"][0])
 
 
@@ -302,7 +302,7 @@ def test_repetition_ends_an_answer(one):
 
 def test_after_an_optimiser_step_only_a_sync_brings_them_together(one):
     dtype, out = one
-    assert out["stale"][1] > 10 * MEAN_NATS[dtype]
+    assert out["stale"][0] > NATS[dtype] and out["stale"][1] > 2 * MEAN_NATS[dtype]
     assert out["synced"][0] < NATS[dtype] and out["synced"][1] < MEAN_NATS[dtype] and out["version"] == 1
     assert {"sync_s", "sync_bytes", "sync_gb_per_s"} == set(out["sync"])
     assert out["sync"]["sync_bytes"] == 812544 * (4 if dtype == "float32" else 2)
