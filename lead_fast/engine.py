@@ -157,7 +157,7 @@ class Engine(Protocol):
         ...
 
     def wake(self) -> None:
-        """Be ready to generate."""
+        """Be ready to generate; after sleep, load_weights comes first."""
         ...
 
 

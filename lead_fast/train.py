@@ -39,7 +39,7 @@ from .packing import Pack, assign, efficiency, make_pack
 from .release import release
 from .report import write_report
 from .reward import Verifier
-from .rollout import Backlog, Batch, gather, grade, rollout, sampling_seed
+from .rollout import Backlog, Batch, Share, gather, grade, rollout, sampling_seed
 from .schema import Group, Score
 from .sync import canary, sync
 from .watchdog import Watchdog
@@ -96,6 +96,16 @@ def train(c: Config, ranks: Ranks, run: Path) -> None:
         metrics.eval(step, record | {"elapsed_s": time.monotonic() - began})
         metrics.answers(step, sample_of_answers(batch, "test"))
 
+    def collect(share: Share, step: int) -> Batch:
+        """Every rank's groups, graded; where an engine died, what is trained is saved and the run ends."""
+        with timer("reward"):
+            try:
+                return gather(share, grade(share.groups, verifier, c), ranks)
+            except EngineFailure as e:
+                kept = step > first and save(step)
+                rescue = f"saved after step {step}; go on with --output={run} --resume" if kept else "start again"
+                raise ValueError(f"In step {step + 1} {e}: {rescue}.") from e
+
     def ask_others(chosen: list[int], step: int, again: int) -> tuple[Batch, LeadAdvantages]:
         """Graded groups of problems that stand in for dropped ones, and their advantages; `again` counts the rounds."""
         with timer("rollout"):
@@ -111,10 +121,7 @@ def train(c: Config, ranks: Ranks, run: Path) -> None:
                 partial(progress, "rollout", step + 1),
                 shared_by=r.tensor_parallel,
             )
-            if not share.failure:
-                engine.sleep()
-        with timer("reward"):
-            batch = gather(share, grade(share.groups, verifier, c), ranks)
+        batch = collect(share, step)
         with timer("advantage"):
             return batch, advantages(batch.scores, batch.lengths, c, ranks.device)
 
@@ -153,15 +160,7 @@ def train(c: Config, ranks: Ranks, run: Path) -> None:
                     begun=backlog.begun,
                     want=r.problems if r.extra_problems else None,
                 )
-                if not share.failure:
-                    engine.sleep()
-            with timer("reward"):
-                try:
-                    batch = backlog.settle(gather(share, grade(share.groups, verifier, c), ranks))
-                except EngineFailure as e:
-                    kept = step > first and save(step)
-                    rescue = f"saved after step {step}; go on with --output={run} --resume" if kept else "start again"
-                    raise ValueError(f"In step {step + 1} {e}: {rescue}.") from e
+            batch = backlog.settle(collect(share, step))
             with timer("advantage"):
                 lead = advantages(batch.scores, batch.lengths, c, ranks.device)
             rows, refilled, replaced = solved(batch), 0, set(chosen)
@@ -177,6 +176,7 @@ def train(c: Config, ranks: Ranks, run: Path) -> None:
                 batch, swapped = refill(batch, lead.kept.tolist(), more, more_lead.kept.tolist())
                 refilled += swapped
                 lead = advantages(batch.scores, batch.lengths, c, ranks.device)
+            engine.sleep()  # only now: there is no waking without new weights
             if isinstance(stream, SolveRateStream):
                 for row in rows:
                     stream.tell(place[row["problem"]], row["correct"] / row["sampled"])

@@ -99,19 +99,20 @@ class VllmEngine:
 
     def sleep(self) -> None:
         """On a GPU: drop weights and key-value cache until load_weights brings new ones (vLLM's level 2)."""
+        self.asleep = True  # on a CPU too, where nothing is dropped, so that the order of calls is the same
         if not self.cpu:
             self.llm.sleep(level=2)
-            self.asleep = True
 
     def wake(self) -> None:
         assert not self.asleep, "after sleep the weights are gone: load_weights comes before generate"
 
     def load_weights(self, buckets: Iterable[list[tuple[str, torch.Tensor]]], version: int) -> None:
-        if self.asleep:  # first room for the weights alone: the key-value cache takes what the buckets leave
+        sleeps = self.asleep and not self.cpu
+        if sleeps:  # first room for the weights alone: the key-value cache takes what the buckets leave
             self.llm.wake_up(tags=["weights"])
         for bucket in buckets:
             self.llm.apply_model(lambda model, bucket=bucket: _load(model, bucket))
-        if self.asleep:
+        if sleeps:
             self.llm.wake_up(tags=["kv_cache"])
         self.asleep = False
         self.llm.llm_engine.reset_prefix_cache()
