@@ -180,11 +180,12 @@ def random_model(folder: Path, hidden: int, layers: int) -> None:
 
 
 def sync_times(a: argparse.Namespace) -> list[dict]:
-    """Seconds of sync, by bucket size, beside a copy of as many bytes between two buffers, interleaved."""
+    """Seconds of sync, by bucket size, beside a copy, an all-gather and checksums of as many bytes, interleaved."""
     from lead_fast.config import load_config
     from lead_fast.distributed import start
+    from lead_fast.engine import fingerprint
     from lead_fast.model import load_policy, load_tokenizer
-    from lead_fast.sync import sync
+    from lead_fast.sync import all_gather, sync
     from lead_fast.vllm_engine import VllmEngine
 
     ranks = start()
@@ -199,12 +200,23 @@ def sync_times(a: argparse.Namespace) -> list[dict]:
     engine = VllmEngine(c, load_tokenizer(c.model), ranks)
     size = int(sync(policy, engine, 0, c, ranks)["sync_bytes"])
     one, other = torch.ones(size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8)
-    seen: dict[str, list[float]] = {"memcpy": [], **{f"sync, buckets of {mib} MiB": [] for mib in configs}}
+    mine, whole = torch.ones(size // 4 // ranks.world), torch.zeros(size // 4 // ranks.world * ranks.world)
+    held = [torch.ones(size // 4 // 16) for _ in range(16)]
+    bare = {
+        "memcpy": lambda: other.copy_(one),
+        "bare all-gather": lambda: all_gather(whole, mine),
+        "checksums of one side": lambda: fingerprint(held),
+    }
+    seen: dict[str, list[float]] = {
+        **{name: [] for name in bare},
+        **{f"sync, buckets of {mib} MiB": [] for mib in configs},
+    }
     for _ in range(a.repeats):
-        ranks.barrier()
-        began = time.perf_counter()
-        other.copy_(one)
-        seen["memcpy"].append(time.perf_counter() - began)
+        for name, call in bare.items():
+            ranks.barrier()
+            began = time.perf_counter()
+            call()
+            seen[name].append(time.perf_counter() - began)
         for mib, config in configs.items():
             ranks.barrier()
             seen[f"sync, buckets of {mib} MiB"].append(sync(policy, engine, 0, config, ranks)["sync_s"])
