@@ -18,7 +18,7 @@ from pathlib import Path
 from .config import Config, check, load_config
 from .data import load_problems, tokenize_prompts
 from .distributed import Ranks, complaint, start, stop
-from .engine import Engine, Progress, Sampling, make_engine, silent
+from .engine import Engine, Progress, Sampling, chosen_engine, make_engine, silent
 from .model import load_tokenizer
 from .report import parse_labelled
 from .reward import Verifier
@@ -131,7 +131,7 @@ def evaluate(
     Returns:
         the record that metrics.jsonl keeps (see scores.summary), and the graded answers that were sampled now.
     """
-    at_once = c.rollout.batch_size * ranks.world * (8 if c.rollout.engine == "vllm" else 1)
+    at_once = c.rollout.batch_size * ranks.world * (8 if chosen_engine(c, ranks) == "vllm" else 1)
     size = max(1, at_once // c.evaluate.samples if samples else len(problems))  # what a kill may cost
     done: dict[str, Answered] = dict(samples.done) if samples else {}
     missing = [i for i, p in enumerate(problems) if p.id not in done]
