@@ -103,8 +103,12 @@ def machine(device: str) -> dict[str, Any]:
         what = torch.cuda.get_device_name()
     else:
         what = f"{cpu_name()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-    return {"device": what, "date": time.strftime("%Y-%m-%d"), "command": "python bench/" + " ".join(
-        [Path(sys.argv[0]).name, *sys.argv[1:]]), "versions": versions}  # fmt: skip
+    words = sys.argv[1:]
+    if "--out" in words:  # where a result was written is not what it rests on
+        at = words.index("--out")
+        words = words[:at] + words[at + 2 :]
+    command = " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *words])
+    return {"device": what, "date": time.strftime("%Y-%m-%d"), "command": command, "versions": versions}
 
 
 def cpu_name() -> str:

@@ -1,0 +1,339 @@
+"""One training step beside TRL's and a plain padded one: the same model, answers, advantages and loss, in one run.
+
+    python bench/train_step.py [--answers 64] [--median 48] [--longest 768] [--micro-batch 8] [--turns 3]
+
+The step is GRPO's clipped loss (mean per response, ratio to given old log-probs), forward, backward and AdamW, in
+float32 on a CPU and bfloat16 on a GPU. Lengths are lognormal with a long tail, as a reasoning model's are. Every
+implementation runs in a process of its own and in turns with the others; gradients must agree before a time counts.
+No answer is skipped: every advantage is different from 0.
+
+    lead-fast   packs of --pack-tokens, no padding, chunked head
+    TRL         its own GRPOTrainer's loss, padded as it pads: every micro-batch to the longest of the whole batch
+    plain       transformers under FSDP2, micro-batches padded to their own longest, logits of the answers whole
+
+Tokens/s counts real tokens. MFU is against a bare matrix product timed in the same run, with causal attention
+(6 N + 6 L D n a token of a sequence of n) and as torchtitan counts it (12 L D n).
+
+Legend: N parameters, L layers, D hidden, S sequences.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import RESULTS, machine, resident_bytes, synchronize, write_json
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMES = ("lead-fast", "TRL", "plain")
+CLIP = 0.2
+
+
+def make_model(folder: Path, hidden: int, layers: int) -> int:
+    """The embedded model's architecture, wider and with new weights, in `folder`; returns its parameters."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from lead_fast.arithmetic import architecture, build_tokenizer
+
+    tokenizer = build_tokenizer()
+    base = architecture(len(tokenizer)).to_dict()
+    base.pop("layer_types", None)
+    base |= {"hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers,
+             "num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 64,
+             "max_position_embeddings": 32768}  # fmt: skip
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(**base))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return sum(p.numel() for p in model.parameters())
+
+
+def make_answers(a: argparse.Namespace, vocabulary: int) -> dict[str, Any]:
+    """Prompts, answers, old log-probs near a fresh model's, advantages."""
+    g = torch.Generator().manual_seed(1)
+    lengths = (a.median * torch.exp(torch.randn(a.answers, generator=g))).long().clamp(4, a.longest).tolist()
+
+    def tokens(n: int) -> list[int]:
+        return torch.randint(10, vocabulary, (n,), generator=g).tolist()
+
+    flat = -torch.log(torch.tensor(float(vocabulary)))
+    return {
+        "prompts": [tokens(int(n)) for n in torch.randint(16, 33, (a.answers,), generator=g)],
+        "responses": [tokens(n) for n in lengths],
+        "logprobs": [(flat + 0.2 * torch.randn(n, generator=g)).tolist() for n in lengths],
+        "advantages": (torch.randn(a.answers, generator=g)).tolist(),
+    }
+
+
+class Step:
+    """What each implementation does: gradient of the batch, then the optimiser."""
+
+    model: Any
+    optimizer: torch.optim.Optimizer
+
+    def gradient(self) -> None:
+        raise NotImplementedError
+
+    def named_grads(self) -> dict[str, torch.Tensor]:
+        out = {}
+        for name, p in self.model.named_parameters():
+            grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+            out[name] = grad.float().cpu()
+        return out
+
+
+class LeadFast(Step):
+    def __init__(self, a: argparse.Namespace, x: dict[str, Any], device: str):
+        from lead_fast.config import load_config
+        from lead_fast.distributed import start
+        from lead_fast.loss import objective, policy_loss
+        from lead_fast.model import load_policy
+        from lead_fast.optim import make_optimizer
+        from lead_fast.packing import assign, make_pack
+
+        dtype = "float32" if device == "cpu" else "bfloat16"
+        c = load_config([f"--model.path={a.model}", f"--model.dtype={dtype}", "--parallel.reshard=false"])
+        ranks = start()
+        self.policy = load_policy(c.model, ranks, reshard=False)
+        self.model, self.optimizer = self.policy.model, make_optimizer(self.policy, c.optim)
+        lengths = [len(r) for r in x["responses"]]
+        o = objective(torch.tensor(x["advantages"], device=device), lengths,
+                      torch.ones(len(lengths), dtype=torch.bool, device=device), c)  # fmt: skip
+        whole = [len(p) + n - 1 for p, n in zip(x["prompts"], lengths, strict=True)]
+        plan = assign(whole, a.pack_tokens, 1, self.policy.flops())[0]
+        self.packs = [make_pack(m, x["prompts"], x["responses"], x["logprobs"], ranks.device) for m in plan]
+        self.loss = lambda pack: policy_loss(self.policy, pack, o, c).loss
+
+    def gradient(self) -> None:
+        for pack in self.packs:
+            self.loss(pack).backward()
+        self.policy.to_shards()
+
+
+def padded(rows: list[list], value: float, left: bool, dtype: torch.dtype) -> torch.Tensor:
+    longest = max(map(len, rows))
+    fill = [[value] * (longest - len(r)) for r in rows]
+    return torch.tensor([f + r if left else r + f for r, f in zip(rows, fill, strict=True)], dtype=dtype)
+
+
+def batch(x: dict[str, Any], members: list[int]) -> dict[str, torch.Tensor]:
+    """Prompts padded on the left, answers on the right."""
+    prompts, answers = ([x[k][i] for i in members] for k in ("prompts", "responses"))
+    return {
+        "prompt_ids": padded(prompts, 0, True, torch.int64),
+        "prompt_mask": padded([[1] * len(r) for r in prompts], 0, True, torch.int64),
+        "completion_ids": padded(answers, 0, False, torch.int64),
+        "completion_mask": padded([[1] * len(r) for r in answers], 0, False, torch.int64),
+        "old_per_token_logps": padded([x["logprobs"][i] for i in members], 0.0, False, torch.float32),
+        "advantages": torch.tensor([x["advantages"][i] for i in members]),
+    }
+
+
+class Trl(Step):
+    def __init__(self, a: argparse.Namespace, x: dict[str, Any], device: str):
+        from datasets import Dataset
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from trl import GRPOConfig, GRPOTrainer  # type: ignore
+
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        rows = len(x["prompts"])
+        args = GRPOConfig(
+            output_dir=tempfile.mkdtemp(), use_cpu=device == "cpu", per_device_train_batch_size=a.micro_batch,
+            num_generations=a.micro_batch, beta=0.0, epsilon=CLIP, loss_type="grpo", bf16=device != "cpu",
+            gradient_checkpointing=False, report_to=[], gradient_accumulation_steps=rows // a.micro_batch,
+        )  # fmt: skip
+        trainer = GRPOTrainer(
+            model=AutoModelForCausalLM.from_pretrained(a.model, dtype=dtype),
+            reward_funcs=lambda completions, **_: [0.0] * len(completions),
+            processing_class=AutoTokenizer.from_pretrained(a.model),
+            args=args,
+            train_dataset=Dataset.from_list([{"prompt": "1+1"}] * rows),
+        )
+        trainer.current_gradient_accumulation_steps = rows // a.micro_batch
+        self.trainer, self.model = trainer, trainer.model.to(device).train()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=True)
+        whole = {k: v.to(device) for k, v in batch(x, list(range(rows))).items()}
+        whole["num_items_in_batch"] = whole["completion_mask"].sum()
+        self.micro = [
+            {k: v if v.dim() == 0 else v[i : i + a.micro_batch] for k, v in whole.items()}
+            for i in range(0, rows, a.micro_batch)
+        ]
+
+    def gradient(self) -> None:
+        for inputs in self.micro:
+            self.trainer._compute_loss(self.model, inputs).backward()
+
+
+class Plain(Step):
+    def __init__(self, a: argparse.Namespace, x: dict[str, Any], device: str):
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        from transformers import AutoModelForCausalLM
+
+        from lead_fast.distributed import start
+
+        ranks = start()
+        half = MixedPrecisionPolicy(torch.float32 if device == "cpu" else torch.bfloat16, torch.float32)
+        model: Any = AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32)
+        model.to(device)
+        for block in model.model.layers:
+            fully_shard(block, mesh=ranks.mesh, mp_policy=half)
+        self.model = fully_shard(model, mesh=ranks.mesh, mp_policy=half).train()
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+        self.rows = len(x["prompts"])
+        self.micro = [
+            {k: v.to(device) for k, v in batch(x, list(range(i, min(i + a.micro_batch, self.rows)))).items()}
+            for i in range(0, self.rows, a.micro_batch)
+        ]
+
+    def gradient(self) -> None:
+        for b in self.micro:
+            ids = torch.cat([b["prompt_ids"], b["completion_ids"]], 1)
+            mask = torch.cat([b["prompt_mask"], b["completion_mask"]], 1)
+            answer = b["completion_ids"]
+            n = answer.shape[1]
+            logits = self.model(input_ids=ids, attention_mask=mask, logits_to_keep=n + 1, use_cache=False).logits
+            logp = logits[:, :-1].float().log_softmax(-1).gather(2, answer[..., None])[..., 0]
+            r, adv = (logp - b["old_per_token_logps"]).exp(), b["advantages"][:, None]
+            loss = -torch.minimum(r * adv, r.clamp(1 - CLIP, 1 + CLIP) * adv) * b["completion_mask"]
+            ((loss.sum(1) / b["completion_mask"].sum(1)).sum() / self.rows).backward()
+
+
+def child(a: argparse.Namespace) -> None:
+    """One implementation: its gradient to a file, then times and peak memory of whole steps, as JSON."""
+    device = a.device
+    x = torch.load(a.answers_file)
+    step: Step = {"lead-fast": LeadFast, "TRL": Trl, "plain": Plain}[a.only](a, x, device)
+    step.gradient()
+    torch.save(step.named_grads(), a.gradient_file)
+    step.optimizer.step()
+    step.optimizer.zero_grad(set_to_none=True)
+    synchronize(device)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+        before = resident_bytes("VmRSS")
+    began = time.perf_counter()
+    step.gradient()
+    synchronize(device)
+    middle = time.perf_counter()
+    step.optimizer.step()
+    step.optimizer.zero_grad(set_to_none=True)
+    synchronize(device)
+    ended = time.perf_counter()
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else resident_bytes("VmHWM")
+    print("RESULT " + json.dumps({"gradient_s": middle - began, "optimizer_s": ended - middle, "seconds": ended - began,
+                                  "peak_extra_bytes": peak - before, "peak_bytes": peak}))  # fmt: skip
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def call(a: argparse.Namespace, name: str, folder: Path) -> dict[str, float] | None:
+    args = [f"--{k.replace('_', '-')}={v}" for k, v in vars(a).items() if v is not None and k != "out"]
+    gradient = folder / f"{name}.pt"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", __file__, *args, f"--only={name}", f"--gradient-file={gradient}"],
+        capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if not lines:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        print(f"  {name}: not measured ({reason[:150]})")
+        return None
+    return json.loads(lines[0].removeprefix("RESULT "))
+
+
+def peak_flops(device: str) -> float:
+    """FLOP/s of a bare matrix product, the best of five."""
+    n, dtype = (2048, torch.float32) if device == "cpu" else (8192, torch.bfloat16)
+    x = torch.randn(n, n, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(5):
+        synchronize(device)
+        began = time.perf_counter()
+        x @ x
+        synchronize(device)
+        best = min(best, time.perf_counter() - began)
+    return 2 * n**3 / best
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description="One training step beside TRL's and a plain padded one.")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    p.add_argument("--answers", type=int, default=64)
+    p.add_argument("--median", type=float, default=48, help="of an answer, tokens")
+    p.add_argument("--longest", type=int, default=768, help="answers are cut there, tokens")
+    p.add_argument("--micro-batch", type=int, default=8, help="rows of a padded micro-batch")
+    p.add_argument("--pack-tokens", type=int, default=1024)
+    p.add_argument("--hidden", type=int, default=512)
+    p.add_argument("--layers", type=int, default=8)
+    p.add_argument("--turns", type=int, default=3)
+    p.add_argument("--out", type=Path, help="JSON; bench/results/train-step-<device>.json")
+    for internal in ("--only", "--model", "--answers-file", "--gradient-file"):
+        p.add_argument(internal, help=argparse.SUPPRESS)
+    a = p.parse_args()
+    if a.only:
+        return child(a)
+    if a.answers % a.micro_batch or min(a.answers, a.micro_batch, a.turns) < 1:
+        sys.exit(f"--answers is {a.answers} and --micro-batch {a.micro_batch}: give a multiple of the micro-batch.")
+    about = machine(a.device)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        a.model, a.answers_file = folder / "model", folder / "answers.pt"
+        N = make_model(a.model, a.hidden, a.layers)
+        x = make_answers(a, vocabulary=400)
+        torch.save(x, a.answers_file)
+        lengths = [len(p) + len(r) for p, r in zip(x["prompts"], x["responses"], strict=True)]
+        real = sum(lengths)
+        rows = max(map(len, x["prompts"])) + max(map(len, x["responses"]))
+        print(f"{about['device']}: {N / 1e6:.1f}M parameters, {a.answers} answers, {real:,} tokens, padded to the "
+              f"longest {a.answers * rows:,}")  # fmt: skip
+        peak = peak_flops(a.device)
+        times: dict[str, list[dict[str, float]]] = {n: [] for n in NAMES}
+        for _ in range(a.turns):
+            for n in list(times):
+                if (found := call(a, n, folder)) is None:
+                    del times[n]
+                    continue
+                times[n].append(found)
+        reference = torch.load(folder / "lead-fast.pt")
+        off = {}
+        for n in times:
+            theirs = torch.load(folder / f"{n}.pt")
+            assert theirs.keys() == reference.keys()
+            flat = [torch.cat([g[k].flatten() for k in reference]) for g in (theirs, reference)]
+            off[n] = ((flat[0] - flat[1]).norm() / flat[1].norm()).item()
+            assert off[n] < (1e-4 if a.device == "cpu" else 3e-2), f"{n} has another gradient, by {off[n]:.1e}"
+    attention = a.layers * a.hidden * sum(n * n for n in lengths)
+    flops = {"mfu_causal": 6 * N * real + 6 * attention, "mfu_torchtitan": 6 * N * real + 12 * attention}
+    table = []
+    print(f"{'':12} {'tokens/s':>9} {'(min to max)':>16} {'x ours':>7} {'MFU':>6} {'gradient s':>11}"
+          f" {'optimiser s':>12} {'extra MiB':>10} {'gradient off':>13}")  # fmt: skip
+    ours = statistics.median(t["seconds"] for t in times["lead-fast"])
+    for n, found in times.items():
+        seconds = statistics.median(t["seconds"] for t in found)
+        row: dict[str, Any] = {k: statistics.median(t[k] for t in found) for k in found[0]}
+        all_s = [t["seconds"] for t in found]
+        row |= {"implementation": n, "tokens_per_s": real / seconds, "tokens_per_s_min": real / max(all_s),
+                "tokens_per_s_max": real / min(all_s), "times_ours": seconds / ours,
+                "gradient_off": off[n]}  # fmt: skip
+        row |= {k: v / seconds / peak for k, v in flops.items()}
+        table.append(row)
+        spread = f"({row['tokens_per_s_min']:.0f} to {row['tokens_per_s_max']:.0f})"
+        print(f"{n:12} {row['tokens_per_s']:9.0f} {spread:>16} {row['times_ours']:7.2f} {100 * row['mfu_causal']:5.0f}%"
+              f" {row['gradient_s']:11.2f} {row['optimizer_s']:12.2f} {row['peak_extra_bytes'] / 2**20:10.0f}"
+              f" {off[n]:13.1e}")  # fmt: skip
+    write_json(a.out or RESULTS / f"train-step-{a.device}.json", about | {
+        "parameters": N, "answers": a.answers, "tokens": real, "padded_tokens": a.answers * rows,
+        "matmul_flops": peak, "rows": table})  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
