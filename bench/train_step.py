@@ -1,6 +1,6 @@
 """One training step beside TRL's and a plain padded one: the same model, answers, advantages and loss, in one run.
 
-    python bench/train_step.py [--answers 64] [--median 48] [--longest 768] [--micro-batch 8] [--turns 3]
+    python bench/train_step.py [--answers 32] [--median 48] [--longest 512] [--micro-batch 8] [--turns 3]
 
 The step is GRPO's clipped loss (mean per response, ratio to given old log-probs), forward, backward and AdamW, in
 float32 on a CPU and bfloat16 on a GPU. Lengths are lognormal with a long tail, as a reasoning model's are. Every
@@ -267,9 +267,9 @@ def peak_flops(device: str) -> float:
 def main() -> None:
     p = argparse.ArgumentParser(description="One training step beside TRL's and a plain padded one.")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    p.add_argument("--answers", type=int, default=64)
+    p.add_argument("--answers", type=int, default=32)
     p.add_argument("--median", type=float, default=48, help="of an answer, tokens")
-    p.add_argument("--longest", type=int, default=768, help="answers are cut there, tokens")
+    p.add_argument("--longest", type=int, default=512, help="answers are cut there, tokens")
     p.add_argument("--micro-batch", type=int, default=8, help="rows of a padded micro-batch")
     p.add_argument("--pack-tokens", type=int, default=1024)
     p.add_argument("--hidden", type=int, default=512)
