@@ -1,6 +1,6 @@
 """One training step beside TRL's and a plain padded one: the same model, answers, advantages and loss, in one run.
 
-    python bench/train_step.py [--answers 32] [--median 48] [--longest 512] [--micro-batch 8] [--turns 3]
+    python bench/train_step.py [--answers 32] [--median 48] [--longest 512] [--micro-batch 8] [--turns 2]
 
 The step is GRPO's clipped loss (mean per response, ratio to given old log-probs), forward, backward and AdamW, in
 float32 on a CPU and bfloat16 on a GPU. Lengths are lognormal with a long tail, as a reasoning model's are. Every
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import RESULTS, machine, resident_bytes, synchronize, write_json
+from harness import RESULTS, extra_bytes, machine, synchronize, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("lead-fast", "TRL", "plain")
@@ -214,28 +214,27 @@ def child(a: argparse.Namespace) -> None:
     step.optimizer.step()
     step.optimizer.zero_grad(set_to_none=True)
     synchronize(device)
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
-        before = resident_bytes("VmRSS")
-    began = time.perf_counter()
-    step.gradient()
-    synchronize(device)
-    middle = time.perf_counter()
-    step.optimizer.step()
-    step.optimizer.zero_grad(set_to_none=True)
-    synchronize(device)
-    ended = time.perf_counter()
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else resident_bytes("VmHWM")
-    print("RESULT " + json.dumps({"gradient_s": middle - began, "optimizer_s": ended - middle, "seconds": ended - began,
-                                  "peak_extra_bytes": peak - before, "peak_bytes": peak}))  # fmt: skip
+
+    def whole() -> dict[str, float]:
+        synchronize(device)
+        began = time.perf_counter()
+        step.gradient()
+        synchronize(device)
+        middle = time.perf_counter()
+        step.optimizer.step()
+        step.optimizer.zero_grad(set_to_none=True)
+        synchronize(device)
+        ended = time.perf_counter()
+        return {"gradient_s": middle - began, "optimizer_s": ended - middle, "seconds": ended - began}
+
+    memory = {"peak_extra_bytes": extra_bytes(whole, device)}
+    for _ in range(a.steps):
+        print("RESULT " + json.dumps(whole() | memory))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
-def call(a: argparse.Namespace, name: str, folder: Path) -> dict[str, float] | None:
+def call(a: argparse.Namespace, name: str, folder: Path) -> list[dict[str, float]]:
     args = [f"--{k.replace('_', '-')}={v}" for k, v in vars(a).items() if v is not None and k != "out"]
     gradient = folder / f"{name}.pt"
     done = subprocess.run(
@@ -246,8 +245,7 @@ def call(a: argparse.Namespace, name: str, folder: Path) -> dict[str, float] | N
     if not lines:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         print(f"  {name}: not measured ({reason[:150]})")
-        return None
-    return json.loads(lines[0].removeprefix("RESULT "))
+    return [json.loads(line.removeprefix("RESULT ")) for line in lines]
 
 
 def peak_flops(device: str) -> float:
@@ -274,7 +272,8 @@ def main() -> None:
     p.add_argument("--pack-tokens", type=int, default=1024)
     p.add_argument("--hidden", type=int, default=512)
     p.add_argument("--layers", type=int, default=8)
-    p.add_argument("--turns", type=int, default=3)
+    p.add_argument("--turns", type=int, default=2, help="processes of each implementation")
+    p.add_argument("--steps", type=int, default=3, help="timed steps of each process")
     p.add_argument("--out", type=Path, help="JSON; bench/results/train-step-<device>.json")
     for internal in ("--only", "--model", "--answers-file", "--gradient-file"):
         p.add_argument(internal, help=argparse.SUPPRESS)
@@ -299,10 +298,10 @@ def main() -> None:
         times: dict[str, list[dict[str, float]]] = {n: [] for n in NAMES}
         for _ in range(a.turns):
             for n in list(times):
-                if (found := call(a, n, folder)) is None:
+                if found := call(a, n, folder):
+                    times[n] += found
+                else:
                     del times[n]
-                    continue
-                times[n].append(found)
         reference = torch.load(folder / "lead-fast.pt")
         off = {}
         for n in times:

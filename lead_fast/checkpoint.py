@@ -10,6 +10,7 @@ random state.
 """
 
 import contextlib
+import enum
 import fcntl
 import hashlib
 import io
@@ -200,9 +201,18 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in self.ALLOWED:
             return super().find_class(module, name)
+        if (module, name) == ("builtins", "getattr"):  # how Python 3.11.2 writes a member of an enumeration
+            return _member
         if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
             return dtype
         raise pickle.UnpicklingError(f".metadata names {module}.{name}, which no checkpoint needs")
+
+
+def _member(enumeration: Any, name: str) -> enum.Enum:
+    """getattr for enumerations alone."""
+    if isinstance(enumeration, type) and issubclass(enumeration, enum.Enum):
+        return enumeration[name]
+    raise pickle.UnpicklingError(f".metadata asks for {name} of what is no enumeration")
 
 
 class _Planner(DefaultLoadPlanner):
