@@ -84,12 +84,14 @@ def main() -> None:
         seconds.write_text(json.dumps({k: round(v, 1) for k, v in took.items()}, indent=2) + "\n")
 
     def torchrun(name: str, result: Path, *command: str) -> None:
-        resume = ["--resume"] if (result.parent / "metrics.jsonl").exists() else []
+        resume = (
+            ["--resume"] if (result.parent / "config.toml").exists() and "lead_fast.evaluate" not in command else []
+        )
         run(name, result, "torch.distributed.run", f"--nproc_per_node={a.ranks}", "--standalone", "-m", *command,
             f"--output={result.parent}", *resume)  # fmt: skip
 
     def evaluate(name: str, model: str) -> None:
-        folder, held = runs / "evaluation" / name, steps(128)
+        folder, held = runs / "evaluation" / name, steps(96)
         torchrun(f"evaluation {name}", folder / "evaluation.json", "lead_fast.evaluate", "--recipe=smollm2",
                  f"--model={model}", f"--data.test={runs}/data/test.jsonl", f"--evaluate.problems={held}")  # fmt: skip
 
@@ -102,16 +104,16 @@ def main() -> None:
     data = [f"--data.train={runs}/data/train.jsonl"]
     evaluate("base", base)
     torchrun("SFT", runs / "sft" / "final", "lead_fast.sft", "--recipe=smollm2", f"--model={base}", *data,
-             f"--data.test={runs}/data/validation/test.jsonl", f"--steps={steps(100)}")  # fmt: skip
+             f"--data.test={runs}/data/validation/test.jsonl", f"--steps={steps(32)}")  # fmt: skip
     evaluate("sft", f"{runs}/sft")
     rl = ["lead_fast.train", "--recipe=smollm2"]
-    torchrun("stage 1", runs / "stage1" / "final", *rl, f"--model={runs}/sft", *data, f"--steps={steps(24)}")
+    torchrun("stage 1", runs / "stage1" / "final", *rl, f"--model={runs}/sft", *data, f"--steps={steps(16)}")
     evaluate("stage1", f"{runs}/stage1")
     run("selection", runs / "data" / "stage2.parquet", "lead_fast.data", "select", str(data[0].split("=")[1]),
         "--rollouts", f"{runs}/stage1", "--most=0.75", f"--out={runs}/data/stage2.parquet")  # fmt: skip
     torchrun("stage 2", runs / "stage2" / "final", *rl, f"--model={runs}/stage1", "--seed=1",
              f"--data.train={runs}/data/stage2.parquet", "--advantage.length_reward=false",
-             "--reward.repetition=-1.5", f"--steps={steps(12)}")  # fmt: skip
+             "--reward.repetition=-1.5", f"--steps={steps(8)}")  # fmt: skip
     evaluate("stage2", f"{runs}/stage2")
     a.out.mkdir(parents=True, exist_ok=True)
     names = ("base", "sft", "stage1", "stage2")

@@ -196,7 +196,7 @@ def sync_times(a: argparse.Namespace) -> list[dict]:
     base = ["--rollout.engine=vllm", f"--model={folder}", "--model.dtype=float32"]
     configs = {mib: load_config([*base, f"--rollout.sync_bucket_mib={mib}"]) for mib in (1, 64, 1024)}
     c = configs[1024]
-    policy = load_policy(c.model, ranks, reshard=True)
+    policy = load_policy(c.model, c.parallel, ranks)
     engine = VllmEngine(c, load_tokenizer(c.model), ranks)
     size = int(sync(policy, engine, 0, c, ranks)["sync_bytes"])
     one, other = torch.ones(size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8)

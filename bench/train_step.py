@@ -98,9 +98,10 @@ class LeadFast(Step):
         from lead_fast.packing import assign, make_pack
 
         dtype = "float32" if device == "cpu" else "bfloat16"
-        c = load_config([f"--model.path={a.model}", f"--model.dtype={dtype}", "--parallel.reshard=false"])
+        c = load_config([f"--model.path={a.model}", f"--model.dtype={dtype}", "--parallel.reshard=false",
+                         f"--model.compile={a.compile}"])  # fmt: skip
         ranks = start()
-        self.policy = load_policy(c.model, ranks, reshard=False)
+        self.policy = load_policy(c.model, c.parallel, ranks)
         self.model, self.optimizer = self.policy.model, make_optimizer(self.policy, c.optim)
         lengths = [len(r) for r in x["responses"]]
         o = objective(torch.tensor(x["advantages"], device=device), lengths,

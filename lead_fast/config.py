@@ -24,8 +24,12 @@ class ModelConfig:
     """Hugging Face name or folder of a causal language model, a run directory, or `tiny` (the embedded one)."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Compute dtype; master weights and gradient reduction are float32 either way."""
-    activation_checkpointing: Literal["none", "full"] = "none"
-    """`full` recomputes each block in the backward pass: less memory, a third more FLOPs."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """`full` recomputes each block in the backward pass (a third more FLOPs), `selective` only what is cheap."""
+    liger: bool = True
+    """On a GPU: RMSNorm, RoPE and SwiGLU by Liger's kernels, where it is installed."""
+    compile: bool = False
+    """torch.compile of each block, around its attention."""
     trust_remote_code: bool = False
     """Allow a model repository to run its own code."""
 
@@ -189,9 +193,17 @@ class OptimConfig:
 @dataclass(frozen=True)
 class ParallelConfig:
     pack_tokens: int = 16384
-    """Most tokens in a pack; a longer sequence gets a pack of its own."""
+    """Most tokens in a pack (a longer sequence gets one of its own); 0: what fits the GPU, measured at the start."""
     reshard: bool = True
     """Free each block's gathered parameters after its forward; false keeps them over all packs of a step."""
+    replicate: int = 1
+    """Copies of the sharded model, as a rule one a node (HSDP): gathers stay in a node, gradients cross."""
+    sequence: int = 1
+    """Neighbouring ranks that share each pack, and its longest sequence, in attention by heads (Ulysses)."""
+    offload: Literal["none", "optimizer", "activations", "both"] = "none"
+    """What lives in host memory: masters, gradients and optimiser; or each block's input, with full checkpointing."""
+    rehearse: Literal["auto", "always", "never"] = "auto"
+    """One largest pack before the first rollout, so that out-of-memory comes in the first minute; auto: on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -415,11 +427,20 @@ def check(c: Config, world: int) -> None:
     r, a = c.rollout, c.advantage
     for name, value in {"rollout.problems": r.problems, "rollout.group_size": r.group_size, "steps": c.steps,
                         "rollout.max_tokens": r.max_tokens, "optim.updates": c.optim.updates,
-                        "evaluate.samples": c.evaluate.samples, "parallel.pack_tokens": c.parallel.pack_tokens,
+                        "evaluate.samples": c.evaluate.samples,
                         "rollout.batch_size": r.batch_size, "rollout.tensor_parallel": r.tensor_parallel,
                         "rollout.sync_bucket_mib": r.sync_bucket_mib}.items():  # fmt: skip
         if value < 1:
             raise ValueError(f"{name} is {value}: give 1 or more.")
+    check_parallel(c.model, c.parallel)
+    by_sequence = c.loss.ratio == "sequence" or (
+        c.loss.importance_cap is not None and c.loss.importance_level == "sequence"
+    )
+    if c.parallel.sequence > 1 and by_sequence:
+        raise ValueError(
+            f"parallel.sequence is {c.parallel.sequence} with a ratio or importance weight per sequence, whose tokens "
+            "are then on several ranks: give --parallel.sequence=1, or weights per token."
+        )
     if r.problems % world:
         raise ValueError(
             f"rollout.problems is {r.problems}, which {world} ranks cannot share evenly: give a multiple of {world}."
@@ -475,6 +496,22 @@ def check(c: Config, world: int) -> None:
         )
     if c.loss.dual_clip is not None and c.loss.dual_clip <= 1:
         raise ValueError(f"loss.dual_clip is {c.loss.dual_clip}: give a value above 1.")
+
+
+def check_parallel(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """What can be known wrong in how a model is laid out, whatever it is trained for. Raises ValueError."""
+    if parallel.pack_tokens < 0:
+        raise ValueError(f"parallel.pack_tokens is {parallel.pack_tokens}: give 1 or more, or 0 to have it measured.")
+    if parallel.offload in ("activations", "both") and model.activation_checkpointing != "full":
+        raise ValueError(
+            f"parallel.offload is {parallel.offload} with model.activation_checkpointing="
+            f"{model.activation_checkpointing}: it moves each block's input, so give full."
+        )
+    if model.compile and model.activation_checkpointing == "selective":
+        raise ValueError(
+            "model.compile is true with model.activation_checkpointing=selective, which must see single operators: "
+            "give full or none."
+        )
 
 
 def dump(c: Config | SftConfig) -> str:

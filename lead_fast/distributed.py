@@ -12,6 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
+from .config import ParallelConfig
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -21,6 +23,10 @@ class Ranks:
     world: int
     device: torch.device
     mesh: DeviceMesh
+    sequence: int = 1
+    """How many neighbouring ranks share a pack; they are a team."""
+    sequence_group: dist.ProcessGroup | None = None
+    """This rank's team, where it has more than one member."""
     tickets: Iterator[int] = field(default_factory=itertools.count, compare=False)
     """Numbers that come in the same order on every rank: names for what they share in the store."""
 
@@ -28,6 +34,18 @@ class Ranks:
     def store(self) -> Store:
         """The job's own key-value store."""
         return dist.distributed_c10d._get_default_store()
+
+    @property
+    def teams(self) -> int:
+        return self.world // self.sequence
+
+    @property
+    def team(self) -> int:
+        return self.rank // self.sequence
+
+    @property
+    def member(self) -> int:
+        return self.rank % self.sequence
 
     @property
     def main(self) -> bool:
@@ -53,11 +71,16 @@ class Ranks:
         dist.barrier()
 
 
-def start() -> Ranks:
+def start(parallel: ParallelConfig | None = None) -> Ranks:
     """Join the job that torchrun made, or make a job of one.
 
-    CUDA machines use NCCL (and gloo for objects and asynchronous checkpoints), others gloo.
+    CUDA machines use NCCL (and gloo for objects and asynchronous checkpoints), others gloo. The mesh is ("shard",), or
+    ("replicate", "shard") with parallel.replicate copies of the sharded model.
+
+    Raises:
+        ValueError: parallel.replicate or parallel.sequence does not divide the number of ranks.
     """
+    parallel = parallel or ParallelConfig()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if "RANK" not in os.environ:
         os.environ |= {
@@ -81,9 +104,16 @@ def start() -> Ranks:
     if not cuda:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
-    mesh = init_device_mesh("cuda" if cuda else "cpu", (world,), mesh_dim_names=("shard",))
+    for name, parts in (("replicate", parallel.replicate), ("sequence", parallel.sequence)):
+        if parts < 1 or world % parts:
+            raise ValueError(f"parallel.{name} is {parts}, which does not divide {world} ranks: give a divisor.")
+    copies = parallel.replicate
+    shape, axes = ((copies, world // copies), ("replicate", "shard")) if copies > 1 else ((world,), ("shard",))
+    mesh = init_device_mesh("cuda" if cuda else "cpu", shape, mesh_dim_names=axes)
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    return Ranks(dist.get_rank(), world, device, mesh)
+    team = dist.new_subgroups(parallel.sequence)[0] if parallel.sequence > 1 else None
+    assert not isinstance(team, int)
+    return Ranks(dist.get_rank(), world, device, mesh, parallel.sequence, team)
 
 
 at_stop: list[Callable[[], None]] = []

@@ -3,19 +3,24 @@
 Legend: T packed tokens, R rows that predict a response token, D hidden, V vocabulary, H heads, K head dim.
 """
 
+import contextlib
+import importlib.util
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed._composable.checkpoint_activation import checkpoint
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from .config import ModelConfig
+from .config import ModelConfig, ParallelConfig
 from .distributed import Ranks
 from .packing import Pack, flops_per_sequence
 
@@ -105,6 +110,36 @@ def sdpa_index(lengths: list[int], device: torch.device) -> list[tuple[torch.Ten
     return out
 
 
+class _Exchange(torch.autograd.Function):
+    """x [n, ...]: part i goes to the group's rank i, and part i of the result came from it; so does the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        out = torch.empty_like(x)
+        dist.all_to_all_single(out, x, group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _Exchange.apply(grads[0].contiguous(), ctx.group), None
+
+
+def tokens_to_heads(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """[1, H, T/n, K], a rank's tokens of all heads -> [1, H/n, T, K], all tokens of a rank's heads (Ulysses)."""
+    n, (_, H, part, K) = group.size(), x.shape
+    parts = _Exchange.apply(x.reshape(n, H // n, part, K).contiguous(), group)
+    return parts.transpose(0, 1).reshape(1, H // n, n * part, K)
+
+
+def heads_to_tokens(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """[1, T, H/n, K] -> [1, T/n, H, K], the way back."""
+    n, (_, T, mine, K) = group.size(), x.shape
+    parts = _Exchange.apply(x.reshape(n, T // n, mine, K).contiguous(), group)
+    return parts.transpose(0, 1).reshape(1, T // n, n * mine, K)
+
+
+@torch.compiler.disable
 def packed_attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -118,24 +153,41 @@ def packed_attention(
     """Causal attention inside each packed sequence.
 
     query [1, H, T, K], key and value [1, kv heads, T, K] -> [1, T, H, K]. On CUDA in half precision flash-attn where
-    installed, else torch's varlen_attn; elsewhere SDPA over sequences of similar length.
+    installed, else torch's varlen_attn; elsewhere SDPA over sequences of similar length. Ranks that share a pack
+    (`sequence_group`) come with their tokens of all heads, and look at all tokens for their heads.
     """
     assert attention_mask is None and query.shape[0] == 1
+    if group := kwargs.pop("sequence_group", None):
+        copies = _copies(query.shape[1], key.shape[1], group.size())
+        key, value = (x.repeat_interleave(copies, dim=1) for x in (key, value))
+        query, key, value = (tokens_to_heads(x, group) for x in (query, key, value))
+        return heads_to_tokens(_attend(query, key, value, scaling, **kwargs), group), None
+    return _attend(query, key, value, scaling, **kwargs), None
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, **kwargs: Any
+) -> torch.Tensor:
     if "sdpa_index" not in kwargs:
-        return _varlen(query, key, value, scaling, **kwargs), None
+        return _varlen(query, key, value, scaling, **kwargs)
     out = torch.empty_like(query[0].transpose(0, 1))  # [T, H, K]
     gqa = key.shape[1] != query.shape[1]
     for where, real in kwargs["sdpa_index"]:
         q, k, v = (x[0][:, where].transpose(0, 1) for x in (query, key, value))  # [sequences, heads, slots, K]
         o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=gqa)
         out = out.index_put((where[real],), o.transpose(1, 2)[real])
-    return out[None], None
+    return out[None]
+
+
+def _copies(heads: int, kv_heads: int, ranks: int) -> int:
+    """How often key and value heads must be repeated so that every rank gets whole ones, next to their query heads."""
+    return next(n for n in range(1, heads // kv_heads + 1) if heads % (n * kv_heads) == 0 == n * kv_heads % ranks)
 
 
 def _varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, **kw: Any):
     cu, longest = kw["cu_seq_lens_q"], kw["max_length_q"]
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
-    if flash := _flash():
+    if flash := _flash()[1]:
         out = flash(q, k, v, cu, cu, longest, longest, softmax_scale=scaling, causal=True)
         return (out[0] if isinstance(out, tuple) else out)[None]
     from torch.nn.attention.varlen import varlen_attn
@@ -147,13 +199,21 @@ def _varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling
     return out[None]
 
 
-def _flash() -> Callable | None:
-    for name in ("flash_attn_interface", "flash_attn"):
+def _flash() -> tuple[str, Callable | None]:
+    """The best installed flash-attn, by name: FA3, FA4, FA2, or none."""
+    for name, module in (("FA3", "flash_attn_interface"), ("FA4", "flash_attn.cute"), ("FA2", "flash_attn")):
         try:
-            return __import__(name).flash_attn_varlen_func
-        except ImportError:
+            return f"flash-attn, {name}", importlib.import_module(module).flash_attn_varlen_func  # type: ignore
+        except (ImportError, AttributeError):
             continue
-    return None
+    return "", None
+
+
+def attention_in_use(device: torch.device, dtype: str) -> str:
+    """In words, who computes attention on `device` in `dtype`."""
+    if device.type == "cpu" or dtype == "float32":
+        return "torch's scaled_dot_product_attention over sequences of similar length"
+    return _flash()[0] or "torch's varlen_attn"
 
 
 AttentionInterface.register("lead_packed", packed_attention)
@@ -169,14 +229,19 @@ class Policy(nn.Module):
     multiplies by it chunk by chunk, and no matrix of logits is ever whole.
     """
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, *, sequence_group: dist.ProcessGroup | None = None, offload: bool = False):
         super().__init__()
+        self.sequence_group = sequence_group
+        self.offload = offload
         model.config.use_cache = False
         model.set_attn_implementation("lead_packed")
         self.model = model
 
     def forward(self, pack: Pack, head: Callable[[torch.Tensor, torch.Tensor], Any]) -> Any:
-        """`head(hidden_RD, head_weight_VD)` of the pack's response rows, inside FSDP's hooks."""
+        """`head(hidden_RD, head_weight_VD)` of the pack's response rows, inside FSDP's hooks.
+
+        With a sequence group the pack is this rank's part of one (make_pack's `part`), attention sees the whole.
+        """
         lengths = pack.lengths
         device = pack.input_ids_T.device
         kw: dict[str, Any] = {}
@@ -185,13 +250,17 @@ class Policy(nn.Module):
         else:
             kw |= {"cu_seq_lens_q": pack.cu_seqlens, "cu_seq_lens_k": pack.cu_seqlens}
             kw |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
-        hidden_TD = self.model.model(
-            input_ids=pack.input_ids_T[None],
-            position_ids=pack.position_ids_T[None],
-            attention_mask=None,
-            use_cache=False,
-            **kw,
-        ).last_hidden_state[0]
+        if self.sequence_group:
+            kw["sequence_group"] = self.sequence_group
+        pinned = partial(torch.autograd.graph.save_on_cpu, pin_memory=device.type == "cuda")
+        with pinned() if self.offload and self.training else contextlib.nullcontext():
+            hidden_TD = self.model.model(
+                input_ids=pack.input_ids_T[None],
+                position_ids=pack.position_ids_T[None],
+                attention_mask=None,
+                use_cache=False,
+                **kw,
+            ).last_hidden_state[0]
         return head(hidden_TD[pack.rows_R], self.model.lm_head.weight)
 
     def to_shards(self) -> None:
@@ -207,31 +276,83 @@ class Policy(nn.Module):
         return flops_per_sequence(blocks + c.vocab_size * c.hidden_size, c.num_hidden_layers, c.hidden_size)
 
 
-def shard(policy: Policy, ranks: Ranks, dtype: str, *, reshard: bool, activation_checkpointing: str) -> Policy:
+KEPT = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+}
+"""What selective checkpointing does not compute again; flash-attn's and varlen_attn's operators are known by name."""
+
+
+def _keep(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    attention = any(word in str(op) for word in ("flash_attn", "varlen_attn"))
+    return CheckpointPolicy.MUST_SAVE if op in KEPT or attention else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def shard(policy: Policy, ranks: Ranks, model: ModelConfig, parallel: ParallelConfig) -> Policy:
     """FSDP2 around every block and the whole: fp32 masters, compute in `dtype`, reduction in fp32, sums not means.
 
-    Gradients are summed over ranks, not averaged: the loss already carries its global denominators.
+    Gradients are summed over ranks, not averaged: the loss already carries its global denominators. The order is
+    checkpointing, compilation, sharding. Embedding, last norm and head are the outermost unit: gathered once a pack (or
+    once a step without reshard) and there for all chunks of the head.
     """
-    policy.to(ranks.device)
+    in_host_memory = parallel.offload in ("optimizer", "both")
+    if not in_host_memory:
+        policy.to(ranks.device)
     blocks = list(policy.model.model.layers)
-    if activation_checkpointing == "full":
-        for block in blocks:
-            checkpoint(block)
-    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)  # outputs stay as they are
-    precision = half if dtype == "bfloat16" else MixedPrecisionPolicy()
+    if model.liger and ranks.device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
+        _patch_by_liger(policy.model)
     for block in blocks:
-        fully_shard(block, mesh=ranks.mesh, mp_policy=precision, reshard_after_forward=reshard)
-    fully_shard(policy, mesh=ranks.mesh, mp_policy=precision, reshard_after_forward=False)
+        if model.activation_checkpointing == "full":
+            checkpoint(block, preserve_rng_state=False)
+        elif model.activation_checkpointing == "selective":
+            contexts = partial(create_selective_checkpoint_contexts, _keep)
+            checkpoint(block, preserve_rng_state=False, context_fn=contexts)
+        if model.compile:  # under the hooks of checkpointing and FSDP, which stay as they are
+            block.forward = torch.compile(block.forward, dynamic=True)
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)  # outputs stay as they are
+    precision = half if model.dtype == "bfloat16" else MixedPrecisionPolicy()
+    kw: dict[str, Any] = {"mesh": ranks.mesh, "mp_policy": precision}
+    kw["offload_policy"] = CPUOffloadPolicy() if in_host_memory else OffloadPolicy()
+    for block in blocks:
+        fully_shard(block, reshard_after_forward=parallel.reshard, **kw)
+    fully_shard(policy, reshard_after_forward=False, **kw)
+    for block, following in zip(blocks, blocks[1:], strict=False):
+        block.set_modules_to_forward_prefetch([following])
     for module in policy.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             if ranks.device.type == "cpu":
                 module.set_force_sum_reduction_for_comms(True)
-            module.set_reshard_after_backward(reshard)
+            module.set_reshard_after_backward(parallel.reshard)
     return policy
 
 
-def load_policy(config: ModelConfig, ranks: Ranks, *, reshard: bool) -> Policy:
-    """The sharded policy, ready to train."""
-    policy = Policy(load_model(config))
-    return shard(policy, ranks, config.dtype, reshard=reshard, activation_checkpointing=config.activation_checkpointing)
+def _patch_by_liger(model: nn.Module) -> None:
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance  # type: ignore
+
+    parts = {"rope": True, "rms_norm": True, "swiglu": True}
+    losses = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+    _apply_liger_kernel_to_instance(model, **parts, **losses)
+
+
+def load_policy(model: ModelConfig, parallel: ParallelConfig, ranks: Ranks) -> Policy:
+    """The sharded policy, ready to train.
+
+    Raises:
+        ValueError: the model cannot be loaded, or has heads that parallel.sequence ranks cannot share.
+    """
+    return make_policy(load_model(model), model, parallel, ranks)
+
+
+def make_policy(whole: Any, model: ModelConfig, parallel: ParallelConfig, ranks: Ranks) -> Policy:
+    """The same from a causal language model that is at hand, whole and in float32."""
+    heads, n = whole.config.num_attention_heads, parallel.sequence
+    if heads % n:
+        raise ValueError(f"parallel.sequence is {n}, and {model.path} has {heads} attention heads: give a divisor.")
+    offload = parallel.offload in ("activations", "both")
+    policy = Policy(whole, sequence_group=ranks.sequence_group if n > 1 else None, offload=offload)
+    return shard(policy, ranks, model, parallel)

@@ -16,7 +16,7 @@ class Pack:
     """Whole sequences laid end to end; the loss looks only at rows that predict a response token.
 
     input_ids_T, position_ids_T: int64 [T]; positions start at 0 in every sequence.
-    cu_seqlens: int32 [sequences + 1], offsets of the sequences in T.
+    cu_seqlens: int32 [sequences + 1], offsets of the sequences in T (in the whole pack's T, where this is a part).
     rows_R: int64 [R], the positions in T whose next token is a response token.
     targets_R: int64 [R], those next tokens.
     sequence_ids_R: int32 [R], index of the row's sequence in the whole batch (0..S-1).
@@ -91,6 +91,7 @@ def make_pack(
     responses: Sequence[Sequence[int]],
     logprobs: Sequence[Sequence[float]] | None,
     device: torch.device,
+    part: tuple[int, int] = (0, 1),
 ) -> Pack:
     """One pack of the sequences `members` (indices into the batch). An empty pack holds one token and no rows.
 
@@ -99,6 +100,8 @@ def make_pack(
         prompts, responses: token ids of every sequence of the batch.
         logprobs: the engine's log-probs of the response tokens, or None.
         device: where the tensors go.
+        part: (i, n), the i-th of n equal parts of the pack's tokens and their rows, for ranks that share it; the pack
+            is filled up to a multiple of n with a sequence of its own, and cu_seqlens are the whole pack's.
     """
     ids: list[int] = []
     positions: list[int] = []
@@ -121,6 +124,18 @@ def make_pack(
     if not ids:
         ids, positions, cu = [0], [0], [0, 1]
     assert len(rows) == len(targets) and (logprobs is None or len(behavior) == len(rows))
+    i, n = part
+    if n > 1:
+        if fill := -len(ids) % n:
+            ids += [0] * fill
+            positions += range(fill)
+            cu.append(len(ids))
+        first, last = i * len(ids) // n, (i + 1) * len(ids) // n
+        ids, positions = ids[first:last], positions[first:last]
+        here = [k for k, row in enumerate(rows) if first <= row < last]
+        rows = [rows[k] - first for k in here]
+        targets, owner = [targets[k] for k in here], [owner[k] for k in here]
+        behavior = [behavior[k] for k in here] if logprobs is not None else []
 
     def tensor(x: list, dtype: torch.dtype) -> torch.Tensor:
         return torch.tensor(x, dtype=dtype).to(device, non_blocking=True)

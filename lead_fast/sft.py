@@ -18,11 +18,11 @@ from lead_kernels import linear_logprobs
 
 from . import checkpoint
 from .arithmetic import architecture, build_tokenizer
-from .config import SftConfig, dump, load_config
+from .config import SftConfig, check_parallel, dump, load_config
 from .data import ProblemStream, load_problems, tokenize_prompts
 from .distributed import complaint, start, stop
 from .health import Health
-from .model import Policy, load_model, load_tokenizer, shard
+from .model import Policy, load_model, load_tokenizer, make_policy
 from .optim import learning_rate, make_optimizer, update
 from .packing import Pack, assign, make_pack
 from .release import release
@@ -80,7 +80,8 @@ def pack_loss(policy: Policy, pack: Pack, tokens: int) -> torch.Tensor:
 
 def main(args: list[str] | None = None) -> None:
     c: SftConfig = load_config(args, cls=SftConfig, prog="lead_fast.sft")
-    ranks = start()
+    ranks = start(c.parallel)
+    check_parallel(c.model, c.parallel)
     run = Path(c.output or f"runs/sft-{Path(c.recipe).stem}-{ranks.gather_objects(time.strftime('%Y%m%d-%H%M%S'))[0]}")
     lock = checkpoint.claim(run, c.resume) if ranks.main else None
     if lock:
@@ -92,13 +93,7 @@ def main(args: list[str] | None = None) -> None:
     prompts, solutions = load_examples(c, tokenizer, c.data.train, "train")
     test_prompts, test_solutions = load_examples(c, tokenizer, c.data.test, "test")
     model = new_model(c.seed, len(tokenizer)) if c.from_scratch else load_model(c.model)
-    policy = shard(
-        Policy(model),
-        ranks,
-        c.model.dtype,
-        reshard=c.parallel.reshard,
-        activation_checkpointing=c.model.activation_checkpointing,
-    )
+    policy = make_policy(model, c.model, c.parallel, ranks)
     optimizer = make_optimizer(policy, c.optim)
     lengths = [len(p) + len(s) - 1 for p, s in zip(prompts, solutions, strict=True)]
     test_lengths = [len(p) + len(s) - 1 for p, s in zip(test_prompts, test_solutions, strict=True)]
@@ -108,9 +103,10 @@ def main(args: list[str] | None = None) -> None:
         first = found["step"]
 
     def cut(members: list[int], prompts, solutions, lengths) -> tuple[list[Pack], int]:
-        plan = assign([lengths[i] for i in members], c.parallel.pack_tokens, ranks.world, policy.flops())
-        mine = [[members[i] for i in pack] for pack in plan[ranks.rank]]
-        packs = [make_pack(pack, prompts, solutions, None, ranks.device) for pack in mine]
+        plan = assign([lengths[i] for i in members], c.parallel.pack_tokens, ranks.teams, policy.flops())
+        mine = [[members[i] for i in pack] for pack in plan[ranks.team]]
+        part = (ranks.member, ranks.sequence)
+        packs = [make_pack(pack, prompts, solutions, None, ranks.device, part) for pack in mine]
         return packs, sum(len(solutions[i]) for i in members)
 
     def total(losses: list[torch.Tensor]) -> float:

@@ -32,8 +32,9 @@ from .engine import EngineFailure, Sampling, make_engine
 from .evaluate import evaluate, load_test
 from .health import Health, must_be_finite
 from .loss import check_agreement, needs_gradient, objective, pack_logprobs, policy_loss, reduce_metrics
+from .memory import rehearse
 from .metrics import Metrics, PhaseTimer, read_jsonl
-from .model import Policy, load_policy, load_tokenizer
+from .model import Policy, attention_in_use, load_policy, load_tokenizer
 from .optim import learning_rate, make_optimizer, update
 from .packing import Pack, assign, efficiency, make_pack
 from .release import release
@@ -62,9 +63,13 @@ def train(c: Config, ranks: Ranks, run: Path) -> None:
     place = {p.problem: i for i, p in enumerate(problems)}
     metrics = Metrics(run, total_steps=c.steps, wandb_project=c.wandb or None, enabled=ranks.main)
 
-    policy = load_policy(c.model, ranks, reshard=c.parallel.reshard)
-    reference = load_policy(c.model, ranks, reshard=True).eval() if c.loss.kl_coef else None
+    policy = load_policy(c.model, c.parallel, ranks)
+    sharded = dataclasses.replace(c.parallel, reshard=True)
+    reference = load_policy(c.model, sharded, ranks).eval() if c.loss.kl_coef else None
     optimizer = make_optimizer(policy, c.optim)
+    if ranks.main:
+        print(f"Attention: {attention_in_use(ranks.device, c.model.dtype)}.", flush=True)
+    c = rehearse(policy, reference, optimizer, c, ranks)
     engine = make_engine(c, tokenizer, ranks)
     found = (c.resume and checkpoint.load(run, policy, optimizer, ranks)) or {}
     first, seconds_before = found.get("step", 0), found.get("elapsed_s", 0.0)
@@ -244,20 +249,22 @@ def learn(
     kept_S = lead.kept.repeat_interleave(c.rollout.group_size)
     whole = [len(p) + n - 1 for p, n in zip(prompts, lengths, strict=True)]
     share = len(lengths) // c.optim.updates
-    parts, norms, balance, trained = [], [], [], 0
+    parts, norms, balance, trained, passes = [], [], [], set(), 0
     for at in range(0, len(lengths), share):
         with timer("pack"):
             in_update = torch.zeros_like(kept_S)
             in_update[at : at + share] = True
             o = objective(lead.advantage, lengths, kept_S & in_update, c)
             live = [i for i, moves in enumerate(needs_gradient(o, c)) if moves]
-            plan = assign([whole[i] for i in live], c.parallel.pack_tokens, ranks.world, policy.flops())
+            plan = assign([whole[i] for i in live], c.parallel.pack_tokens, ranks.teams, policy.flops())
             balance.append(efficiency(plan, [whole[i] for i in live], policy.flops()))
-            mine = [[live[i] for i in members] for members in plan[ranks.rank]]
-            packs = [make_pack(members, prompts, responses, logprobs, ranks.device) for members in mine]
-            trained += len(live)
+            mine = [[live[i] for i in members] for members in plan[ranks.team]]
+            part = (ranks.member, ranks.sequence)
+            packs = [make_pack(members, prompts, responses, logprobs, ranks.device, part) for members in mine]
+            trained.update(live)
         with timer("train"):
             recompute = c.loss.old_logprobs == "recompute"
+            passes += len(packs)
             old = [pack_logprobs(policy, p, c.rollout.temperature) if recompute else None for p in packs]
             for at_pack, (pack, old_R) in enumerate(zip(packs, old, strict=True)):
                 progress(at_pack, len(packs))
@@ -285,7 +292,11 @@ def learn(
         "grad_norm": sum(norms) / len(norms),
         "updates_skipped": sum(not math.isfinite(norm) for norm in norms),
         "packing_efficiency": sum(balance) / len(balance),
-        "sequences_skipped": len(lengths) - trained,
+        "packs": passes,
+        "sequences_skipped": len(lengths) - len(trained),
+        "tokens_skipped": sum(n for i, n in enumerate(whole) if i not in trained),
+        "head_rows_skipped": sum(whole[i] - lengths[i] for i in trained),
+        "passes_skipped": passes * ((c.loss.old_logprobs != "recompute") + (reference is None)),
         "groups_dropped": int((~lead.kept).sum()),
     }
 
@@ -428,7 +439,7 @@ def main(args: list[str] | None = None) -> None:
     default, why = pick_recipe()
     c = load_config(args, default_recipe=default)
     named = any(a.split("=")[0] in ("--recipe", "--config") for a in args)
-    ranks = start()
+    ranks = start(c.parallel)
     if ranks.main:
         reason = "as asked" if named else f"{why}; name another with --recipe ({', '.join(names(RECIPES))})"
         print(f"Recipe {c.recipe}: {reason}.", flush=True)

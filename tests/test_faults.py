@@ -201,7 +201,7 @@ def alone():
     """A job of one rank in this process, with a model and an optimiser that has taken a step."""
     ranks = start()
     c = load_config([])
-    policy = load_policy(c.model, ranks, reshard=False)
+    policy = load_policy(c.model, c.parallel, ranks)
     optimizer = make_optimizer(policy, c.optim)
     yield ranks, policy, optimizer
     stop()

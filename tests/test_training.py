@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 
 
-def torchrun(ranks: int, *args: str, cwd: Path = ROOT, timeout: int = 300) -> subprocess.CompletedProcess:
+def torchrun(ranks: int, *args: str, cwd: Path = ROOT, timeout: int = 900) -> subprocess.CompletedProcess:
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *args]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, timeout=timeout)
@@ -113,7 +113,7 @@ from lead_fast.model import load_policy
 from lead_fast.packing import assign, make_pack
 from lead_fast.schema import Score
 
-ranks = start()
+world = start().world
 g = torch.Generator().manual_seed(3)
 draw = lambda most: torch.randint(4, 300, (int(torch.randint(2, most, (1,), generator=g)),), generator=g).tolist()
 groups = [draw(9) for _ in range(4)]
@@ -126,11 +126,15 @@ whole = [len(p) + n - 1 for p, n in zip(prompts, lengths)]
 
 policies = {}
 
-def gradient(args, reshard, prune, shuffle, packs, checkpointing):
-    args = ["--rollout.group_size=4", f"--model.activation_checkpointing={checkpointing}", *args]
-    c = load_config(args)
-    kind = c.model, reshard
-    policy = policies[kind] = policies.get(kind) or load_policy(c.model, ranks, reshard=reshard)
+def gradient(args, reshard, prune, shuffle, packs, checkpointing, sequence=1, replicate=1, offload="none"):
+    c = load_config(["--rollout.group_size=4", f"--model.activation_checkpointing={checkpointing}", *args,
+                     f"--parallel.reshard={reshard}", f"--parallel.sequence={min(sequence, world)}",
+                     f"--parallel.replicate={min(replicate, world)}", f"--parallel.offload={offload}"])
+    kind = c.model, c.parallel
+    if kind not in policies:
+        ranks = start(c.parallel)
+        policies[kind] = ranks, load_policy(c.model, c.parallel, ranks)
+    ranks, policy = policies[kind]
     policy.zero_grad(set_to_none=True)
     lead = advantages([Score(bool(o), None, False, False) for o in outcomes], lengths, c, ranks.device)
     o = objective(lead.advantage, lengths, lead.kept.repeat_interleave(4), c)
@@ -138,14 +142,15 @@ def gradient(args, reshard, prune, shuffle, packs, checkpointing):
     if shuffle:
         live = live[::-1]
     if packs == "budget":
-        plan = assign([whole[i] for i in live], 60, ranks.world, float)
+        plan = assign([whole[i] for i in live], 60, ranks.teams, float)
     else:  # dealt out like cards; with more packs than sequences some are empty
-        hands = packs * ranks.world
+        hands = packs * ranks.teams
         deal = [list(range(len(live)))[h::hands] for h in range(hands)]
-        plan = [deal[r :: ranks.world] for r in range(ranks.world)]
+        plan = [deal[r :: ranks.teams] for r in range(ranks.teams)]
     loss = torch.zeros(())
-    for members in plan[ranks.rank]:
-        pack = make_pack([live[i] for i in members], prompts, responses, behavior, ranks.device)
+    part = ranks.member, ranks.sequence
+    for members in plan[ranks.team]:
+        pack = make_pack([live[i] for i in members], prompts, responses, behavior, ranks.device, part)
         out = policy_loss(policy, pack, o, c)
         out.loss.backward()
         loss += out.loss.detach()
@@ -155,7 +160,7 @@ def gradient(args, reshard, prune, shuffle, packs, checkpointing):
 
 specs = json.loads(sys.argv[1])
 results = {name: gradient(**spec) for name, spec in specs.items()}
-if ranks.main:
+if torch.distributed.get_rank() == 0:
     torch.save(results, sys.argv[2])
 stop()
 """
@@ -170,6 +175,13 @@ CUTS = {
     "by budget, shuffled": {"packs": "budget", "shuffle": True},
     "3 packs, not pruned, resharded, checkpointed": {
         "packs": 3, "prune": False, "reshard": True, "checkpointing": "full"},
+    "3 packs, selectively checkpointed": {"packs": 3, "checkpointing": "selective"},
+    "3 packs, inputs in host memory": {"packs": 3, "checkpointing": "full", "offload": "activations"},
+    "3 packs, 2 copies (HSDP), resharded": {"packs": 3, "replicate": 2, "reshard": True},
+    "3 packs, not pruned, shared by 2 (Ulysses), checkpointed": {
+        "packs": 3, "prune": False, "sequence": 2, "checkpointing": "full"},
+    "1 packs, shared by 2 (Ulysses)": {"sequence": 2},
+    "3 packs, 2 copies, shared by 2, shuffled": {"packs": 3, "replicate": 2, "sequence": 2, "shuffle": True},
 }  # fmt: skip
 WHOLE = "1 packs, pruned"
 MODES = {
@@ -183,7 +195,11 @@ MODES = {
 
 
 CASES = [
-    (m, c) for m in MODES for c in CUTS if m in ("paper", "dapo, groups dropped") or "not pruned" in c or "by" in c
+    (m, c)
+    for m in MODES
+    for c in CUTS
+    if m in ("paper", "dapo, groups dropped") or "not pruned" in c or "by" in c
+    if not (m == "gspo" and "shared" in c)
 ]
 
 

@@ -46,7 +46,7 @@ c = load_config(args)
 tokenizer = load_tokenizer(c.model)
 problems = load_problems("arithmetic:test?n=12&seed=5", split="test")
 problems, prompts = tokenize_prompts(problems, tokenizer, instruction="", max_prompt_tokens=128)
-policy = load_policy(c.model, ranks, reshard=False)
+policy = load_policy(c.model, c.parallel, ranks)
 optimizer = make_optimizer(policy, c.optim)
 engine = VllmEngine(c, tokenizer, ranks)
 

@@ -1,0 +1,138 @@
+"""Room for the largest pack: found, or found wanting, before the first rollout and not after hours.
+
+Legend: T packed tokens.
+"""
+
+import dataclasses
+
+import torch
+
+from .config import Config
+from .distributed import Ranks
+from .loss import Objective, pack_logprobs, policy_loss
+from .model import Policy
+from .packing import Pack, make_pack
+
+GRANULE = 512  # tokens; a budget that was measured is a multiple of it
+SPARE = 0.05  # of a GPU's memory, left to the allocator's gaps and to what NCCL takes
+PROBES = (2048, 6144)  # tokens of the two packs between which memory is a straight line
+SPARED_PACK = 16384  # the budget where there is no GPU to measure
+
+
+def worst_pack(tokens: int, longest: int, ranks: Ranks) -> tuple[Pack, Objective]:
+    """A pack of `tokens` tokens, nearly all of answers, in sequences of at most `longest`, and its objective."""
+    lengths = [longest] * (tokens // longest) + ([tokens % longest] if tokens % longest > 1 else [])
+    lengths = [max(2, n) for n in lengths]
+    answers = [[1] * n for n in lengths]
+    part = (ranks.member, ranks.sequence)
+    pack = make_pack(
+        range(len(lengths)), [[0]] * len(lengths), answers, [[-1.0] * n for n in lengths], ranks.device, part
+    )
+    ones = torch.ones(len(lengths), device=ranks.device)
+    return pack, Objective(ones, ones / tokens)
+
+
+def gradient(policy: Policy, reference: Policy | None, tokens: int, c: Config, ranks: Ranks) -> None:
+    """Everything that a step does with a pack, for the largest one; the gradient is thrown away."""
+    pack, o = worst_pack(tokens, c.data.max_prompt_tokens + c.rollout.max_tokens, ranks)
+    old_R = pack_logprobs(policy, pack, c.rollout.temperature) if c.loss.old_logprobs == "recompute" else None
+    ref_R = pack_logprobs(reference, pack, c.rollout.temperature) if reference else None
+    for _ in range(2):  # the second pass finds gradients in memory
+        policy_loss(policy, pack, o, c, old_R, ref_R).loss.backward()
+
+
+def rehearse(
+    policy: Policy, reference: Policy | None, optimizer: torch.optim.Optimizer, c: Config, ranks: Ranks
+) -> Config:
+    """One worst-case step, so that out-of-memory comes now. Weights and optimiser are afterwards what they were.
+
+    Returns:
+        the configuration, with the measured parallel.pack_tokens where it was 0.
+    Raises:
+        ValueError: it does not fit; the sentence says what to change.
+    """
+    cuda = ranks.device.type == "cuda"
+    tokens = c.parallel.pack_tokens
+    if not tokens and not cuda:
+        tokens = SPARED_PACK
+    asked = c.parallel.rehearse
+    if tokens and (asked == "never" or (asked == "auto" and not cuda)):
+        return dataclasses.replace(c, parallel=dataclasses.replace(c.parallel, pack_tokens=tokens))
+    fresh = not optimizer.state
+    try:
+        if fresh:  # the optimiser's state, by a step that moves nothing
+            _still(policy, optimizer)
+        if not tokens:
+            tokens = _budget(policy, reference, c, ranks)
+        longest = c.data.max_prompt_tokens + c.rollout.max_tokens
+        gradient(policy, reference, max(tokens, longest), c, ranks)
+        policy.to_shards()
+    except (torch.OutOfMemoryError, RuntimeError) as e:
+        if not isinstance(e, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(e):
+            raise
+        sentence = (
+            f"Out of memory in the largest pack a step can meet ({max(tokens, 1):,} tokens budget, longest sequence "
+            f"{c.data.max_prompt_tokens + c.rollout.max_tokens:,}) on rank {ranks.rank}: {remedy(c, tokens, ranks)}."
+        )
+        if not ranks.main:  # another rank's ValueError is not printed
+            print(f"error: {sentence}", flush=True)
+        raise ValueError(sentence) from e
+    finally:
+        optimizer.zero_grad(set_to_none=True)
+        if fresh:
+            optimizer.state.clear()
+        if cuda:
+            torch.cuda.empty_cache()
+    if ranks.main:
+        peak = f", peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB a GPU" if cuda else ""
+        print(f"Rehearsal: a pack of {tokens:,} tokens fits{peak}.", flush=True)
+    return dataclasses.replace(c, parallel=dataclasses.replace(c.parallel, pack_tokens=tokens))
+
+
+def _still(policy: Policy, optimizer: torch.optim.Optimizer) -> None:
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for p in policy.parameters():
+        p.grad = torch.zeros_like(p)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step()
+    for group, lr in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = lr
+
+
+def _budget(policy: Policy, reference: Policy | None, c: Config, ranks: Ranks) -> int:
+    """The most tokens a pack can have, from the peaks of two small ones: memory is a straight line in tokens."""
+    peaks = []
+    for tokens in PROBES:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        gradient(policy, reference, tokens, c, ranks)
+        peaks.append(torch.cuda.max_memory_allocated())
+    free, total = torch.cuda.mem_get_info()
+    own = torch.cuda.memory_reserved()
+    tokens = line_budget(PROBES, (peaks[0], peaks[1]), int(free + own - SPARE * total))
+    least = ranks.all_max(torch.tensor(-float(tokens), device=ranks.device))
+    return max(GRANULE, int(-least.item()))
+
+
+def line_budget(tokens: tuple[int, int], peaks: tuple[int, int], room: int) -> int:
+    """Where the line through two (tokens, peak bytes) meets `room` bytes, rounded down to a GRANULE."""
+    slope = max(1.0, (peaks[1] - peaks[0]) / (tokens[1] - tokens[0]))
+    most = tokens[0] + (room - peaks[0]) / slope
+    return int(most // GRANULE * GRANULE)
+
+
+def remedy(c: Config, tokens: int, ranks: Ranks) -> str:
+    """What to change first so that the largest pack needs less memory."""
+    longest = c.data.max_prompt_tokens + c.rollout.max_tokens
+    if c.model.activation_checkpointing != "full":
+        return "give --model.activation_checkpointing=full"
+    if not c.parallel.reshard:
+        return "give --parallel.reshard=true"
+    if tokens > longest:
+        return f"give --parallel.pack_tokens={longest}, one longest sequence"
+    if c.parallel.sequence < ranks.world:
+        return f"give --parallel.sequence={2 * c.parallel.sequence}, so that ranks share a sequence"
+    if c.parallel.offload == "none":
+        return "give --parallel.offload=both, or a smaller rollout.max_tokens"
+    return "give a smaller rollout.max_tokens, or more GPUs"
