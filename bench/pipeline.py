@@ -79,9 +79,11 @@ def main() -> None:
             return print(f"{name}: {result} is there already.", flush=True)
         print(f"\n== {name}\n{' '.join(command)}", flush=True)
         began = time.monotonic()
-        subprocess.run([sys.executable, "-m", *command], check=True)
-        took[name] = took.get(name, 0.0) + time.monotonic() - began
-        seconds.write_text(json.dumps({k: round(v, 1) for k, v in took.items()}, indent=2) + "\n")
+        try:
+            subprocess.run([sys.executable, "-m", *command], check=True)
+        finally:  # what a stopped step took counts too
+            took[name] = took.get(name, 0.0) + time.monotonic() - began
+            seconds.write_text(json.dumps({k: round(v, 1) for k, v in took.items()}, indent=2) + "\n")
 
     def torchrun(name: str, result: Path, *command: str) -> None:
         resume = (
@@ -107,13 +109,13 @@ def main() -> None:
              f"--data.test={runs}/data/validation/test.jsonl", f"--steps={steps(32)}")  # fmt: skip
     evaluate("sft", f"{runs}/sft")
     rl = ["lead_fast.train", "--recipe=smollm2"]
-    torchrun("stage 1", runs / "stage1" / "final", *rl, f"--model={runs}/sft", *data, f"--steps={steps(16)}")
+    torchrun("stage 1", runs / "stage1" / "final", *rl, f"--model={runs}/sft", *data, f"--steps={steps(12)}")
     evaluate("stage1", f"{runs}/stage1")
     run("selection", runs / "data" / "stage2.parquet", "lead_fast.data", "select", str(data[0].split("=")[1]),
         "--rollouts", f"{runs}/stage1", "--most=0.75", f"--out={runs}/data/stage2.parquet")  # fmt: skip
     torchrun("stage 2", runs / "stage2" / "final", *rl, f"--model={runs}/stage1", "--seed=1",
              f"--data.train={runs}/data/stage2.parquet", "--advantage.length_reward=false",
-             "--reward.repetition=-1.5", f"--steps={steps(8)}")  # fmt: skip
+             "--reward.repetition=-1.5", f"--steps={steps(6)}")  # fmt: skip
     evaluate("stage2", f"{runs}/stage2")
     a.out.mkdir(parents=True, exist_ok=True)
     names = ("base", "sft", "stage1", "stage2")

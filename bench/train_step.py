@@ -8,6 +8,7 @@ implementation runs in a process of its own and in turns with the others; gradie
 No answer is skipped: every advantage is different from 0.
 
     lead-fast   packs of --pack-tokens, no padding, chunked head
+    compiled    the same with --model.compile
     TRL         its own GRPOTrainer's loss, padded as it pads: every micro-batch to the longest of the whole batch
     plain       transformers under FSDP2, micro-batches padded to their own longest, logits of the answers whole
 
@@ -31,7 +32,7 @@ import torch
 from harness import RESULTS, extra_bytes, machine, synchronize, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = ("lead-fast", "TRL", "plain")
+NAMES = ("lead-fast", "compiled", "TRL", "plain")
 CLIP = 0.2
 
 
@@ -99,7 +100,7 @@ class LeadFast(Step):
 
         dtype = "float32" if device == "cpu" else "bfloat16"
         c = load_config([f"--model.path={a.model}", f"--model.dtype={dtype}", "--parallel.reshard=false",
-                         f"--model.compile={a.compile}"])  # fmt: skip
+                         f"--model.compile={a.only == 'compiled'}"])  # fmt: skip
         ranks = start()
         self.policy = load_policy(c.model, c.parallel, ranks)
         self.model, self.optimizer = self.policy.model, make_optimizer(self.policy, c.optim)
@@ -209,7 +210,7 @@ def child(a: argparse.Namespace) -> None:
     """One implementation: its gradient to a file, then times and peak memory of whole steps, as JSON."""
     device = a.device
     x = torch.load(a.answers_file)
-    step: Step = {"lead-fast": LeadFast, "TRL": Trl, "plain": Plain}[a.only](a, x, device)
+    step: Step = {"lead-fast": LeadFast, "compiled": LeadFast, "TRL": Trl, "plain": Plain}[a.only](a, x, device)
     step.gradient()
     torch.save(step.named_grads(), a.gradient_file)
     step.optimizer.step()
@@ -257,7 +258,7 @@ def peak_flops(device: str) -> float:
     for _ in range(5):
         synchronize(device)
         began = time.perf_counter()
-        x @ x
+        torch.mm(x, x)
         synchronize(device)
         best = min(best, time.perf_counter() - began)
     return 2 * n**3 / best

@@ -45,7 +45,7 @@ def test_stages_import_no_stage_but_what_they_build_on():
     may = {
         "schema": set(),
         "config": set(),
-        "distributed": set(),
+        "distributed": {".config"},
         "packing": set(),
         "data": shared | {".arithmetic", ".prepare"},  # prepare only as the command `-m lead_fast.data`
         "reward": shared,
@@ -55,6 +55,7 @@ def test_stages_import_no_stage_but_what_they_build_on():
         "model": shared | {".packing"},
         "loss": shared | {".model", ".packing"},
         "optim": shared | {".model"},
+        "memory": shared | {".loss", ".model", ".packing"},
         "vllm_engine": shared | {".engine", ".model"},
         "sync": shared | {".engine", ".model", ".loss", ".packing"},
         "checkpoint": shared | {".model"},

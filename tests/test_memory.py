@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_training import ROOT, torchrun
 
 from lead_fast.config import check_parallel, load_config
 from lead_fast.memory import GRANULE, line_budget, remedy
 from lead_fast.model import attention_in_use
-from test_training import ROOT, torchrun
 
 SETUP = """
 import json, resource, sys
