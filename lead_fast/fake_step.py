@@ -1,9 +1,9 @@
 """One pack of the real trainer in tensors without memory: what would be alive, and what would be computed and sent.
 
-The trainer's own model, sharding, optimiser and loss run under FakeTensorMode in a fake process group of any size:
-its tensors have shapes and no memory. FSDPMemTracker adds up what would be alive; a second mode counts collectives, FLOPs
-and bytes. Two small depths are run and every number drawn out to the model's depth: between blocks that are alike it
-is a straight line in their number (tests/test_plan.py).
+The trainer's own model, sharding, optimiser and loss run under FakeTensorMode in a fake process group of any size: its
+tensors have shapes and no memory. FSDPMemTracker adds up what would be alive; a second mode counts collectives, FLOPs
+and bytes. Two small depths are run, and every number is drawn out to the model's depth: between blocks that are alike
+it is a straight line in their number (tests/test_plan.py).
 
 Two things differ from a GPU and are put right here. Attention is an operator that holds what flash-attn's does (q, k,
 v, out and the log-sum-exp; in the backward a float32 accumulator of d(q)), as there is no CUDA to trace. Operators that
@@ -26,6 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from transformers import AttentionInterface, AutoModelForCausalLM
 
@@ -199,7 +200,7 @@ class Counter(TorchDispatchMode):
         elif func._overloadpacket in flop_registry:
             self.counts["gemm_flops"] += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
         elif not any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns):
-            flat = torch.utils._pytree.tree_leaves((args, kwargs, out if "empty" not in str(func) else None))
+            flat = tree_leaves((args, kwargs, out if "empty" not in str(func) else None))
             self.counts["moved_bytes"] += sum(x.numel() * x.element_size() for x in flat if torch.is_tensor(x))
         return out
 
@@ -241,7 +242,7 @@ def run_pack(c: Config, shape: Any, ranks: Ranks, lengths: Sequence[int], rows: 
         lengths, rows: tokens of the pack's sequences, and rows of the head.
         on_gpu: attention and chunks as on a GPU, or as on a CPU.
     Returns:
-        bytes under "<segment>/<kind>", counts under the Counter's names (of the weight sync with "sync_" before it),
+        bytes under "<segment>/<kind>", counts under the Counter's names, sync_bytes (the weight sync's all-gathers),
         parameters, and the forward's FLOPs of a sequence of one and of two tokens.
 
     The update is not tracked: clipping and fused AdamW work in place.
@@ -269,7 +270,7 @@ def run_pack(c: Config, shape: Any, ranks: Ranks, lengths: Sequence[int], rows: 
             policy_loss(policy, pack, o, c).loss.backward()
     out = {"parameters": sum(p.numel() for p in policy.parameters())}
     out |= {f"forward_flops_{n}": policy.flops()(n) for n in (1, 2)}
-    out |= {f"sync_{k}": v for k, v in synced.counts.items() if k.startswith("all_gather")} | dict(counter.counts)
+    out |= dict(counter.counts) | {"sync_bytes": synced.counts["all_gather_bytes"]}
     for segment, peak in tracker.peaks.items():
         out |= {f"{segment}/{name}": sum(peak.get(str(getattr(k, "value", k)), 0) for k in kinds)
                 for name, kinds in KINDS.items()}  # fmt: skip
@@ -290,7 +291,7 @@ def track(c: Config, shape: Any, ranks: Ranks, lengths: Sequence[int], rows: int
         return run_pack(c, cut, ranks, lengths, rows, on_gpu)
 
     depth = shape.num_hidden_layers
-    return at(depth) if depth <= max(DEPTHS) else line(*((d, at(d)) for d in DEPTHS), depth)
+    return at(depth) if depth <= max(DEPTHS) else line((DEPTHS[0], at(DEPTHS[0])), (DEPTHS[1], at(DEPTHS[1])), depth)
 
 
 def line(a: tuple[float, Numbers], b: tuple[float, Numbers], x: float) -> Numbers:

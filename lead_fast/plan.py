@@ -275,7 +275,7 @@ def step_time(
         "communication not hidden": exposed_s,
         # norm: 4 bytes a weight read; clipping: 8 read and written; AdamW: 16 read, 12 written
         "optimiser": c.optim.updates * 40 * n["parameters"] / shards / (d.hbm * assumed("copy")),
-        "sync": collective_s("all_gather", n["sync_all_gather_bytes"], 1, shards, shards > NODE, d)
+        "sync": collective_s("all_gather", n["sync_bytes"], 1, shards, shards > NODE, d)
         + assumed("sync_passes") * 2 * n["parameters"] / (d.hbm * assumed("copy")),
     }
     learn_s, step_s, tokens = sum(list(seconds.values())[1:4]), sum(seconds.values()), sum(whole)
@@ -294,7 +294,7 @@ def step_time(
             "all-gather": gathers * n.get("all_gather_bytes", 0.0) / GB,
             "reduce-scatter": packs * n.get("reduce_scatter_bytes", 0.0) / GB,
             "all-reduce": packs * n.get("all_reduce_bytes", 0.0) / GB,
-            "weight sync's all-gather": n["sync_all_gather_bytes"] / GB,
+            "weight sync's all-gather": n["sync_bytes"] / GB,
         },
     }
 
@@ -306,6 +306,11 @@ def with_keys(c: Config, model: dict[str, Any], parallel: dict[str, Any]) -> Con
     return dataclasses.replace(
         c, model=dataclasses.replace(c.model, **model), parallel=dataclasses.replace(c.parallel, **parallel)
     )
+
+
+def settings() -> tuple[str, ...]:
+    """The values of model.activation_checkpointing, from most memory to least."""
+    return get_args(get_type_hints(ModelConfig)["activation_checkpointing"])
 
 
 def plan(c: Config, gpus: int, device: str) -> dict[str, Any]:
@@ -327,7 +332,6 @@ def plan(c: Config, gpus: int, device: str) -> dict[str, Any]:
     check(dataclasses.replace(c, rollout=dataclasses.replace(c.rollout, **neutral)), gpus)
     shape, d, r = shape_of(c.model), DEVICES[device], c.rollout
     longest = min(c.data.max_prompt_tokens, shape.max_position_embeddings) + r.max_tokens - 1
-    settings = get_args(get_type_hints(ModelConfig)["activation_checkpointing"])
     with fake_job(gpus, copies) as ranks:
 
         def search(x: Config) -> tuple[int, dict[int, Numbers]]:
@@ -335,11 +339,11 @@ def plan(c: Config, gpus: int, device: str) -> dict[str, Any]:
                 lambda T: track(x, shape, ranks, [T], T), d.memory_bytes, max(longest, x.parallel.pack_tokens)
             )
 
-        found = {s: search(with_keys(c, {"activation_checkpointing": s}, {})) for s in settings}
+        found = {s: search(with_keys(c, {"activation_checkpointing": s}, {})) for s in settings()}
         most, seen = found[c.model.activation_checkpointing]
         c = with_keys(c, {}, {"pack_tokens": c.parallel.pack_tokens or max(GRANULE, most)})
         worst = max(c.parallel.pack_tokens, longest)
-        n = track(c, shape, ranks, [worst], worst)
+        n = seen.get(worst) or track(c, shape, ranks, [worst], worst)
         low, high = sorted(seen)[0], sorted(seen)[-1]
 
         def at(T: int) -> Numbers:
@@ -365,7 +369,7 @@ def plan(c: Config, gpus: int, device: str) -> dict[str, Any]:
             "device_bytes": d.memory_bytes, "training_bytes": by_kind, "training_peak": moment,
             "generation_bytes": {"parameters and optimiser": trainer, "engine's weights": weights,
                                  "engine beside them": aside("engine_awake"), "key-value cache": kv_bytes},
-            "kv_tokens": kv_bytes / token_bytes,
+            "kv_tokens": kv_bytes / token_bytes, "kv_token_bytes": token_bytes,
             "needs_bytes": needs, "fits": fits, "largest_pack_tokens": {s: b for s, (b, _) in found.items()},
             "traffic_calls_per_pack": {k: n.get(f"{k}_calls", 0.0) for k in COLLECTIVES.values()},
         }  # fmt: skip
@@ -407,11 +411,7 @@ def remedy(
         )
     spare = d.memory_bytes - (out["needs_bytes"]["generation"] - c.rollout.gpu_memory * d.memory_bytes)
     most = math.floor(20 * spare / d.memory_bytes) / 20
-    room = (
-        most * d.memory_bytes
-        - aside("engine_awake")
-        - longest * out["generation_bytes"]["key-value cache"] / out["kv_tokens"]
-    )
+    room = most * d.memory_bytes - aside("engine_awake") - longest * out["kv_token_bytes"]
     if room >= out["generation_bytes"]["engine's weights"]:
         return f"Generation does not fit: give --rollout.gpu_memory={most:g}."
     return (

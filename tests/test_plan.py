@@ -1,0 +1,272 @@
+"""The planner: its memory against a measured step, its arithmetic against hand computations, its advice against itself.
+
+Memory is measured as resident memory of real ranks (VmHWM of a second step, less what is left when the model is gone),
+with malloc told to give every large tensor pages of its own, so that what is freed is gone.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lead_fast import fake_step, plan
+from lead_fast.arithmetic import architecture
+from lead_fast.config import Config, load_config
+from lead_fast.fake_step import KINDS, SEGMENTS, Numbers, fake_job, track
+
+ROOT = Path(__file__).parent.parent
+LENGTHS = [400, 300, 200, 124]  # tokens of the sequences of a pack
+WIDE: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 1280, "num_attention_heads": 8,
+                        "num_key_value_heads": 8, "max_position_embeddings": 16384}  # fmt: skip
+SETTINGS = {"none, gathered once": ("none", "false"), "full, resharded": ("full", "true")}
+
+
+def shape(layers: int) -> Any:
+    wide = architecture(8192)
+    wide.update(WIDE | {"num_hidden_layers": layers, "layer_types": ["full_attention"] * layers})
+    return wide
+
+
+def config(checkpointing: str = "full", reshard: str = "true", *args: str) -> Config:
+    given = [f"--model.activation_checkpointing={checkpointing}", f"--parallel.reshard={reshard}"]
+    return load_config(["--recipe=tiny", *given, *args])
+
+
+def numbers(c: Config, layers: int, tokens: int, on_gpu: bool = True, gpus: int = 8) -> Numbers:
+    with fake_job(gpus, 1) as ranks:
+        return track(c, shape(layers), ranks, [tokens], tokens, on_gpu)
+
+
+MEASURE = """
+import ctypes, gc, json, sys
+from pathlib import Path
+import torch
+from transformers import AutoModelForCausalLM
+from lead_fast.distributed import start, stop
+from lead_fast.loss import Objective, policy_loss
+from lead_fast.model import Policy, shard
+from lead_fast.optim import make_optimizer, update
+from lead_fast.packing import make_pack
+from test_plan import LENGTHS, SETTINGS, config, shape
+
+def resident(field):
+    return next(1024 * int(x.split()[1]) for x in open("/proc/self/status") if x.startswith(field + ":"))
+
+def give_back():
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+ranks = start()
+found = {}
+for name, setting in SETTINGS.items():
+    c = config(*setting)
+    model = AutoModelForCausalLM.from_config(shape(8), dtype=torch.float32)
+    policy = shard(Policy(model), ranks, c.model.dtype, reshard=c.parallel.reshard,
+                   activation_checkpointing=c.model.activation_checkpointing)
+    del model
+    optimizer = make_optimizer(policy, c.optim)
+    answers = [[7] * (n - 1) for n in LENGTHS]
+    logprobs = [[-9.0] * len(a) for a in answers]
+    pack = make_pack(range(len(LENGTHS)), [[5, 6]] * len(LENGTHS), answers, logprobs, ranks.device)
+    assert pack.lengths == LENGTHS
+    o = Objective(torch.ones(len(LENGTHS)), torch.full((len(LENGTHS),), 1e-3))
+    for step in range(2):
+        give_back()
+        Path("/proc/self/clear_refs").write_text("5")
+        for _ in range(2):
+            policy_loss(policy, pack, o, c).loss.backward()
+        update(policy, optimizer, 1e-6, 1.0)
+    top = resident("VmHWM")
+    del policy, optimizer, pack, o
+    give_back()
+    found[name] = top - resident("VmRSS")
+if ranks.main:
+    Path(sys.argv[1]).write_text(json.dumps(found))
+stop()
+"""
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory) -> dict[str, int]:
+    """Bytes that a step of 25 million parameters takes on each of two ranks, by setting."""
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        pytest.skip("no peak of resident memory here")
+    folder = tmp_path_factory.mktemp("measured")
+    (folder / "measure.py").write_text(MEASURE)
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests")))
+    env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(folder / "measure.py"), str(folder / "found.json")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "found.json").read_text())
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_predicted_memory_is_within_a_tenth_of_a_measured_step(measured, name):
+    with fake_job(2, 1) as ranks:
+        n = track(config(*SETTINGS[name]), shape(8), ranks, LENGTHS, sum(LENGTHS) - len(LENGTHS), on_gpu=False)
+    kinds = plan.peak(n)[1]
+    predicted = sum(kinds.values())
+    assert abs(predicted / measured[name] - 1) < 0.1, (kinds, measured[name])
+    for forgotten in ("optimiser", "activations"):
+        assert abs((predicted - kinds[forgotten]) / measured[name] - 1) > 0.1, f"{forgotten} would not be missed"
+
+
+@pytest.mark.parametrize("reshard", ["true", "false"])
+@pytest.mark.parametrize("checkpointing", plan.settings())
+@pytest.mark.parametrize("tokens", [256, 4096])
+def test_two_depths_tell_what_the_whole_depth_would(monkeypatch, checkpointing, reshard, tokens):
+    c = config(checkpointing, reshard, "--model.dtype=bfloat16")
+    drawn = numbers(c, 7, tokens)
+    monkeypatch.setattr(fake_step, "DEPTHS", (7, 8))
+    whole = numbers(c, 7, tokens)
+    assert drawn == pytest.approx(whole, rel=1e-6)
+
+
+def test_traffic_of_a_pack_is_the_closed_form():
+    block, root = 4 * 512 * 512 + 3 * 512 * 1280 + 3 * 512 + 2 * 512, 8192 * 512 + 512  # with q, k, v biases and norms
+    n = numbers(config("full", "true", "--model.dtype=bfloat16"), 4, 512)
+    assert n["parameters"] == 4 * block + root
+    assert n["all_gather_calls"] == 2 * 4 + 1 and n["all_gather_bytes"] == 2 * (2 * 4 * block + root)
+    assert n["reduce_scatter_calls"] == 4 + 1 and n["reduce_scatter_bytes"] == 4 * (4 * block + root)
+    assert n["sync_bytes"] == 2 * (4 * block + root)
+    once = numbers(config("full", "false", "--model.dtype=bfloat16"), 4, 512)
+    assert once["all_gather_bytes"] == 2 * (4 * block + root)
+    assert once["reduce_scatter_bytes"] == n["reduce_scatter_bytes"]
+
+
+def test_flops_of_a_pack_are_the_closed_form():
+    blocks, head, T = 4 * (4 * 512 * 512 + 3 * 512 * 1280), 8192 * 512, 512
+    assert numbers(config("none"), 4, T)["gemm_flops"] == 6 * T * (blocks + head)
+    full = numbers(config("full"), 4, T)
+    last = 512 * 1280  # recomputing stops before a block's last product, whose result nobody needs
+    assert full["gemm_flops"] == T * (8 * blocks - 2 * 4 * last + 6 * head)
+    assert full["attention_forward_calls"] == 8 and full["attention_backward_calls"] == 4
+
+
+def test_reshard_frees_the_gathered_blocks():
+    block = 4 * 512 * 512 + 3 * 512 * 1280 + 3 * 512 + 2 * 512
+    gathered = {
+        (reshard, layers): numbers(config("full", reshard, "--model.dtype=bfloat16"), layers, 512)[
+            "forward/gathered parameters"
+        ]
+        for reshard in ("true", "false")
+        for layers in (4, 6)
+    }
+    assert gathered["false", 6] - gathered["false", 4] == 2 * 2 * block
+    assert gathered["true", 6] == gathered["true", 4] <= gathered["false", 4] - 2 * block
+
+
+def test_a_budget_fits_and_a_granule_more_does_not():
+    c = config("none", "true", "--model.dtype=bfloat16")
+
+    def tracked(tokens: int) -> Numbers:
+        return numbers(c, 3, tokens)
+
+    limit = plan.training_bytes(tracked(10_000))
+    most, seen = plan.budget(tracked, limit, 4096)
+    assert most % plan.GRANULE == 0 and most in seen and 9_000 < most <= 10_000
+    assert plan.training_bytes(tracked(most)) <= limit < plan.training_bytes(tracked(most + plan.GRANULE))
+    assert plan.budget(tracked, plan.aside("context"), 4096)[0] == 0
+
+
+def test_mfu_by_hand():
+    N, L, D = 1000, 3, 10
+    lengths = [5, 7]
+    found = plan.mfu(lengths, lambda n: 2 * N * n + 2 * L * D * n * n, 2.0, 4, plan.DEVICES["h100"])
+    causal = sum((6 * N + 6 * L * D * n) * n for n in lengths)
+    torchtitan = sum((6 * N + 12 * L * D * n) * n for n in lengths)
+    assert found == pytest.approx({k: v / (2.0 * 4 * 989e12) for k, v in
+                                   {"causal": causal, "torchtitan": torchtitan}.items()})  # fmt: skip
+
+
+def test_seconds_of_a_collective_and_of_generation():
+    d = plan.DEVICES["h100"]
+    near = plan.collective_s("all_gather", 8e9, 0, 8, False, d)
+    assert near == pytest.approx(7e9 / (450e9 * plan.assumed("collective")))
+    assert plan.collective_s("all_reduce", 8e9, 0, 8, True, d) == pytest.approx(2 * near * 450 / 50)
+    assert plan.collective_s("all_gather", 8e9, 9, 1, False, d) == 0
+    one, two, waves = (plan.decode_s([64] * n, 2, 1e9, 1e5, d) for n in (1, 2, 4))
+    assert one < two < 1.1 * one and waves == pytest.approx(2 * two)
+
+
+@pytest.fixture
+def model(tmp_path) -> str:
+    shape(6).save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def asked(model: str, *args: str) -> Config:
+    return config("none", "false", f"--model={model}", "--model.dtype=bfloat16", "--rollout.max_tokens=2048",
+                  "--parallel.pack_tokens=16384", *args)  # fmt: skip
+
+
+def test_what_does_not_fit_fits_with_the_remedy(monkeypatch, model):
+    small = dataclasses.replace(plan.DEVICES["h100"], memory_bytes=6 * plan.GIB)
+    monkeypatch.setitem(plan.DEVICES, "small", small)
+    monkeypatch.setitem(plan.ASSUMPTIONS, "engine_awake", (1.0, "for this test"))
+    p = plan.plan(asked(model), 2, "small")
+    assert p["fits"] == {"loading": True, "training": False, "generation": True, "key-value cache": True}
+    keys = [word.rstrip(".") for word in p["remedy"].split() if word.startswith("--")]
+    assert keys == [f"--parallel.pack_tokens={p['largest_pack_tokens']['none']}"]
+    assert plan.plan(asked(model, *keys), 2, "small")["remedy"] is None
+    tight = plan.plan(asked(model, *keys, "--rollout.gpu_memory=0.9"), 2, "small")
+    assert "give --rollout.gpu_memory=0." in tight["remedy"] and not tight["fits"]["generation"]
+
+
+def test_the_command_prints_and_writes_the_same(capsys, model, tmp_path):
+    out = tmp_path / "plan.json"
+    args = [
+        "--recipe=tiny",
+        f"--model={model}",
+        "--gpus=16",
+        "--device=a100",
+        f"--json={out}",
+        "--model.dtype=bfloat16",
+    ]
+    assert plan.main(args) == 0
+    said, wrote = capsys.readouterr().out, json.loads(out.read_text())
+    assert "It fits." in said and all(kind in said for kind in KINDS)
+    assert all(f"    {name} " in said for name in plan.ASSUMPTIONS)
+    assert wrote["remedy"] is None and wrote["gpus"] == 16 and set(wrote["largest_pack_tokens"]) == set(plan.settings())
+    assert wrote["training_peak"] in SEGMENTS
+    assert sum(wrote["seconds"].values()) == pytest.approx(wrote["step_s"])
+    share = wrote["mfu"]["training"]["causal"]
+    assert 0 < share < wrote["mfu"]["training"]["torchtitan"] < 1 and wrote["mfu"]["step"]["causal"] < share
+
+
+MISTAKES = [
+    (["--device=b300"], "--device is 'b300', which is not known: give one of h100"),
+    (["--gpus=12"], "--gpus is 12: give up to 8, or a multiple of 8"),
+    (["--gpus=0"], "--gpus is 0"),
+    (["--gpus=many"], "--gpus is 'many': give a number"),
+    (["--gpus=24"], "rollout.problems is 32, which 24 ranks cannot share evenly"),
+    (["--rollout.engine=vllm", "--rollout.tensor_parallel=3"], "rollout.tensor_parallel is 3, which does not divide 8"),
+    (["--model=runs/nowhere"], "The shape of model.path runs/nowhere is not known here: give a folder"),
+    (["--json=nowhere/plan.json"], "--json nowhere/plan.json: give a path in a folder that exists"),
+    (["--parallel.packtokens=3"], "did you mean parallel.pack_tokens"),
+]
+
+
+@pytest.mark.parametrize("args, says", MISTAKES, ids=[m[0][0] for m in MISTAKES])
+def test_a_mistake_gets_one_sentence(monkeypatch, args, says):
+    def no_hub(*args: Any, **kwargs: Any) -> None:
+        raise OSError("no hub here")
+
+    monkeypatch.setattr(plan.AutoConfig, "from_pretrained", no_hub)
+    with pytest.raises(ValueError) as e:
+        plan.main(args)
+    assert says in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_mistake_ends_the_command_with_that_sentence():
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    command = [sys.executable, "-m", "lead_fast.plan", "--device=b300"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=300)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: --device is 'b300'")
