@@ -87,9 +87,8 @@ def plan_attention(lengths: Sequence[int], on_gpu: bool) -> Callable:
             place = where.new_empty(sum(lengths[i] for i in group))
             index.append((where, (place, place)))
             del real
-        return packed_attention(
-            module, query, key, value, attention_mask, dropout, scaling, sdpa_index=index, **kw
-        )  # fmt: skip
+        kw["sdpa_index"] = index
+        return packed_attention(module, query, key, value, attention_mask, dropout, scaling, **kw)
 
     return attend
 
@@ -251,8 +250,7 @@ def run_pack(c: Config, shape: Any, ranks: Ranks, lengths: Sequence[int], rows: 
     with FakeTensorMode():
         policy = FakePolicy(AutoModelForCausalLM.from_config(shape, dtype=torch.float32))
         policy.model.set_attn_implementation("lead_plan")
-        checkpointing = c.model.activation_checkpointing
-        shard(policy, ranks, c.model.dtype, reshard=c.parallel.reshard, activation_checkpointing=checkpointing)
+        shard(policy, ranks, c.model, c.parallel)
         optimizer = make_optimizer(policy, c.optim)
         for p in policy.parameters():
             p.grad = torch.empty_like(p)

@@ -15,9 +15,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed._composable.checkpoint_activation import checkpoint
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from .config import ModelConfig, ParallelConfig
@@ -139,7 +138,6 @@ def heads_to_tokens(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     return parts.transpose(0, 1).reshape(1, T // n, n * mine, K)
 
 
-@torch.compiler.disable
 def packed_attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -216,7 +214,7 @@ def attention_in_use(device: torch.device, dtype: str) -> str:
     return _flash()[0] or "torch's varlen_attn"
 
 
-AttentionInterface.register("lead_packed", packed_attention)
+AttentionInterface.register("lead_packed", torch.compiler.disable(packed_attention))  # type: ignore
 
 
 # ------------------------------------------------------------------------------------------------------------- policy
@@ -296,7 +294,7 @@ def shard(policy: Policy, ranks: Ranks, model: ModelConfig, parallel: ParallelCo
     """FSDP2 around every block and the whole: fp32 masters, compute in `dtype`, reduction in fp32, sums not means.
 
     Gradients are summed over ranks, not averaged: the loss already carries its global denominators. The order is
-    checkpointing, compilation, sharding. Embedding, last norm and head are the outermost unit: gathered once a pack (or
+    compilation, checkpointing, sharding. Embedding, last norm and head are the outermost unit: gathered once a pack (or
     once a step without reshard) and there for all chunks of the head.
     """
     in_host_memory = parallel.offload in ("optimizer", "both")
@@ -306,20 +304,20 @@ def shard(policy: Policy, ranks: Ranks, model: ModelConfig, parallel: ParallelCo
     if model.liger and ranks.device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
         _patch_by_liger(policy.model)
     for block in blocks:
-        if model.activation_checkpointing == "full":
-            checkpoint(block, preserve_rng_state=False)
-        elif model.activation_checkpointing == "selective":
-            contexts = partial(create_selective_checkpoint_contexts, _keep)
-            checkpoint(block, preserve_rng_state=False, context_fn=contexts)
-        if model.compile:  # under the hooks of checkpointing and FSDP, which stay as they are
+        if model.compile:
             block.forward = torch.compile(block.forward, dynamic=True)
+        if model.activation_checkpointing != "none":  # around forward, not the module: FSDP's hooks must not run again
+            kw: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+            if model.activation_checkpointing == "selective":
+                kw["context_fn"] = partial(create_selective_checkpoint_contexts, _keep)
+            block.forward = partial(checkpoint, block.forward, **kw)
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)  # outputs stay as they are
     precision = half if model.dtype == "bfloat16" else MixedPrecisionPolicy()
-    kw: dict[str, Any] = {"mesh": ranks.mesh, "mp_policy": precision}
-    kw["offload_policy"] = CPUOffloadPolicy() if in_host_memory else OffloadPolicy()
+    where: dict[str, Any] = {"mesh": ranks.mesh, "mp_policy": precision}
+    where["offload_policy"] = CPUOffloadPolicy() if in_host_memory else OffloadPolicy()
     for block in blocks:
-        fully_shard(block, reshard_after_forward=parallel.reshard, **kw)
-    fully_shard(policy, reshard_after_forward=False, **kw)
+        fully_shard(block, reshard_after_forward=parallel.reshard, **where)
+    fully_shard(policy, reshard_after_forward=False, **where)
     for block, following in zip(blocks, blocks[1:], strict=False):
         block.set_modules_to_forward_prefetch([following])
     for module in policy.modules():

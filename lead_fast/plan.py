@@ -5,7 +5,8 @@
 Memory, traffic and work are those of the trainer itself, run without memory (lead_fast/fake_step.py), for a pack of
 parallel.pack_tokens or the longest sequence, whichever is more. Seconds rest on the table ASSUMPTIONS. Training and
 generation do not coincide: vLLM sleeps (level 2) while the policy trains. It ends with code 1, and says what to change,
-where a run does not fit. Not counted: a reference model (loss.kl_coef) and a pass that recomputes old log-probs.
+where a run does not fit. Not counted: a reference model (loss.kl_coef), a pass that recomputes old log-probs, and what
+model.compile and model.liger save. Ranks that share a pack (parallel.sequence) hold and compute its share each.
 """
 
 import argparse
@@ -227,7 +228,7 @@ def step_time(
         at: numbers of a pack of T tokens.
         kv_bytes: of an engine's key-value cache on a GPU.
     """
-    n, copies, r = at(c.parallel.pack_tokens), getattr(c.parallel, "replicate", 1), c.rollout
+    n, copies, together, r = at(c.parallel.pack_tokens), c.parallel.replicate, c.parallel.sequence, c.rollout
     shards, width = gpus // copies, shape.num_attention_heads * head_dim(shape)
     quadratic = (n["forward_flops_2"] - 2 * n["forward_flops_1"]) / 2
     said = answers(c)
@@ -240,7 +241,7 @@ def step_time(
         x = at(max(1, sum(members)))
         calls = 2 * x["attention_forward_calls"] + 5 * x["attention_backward_calls"]
         attention = calls * width * sum(t * t for t in members)
-        products = x["gemm_flops"] / assumed("gemm") + attention / assumed("attention")
+        products = x["gemm_flops"] / assumed("gemm") + attention / together / assumed("attention")
         return products / d.flops + x["moved_bytes"] / (d.hbm * assumed("copy"))
 
     def traffic_s(kind: str, what: str = "bytes") -> float:
@@ -248,19 +249,26 @@ def step_time(
         ranks = copies if kind == "all_reduce" else shards
         return collective_s(kind, size, calls, ranks, kind == "all_reduce" or shards > NODE, d)
 
+    def exchange_s(members: Sequence[int]) -> float:
+        """Ulysses: q, k, v and out of every block change hands, forward, backward and where they are computed again."""
+        passes = 2 + (c.model.activation_checkpointing != "none")
+        size = 4 * 2 * width * shape.num_hidden_layers * sum(members) / together
+        return passes * size * (together - 1) / together / (d.nvlink * assumed("collective"))
+
     train_s = exposed_s = ideal_s = 0.0
     packs = gathers = 0
     share = len(whole) // c.optim.updates
     for first in range(0, len(whole), share):
         part = whole[first : first + share]
-        plan = assign(part, c.parallel.pack_tokens, gpus, cost)
+        plan = assign(part, c.parallel.pack_tokens, gpus // together, cost)
         for m in range(len(plan[0])):  # collectives keep ranks in step: the slowest pack counts
             work = [compute_s([part[i] for i in rank[m]]) for rank in plan]
             gathered = c.parallel.reshard or m == 0
             kinds = ["reduce_scatter", "all_reduce", *(["all_gather"] if gathered else [])]
-            train_s, ideal_s = train_s + max(work), ideal_s + sum(work) / gpus
+            train_s, ideal_s = train_s + max(work), ideal_s + sum(work) / len(work)
             first_and_last = sum(traffic_s(k, "largest") for k in kinds)
             exposed_s += max(first_and_last, sum(map(traffic_s, kinds)) - max(work))
+            exposed_s += max(exchange_s([part[i] for i in rank[m]]) for rank in plan)
             packs, gathers = packs + 1, gathers + gathered
     tp = r.tensor_parallel
     token_bytes = kv_token_bytes(shape) / tp
@@ -324,8 +332,12 @@ def plan(c: Config, gpus: int, device: str) -> dict[str, Any]:
         raise ValueError(f"--device is {device!r}, which is not known: give one of {', '.join(DEVICES)}.")
     if gpus < 1 or (gpus > NODE and gpus % NODE):
         raise ValueError(f"--gpus is {gpus}: give up to {NODE}, or a multiple of {NODE}.")
-    copies = getattr(c.parallel, "replicate", 1)
-    for name, parts in {"parallel.replicate": copies, "rollout.tensor_parallel": c.rollout.tensor_parallel}.items():
+    copies, together = c.parallel.replicate, c.parallel.sequence
+    if c.parallel.offload != "none":
+        raise ValueError(f"parallel.offload is {c.parallel.offload}, whose memory is not predicted: plan with none.")
+    c = with_keys(c, {"compile": False}, {})
+    shared = {"parallel.replicate": copies, "parallel.sequence": together}
+    for name, parts in (shared | {"rollout.tensor_parallel": c.rollout.tensor_parallel}).items():
         if parts < 1 or gpus % parts:
             raise ValueError(f"{name} is {parts}, which does not divide {gpus} GPUs: give a divisor of {gpus}.")
     neutral = {"engine": "auto", "tensor_parallel": 1, "extra_problems": 0}  # vLLM need not be installed here
@@ -334,16 +346,18 @@ def plan(c: Config, gpus: int, device: str) -> dict[str, Any]:
     longest = min(c.data.max_prompt_tokens, shape.max_position_embeddings) + r.max_tokens - 1
     with fake_job(gpus, copies) as ranks:
 
+        def tracked(x: Config, T: int) -> Numbers:
+            mine = -(-T // together)
+            return track(x, shape, ranks, [mine], mine)
+
         def search(x: Config) -> tuple[int, dict[int, Numbers]]:
-            return budget(
-                lambda T: track(x, shape, ranks, [T], T), d.memory_bytes, max(longest, x.parallel.pack_tokens)
-            )
+            return budget(lambda T: tracked(x, T), d.memory_bytes, max(longest, x.parallel.pack_tokens))
 
         found = {s: search(with_keys(c, {"activation_checkpointing": s}, {})) for s in settings()}
         most, seen = found[c.model.activation_checkpointing]
         c = with_keys(c, {}, {"pack_tokens": c.parallel.pack_tokens or max(GRANULE, most)})
         worst = max(c.parallel.pack_tokens, longest)
-        n = seen.get(worst) or track(c, shape, ranks, [worst], worst)
+        n = seen.get(worst) or tracked(c, worst)
         low, high = sorted(seen)[0], sorted(seen)[-1]
 
         def at(T: int) -> Numbers:
