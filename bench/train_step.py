@@ -271,7 +271,7 @@ def main() -> None:
     p.add_argument("--median", type=float, default=48, help="of an answer, tokens")
     p.add_argument("--longest", type=int, default=512, help="answers are cut there, tokens")
     p.add_argument("--micro-batch", type=int, default=8, help="rows of a padded micro-batch")
-    p.add_argument("--pack-tokens", type=int, default=1024)
+    p.add_argument("--pack-tokens", type=int, default=640)
     p.add_argument("--hidden", type=int, default=512)
     p.add_argument("--layers", type=int, default=8)
     p.add_argument("--turns", type=int, default=2, help="processes of each implementation")

@@ -23,7 +23,8 @@ ROOT = Path(__file__).parent.parent
 LENGTHS = [400, 300, 200, 124]  # tokens of the sequences of a pack
 WIDE: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 1280, "num_attention_heads": 8,
                         "num_key_value_heads": 8, "max_position_embeddings": 16384}  # fmt: skip
-SETTINGS = {"none, gathered once": ("none", "false"), "full, resharded": ("full", "true")}
+SETTINGS = {"none, gathered once": ("none", "false"), "full, resharded": ("full", "true"),
+            "selective, resharded": ("selective", "true")}  # fmt: skip
 
 
 def shape(layers: int) -> Any:
@@ -66,8 +67,7 @@ found = {}
 for name, setting in SETTINGS.items():
     c = config(*setting)
     model = AutoModelForCausalLM.from_config(shape(8), dtype=torch.float32)
-    policy = shard(Policy(model), ranks, c.model.dtype, reshard=c.parallel.reshard,
-                   activation_checkpointing=c.model.activation_checkpointing)
+    policy = shard(Policy(model), ranks, c.model, c.parallel)
     del model
     optimizer = make_optimizer(policy, c.optim)
     answers = [[7] * (n - 1) for n in LENGTHS]
