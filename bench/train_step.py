@@ -12,6 +12,12 @@ No answer is skipped: every advantage is different from 0.
     TRL         its own GRPOTrainer's loss, padded as it pads: every micro-batch to the longest of the whole batch
     plain       transformers under FSDP2, micro-batches padded to their own longest, logits of the answers whole
 
+With --bare there is no FSDP, no optimiser and no TRL: weights and gradients alone, in bfloat16 on a GPU, so that the
+whole 14B fits one H200:
+
+    python bench/train_step.py --bare --shape qwen2.5-14b --answers 2 --median 1e9 --longest 8192 --micro-batch 1
+        --pack-tokens 8192 --checkpointing selective      (and --longest 14336; without communication)
+
 Tokens/s counts real tokens. MFU is against a bare matrix product timed in the same run, with causal attention
 (6 N + 6 L D n a token of a sequence of n) and as torchtitan counts it (12 L D n).
 
@@ -36,8 +42,18 @@ NAMES = ("lead-fast", "compiled", "TRL", "plain")
 CLIP = 0.2
 
 
-def make_model(folder: Path, hidden: int, layers: int) -> int:
-    """The embedded model's architecture, wider and with new weights, in `folder`; returns its parameters."""
+QWEN_14B = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 48, "num_attention_heads": 40,
+            "num_key_value_heads": 8, "vocab_size": 152064, "tie_word_embeddings": False,
+            "max_position_embeddings": 32768}  # fmt: skip
+
+
+def make_model(folder: Path, a: argparse.Namespace) -> dict[str, int]:
+    """The embedded model's architecture, wider and with new weights, in `folder`; only its shape with --bare.
+
+    Returns:
+        parameters, hidden, layers and vocabulary.
+    """
+    hidden, layers = a.hidden, a.layers
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     from lead_fast.arithmetic import architecture, build_tokenizer
@@ -48,11 +64,29 @@ def make_model(folder: Path, hidden: int, layers: int) -> int:
     base |= {"hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers,
              "num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 64,
              "max_position_embeddings": 32768}  # fmt: skip
+    if a.shape == "qwen2.5-14b":
+        base |= QWEN_14B
+    config = Qwen2Config(**base)
+    with torch.device("meta" if a.bare else "cpu"):
+        torch.manual_seed(0)
+        model = Qwen2ForCausalLM(config)
+    if a.bare:
+        config.save_pretrained(folder)
+    else:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return {"parameters": sum(p.numel() for p in model.parameters()), "hidden": config.hidden_size,
+            "layers": config.num_hidden_layers}  # fmt: skip
+
+
+def bare_model(a: argparse.Namespace, device: str) -> Any:
+    """The shape in `a.model` with weights from a seed, made where they are used."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(**base))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return sum(p.numel() for p in model.parameters())
+    with torch.device(device):
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(a.model), dtype=dtype)
 
 
 def make_answers(a: argparse.Namespace, vocabulary: int) -> dict[str, Any]:
@@ -76,14 +110,17 @@ class Step:
     """What each implementation does: gradient of the batch, then the optimiser."""
 
     model: Any
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer | None = None
 
     def gradient(self) -> None:
         raise NotImplementedError
 
     def named_grads(self) -> dict[str, torch.Tensor]:
         out = {}
-        for name, p in self.model.named_parameters():
+        every = list(self.model.named_parameters())
+        for name, p in (
+            every if len(every) < 300 else every[2:20] + every[-20:-1]
+        ):  # of a large model its first and last
             grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
             out[name] = grad.float().cpu()
         return out
@@ -94,16 +131,22 @@ class LeadFast(Step):
         from lead_fast.config import load_config
         from lead_fast.distributed import start
         from lead_fast.loss import objective, policy_loss
-        from lead_fast.model import load_policy
+        from lead_fast.model import Policy, load_policy, prepare_blocks
         from lead_fast.optim import make_optimizer
         from lead_fast.packing import assign, make_pack
 
         dtype = "float32" if device == "cpu" else "bfloat16"
         c = load_config([f"--model.path={a.model}", f"--model.dtype={dtype}", "--parallel.reshard=false",
-                         f"--model.compile={a.only == 'compiled'}"])  # fmt: skip
+                         f"--model.compile={a.only == 'compiled'}",
+                         f"--model.activation_checkpointing={a.checkpointing}"])  # fmt: skip
         ranks = start()
-        self.policy = load_policy(c.model, c.parallel, ranks)
-        self.model, self.optimizer = self.policy.model, make_optimizer(self.policy, c.optim)
+        if a.bare:
+            self.policy = Policy(bare_model(a, device))
+            prepare_blocks(self.policy, c.model, ranks.device)
+        else:
+            self.policy = load_policy(c.model, c.parallel, ranks)
+            self.optimizer = make_optimizer(self.policy, c.optim)
+        self.model = self.policy.model
         lengths = [len(r) for r in x["responses"]]
         o = objective(torch.tensor(x["advantages"], device=device), lengths,
                       torch.ones(len(lengths), dtype=torch.bool, device=device), c)  # fmt: skip
@@ -180,6 +223,16 @@ class Plain(Step):
         from lead_fast.distributed import start
 
         ranks = start()
+        self.rows = len(x["prompts"])
+        self.micro = [
+            {k: v.to(device) for k, v in batch(x, list(range(i, min(i + a.micro_batch, self.rows)))).items()}
+            for i in range(0, self.rows, a.micro_batch)
+        ]
+        if a.bare:
+            self.model = bare_model(a, device).train()
+            if a.checkpointing != "none":
+                self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            return
         half = MixedPrecisionPolicy(torch.float32 if device == "cpu" else torch.bfloat16, torch.float32)
         model: Any = AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32)
         model.to(device)
@@ -187,11 +240,6 @@ class Plain(Step):
             fully_shard(block, mesh=ranks.mesh, mp_policy=half)
         self.model = fully_shard(model, mesh=ranks.mesh, mp_policy=half).train()
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-        self.rows = len(x["prompts"])
-        self.micro = [
-            {k: v.to(device) for k, v in batch(x, list(range(i, min(i + a.micro_batch, self.rows)))).items()}
-            for i in range(0, self.rows, a.micro_batch)
-        ]
 
     def gradient(self) -> None:
         for b in self.micro:
@@ -213,8 +261,13 @@ def child(a: argparse.Namespace) -> None:
     step: Step = {"lead-fast": LeadFast, "compiled": LeadFast, "TRL": Trl, "plain": Plain}[a.only](a, x, device)
     step.gradient()
     torch.save(step.named_grads(), a.gradient_file)
-    step.optimizer.step()
-    step.optimizer.zero_grad(set_to_none=True)
+
+    def update() -> None:
+        if step.optimizer:
+            step.optimizer.step()
+        step.model.zero_grad(set_to_none=True)
+
+    update()
     synchronize(device)
 
     def whole() -> dict[str, float]:
@@ -223,8 +276,7 @@ def child(a: argparse.Namespace) -> None:
         step.gradient()
         synchronize(device)
         middle = time.perf_counter()
-        step.optimizer.step()
-        step.optimizer.zero_grad(set_to_none=True)
+        update()
         synchronize(device)
         ended = time.perf_counter()
         return {"gradient_s": middle - began, "optimizer_s": ended - middle, "seconds": ended - began}
@@ -237,7 +289,8 @@ def child(a: argparse.Namespace) -> None:
 
 
 def call(a: argparse.Namespace, name: str, folder: Path) -> list[dict[str, float]]:
-    args = [f"--{k.replace('_', '-')}={v}" for k, v in vars(a).items() if v is not None and k != "out"]
+    args = [f"--{k.replace('_', '-')}={v}" for k, v in vars(a).items() if v is not None and k not in ("out", "bare")]
+    args += ["--bare"] * a.bare
     gradient = folder / f"{name}.pt"
     done = subprocess.run(
         [sys.executable, "-W", "ignore", __file__, *args, f"--only={name}", f"--gradient-file={gradient}"],
@@ -274,6 +327,11 @@ def main() -> None:
     p.add_argument("--pack-tokens", type=int, default=640)
     p.add_argument("--hidden", type=int, default=512)
     p.add_argument("--layers", type=int, default=8)
+    p.add_argument("--bare", action="store_true", help="weights and gradients alone: no FSDP, no optimiser")
+    p.add_argument("--shape", default="embedded", choices=["embedded", "qwen2.5-14b"])
+    p.add_argument(
+        "--checkpointing", default="none", choices=["none", "selective", "full"], help="plain knows full only"
+    )
     p.add_argument("--turns", type=int, default=2, help="processes of each implementation")
     p.add_argument("--steps", type=int, default=3, help="timed steps of each process")
     p.add_argument("--out", type=Path, help="JSON; bench/results/train-step-<device>.json")
@@ -288,7 +346,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         a.model, a.answers_file = folder / "model", folder / "answers.pt"
-        N = make_model(a.model, a.hidden, a.layers)
+        sizes = make_model(a.model, a)
+        N = sizes["parameters"]
         x = make_answers(a, vocabulary=400)
         torch.save(x, a.answers_file)
         lengths = [len(p) + len(r) for p, r in zip(x["prompts"], x["responses"], strict=True)]
@@ -297,7 +356,8 @@ def main() -> None:
         print(f"{about['device']}: {N / 1e6:.1f}M parameters, {a.answers} answers, {real:,} tokens, padded to the "
               f"longest {a.answers * rows:,}")  # fmt: skip
         peak = peak_flops(a.device)
-        times: dict[str, list[dict[str, float]]] = {n: [] for n in NAMES}
+        left_out = ["TRL"] * a.bare + ["compiled"] * (a.checkpointing == "selective")  # the two do not go together
+        times: dict[str, list[dict[str, float]]] = {n: [] for n in NAMES if n not in left_out}
         for _ in range(a.turns):
             for n in list(times):
                 if found := call(a, n, folder):
@@ -312,7 +372,7 @@ def main() -> None:
             flat = [torch.cat([g[k].flatten() for k in reference]) for g in (theirs, reference)]
             off[n] = ((flat[0] - flat[1]).norm() / flat[1].norm()).item()
             assert off[n] < (1e-4 if a.device == "cpu" else 3e-2), f"{n} has another gradient, by {off[n]:.1e}"
-    attention = a.layers * a.hidden * sum(n * n for n in lengths)
+    attention = sizes["layers"] * sizes["hidden"] * sum(n * n for n in lengths)
     flops = {"mfu_causal": 6 * N * real + 6 * attention, "mfu_torchtitan": 6 * N * real + 12 * attention}
     table = []
     print(f"{'':12} {'tokens/s':>9} {'(min to max)':>16} {'x ours':>7} {'MFU':>6} {'gradient s':>11}"

@@ -300,17 +300,7 @@ def shard(policy: Policy, ranks: Ranks, model: ModelConfig, parallel: ParallelCo
     in_host_memory = parallel.offload in ("optimizer", "both")
     if not in_host_memory:
         policy.to(ranks.device)
-    blocks = list(policy.model.model.layers)
-    if model.liger and ranks.device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
-        _patch_by_liger(policy.model)
-    for block in blocks:
-        if model.compile:
-            block.forward = torch.compile(block.forward, dynamic=True)
-        if model.activation_checkpointing != "none":  # around forward, not the module: FSDP's hooks must not run again
-            kw: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-            if model.activation_checkpointing == "selective":
-                kw["context_fn"] = partial(create_selective_checkpoint_contexts, _keep)
-            block.forward = partial(checkpoint, block.forward, **kw)
+    blocks = prepare_blocks(policy, model, ranks.device)
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)  # outputs stay as they are
     precision = half if model.dtype == "bfloat16" else MixedPrecisionPolicy()
     where: dict[str, Any] = {"mesh": ranks.mesh, "mp_policy": precision}
@@ -327,6 +317,22 @@ def shard(policy: Policy, ranks: Ranks, model: ModelConfig, parallel: ParallelCo
                 module.set_force_sum_reduction_for_comms(True)
             module.set_reshard_after_backward(parallel.reshard)
     return policy
+
+
+def prepare_blocks(policy: Policy, model: ModelConfig, device: torch.device) -> list[Any]:
+    """The policy's blocks with Liger's parts, compiled and checkpointed as `model` says."""
+    blocks = list(policy.model.model.layers)
+    if model.liger and device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
+        _patch_by_liger(policy.model)
+    for block in blocks:
+        if model.compile:
+            block.forward = torch.compile(block.forward, dynamic=True)
+        if model.activation_checkpointing != "none":  # around forward, not the module: FSDP's hooks must not run again
+            kw: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+            if model.activation_checkpointing == "selective":
+                kw["context_fn"] = partial(create_selective_checkpoint_contexts, _keep)
+            block.forward = partial(checkpoint, block.forward, **kw)
+    return blocks
 
 
 def _patch_by_liger(model: nn.Module) -> None:
