@@ -304,7 +304,8 @@ def shard(policy: Policy, ranks: Ranks, model: ModelConfig, parallel: ParallelCo
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)  # outputs stay as they are
     precision = half if model.dtype == "bfloat16" else MixedPrecisionPolicy()
     where: dict[str, Any] = {"mesh": ranks.mesh, "mp_policy": precision}
-    where["offload_policy"] = CPUOffloadPolicy() if in_host_memory else OffloadPolicy()
+    pin = ranks.device.type == "cuda"
+    where["offload_policy"] = CPUOffloadPolicy(pin_memory=pin) if in_host_memory else OffloadPolicy()
     for block in blocks:
         fully_shard(block, reshard_after_forward=parallel.reshard, **where)
     fully_shard(policy, reshard_after_forward=False, **where)

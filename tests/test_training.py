@@ -176,7 +176,7 @@ CUTS = {
     "3 packs, not pruned, resharded, checkpointed": {
         "packs": 3, "prune": False, "reshard": True, "checkpointing": "full"},
     "3 packs, selectively checkpointed": {"packs": 3, "checkpointing": "selective"},
-    "3 packs, inputs in host memory": {"packs": 3, "checkpointing": "full", "offload": "activations"},
+    "3 packs, inputs and optimiser in host memory": {"packs": 3, "checkpointing": "full", "offload": "both"},
     "3 packs, 2 copies (HSDP), resharded": {"packs": 3, "replicate": 2, "reshard": True},
     "3 packs, not pruned, shared by 2 (Ulysses), checkpointed": {
         "packs": 3, "prune": False, "sequence": 2, "checkpointing": "full"},
