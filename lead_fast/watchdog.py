@@ -8,6 +8,7 @@ Python itself stand still (code that keeps the interpreter's lock), faulthandler
 ends the process a little later.
 """
 
+import atexit
 import faulthandler
 import os
 import sys
@@ -41,7 +42,9 @@ class Watchdog:
             store: Any = dist.distributed_c10d._get_default_store()
             self._store = store.clone()  # a connection of its own: the thread shares none with the collectives
             self.beat("start", 0)
-            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self._thread.start()
+            atexit.register(self.close)
 
     def beat(self, phase: str | None = None, step: int | None = None) -> None:
         """Something went on; `phase` and `step` stay as they were if not given. Cheap."""
@@ -52,9 +55,12 @@ class Watchdog:
             faulthandler.dump_traceback_later(self.limit_s + min(self.limit_s, 30.0), exit=True)
 
     def close(self) -> None:
+        """Watch no longer; also called when the process ends by itself. Waits for the thread: an interpreter that ends
+        while a thread is inside the store's C++ aborts the process."""
         self._closed.set()
         if self.limit_s > 0:
             faulthandler.cancel_dump_traceback_later()
+            self._thread.join(GRACE_S)
 
     def _watch(self) -> None:
         while not self._closed.wait(min(5.0, self.limit_s / 5)):

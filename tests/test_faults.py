@@ -362,6 +362,30 @@ def test_code_that_keeps_the_interpreters_lock_is_ended_too():
     assert done.returncode != 0 and "Timeout (0:00:04)!" in done.stderr and "<string>" in done.stderr
 
 
+ENDING = """
+import time
+from lead_fast import watchdog
+from lead_fast.distributed import start
+
+class Busy:  # always inside the store's C++, so also when the interpreter ends
+    def __init__(self, store): self.store = store
+    def check(self, keys):
+        until = time.monotonic() + 1.5
+        while time.monotonic() < until:
+            self.store.check(keys)
+
+dog = watchdog.Watchdog(5.0, start())
+dog._store = Busy(dog._store)
+time.sleep(1.5)
+"""
+
+
+def test_a_process_ends_cleanly_while_the_watchdog_looks_into_the_store():
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    done = subprocess.run([sys.executable, "-c", ENDING], capture_output=True, text=True, env=env, timeout=50)
+    assert done.returncode == 0 and "terminate" not in done.stderr, done.stderr
+
+
 # ------------------------------------------------------------------------------------------------------------- numbers
 
 
