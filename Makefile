@@ -26,7 +26,7 @@ $(VENV)/.installed: pyproject.toml setup.py .ci/constraints.txt $(wildcard csrc/
 train: $(VENV)/.installed  ## learn: the default recipe for this machine
 	$(BIN)/torchrun --nproc_per_node $(RANKS) -m lead_fast.train $(ARGS)
 
-test: $(VENV)/.installed  ## all tests that need no GPU, in under 10 minutes
+test: $(VENV)/.installed  ## all tests that need no GPU, in about a quarter of an hour on two cores
 	$(BIN)/python -m pytest -q tests
 
 # vLLM for CPUs, in a virtual environment of its own: it pins more than the trainer wants pinned, torch among it.
