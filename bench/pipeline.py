@@ -93,7 +93,7 @@ def main() -> None:
             f"--output={result.parent}", *resume)  # fmt: skip
 
     def evaluate(name: str, model: str) -> None:
-        folder, held = runs / "evaluation" / name, steps(96)
+        folder, held = runs / "evaluation" / name, steps(64)
         torchrun(f"evaluation {name}", folder / "evaluation.json", "lead_fast.evaluate", "--recipe=smollm2",
                  f"--model={model}", f"--data.test={runs}/data/test.jsonl", f"--evaluate.problems={held}")  # fmt: skip
 

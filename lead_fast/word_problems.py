@@ -1,6 +1,7 @@
 """Arithmetic word problems with worked solutions, made from a seed: what `make pipeline` trains a pretrained model on.
 
-A problem's difficulty is its number of steps, 2 to 4. Its worked solution ends in \\boxed{} and is terse (one equation
+A problem's difficulty is its number of steps, 2 to 4. Numbers are small, so that a model of 135 million parameters learns
+most of the arithmetic from some hundred solutions: then it is length in which a group's answers differ. Its worked solution ends in \\boxed{} and is terse (one equation
 a line) or wordy (the same equations in sentences). Train and test never share a problem.
 
     python -m lead_fast.word_problems --out DIR [--train 3000] [--test 256] [--seed 1]     # train.jsonl and test.jsonl
@@ -62,13 +63,13 @@ def _wordy(lines: list[Line]) -> str:
 
 def _bags(rng: random.Random) -> tuple[str, list[Line]]:
     name, thing = rng.choice(NAMES), rng.choice(THINGS)
-    bags, each, lost = rng.randint(2, 9), rng.randint(3, 12), rng.randint(2, 5)
+    bags, each, lost = rng.randint(2, 6), rng.randint(3, 9), rng.randint(2, 5)
     whole = bags * each
     lines = [(f"how many {thing} there are in all bags", f"{bags} * {each}", whole)]
     lines.append((f"how many {thing} are left", f"{whole} - {lost}", whole - lost))
     text = f"{name} has {bags} bags with {each} {thing} in each bag and gives {lost} {thing} away."
     if rng.random() < 0.5:
-        more = rng.randint(3, 20)
+        more = rng.randint(2, 9)
         lines.append((f"how many {thing} there are in the end", f"{whole - lost} + {more}", whole - lost + more))
         text += f" Then {name} finds {more} more."
     return f"{text} How many {thing} does {name} have now?", lines
@@ -76,14 +77,14 @@ def _bags(rng: random.Random) -> tuple[str, list[Line]]:
 
 def _shop(rng: random.Random) -> tuple[str, list[Line]]:
     name, (thing, other) = rng.choice(NAMES), rng.sample(THINGS, 2)
-    n, price, m, cost = rng.randint(2, 9), rng.randint(2, 9), rng.randint(2, 6), rng.randint(2, 9)
+    n, price, m, cost = rng.randint(2, 5), rng.randint(2, 6), rng.randint(2, 4), rng.randint(2, 5)
     first, second = n * price, m * cost
     total = first + second
     lines = [(f"what the {thing} cost", f"{n} * {price}", first), (f"what the {other} cost", f"{m} * {cost}", second)]
     lines.append(("what everything costs together", f"{first} + {second}", total))
     text = f"{name} buys {n} {thing} for {price} dollars each and {m} {other} for {cost} dollars each."
     if rng.random() < 0.5:
-        paid = total + rng.randint(1, 30)
+        paid = total + rng.randint(1, 9)
         lines.append(("how much is left", f"{paid} - {total}", paid - total))
         return f"{text} {name} had {paid} dollars. How many dollars are left?", lines
     return f"{text} How many dollars does {name} pay?", lines
@@ -91,7 +92,7 @@ def _shop(rng: random.Random) -> tuple[str, list[Line]]:
 
 def _sharing(rng: random.Random) -> tuple[str, list[Line]]:
     (name, friend), thing = rng.sample(NAMES, 2), rng.choice(THINGS)
-    shares, each = rng.randint(2, 8), rng.randint(3, 12)
+    shares, each = rng.randint(2, 5), rng.randint(2, 9)
     whole = shares * each
     mine = rng.randint(2, whole - 2)
     more = rng.randint(2, 9)
@@ -108,7 +109,7 @@ def _sharing(rng: random.Random) -> tuple[str, list[Line]]:
 
 def _days(rng: random.Random) -> tuple[str, list[Line]]:
     name = rng.choice(NAMES)
-    pages, days, rest = rng.randint(4, 15), rng.randint(2, 7), rng.randint(3, 40)
+    pages, days, rest = rng.randint(2, 9), rng.randint(2, 7), rng.randint(2, 9)
     read = pages * days
     text = f"{name} reads {pages} pages a day for {days} days, and {rest} pages are left."
     lines = [("how many pages have been read", f"{pages} * {days}", read)]
