@@ -1,8 +1,9 @@
 """Arithmetic word problems with worked solutions, made from a seed: what `make pipeline` trains a pretrained model on.
 
-A problem's difficulty is its number of steps, 2 to 4. Numbers are small, so that a model of 135 million parameters learns
-most of the arithmetic from some hundred solutions: then it is length in which a group's answers differ. Its worked solution ends in \\boxed{} and is terse (one equation
-a line) or wordy (the same equations in sentences). Train and test never share a problem.
+A problem's difficulty is its number of steps, 2 to 4. Numbers are small, so that a model of 135 million parameters
+learns most of the arithmetic from some hundred solutions: then it is length in which a group's answers differ. A worked
+solution ends in \\boxed{} and is terse (one equation a line) or wordy (the same equations in sentences). Train and test
+never share a problem.
 
     python -m lead_fast.word_problems --out DIR [--train 3000] [--test 256] [--seed 1]     # train.jsonl and test.jsonl
 """
