@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
-QUESTION = "Mia has 4 bags with 7 apples in each bag and gives 5 apples away. How many apples does Mia have now?"
 
 
 def pretrained(folder: Path) -> str:
@@ -45,13 +44,13 @@ def pretrained(folder: Path) -> str:
     return str(folder)
 
 
-def generate(folder: Path) -> str:
+def generate(folder: Path, question: str) -> str:
     """One greedy answer of an export, by transformers alone."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
-    turn = f"{QUESTION}\nLet's think step by step and put the final answer within \\boxed{{}}."
+    turn = f"{question}\nLet's think step by step and put the final answer within \\boxed{{}}."
     ids = tokenizer.apply_chat_template(
         [{"role": "user", "content": turn}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
@@ -126,9 +125,11 @@ def main() -> None:
     for name in ("sft", "stage1", "stage2"):
         shutil.copy(runs / name / "metrics.jsonl", a.out / f"{name}.metrics.jsonl")
     shutil.copy(seconds, a.out / "seconds.json")
-    text = generate(runs / "stage2" / "final")
-    (a.out / "sample.txt").write_text(f"{QUESTION}\n\n{text}\n", encoding="utf-8")
-    print(f"\n== generation from {runs}/stage2/final\n{QUESTION}\n\n{text}\n")
+    with (runs / "data" / "test.jsonl").open(encoding="utf-8") as held_out:
+        question = json.loads(next(held_out))["problem"]
+    sample = f"{question}\n\n{generate(runs / 'stage2' / 'final', question)}\n"
+    (a.out / "sample.txt").write_text(sample, encoding="utf-8")
+    print(f"\n== generation from {runs}/stage2/final\n{sample}")
     print("\n".join(f"{name:20} {s / 60:6.1f} min" for name, s in took.items()))
     print(f"{'together':20} {sum(took.values()) / 60:6.1f} min")
 
