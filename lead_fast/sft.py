@@ -19,7 +19,7 @@ from lead_kernels import linear_logprobs
 from . import checkpoint
 from .arithmetic import architecture, build_tokenizer
 from .config import SftConfig, check_parallel, dump, load_config
-from .data import ProblemStream, load_problems, tokenize_prompts
+from .data import ProblemStream, load_problems, say, tokenize_prompts
 from .distributed import complaint, start, stop
 from .health import Health
 from .model import Policy, load_model, load_tokenizer, make_policy
@@ -29,7 +29,7 @@ from .release import release
 
 
 def load_examples(c: SftConfig, tokenizer, source: str, split: str) -> tuple[list[list[int]], list[list[int]]]:
-    """Prompts and solutions as token ids; every solution ends in the end-of-sequence token."""
+    """Prompts and solutions as token ids; every solution ends in the end-of-sequence token, so none is cut short."""
     problems = load_problems(
         source,
         split=split,
@@ -38,6 +38,7 @@ def load_examples(c: SftConfig, tokenizer, source: str, split: str) -> tuple[lis
         difficulty_column=c.data.difficulty_column,
         solution_column=c.solution_column,
         min_difficulty=c.data.min_difficulty if split == "train" else None,
+        answers=False,
     )
     missing = next((p.id for p in problems if not p.solution), None)
     if missing is not None:
@@ -54,8 +55,16 @@ def load_examples(c: SftConfig, tokenizer, source: str, split: str) -> tuple[lis
     texts = [str(p.solution) for p in problems]
     if prompts and str(tokenizer.decode(prompts[0][-8:])).rstrip().endswith("<think>"):  # the template opens it itself
         texts = [text.lstrip().removeprefix("<think>").lstrip("\n") for text in texts]
-    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return prompts, [ids + [tokenizer.eos_token_id] for ids in encoded]
+    encoded = [ids + [tokenizer.eos_token_id] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    most = c.max_solution_tokens or max(map(len, encoded), default=0)
+    fit = [i for i, ids in enumerate(encoded) if len(ids) <= most]
+    if not fit:
+        raise ValueError(
+            f"{source}: every solution is over max_solution_tokens, {most}: raise it, or give 0 for no limit."
+        )
+    if len(fit) < len(encoded):
+        say(f"{len(encoded) - len(fit)} of {len(encoded)} solutions left out: over {most} tokens.")
+    return [prompts[i] for i in fit], [encoded[i] for i in fit]
 
 
 def batches(lengths: list[int], c: SftConfig) -> list[list[int]]:

@@ -26,6 +26,30 @@ def test_jsonl_and_parquet_give_the_same_problems(tmp_path):
     assert a == b and a[0].difficulty == 3.0 and a[1].answer == "4" and a[1].difficulty is None
 
 
+def test_a_json_array_is_read_like_lines(tmp_path):
+    (tmp_path / "a.json").write_text("\n " + json.dumps([ROW, {**ROW, "problem": "2+2?"}], indent=2))
+    assert load_problems(str(tmp_path / "a.json")) == load_problems(
+        jsonl(tmp_path / "a.jsonl", [ROW, {**ROW, "problem": "2+2?"}])
+    )
+    for text, says in (("[{}, 3]", "element 2 is int"), ('[{"problem": ]', "line 1 is no JSON")):
+        (tmp_path / "b.json").write_text(text)
+        with pytest.raises(ValueError, match=says):
+            load_problems(str(tmp_path / "b.json"))
+    (tmp_path / "c.json").write_bytes(b'[{"problem": "caf\xe9"}]')
+    with pytest.raises(ValueError, match="is no UTF-8"):
+        load_problems(str(tmp_path / "c.json"))
+
+
+def test_solutions_are_enough_where_no_answer_is_needed(tmp_path):
+    source = jsonl(tmp_path / "a.jsonl", [{"problem": "P", "solution": "S"}])
+    with pytest.raises(ValueError, match="no column answer, only problem, solution"):
+        load_problems(source)
+    (found,) = load_problems(source, answers=False)
+    assert (found.answer, found.solution) == ("", "S")
+    with pytest.raises(ValueError, match="no column answer, only problem"):
+        load_problems(jsonl(tmp_path / "b.jsonl", [{"problem": "P"}]), answers=False)
+
+
 def test_columns_are_renamed_and_difficulty_filters(tmp_path):
     rows = [{"q": f"{i}?", "a": str(i), "d": i} for i in range(5)]
     found = load_problems(jsonl(tmp_path / "a.jsonl", rows), problem_column="q", answer_column="a",
@@ -67,7 +91,7 @@ def test_bad_sources(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="min_difficulty is 1, but .* has no column difficulty"):
         load_problems(jsonl(tmp_path / "b.jsonl", [{"problem": "1", "answer": "1"}]), min_difficulty=1)
     (tmp_path / "a.csv").write_text("problem,answer\n1+1,2\n")
-    with pytest.raises(ValueError, match="neither .jsonl nor .parquet"):
+    with pytest.raises(ValueError, match="neither .jsonl, .json nor .parquet"):
         load_problems(str(tmp_path / "a.csv"))
     (tmp_path / "latin.jsonl").write_bytes(b'{"problem": "1", "answer": "2"}\n{"problem": "caf\xe9", "answer": "2"}\n')
     with pytest.raises(ValueError, match="line 2 is no UTF-8"):

@@ -130,6 +130,15 @@ def test_every_recipe_and_preset_loads_and_survives_a_dump(recipe, preset, tmp_p
     assert dump(again).replace(str(tmp_path / "c.toml"), recipe) == dump(c)
 
 
+@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.toml")), ids=lambda p: p.stem)
+def test_every_value_of_a_recipe_says_where_it_is_from(path):
+    text = path.read_text(encoding="utf-8")
+    if "every value is our choice" in text:
+        return
+    for line in re.findall(r"^\w+ = .*$", text, re.M):
+        assert re.search(r"# (?:paper|released|ours)\b", line), f"{path.name}: {line}"
+
+
 MISTAKES = [
     (["--rollout.groupsize=4"], "did you mean rollout.group_size"),
     (["--lr=3"], "did you mean optim.lr"),

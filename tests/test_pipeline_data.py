@@ -24,14 +24,15 @@ def test_deepscaler_by_difficulty_without_the_unparseable_and_twice_told(tmp_pat
     rows = [{"problem": f"q{i}", "answer": str(i), "solution": "s", "difficulty": i / 2} for i in range(10)]
     rows += [rows[9], {"problem": "bad", "answer": "\\frac{", "solution": "", "difficulty": 4.0}]
     rows += [{"problem": "fine", "answer": "\\frac{1}{2}", "solution": "", "difficulty": 4.0}]
+    rows += [{"problem": "blank", "answer": None, "solution": "s", "difficulty": 4.0}]
     rows += [{"problem": "ungraded", "answer": "1", "solution": "", "difficulty": None}]
     source = jsonl(tmp_path / "in.jsonl", rows)
     main(["deepscaler", "--source", source, "--out", str(tmp_path / "a.parquet")])
     found = load_problems(str(tmp_path / "a.parquet"))
     assert [p.problem for p in found] == ["q6", "q7", "q8", "q9", "fine"]
     manifest = json.loads((tmp_path / "a.manifest.json").read_text())
-    assert manifest["counts"] == {"read": 14, "without difficulty": 1, "above": 7, "duplicates": 1,
-                                  "unparseable answers": 1}  # fmt: skip
+    assert manifest["counts"] == {"read": 15, "without difficulty": 1, "above": 8, "duplicates": 1,
+                                  "unparseable answers": 2}  # fmt: skip
     assert manifest["rows"] == 5 and manifest["filters"]["difficulty_above"] == 2.5
     assert manifest["revision"] == f"sha256:{file_hash(tmp_path / 'in.jsonl')}"
     assert manifest["sha256_file"] == file_hash(tmp_path / "a.parquet")
@@ -68,6 +69,23 @@ def test_mix_keeps_each_problem_once_and_says_where_from(tmp_path):
     assert manifest["sources"][0]["manifest"]["counts"][f"already there, {b}"] == 1
 
 
+def test_mix_renames_columns_and_holds_out_the_same_rows_in_any_order(tmp_path):
+    rows = [{"q": f"q{i}", "s": f"s{i}"} for i in range(20)] + [{"q": "nothing", "s": ""}]
+    found = []
+    for name, order in (("a", rows), ("b", rows[::-1])):
+        source = jsonl(tmp_path / f"{name}.jsonl", order)
+        main(["mix", source, "--problem_column", "q", "--solution_column", "s", "--hold_out", "5",
+              "--out", str(tmp_path / f"{name}.parquet")])  # fmt: skip
+        kept, apart = (parquet.read_table(tmp_path / f"{name}{end}.parquet").to_pylist() for end in ("", ".held-out"))
+        assert len(kept) == 15 and len(apart) == 5
+        assert {r["problem"] for r in kept + apart} == {r["q"] for r in rows[:20]}
+        assert all(r["solution"] == r["problem"].replace("q", "s") for r in kept + apart)
+        manifest = json.loads((tmp_path / f"{name}.held-out.manifest.json").read_text())
+        assert manifest["rows"] == 5 and manifest["counts"][f"without answer, {source}"] == 1
+        found.append({r["problem"] for r in apart})
+    assert found[0] == found[1]
+
+
 def test_stats(tmp_path, capsys):
     main(["stats", "arithmetic:train?n=50", "--model", "tiny", "--out", str(tmp_path)])
     record = json.loads((tmp_path / "stats.json").read_text())
@@ -84,6 +102,8 @@ def test_stats(tmp_path, capsys):
         (["select", "{no}", "--rollouts", "/nowhere", "--out", "x.parquet"], "has no solved.jsonl"),
         (["select", "{no}", "--samples", "/nowhere", "--out", "x.parquet"], "has no samples.jsonl"),
         (["mix", "nowhere.jsonl", "--out", "x.parquet"], "nowhere.jsonl does not exist"),
+        (["mix", "{no}", "--hold_out", "1", "--out", "x.parquet"], "--hold_out is 1 of 1 rows: give fewer"),
+        (["mix", "{no}", "--problem_column", "q", "--out", "x.parquet"], "has no column q, only problem, answer"),
     ],
 )
 def test_mistakes_get_one_sentence(args, says, tmp_path, monkeypatch):
@@ -193,6 +213,22 @@ def test_sft_trains_on_the_end_of_sequence_and_opens_thinking_once(tmp_path):
         (prompt,), (solution,) = load_examples(SftConfig(), tokenizer, source, "train")
         assert tokenizer.decode(solution[:-1]) == expected and solution[-1] == tokenizer.eos_token_id
         assert tokenizer.decode(prompt + solution).count("<think>") == 1
+
+
+def test_sft_leaves_out_solutions_over_the_limit_and_cuts_none(tmp_path, capsys):
+    from lead_fast.arithmetic import build_tokenizer
+    from lead_fast.config import SftConfig
+    from lead_fast.sft import load_examples
+
+    rows = [{"problem": f"P{n}", "solution": "1" * n} for n in (3, 4, 9)]  # a token a digit, and the end
+    source, tokenizer = jsonl(tmp_path / "a.jsonl", rows), build_tokenizer()
+    prompts, solutions = load_examples(SftConfig(max_solution_tokens=5), tokenizer, source, "train")
+    assert [len(s) for s in solutions] == [4, 5]
+    assert all(f"P{n}" in tokenizer.decode(p) for n, p in zip((3, 4), prompts, strict=True))
+    assert "1 of 3 solutions left out: over 5 tokens" in capsys.readouterr().out
+    assert len(load_examples(SftConfig(), tokenizer, source, "train")[1]) == 3
+    with pytest.raises(ValueError, match="every solution is over max_solution_tokens, 2: raise it"):
+        load_examples(SftConfig(max_solution_tokens=2), tokenizer, source, "train")
 
 
 def test_a_model_of_another_architecture_gets_one_sentence(tmp_path):
