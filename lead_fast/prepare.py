@@ -51,7 +51,7 @@ def told(manifest: dict[str, Any]) -> str:
     return ", ".join(f"{k} {v}" for k, v in manifest["counts"].items())
 
 
-def columns(a: argparse.Namespace) -> dict[str, str]:
+def columns(a: argparse.Namespace) -> dict[str, Any]:
     return {k: v for k, v in vars(a).items() if k.endswith("_column")}
 
 
