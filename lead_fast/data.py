@@ -68,7 +68,8 @@ def load_problems(
     for wanted, key in needed[: 2 if answers or solution_column not in columns else 1]:
         if wanted not in columns:
             raise ValueError(
-                f"{source} has no column {wanted}, only {', '.join(columns)}: name the right one with --{key}."
+                f"{source} has no column {wanted}, only {', '.join(columns)}: name the right one with --{key} "
+                f"(--{key.removeprefix('data.')} of lead_fast.data)."
             )
     if min_difficulty is not None and difficulty_column not in columns:
         raise ValueError(
@@ -78,9 +79,13 @@ def load_problems(
     problems = []
     for i, row in enumerate(rows):
         question, answer = (_text(row.get(c)) for c in (problem_column, answer_column))
-        for what, column in ((question, problem_column), (answer or not answers, answer_column)):
-            if not what:
-                raise ValueError(f"{source}, row {i + 1}: column {column} is empty; fill it in or remove the row.")
+        if not question:
+            raise ValueError(f"{source}, row {i + 1}: column {problem_column} is empty; fill it in or remove the row.")
+        if not answer and answers:
+            raise ValueError(
+                f"{source}, row {i + 1}: column {answer_column} is empty; fill it in, or make a set without such rows "
+                "with python -m lead_fast.data mix."
+            )
         difficulty = row.get(difficulty_column)
         try:
             level = None if difficulty is None else float(difficulty)
