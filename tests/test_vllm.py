@@ -364,16 +364,68 @@ def test_two_ranks_share_an_engine(tmp_path):
     assert out["canary"] < 1e-4 and out["difference"][0] < NATS["float32"] and out["synced"][0] < NATS["float32"]
 
 
-def test_training_with_more_problems_asked_than_needed(tmp_path):
-    run = tmp_path / "run"
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A run of three steps on two ranks that asks more than a step needs."""
+    run = tmp_path_factory.mktemp("trained") / "run"
     done = torchrun(2, "-m", "lead_fast.train", "--rollout.engine=vllm", "--rollout.problems=4", "--steps=3",
                     "--rollout.group_size=4", "--rollout.max_tokens=64", "--rollout.extra_problems=2",
                     "--evaluate.every=3", "--evaluate.problems=16", "--checkpoint_every=3",
                     "--data.train=arithmetic:train?n=64&seed=1", f"--output={run}")  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
+    return run
+
+
+def test_training_with_more_problems_asked_than_needed(trained):
+    run = trained
     records = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [r for r in records if r["kind"] == "train"]
     assert [r["step"] for r in steps] == [1, 2, 3] and [r["step"] for r in records if r["kind"] == "eval"] == [0, 3]
     assert all(r["sync_s"] > 0 and 0 <= r["rollout_idle_share"] < 1 for r in steps)
     extra = json.loads((run / "checkpoints" / "step-3" / "extra.json").read_text())
     assert extra["asked"] == 14 and len(extra["waiting"]) == 2
+
+
+def test_evaluation_by_vllm_and_by_transformers_reads_the_same_greedy_answers(trained, tmp_path):
+    found = []
+    for engine in ("vllm", "transformers"):
+        done = torchrun(2, "-m", "lead_fast.evaluate", f"--model={trained}", f"--rollout.engine={engine}",
+                        "--evaluate.problems=12", "--evaluate.samples=2", "--evaluate.temperature=0",
+                        "--rollout.max_tokens=64", f"--output={tmp_path}/{engine}")  # fmt: skip
+        assert done.returncode == 0, done.stderr[-4000:]
+        found.append([json.loads(x) for x in (tmp_path / engine / "samples.jsonl").read_text().splitlines()[1:]])
+    assert len(found[0]) == 12 and all(len(a["texts"]) == 2 for a in found[0])
+    assert sorted(found[0], key=lambda a: int(a["id"])) == sorted(found[1], key=lambda a: int(a["id"]))
+
+
+RELEASED = """
+import os, sys
+from lead_fast.vllm_engine import ENVIRONMENT
+os.environ.update(ENVIRONMENT)
+import torch
+from vllm import LLM, SamplingParams
+llm = LLM(sys.argv[2], dtype="float32", enforce_eager=True, max_model_len=192)
+own = llm.get_default_sampling_params()
+turn = [{"role": "user", "content": "Compute 3+4."}]
+(greedy,) = llm.chat([turn], SamplingParams(temperature=0, max_tokens=24))
+torch.save({"temperature": own.temperature, "min_p": own.min_p, "ids": list(greedy.outputs[0].token_ids)}, sys.argv[1])
+"""
+
+
+def test_the_release_loads_in_vllm_with_its_own_template_and_settings(trained, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    done = torchrun(1, "-m", "lead_fast.release", str(trained))
+    assert done.returncode == 0, done.stderr[-4000:]
+    (tmp_path / "script.py").write_text(RELEASED)
+    done = torchrun(1, str(tmp_path / "script.py"), str(tmp_path / "saw.pt"), str(trained / "final"))
+    assert done.returncode == 0, done.stderr[-4000:]
+    out = torch.load(tmp_path / "saw.pt")
+    assert out["temperature"] == 1.0 and out["min_p"] == 0.0  # the recipe's, of its evaluation
+    model = AutoModelForCausalLM.from_pretrained(trained / "final")
+    tokenizer = AutoTokenizer.from_pretrained(trained / "final")
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Compute 3+4."}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    expected = model.generate(**ids, max_new_tokens=24, do_sample=False)[0, ids["input_ids"].shape[1] :].tolist()
+    assert out["ids"] == expected
