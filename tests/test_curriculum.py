@@ -1,4 +1,4 @@
-"""The paper's stages one after the other, with the embedded model: SFT, RL, problems chosen by solve rate, RL, release."""
+"""The paper's stages in a chain, with the embedded model: SFT, RL, problems chosen by solve rate, RL, release."""
 
 import json
 import os
