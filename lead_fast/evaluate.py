@@ -9,6 +9,7 @@ evaluation that was killed goes on by the same command.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -54,6 +55,8 @@ def load_test(c: Config, tokenizer) -> tuple[list[Problem], list[list[int]]]:
 class Samples:
     """The graded answers in samples.jsonl: what is there is kept, what is new is appended, a problem a line.
 
+    Their texts stay in the file: tens of thousands of problems with long answers would fill a machine's memory.
+
     Args:
         path: the file, made when the first answers come.
         asked: everything that the answers depend on; a file of other answers is refused.
@@ -62,31 +65,33 @@ class Samples:
     def __init__(self, path: Path, asked: dict):
         self.path, self.head = path, {"asked": asked}
         self.done: dict[str, Answered] = {}
-        lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
-        whole = lines[:-1]  # what follows the last line end is half a line, from a kill
-        if whole:
-            old = json.loads(whole[0]).get("asked", {})
-            other = [k for k in asked if old.get(k) != asked[k]]
-            if other:
-                raise ValueError(
-                    f"{path} holds answers with another {other[0]} ({old.get(other[0])!r}, now {asked[other[0]]!r}): "
-                    "give another --output, or remove the file."
-                )
-            found = [Answered(**json.loads(line)) for line in whole[1:]]
-            self.done = {a.id: a for a in found}
+        self.whole_bytes = 0  # what follows is half a line, from a kill
+        with path.open("rb") if path.is_file() else contextlib.nullcontext([]) as lines:
+            for line in lines:
+                if not line.endswith(b"\n"):
+                    break
+                if self.whole_bytes:
+                    answered = Answered(**{**json.loads(line), "texts": []})
+                    self.done[answered.id] = answered
+                else:
+                    old = json.loads(line).get("asked", {})
+                    other = [k for k in asked if old.get(k) != asked[k]]
+                    if other:
+                        raise ValueError(
+                            f"{path} holds answers with another {other[0]} ({old.get(other[0])!r}, now "
+                            f"{asked[other[0]]!r}): give another --output, or remove the file."
+                        )
+                self.whole_bytes += len(line)
 
     def add(self, answered: list[Answered]) -> None:
         """Keep whole problems; after this a kill loses none of them."""
-        text = "" if self.done else json.dumps(self.head) + "\n"
-        self.done |= {a.id: a for a in answered}
-        if text:  # the first answers, or all that a kill left is half a line
-            self.path.write_text("", encoding="utf-8")
-        else:
-            whole = self.path.read_bytes().rpartition(b"\n")
-            if whole[2]:
-                self.path.write_bytes(whole[0] + b"\n")
-        with open(self.path, "a", encoding="utf-8") as f:
-            f.write(text + "".join(json.dumps(dataclasses.asdict(a)) + "\n" for a in answered))
+        rows = [json.dumps(dataclasses.asdict(a)) for a in answered]
+        text = "".join(line + "\n" for line in ([] if self.whole_bytes else [json.dumps(self.head)]) + rows)
+        with self.path.open("r+b" if self.path.is_file() else "wb") as f:
+            f.truncate(self.whole_bytes)
+            f.seek(self.whole_bytes)
+            self.whole_bytes += f.write(text.encode())
+        self.done |= {a.id: dataclasses.replace(a, texts=[]) for a in answered}
 
 
 def answered(batch: Batch, verifier: Verifier, *, texts: bool) -> list[Answered]:
@@ -129,13 +134,14 @@ def evaluate(
     Args:
         samples: answers that are there already, and where new ones go (on the first rank); None keeps none.
     Returns:
-        the record that metrics.jsonl keeps (see scores.summary), and the graded answers that were sampled now.
+        the record that metrics.jsonl keeps (see scores.summary), and the graded answers that were sampled last: all of
+        them without `samples`.
     """
     at_once = c.rollout.batch_size * ranks.world * (8 if chosen_engine(c, ranks) == "vllm" else 1)
     size = max(1, at_once // c.evaluate.samples if samples else len(problems))  # what a kill may cost
     done: dict[str, Answered] = dict(samples.done) if samples else {}
     missing = [i for i, p in enumerate(problems) if p.id not in done]
-    parts: list[Batch] = []
+    batch = Batch([], [])
     for at in range(0, len(missing), size):
         progress(len(problems) - len(missing) + at, len(problems))
         share = missing[at : at + size]
@@ -150,18 +156,12 @@ def evaluate(
             progress if samples is None else silent,
             shared_by=c.rollout.tensor_parallel,
         )
-        part = gather(found, grade(found.groups, verifier, c), ranks)
-        parts.append(part)
+        batch = gather(found, grade(found.groups, verifier, c), ranks)
         if ranks.main:
-            new = answered(part, verifier, texts=samples is not None)
-            done |= {a.id: a for a in new}
+            new = answered(batch, verifier, texts=samples is not None)
+            done |= {a.id: dataclasses.replace(a, texts=[]) for a in new}
             if samples:
                 samples.add(new)
-    batch = (
-        parts[0]
-        if len(parts) == 1
-        else Batch([g for p in parts for g in p.groups], [s for p in parts for s in p.scores])
-    )
     record = summary([done[p.id] for p in problems], c.rollout.max_tokens) if ranks.main else {}
     return record, batch
 

@@ -182,23 +182,27 @@ class Metrics:
         return record
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Records of a JSONL file; a half-written last line, of a run that was killed, is left out.
+def each_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """Records of a JSONL file, one after the other; a half-written last line, of a run that was killed, is left out.
 
     Raises:
         ValueError: any other line is no JSON.
     """
-    lines = path.read_bytes().split(b"\n")
-    records = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                records.append(json.loads(line))
-            except ValueError as e:  # JSON's or UTF-8's
-                if number == len(lines):
-                    break
-                raise ValueError(f"{path}, line {number} is not JSON: remove that line.") from e
-    return records
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    record = json.loads(line)
+                except ValueError as e:  # JSON's or UTF-8's
+                    if not line.endswith(b"\n"):
+                        break
+                    raise ValueError(f"{path}, line {number} is not JSON: remove that line.") from e
+                yield record
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """All of `each_jsonl`."""
+    return list(each_jsonl(path))
 
 
 def train_line(record: dict[str, Any], total_steps: int, left_s: float | None) -> str:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from .data import load_problems, tokenize_prompts
+from .metrics import each_jsonl
 from .reward import Verifier
 from .schema import Problem
 
@@ -108,18 +109,17 @@ def solve_rates(rollouts: list[Path], samples: list[Path]) -> dict[str, float]:
         path = folder / "solved.jsonl"
         if not path.is_file():
             raise ValueError(f"{folder} has no solved.jsonl: give the folder of a run of lead_fast.train.")
-        for line in path.read_text(encoding="utf-8").splitlines():
-            r = json.loads(line)
+        for r in each_jsonl(path):
             right[r["problem"]] += r["correct"]
             asked[r["problem"]] += r["sampled"]
     for folder in samples:
         path = folder / "samples.jsonl"
         if not path.is_file():
             raise ValueError(f"{folder} has no samples.jsonl: give the --output of lead_fast.evaluate.")
-        for line in path.read_text(encoding="utf-8").splitlines()[1:]:
-            r = json.loads(line)
-            right[r["problem"]] += sum(r["correct"])
-            asked[r["problem"]] += len(r["correct"])
+        for r in each_jsonl(path):
+            if "correct" in r:  # the first line says what was asked
+                right[r["problem"]] += sum(r["correct"])
+                asked[r["problem"]] += len(r["correct"])
     return {problem: right[problem] / n for problem, n in asked.items()}
 
 

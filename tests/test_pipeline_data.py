@@ -47,8 +47,8 @@ def test_select_by_rollouts_and_by_samples(tmp_path):
     jsonl(tmp_path / "run" / "solved.jsonl", [{"step": s, "problem": f"q{i}", "correct": 2 * i, "sampled": 8}
                                               for s in (1, 2) for i in range(4)])  # fmt: skip
     (tmp_path / "eval" / "samples.jsonl").write_text(
-        '{"asked": {}}\n' + json.dumps({"problem": "q4", "correct": [True, False]}) + "\n"
-    )
+        '{"asked": {}}\n' + json.dumps({"problem": "q4", "correct": [True, False]}) + '\n{"problem": "q0", "corr'
+    )  # a kill left half a line
     main(["select", source, "--rollouts", str(tmp_path / "run"), "--most", "0.5", "--out", str(tmp_path / "a.parquet")])
     assert [p.problem for p in load_problems(str(tmp_path / "a.parquet"))] == ["q0", "q1", "q2"]
     counts = json.loads((tmp_path / "a.manifest.json").read_text())["counts"]
