@@ -48,7 +48,7 @@ class DataConfig:
     """Column with the difficulty; may be absent."""
     min_difficulty: float | None = None
     """Keep only training problems above this difficulty."""
-    instruction: str = "Let's think step by step and put the final answer within \\boxed{}."
+    instruction: str = "Let's think step by step and put the final answer within \\boxed{}"
     """Appended to every problem, in the same user turn."""
     max_prompt_tokens: int = 1024
     """Limit on a prompt, chat template included, tokens."""
