@@ -1,4 +1,4 @@
-# make train | test | test-vllm | soak | lint | bench | ablation | pipeline | smollm2 | gpu | clean
+# make install | train | test | test-vllm | soak | lint | bench | ablation | pipeline | smollm2 | gpu | clean
 # VENV=.venv and PYTHON=python3 can be changed.
 SHELL := /bin/bash
 VENV ?= .venv
@@ -13,7 +13,7 @@ TORCH_FLAGS ?=
 EXTRAS := $(if $(CUDA),[gpu$(COMMA)dev],[dev])
 COMMA := ,
 
-.PHONY: train test test-vllm soak lint format bench ablation pipeline smollm2 gpu clean
+.PHONY: install train test test-vllm soak lint format bench ablation pipeline smollm2 gpu clean
 export PYTHONUNBUFFERED := 1
 
 $(VENV)/.installed: pyproject.toml setup.py .ci/constraints.txt $(wildcard csrc/*)
@@ -22,6 +22,8 @@ $(VENV)/.installed: pyproject.toml setup.py .ci/constraints.txt $(wildcard csrc/
 	$(BIN)/python -m pip install --quiet $(TORCH_FLAGS) $(TORCH)
 	$(BIN)/python -m pip install --quiet --no-build-isolation $(if $(CUDA),,-c .ci/constraints.txt) --editable ".$(EXTRAS)"
 	touch $@
+
+install: $(VENV)/.installed  ## the virtual environment, dependencies and the build
 
 train: $(VENV)/.installed  ## learn: the default recipe for this machine
 	$(BIN)/torchrun --nproc_per_node $(RANKS) -m lead_fast.train $(ARGS)

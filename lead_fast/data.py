@@ -90,9 +90,11 @@ def load_problems(
         try:
             level = None if difficulty is None else float(difficulty)
         except (TypeError, ValueError) as e:
-            raise ValueError(
-                f"{source}, row {i + 1}: {difficulty_column} is {difficulty!r}; give a number or leave it out."
-            ) from e
+            if name is None:
+                raise ValueError(
+                    f"{source}, row {i + 1}: {difficulty_column} is {difficulty!r}; give a number or leave it out."
+                ) from e
+            level = None  # OlympiadBench has a word there
         if min_difficulty is None or (level is not None and level > min_difficulty):
             problems.append(Problem(str(i + 1), question, answer, level, _text(row.get(solution_column)) or None))
         if limit and len(problems) == limit:

@@ -31,7 +31,10 @@ from .schema import Response
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample: temperature 0 is greedy; stop strings end a response and stay in it."""
+    """How to sample: temperature 0 is greedy; stop strings end a response and stay in it.
+
+    end_repetition: end a response that repeats itself, where the engine can (vLLM); for training alone.
+    """
 
     max_tokens: int
     temperature: float = 1.0
@@ -39,6 +42,7 @@ class Sampling:
     min_p: float = 0.0
     stop: tuple[str, ...] = ()
     top_k: int = 0
+    end_repetition: bool = False
 
 
 Progress = Callable[[int, int], None]  # (done, total)

@@ -5,7 +5,8 @@
 
 The set is AIME24, AIME25, MATH500, AMC23, Minerva, OlympiadBench, a hub set or a file. DIR gets samples.jsonl (every
 graded answer), evaluation.json, table.md and evaluation.png. What samples.jsonl holds is not sampled again, so an
-evaluation that was killed goes on by the same command.
+evaluation that was killed goes on by the same command. Where no recipe is named, a run directory's own configuration
+holds (its lengths, instruction and grading), else the recipe `tiny`.
 """
 
 import argparse
@@ -14,17 +15,18 @@ import dataclasses
 import hashlib
 import json
 import sys
+import tomllib
 from pathlib import Path
 
 from .config import Config, check, load_config
 from .data import load_problems, tokenize_prompts
 from .distributed import Ranks, complaint, start, stop
-from .engine import Engine, Progress, Sampling, chosen_engine, make_engine, silent
-from .model import load_tokenizer
+from .engine import Engine, EngineFailure, Progress, Sampling, chosen_engine, make_engine, silent
+from .model import load_tokenizer, resolve
 from .report import parse_labelled
 from .reward import Verifier
 from .rollout import Batch, gather, grade, rollout
-from .schema import Problem
+from .schema import Group, Problem, Score
 from .scores import Answered, difference, draw, summary, table, vote
 
 
@@ -94,14 +96,25 @@ class Samples:
         self.done |= {a.id: dataclasses.replace(a, texts=[]) for a in answered}
 
 
-def answered(batch: Batch, verifier: Verifier, *, texts: bool) -> list[Answered]:
-    """The groups of a batch as records; with three samples or more the majority vote is taken."""
+def majorities(groups: list[Group], scores: list[Score], verifier: Verifier) -> list[float | None]:
+    """Each group's majority vote (`scores.vote`); None with fewer than three samples."""
     out, at = [], 0
-    for g in batch.groups:
+    for g in groups:
+        part = scores[at : at + len(g.responses)]
+        at += len(g.responses)
+        out.append(
+            vote([s.extracted for s in part], [s.correct for s in part], verifier.same) if len(part) > 2 else None
+        )
+    return out
+
+
+def answered(batch: Batch, votes: dict[int, float | None], *, texts: bool) -> list[Answered]:
+    """The groups of a batch as records; `votes` by their place in the batch's problems."""
+    out, at = [], 0
+    for i, g in zip(batch.indices, batch.groups, strict=True):
         scores = batch.scores[at : at + len(g.responses)]
         at += len(g.responses)
         correct, extracted = [s.correct for s in scores], [s.extracted for s in scores]
-        votes = vote(extracted, correct, lambda a, b: verifier.grade([(a, b)])[0]) if len(scores) > 2 else None
         out.append(
             Answered(
                 g.problem.id,
@@ -113,7 +126,7 @@ def answered(batch: Batch, verifier: Verifier, *, texts: bool) -> list[Answered]
                 [s.truncated for s in scores],
                 extracted,
                 [r.text for r in g.responses] if texts else [],
-                votes,
+                votes[i],
             )
         )
     return out
@@ -156,9 +169,12 @@ def evaluate(
             progress if samples is None else silent,
             shared_by=c.rollout.tensor_parallel,
         )
-        batch = gather(found, grade(found.groups, verifier, c), ranks)
+        scores = grade(found.groups, verifier, c)
+        batch = gather(found, scores, ranks)
+        mine = dict(zip(found.indices, majorities(found.groups, scores, verifier), strict=True))
+        votes = {i: v for part in ranks.gather_objects(mine) for i, v in part.items()}
         if ranks.main:
-            new = answered(batch, verifier, texts=samples is not None)
+            new = answered(batch, votes, texts=samples is not None)
             done |= {a.id: dataclasses.replace(a, texts=[]) for a in new}
             if samples:
                 samples.add(new)
@@ -166,11 +182,39 @@ def evaluate(
     return record, batch
 
 
+def weights(model: str) -> str | None:
+    """What tells a local model from one that was there before: a hash of its files' sizes, ends and configuration."""
+    folder = Path(resolve(model))
+    if not folder.is_dir():
+        return None
+    told = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        with path.open("rb") as f:
+            f.seek(max(0, size - 2**20))
+            told.update(f"{path.name} {size}".encode() + f.read())
+    return told.hexdigest()[:16]
+
+
+def own_settings(args: list[str]) -> list[str]:
+    """The recipe that `args` leave open: of a run directory, the run's own configuration."""
+    if any(a.split("=")[0] in ("--recipe", "--config") for a in args):
+        return []
+    named = [b if a in ("--model", "--model.path") else a.partition("=")[2]
+             for a, b in zip(args, [*args[1:], ""], strict=True)
+             if a in ("--model", "--model.path") or a.startswith(("--model=", "--model.path="))]  # fmt: skip
+    path = Path(named[-1]) / "config.toml" if named else None
+    if path is None or not path.is_file() or "rollout" not in tomllib.loads(path.read_text(encoding="utf-8")):
+        return []
+    return [f"--config={path}", "--output="]
+
+
 def asked(c: Config, problems: list[Problem]) -> dict:
     """All that answers depend on, for Samples."""
     text = json.dumps([[p.id, p.problem, p.answer] for p in problems])
     return {
         "model.path": c.model.path,
+        "weights": weights(c.model.path),
         "data.test": c.data.test,
         "problems": hashlib.sha256(text.encode()).hexdigest()[:16],
         "evaluate.samples": c.evaluate.samples,
@@ -214,9 +258,12 @@ def main(args: list[str] | None = None) -> None:
     args = list(sys.argv[1:] if args is None else args)
     if any(a.startswith("--compare") for a in args):
         return compare(args)
-    c: Config = load_config(args, prog="lead_fast.evaluate")
+    c: Config = load_config([*own_settings(args), *args], prog="lead_fast.evaluate")
+    c = dataclasses.replace(c, rollout=dataclasses.replace(c.rollout, extra_problems=0))
     ranks = start()
-    check(c, 1)
+    check(c, ranks.world, trains=False)
+    if ranks.main:
+        print(f"Settings of recipe {c.recipe}.", flush=True)
     tokenizer = load_tokenizer(c.model)
     problems, prompts = load_test(c, tokenizer)
     folder = Path(c.output or f"runs/evaluate-{Path(c.model.path).name}-{Path(c.data.test).stem}")
@@ -232,7 +279,10 @@ def main(args: list[str] | None = None) -> None:
 
     with Verifier(timeout_s=c.reward.verifier_timeout_s) as verifier:
         engine = make_engine(c, tokenizer, ranks)
-        record, _ = evaluate(engine, problems, prompts, verifier, c, ranks, tell, samples)
+        try:
+            record, _ = evaluate(engine, problems, prompts, verifier, c, ranks, tell, samples)
+        except EngineFailure as e:
+            raise ValueError(f"{e}: the answers so far are in {samples.path}; the same command goes on.") from e
     if ranks.main:
         record = {"model": c.model.path, "data": c.data.test} | record
         (folder / "evaluation.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

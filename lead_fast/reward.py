@@ -25,6 +25,7 @@ import select
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from types import TracebackType
 
 from .schema import Response, Score
@@ -38,12 +39,12 @@ MAX_ANSWER_CHARS = 1000
 def graded_text(text: str, where: str = "all") -> str:
     """The part of a response that is graded, seen from `</think>`: all, before_think, after_think.
 
-    Without `</think>`, `after_think` leaves nothing and the others everything.
+    Without `</think>` a response never ended its thinking: both sides are nothing (lead.md, section 2).
     """
     if where == "all":
         return text
     before, mark, after = text.partition("</think>")
-    return before if where == "before_think" else after if mark else ""
+    return "" if not mark else before if where == "before_think" else after
 
 
 def extract_boxed(text: str) -> str | None:
@@ -66,14 +67,15 @@ def extract_boxed(text: str) -> str | None:
 # --------------------------------------------------------------------------------------------------------- repetition
 
 
-def is_degenerate(text: str, *, max_ngram: int = 30, repeats: int = 10, longest_word: int = 120) -> bool:
+def is_degenerate(text: str, *, max_ngram: int = 30, repeats: int = 10, longest_word: int | None = 120) -> bool:
     """Some n-gram of 1..max_ngram words stands `repeats` times in a row, or a word has `longest_word` characters.
 
-    (The released code's test, lead.md section 2.) A run of r copies of an n-gram is a stretch of n (r - 1) words that
-    equal the word n places before: linear in the text for each n.
+    The released code's test (lead.md, section 2); longest_word None: n-grams alone, for a long formula is one word. A
+    run of r copies of an n-gram is a stretch of n (r - 1) words that equal the word n places before: linear in the text
+    for each n.
     """
     words = text.split()
-    if any(len(w) >= longest_word for w in words):
+    if longest_word is not None and any(len(w) >= longest_word for w in words):
         return True
     ids = {w: i for i, w in enumerate(dict.fromkeys(words))}
     row = [ids[w] for w in words]
@@ -195,11 +197,11 @@ def _numbers(a: str, b: str) -> bool | None:
     x, y = (_NUMBER.match(s.removesuffix("%")) for s in (a, b))
     if not x or not y:
         return None
-    one, two = (float(m.group(1)) * 10.0 ** int(m.group(2) or 0) for m in (x, y))
-    near = abs(one - two) <= 1e-6 * max(abs(one), abs(two))
+    one, two = (Decimal(m.group(1)).scaleb(int(m.group(2) or 0)) for m in (x, y))
+    near = abs(one - two) <= Decimal("1e-6") * max(abs(one), abs(two))
     if a.endswith("%") or b.endswith("%"):
         return True if near else None
-    tiny = 0 < max(abs(one), abs(two)) < 1e-3
+    tiny = 0 < max(abs(one), abs(two)) < Decimal("1e-3")
     return near if tiny or x.group(2) or y.group(2) else None
 
 
@@ -378,6 +380,7 @@ class Verifier:
         self.timeout_s = timeout_s
         self.worker = _Worker()
         self.seen: dict[tuple[str, str], bool] = {}
+        self.timed_out: set[str] = set()
         self.kills = 0
 
     def __enter__(self) -> "Verifier":
@@ -389,6 +392,10 @@ class Verifier:
     def grade(self, pairs: Sequence[tuple[str | None, str]]) -> list[bool]:
         """Whether each (extracted answer, reference) agrees; no answer is wrong."""
         return [answer is not None and self._equal(answer, gold) for answer, gold in pairs]
+
+    def same(self, answer: str, other: str) -> bool:
+        """Whether two answers, both wrong, are one: for votes. One that timed out before is like no other."""
+        return not {answer, other} & self.timed_out and self._equal(answer, other)
 
     def parses(self, answer: str) -> bool:
         """Whether a reference can be graded against: a whole number, or math-verify finds it equal to itself."""
@@ -406,7 +413,9 @@ class Verifier:
             if len(self.seen) > 100_000:
                 self.seen.clear()
             self.seen[key] = self.worker.ask(*key, self.timeout_s)
-            self.kills += self.worker.process is None
+            if self.worker.process is None:
+                self.kills += 1
+                self.timed_out.add(answer)
         return self.seen[key]
 
 
@@ -417,11 +426,22 @@ def score(
     *,
     where: str = "all",
     degenerate: bool = False,
+    longest_word: int | None = 120,
 ) -> list[Score]:
-    """Grades responses against reference answers, one each; looks for repetition only if `degenerate`."""
+    """Grades responses against reference answers, one each.
+
+    Args:
+        where: what is graded (`graded_text`); where that is a side of `</think>`, a response without it is truncated.
+        degenerate, longest_word: whether to look for repetition, and `is_degenerate`'s limit.
+    """
     extracted = [extract_boxed(graded_text(r.text, where)) for r in responses]
     correct = verifier.grade(list(zip(extracted, answers, strict=True)))
     return [
-        Score(ok, found, r.truncated, degenerate and (r.finish_reason == "repetition" or is_degenerate(r.text)))
+        Score(
+            ok,
+            found,
+            r.truncated or (where != "all" and "</think>" not in r.text),
+            degenerate and (r.finish_reason == "repetition" or is_degenerate(r.text, longest_word=longest_word)),
+        )
         for r, ok, found in zip(responses, correct, extracted, strict=True)
     ]

@@ -113,7 +113,8 @@ def grade(groups: list[Group], verifier: Verifier, c: Config) -> list[Score]:
     responses = [r for g in groups for r in g.responses]
     answers = [g.problem.answer for g in groups for _ in g.responses]
     wants = c.reward.degenerate is not None or c.reward.repetition is not None
-    return score(responses, answers, verifier, where=c.reward.grade, degenerate=wants)
+    longest = 120 if c.reward.degenerate is not None else None  # the released code's rule; stage 2's is n-grams alone
+    return score(responses, answers, verifier, where=c.reward.grade, degenerate=wants, longest_word=longest)
 
 
 def gather(share: Share, scores: list[Score], ranks: Ranks) -> Batch:

@@ -51,7 +51,11 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What grading says of a response; `degenerate` is False where nobody asked for it."""
+    """What grading says of a response.
+
+    truncated: it ran into the limit, or has no `</think>` where a side of it is graded.
+    degenerate: False where nobody asked for it.
+    """
 
     correct: bool
     extracted: str | None

@@ -140,7 +140,7 @@ def main(args: list[str] | None = None) -> None:
             norm = update(policy, optimizer, lr, c.optim.grad_clip, loss)
             health.count(step + 1, int(not math.isfinite(norm)), None)
             record = {"step": step + 1, "loss": loss, "grad_norm": norm, "learning_rate": lr}
-            if (step + 1) % c.validate_every == 0 or step + 1 == c.steps:
+            if step + 1 == c.steps or (c.validate_every and (step + 1) % c.validate_every == 0):
                 with torch.no_grad():
                     held, n = cut(list(range(len(test_lengths))), test_prompts, test_solutions, test_lengths)
                     record["validation_loss"] = total([pack_loss(policy, pack, n) for pack in held])

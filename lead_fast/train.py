@@ -81,7 +81,8 @@ def train(c: Config, ranks: Ranks, run: Path) -> None:
         found.get("asked", first * r.problems),
         found.get("waiting", ()),
     )
-    sampling = Sampling(r.max_tokens, r.temperature, r.top_p, r.min_p, r.stop, r.top_k)
+    watched = c.reward.degenerate is not None or c.reward.repetition is not None
+    sampling = Sampling(r.max_tokens, r.temperature, r.top_p, r.min_p, r.stop, r.top_k, end_repetition=watched)
     sync(policy, engine, first, c, ranks)
     canary(policy, engine, prompts[0], c, ranks)
     metrics.truncate_after(first)
@@ -97,9 +98,20 @@ def train(c: Config, ranks: Ranks, run: Path) -> None:
     def held_out(step: int) -> None:
         with timer("evaluate"):
             tell = partial(progress, "evaluate", step)
-            record, batch = evaluate(engine, test, test_prompts, verifier, c, ranks, tell)
+            try:
+                record, batch = evaluate(engine, test, test_prompts, verifier, c, ranks, tell)
+            except EngineFailure as e:
+                raise rescued(e, f"In the evaluation after step {step}", step) from e
         metrics.eval(step, record | {"elapsed_s": time.monotonic() - began})
         metrics.answers(step, sample_of_answers(batch, "test"))
+
+    def rescued(e: EngineFailure, when: str, step: int) -> ValueError:
+        """What to tell where an engine died after `step` steps, which are saved."""
+        kept = step > first and save(step)
+        return ValueError(
+            f"{when} {e}: "
+            + (f"saved after step {step}; go on with --output={run} --resume." if kept else "start again.")
+        )
 
     def collect(share: Share, step: int) -> Batch:
         """Every rank's groups, graded; where an engine died, what is trained is saved and the run ends."""
@@ -107,9 +119,7 @@ def train(c: Config, ranks: Ranks, run: Path) -> None:
             try:
                 return gather(share, grade(share.groups, verifier, c), ranks)
             except EngineFailure as e:
-                kept = step > first and save(step)
-                rescue = f"saved after step {step}; go on with --output={run} --resume" if kept else "start again"
-                raise ValueError(f"In step {step + 1} {e}: {rescue}.") from e
+                raise rescued(e, f"In step {step + 1}", step) from e
 
     def ask_others(chosen: list[int], step: int, again: int) -> tuple[Batch, LeadAdvantages]:
         """Graded groups of problems that stand in for dropped ones, and their advantages; `again` counts the rounds."""
@@ -144,6 +154,8 @@ def train(c: Config, ranks: Ranks, run: Path) -> None:
         if first and isinstance(stream, SolveRateStream):  # the first rank's file speaks for all
             past = ranks.gather_objects(read_jsonl(run / "solved.jsonl") if ranks.main else None)[0]
             for row in past:
+                if row["problem"] not in place:
+                    continue  # the data changed since
                 stream.tell(place[row["problem"]], row["correct"] / row["sampled"])
         if c.evaluate.every and first == 0:
             held_out(0)

@@ -60,8 +60,7 @@ class VllmEngine:
         self.version = 0
         self.asleep = False
         self.sampling_params, self.output_kind = vllm.SamplingParams, RequestOutputKind
-        watched = config.reward.degenerate is not None or config.reward.repetition is not None
-        self.repeats = RepetitionDetectionParams(**REPEATS) if watched else None
+        self.repeats = RepetitionDetectionParams(**REPEATS)
         self.eos_ids = eos_ids(generation_config(path), tokenizer)
         special: dict[str, Any] = {"enable_sleep_mode": True}
         if self.cpu:
@@ -206,7 +205,7 @@ class VllmEngine:
                 logprobs=0,
                 flat_logprobs=True,
                 output_kind=self.output_kind.FINAL_ONLY if work.want is None else self.output_kind.DELTA,
-                repetition_detection=self.repeats,
+                repetition_detection=self.repeats if s.end_repetition else None,
             ),
         )
 

@@ -130,6 +130,40 @@ def test_a_killed_evaluation_goes_on_and_samples_nothing_twice(machine, tmp_path
     assert third.asked == 0
 
 
+def test_answers_of_weights_that_were_there_before_are_refused(tmp_path):
+    from lead_fast.evaluate import weights
+    from lead_fast.model import EMBEDDED
+
+    shutil.copytree(EMBEDDED["tiny"], tmp_path / "run" / "final")
+    before = weights(str(tmp_path / "run"))
+    (tmp_path / "run" / "final" / "README.md").write_text("a card")
+    assert weights(str(tmp_path / "run")) == before == weights("tiny") and weights("a/hub-name") is None
+    with open(tmp_path / "run" / "final" / "model.safetensors", "r+b") as f:
+        f.seek(-1, 2)
+        last = f.read(1)
+        f.seek(-1, 2)
+        f.write(bytes([last[0] ^ 1]))
+    assert weights(str(tmp_path / "run")) != before
+
+
+def test_a_run_directory_is_evaluated_with_its_own_settings(tmp_path):
+    from lead_fast.config import check, dump
+    from lead_fast.evaluate import own_settings
+
+    c = load_config(["--recipe=lead-14b", "--rollout.max_tokens=77", "--output=elsewhere"])
+    (tmp_path / "config.toml").write_text(dump(c))
+    for args in ([f"--model={tmp_path}"], ["--model", str(tmp_path)], [f"--model.path={tmp_path}"]):
+        found = load_config([*own_settings(args), *args])
+        assert (found.rollout.max_tokens, found.reward.grade, found.output) == (77, "after_think", "")
+        assert found.model.path == str(tmp_path)
+    assert own_settings([f"--model={tmp_path}", "--recipe=tiny"]) == own_settings(["--model=tiny"]) == []
+    (tmp_path / "config.toml").write_text("batch_tokens = 5\n")  # of SFT
+    assert own_settings([f"--model={tmp_path}"]) == []
+    check(load_config(["--recipe=lead-14b", "--rollout.problems=7"]), 8, trains=False)
+    with pytest.raises(ValueError, match="which does not divide 3 ranks"):
+        check(load_config(["--rollout.tensor_parallel=2"]), 3, trains=False)
+
+
 def test_answers_to_another_question_are_refused(machine, tmp_path):
     c, _, _, (problems, _), _ = machine
     samples = Samples(tmp_path / "s.jsonl", asked(c, problems))
@@ -172,7 +206,8 @@ SCHEMAS = {
     "MATH500": ("test", {"problem": "P", "answer": "\\frac{1}{2}", "level": 2, "unique_id": "u"}, "\\frac{1}{2}"),
     "AMC23": ("test", {"id": 0, "question": "P", "answer": 27.0, "url": "u"}, "27.0"),
     "Minerva": ("test", {"question": "P", "answer": "4.5e33"}, "4.5e33"),
-    "OlympiadBench": ("train", {"id": 1, "question": "P", "final_answer": ["2", "-1"], "subfield": "Algebra"}, "2, -1"),
+    "OlympiadBench": ("train", {"id": 1, "question": "P", "solution": ["S"], "final_answer": ["2", "-1"], "unit": None,
+                                "subfield": "Algebra", "difficulty": "Competition"}, "2, -1"),
 }  # fmt: skip
 
 

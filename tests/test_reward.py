@@ -11,6 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lead_fast.advantage import wrong_reward
+from lead_fast.config import load_config
 from lead_fast.reward import (
     Verifier,
     _only_numbers,
@@ -22,7 +24,8 @@ from lead_fast.reward import (
     score,
     soft_overlong_penalty,
 )
-from lead_fast.schema import Response
+from lead_fast.rollout import grade
+from lead_fast.schema import Group, Problem, Response
 
 # response, reference, right or wrong
 TABLE = [
@@ -167,6 +170,10 @@ TABLE = [
     (r"\boxed{__import__('os').system('true')}", "0", False),
     (r"\boxed{9^{9^{9^{9}}}}", "5", False),
     (r"\boxed{10^{1000000}}", "5", False),
+    (r"\boxed{1\times10^{999}}", "5", False),
+    (r"\boxed{1e400}", "2.5", False),
+    (r"\boxed{1e-400}", "0.0001", False),
+    (r"\boxed{3.0e400}", r"3 \times 10^{400}", True),
 ]
 
 
@@ -188,7 +195,41 @@ def test_the_table_is_long_enough():
 def test_graded_text_around_think():
     text = r"\boxed{1}</think>\boxed{2}"
     assert [extract_boxed(graded_text(text, w)) for w in ("all", "before_think", "after_think")] == ["2", "1", "2"]
-    assert graded_text("abc", "before_think") == "abc" and graded_text("abc", "after_think") == ""
+    assert graded_text("abc", "before_think") == "" and graded_text("abc", "after_think") == ""
+
+
+@pytest.mark.parametrize("where", ["before_think", "after_think"])
+def test_a_response_that_never_ends_its_thinking_is_wrong_and_truncated(verifier, where):
+    """Released code (lead.md, section 2): no `</think>`, no reward, whatever was boxed on the way."""
+    guess = r"so \boxed{7} " + "wait " * 60
+    responses = [Response([1], [0.0], end, guess, 0) for end in ("length", "stop")]
+    responses.append(Response([1], [0.0], "stop", r"\boxed{7}</think>\boxed{7}", 0))
+    scores = score(responses, ["7"] * 3, verifier, where=where, degenerate=True)
+    assert [(s.correct, s.truncated, s.degenerate) for s in scores] == [(False, True, True)] * 2 + [
+        (True, False, False)
+    ]
+    official = load_config(["--preset=official"])
+    assert [wrong_reward(s, official) for s in scores[:2]] == [-2.0, -2.0]
+
+
+def test_a_long_formula_is_no_repetition_to_stage_two():
+    formula = "$f(x)=" + "+".join(rf"\frac{{x^{{{n}}}}}{{{n}!}}" for n in range(1, 9)) + "$ and so on"
+    assert max(map(len, formula.split())) >= 120
+    assert is_degenerate(formula) and not is_degenerate(formula, longest_word=None)
+    group = [Group(Problem("1", "P", "7"), [1], [Response([1], [0.0], "stop", formula, 0)])]
+    for key, value, expected in (("repetition", -1.5, False), ("degenerate", -2.0, True)):
+        with Verifier() as v:
+            (found,) = grade(group, v, load_config([f"--reward.{key}={value}"]))
+        assert found.degenerate is expected
+
+
+def test_votes_do_not_wait_again_for_an_answer_that_timed_out():
+    slow = r"\sum_{k=1}^{2020}\frac{1}{\sqrt{k}}"
+    with Verifier(timeout_s=1.0) as v:
+        assert v.grade([(slow, "5")]) == [False] and v.kills == 1
+        others = [rf"\sqrt{{{n}}}" for n in (2, 3, 5)]
+        assert not any(v.same(slow, other) or v.same(other, slow) for other in others) and v.kills == 1
+        assert v.same(r"\sqrt{8}", r"2\sqrt{2}") and not v.same(r"\sqrt{2}", r"\sqrt{3}")
 
 
 def test_score_reports_truncation_and_repetition(verifier):

@@ -118,8 +118,9 @@ for name, s in {"string": Sampling(64, 0.0, stop=("these steps",)), "length": Sa
                  for e in (engine, theirs)]
 from vllm.sampling_params import RepetitionDetectionParams
 engine.repeats = RepetitionDetectionParams(max_pattern_size=4, min_pattern_size=1, min_count=2)
-out["repeated"] = [(r.token_ids, r.finish_reason) for g in generate(engine, 4, Sampling(64, 1.0)).values() for r in g]
-engine.repeats = None
+for name, ends in {"repeated": True, "left alone": False}.items():
+    found = generate(engine, 4, Sampling(64, 1.0, end_repetition=ends))
+    out[name] = [(r.token_ids, r.finish_reason) for g in found.values() for r in g]
 
 # Over-sampling with an early cut, over several steps.
 log = []
@@ -298,6 +299,7 @@ def test_stop_strings_stop_tokens_and_the_length_limit(one):
 def test_repetition_ends_an_answer(one):
     ended = [ids for ids, finish in one[1]["repeated"] if finish == "repetition"]
     assert ended and all(any(ids[-n:] == ids[-2 * n : -n] for n in range(1, 5)) for ids in ended)
+    assert all(finish != "repetition" for _, finish in one[1]["left alone"])  # an evaluation's are not ended
 
 
 def test_after_an_optimiser_step_only_a_sync_brings_them_together(one):
