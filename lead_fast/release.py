@@ -63,6 +63,10 @@ def card(run: Path, evaluations: list[Path]) -> str:
     for r in [r for r in records if r.get("pass_at_1") is not None or r.get("validation_loss") is not None]:
         shown = {k: r[k] for k in ("pass_at_1", "pass_at_1_ci", "length_correct", "validation_loss") if r.get(k)}
         out.append(f"- step {r['step']}: " + ", ".join(f"{k} {_short(v)}" for k, v in shown.items()))
+    steps = [r for r in records if r.get("kind") == "train"]
+    for r in (steps[0], steps[-1]) if steps else ():
+        shown = {k: r[k] for k in ("accuracy", "length_correct", "reward_mean") if r.get(k) is not None}
+        out.append(f"- batch of step {r['step']}: " + ", ".join(f"{k} {_short(v)}" for k, v in shown.items()))
     for folder in evaluations:
         if not (folder / "table.md").is_file():
             raise ValueError(f"{folder} has no table.md: give the --output of lead_fast.evaluate.")

@@ -177,7 +177,8 @@ def test_a_release_has_generation_settings_and_a_card(tmp_path):
     c = load_config(["--recipe=tiny", f"--data.train={tmp_path}/m.parquet", "--evaluate.temperature=0.6",
                      "--evaluate.min_p=0.01"])  # fmt: skip
     (run / "config.toml").write_text(dump(c))
-    jsonl(run / "metrics.jsonl", [{"kind": "eval", "step": 3, "pass_at_1": 0.5, "pass_at_1_ci": [0.25, 0.75]}])
+    batches = [{"kind": "train", "step": n, "accuracy": n / 8, "length_correct": None} for n in (1, 2, 3)]
+    jsonl(run / "metrics.jsonl", [*batches, {"kind": "eval", "step": 3, "pass_at_1": 0.5, "pass_at_1_ci": [0.25, 0.75]}])
     with pytest.raises(ValueError, match="has no final/config.json"):
         release(run)
     shutil.copytree(EMBEDDED["tiny"], run / "final", dirs_exist_ok=True)
@@ -189,6 +190,7 @@ def test_a_release_has_generation_settings_and_a_card(tmp_path):
     card = (run / "final" / "README.md").read_text()
     manifest = json.loads((tmp_path / "m.manifest.json").read_text())
     assert manifest["sha256_file"] in card and "recipe `tiny`" in card and "pass_at_1 0.5" in card
+    assert "- batch of step 1: accuracy 0.125\n- batch of step 3: accuracy 0.375\n" in card and "3 steps." in card
     assert "[0.25, 0.75]" in card and re.search(r"- torch \d", card) and "temperature = 0.6" in card
 
 
