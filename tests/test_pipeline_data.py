@@ -178,7 +178,9 @@ def test_a_release_has_generation_settings_and_a_card(tmp_path):
                      "--evaluate.min_p=0.01"])  # fmt: skip
     (run / "config.toml").write_text(dump(c))
     batches = [{"kind": "train", "step": n, "accuracy": n / 8, "length_correct": None} for n in (1, 2, 3)]
-    jsonl(run / "metrics.jsonl", [*batches, {"kind": "eval", "step": 3, "pass_at_1": 0.5, "pass_at_1_ci": [0.25, 0.75]}])
+    jsonl(
+        run / "metrics.jsonl", [*batches, {"kind": "eval", "step": 3, "pass_at_1": 0.5, "pass_at_1_ci": [0.25, 0.75]}]
+    )
     with pytest.raises(ValueError, match="has no final/config.json"):
         release(run)
     shutil.copytree(EMBEDDED["tiny"], run / "final", dirs_exist_ok=True)
