@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -38,8 +39,10 @@ def stages(tmp_path_factory) -> Path:
     sft = ["--recipe=tiny", "--from_scratch=false", "--batch_tokens=512", "--validate_every=1", "--checkpoint_every=2",
            "--optim.lr=1e-4", "--optim.warmup_steps=0", "--optim.schedule=constant", TRAIN,
            "--data.test=arithmetic:test?n=8"]  # fmt: skip
-    run("lead_fast.sft", *sft, "--steps=3", f"--output={at}/sft")
-    run("lead_fast.sft", *sft, "--steps=2", f"--output={at}/sft-again")
+    with ThreadPoolExecutor() as pool:
+        whole = pool.submit(run, "lead_fast.sft", *sft, "--steps=3", f"--output={at}/sft")
+        run("lead_fast.sft", *sft, "--steps=2", f"--output={at}/sft-again")
+        whole.result()
     run("lead_fast.sft", *sft, "--steps=3", f"--output={at}/sft-again", "--resume")
     run("lead_fast.train", f"--model={at}/sft", TRAIN, *SMALL, "--steps=3", f"--output={at}/one")
     source = TRAIN.removeprefix("--data.train=")

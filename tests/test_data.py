@@ -96,7 +96,8 @@ def test_bad_sources(tmp_path, monkeypatch):
     (tmp_path / "latin.jsonl").write_bytes(b'{"problem": "1", "answer": "2"}\n{"problem": "caf\xe9", "answer": "2"}\n')
     with pytest.raises(ValueError, match="line 2 is no UTF-8"):
         load_problems(str(tmp_path / "latin.jsonl"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no retries
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="could not be had from the hub.*give a .jsonl"):
         load_problems("nobody/no-such-dataset-here")
 

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -245,9 +246,18 @@ def saw(folder: Path, ranks: int, script: str, *args: str) -> dict:
     return torch.load(folder / "saw.pt", weights_only=False)
 
 
+@pytest.fixture(scope="module")
+def both(tmp_path_factory) -> dict[str, dict]:
+    """What one rank saw in either precision, the two at the same time."""
+    with ThreadPoolExecutor() as pool:
+        folders = {dtype: tmp_path_factory.mktemp(dtype) for dtype in NATS}
+        found = {d: pool.submit(saw, f, 1, ONE, f"--model.dtype={d}") for d, f in folders.items()}
+        return {dtype: f.result() for dtype, f in found.items()}
+
+
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
-def one(request, tmp_path_factory) -> tuple[str, dict]:
-    return request.param, saw(tmp_path_factory.mktemp("one"), 1, ONE, f"--model.dtype={request.param}")
+def one(request, both) -> tuple[str, dict]:
+    return request.param, both[request.param]
 
 
 @pytest.fixture(scope="module")
