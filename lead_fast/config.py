@@ -1,7 +1,7 @@
 """The whole configuration: one tree of frozen dataclasses, filled from a recipe, a preset and the command line.
 
-Order, later wins: the defaults below <- recipe (TOML) <- preset (TOML) <- `--section.key=value`. Every value is
-checked once, before any model is loaded; what is wrong is said in one sentence that names the value and the remedy.
+Order, later wins: the defaults below <- recipe (TOML, over the preset it names) <- `--preset` (TOML) <-
+`--section.key=value`. Every value is checked once, before any model is loaded; what is wrong is said in one sentence that names the value and the remedy.
 """
 
 import dataclasses
@@ -392,8 +392,10 @@ def load_config(
             raise ValueError(f"{flag} needs a value, as in {flag}=VALUE.")
     recipe = given.pop("recipe", default_recipe)
     tree = read_toml(recipe, RECIPES if cls is Config else RECIPES / "sft", "recipe", cls) | {"recipe": recipe}
-    if preset := given.pop("preset", tree.get("preset", "")):
+    if preset := given.pop("preset", ""):
         tree = merge(tree, read_toml(preset, PRESETS, "preset")) | {"preset": preset}
+    elif preset := tree.get("preset", ""):  # the file's own values stand, or what `dump` wrote would change
+        tree = merge(read_toml(preset, PRESETS, "preset"), tree)
     for key, value in given.items():
         *section, leaf = key.split(".")
         parsed = _value(value, _type(key, cls))

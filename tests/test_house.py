@@ -139,6 +139,15 @@ def test_every_value_of_a_recipe_says_where_it_is_from(path):
         assert re.search(r"# (?:paper|released|ours)\b", line), f"{path.name}: {line}"
 
 
+def test_a_dump_keeps_what_was_given_over_a_preset(tmp_path):
+    c = load_config(["--preset=official", "--rollout.temperature=0.6"])
+    (tmp_path / "c.toml").write_text(dump(c))
+    again = load_config(["--config", str(tmp_path / "c.toml")])
+    assert (again.preset, again.rollout.temperature, again.reward.grade) == ("official", 0.6, "before_think")
+    assert load_config(["--config", str(tmp_path / "c.toml"), "--preset=official"]).rollout.temperature == 0.8
+    assert load_config(["--recipe=lead-14b-official"]).advantage.length_gate == 4000
+
+
 MISTAKES = [
     (["--rollout.groupsize=4"], "did you mean rollout.group_size"),
     (["--lr=3"], "did you mean optim.lr"),
