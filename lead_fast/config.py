@@ -1,7 +1,8 @@
 """The whole configuration: one tree of frozen dataclasses, filled from a recipe, a preset and the command line.
 
 Order, later wins: the defaults below <- recipe (TOML, over the preset it names) <- `--preset` (TOML) <-
-`--section.key=value`. Every value is checked once, before any model is loaded; what is wrong is said in one sentence that names the value and the remedy.
+`--section.key=value`. Every value is checked once, before any model is loaded; what is wrong is said in one sentence
+that names the value and the remedy.
 """
 
 import dataclasses
