@@ -3,7 +3,7 @@
     torchrun ... tests/faults.py '[{"do": "kill", "at": "backward", "step": 3, "rank": 1}]' --steps=6 ...
 
 do: kill (SIGKILL to itself), hang, nan (the loss of one pack), inf (the same, its gradient finite), spike (its loss and
-gradient times 1e4), above0 (a kernel that gives log-probs above 0). at: a phase of the loop, or forward, backward,
+gradient times 1e4), above0 (a kernel that gives log-probs above 0), engine (it dies while it generates). at: a phase of the loop, or forward, backward,
 written, listed, renamed (the stages of a save), any for nan and its like. rank: the one it happens to. restart: happens
 only in the life of the job that torchrun counts so (0 the first).
 """
@@ -19,10 +19,11 @@ import torch
 
 from lead_fast import checkpoint, train, watchdog
 from lead_fast.distributed import complaint
+from lead_fast.engine import EngineFailure, TransformersEngine
 
 FAULTS = json.loads(sys.argv[1])
 RANK, LIFE = int(os.environ.get("RANK", 0)), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-step = 0
+step, phase = 0, ""
 
 
 def here(at: str, *kinds: str) -> str:
@@ -49,13 +50,14 @@ def hang() -> None:
 class Watchdog(watchdog.Watchdog):
     def beat(self, phase: str | None = None, step: int | None = None) -> None:
         super().beat(phase, step)
-        globals()["step"] = self.step
+        globals().update(step=self.step, phase=phase or globals()["phase"])
         if step is None and phase:  # a phase begins
             strike(phase)
 
 
 policy_loss, backward, dcp_save = train.policy_loss, train.backward, checkpoint.dcp_save
 write_atomic, rename = checkpoint.write_atomic, Path.rename
+generate = TransformersEngine.generate
 
 
 def faulty_loss(*args):
@@ -78,6 +80,12 @@ def faulty_save(*args, **kw):
     strike("written")
 
 
+def faulty_generate(*args):
+    if here(phase, "engine"):
+        raise EngineFailure("RuntimeError: out of patience", {})
+    return generate(*args)
+
+
 def faulty_write(path: Path, text: str) -> None:
     write_atomic(path, text)
     if path.name == "extra.json":
@@ -93,6 +101,7 @@ def faulty_rename(self: Path, target: Path):
 
 train.Watchdog, train.policy_loss, train.backward = Watchdog, faulty_loss, faulty_backward
 checkpoint.dcp_save, checkpoint.write_atomic, Path.rename = faulty_save, faulty_write, faulty_rename
+TransformersEngine.generate = faulty_generate
 
 if __name__ == "__main__":
     try:

@@ -417,6 +417,19 @@ def test_debug_mode_ends_a_run_whose_kernel_gives_log_probs_above_0(unbroken):
     assert job.code != 0 and "log-probs of a pack of 16 sequences on rank 0" in out, out[-3000:]
 
 
+def test_an_engine_that_dies_in_an_evaluation_costs_no_step(unbroken):
+    run = unbroken.parent / "engine"
+    fault = {"do": "engine", "at": "evaluate", "step": 2, "rank": 1}
+    job = Job(2, *faulty([fault]), *small(unbroken.parent, f"--output={run}", "--checkpoint_every=0", "--evaluate.every=2",
+                                          "--evaluate.problems=4"))  # fmt: skip
+    out = job.wait()
+    said = (
+        "In the evaluation after step 2 the engine of rank 1 died (RuntimeError: out of patience): saved after step 2"
+    )
+    assert job.code != 0 and said in out and f"go on with --output={run} --resume" in out, out[-3000:]
+    assert (run / "checkpoints" / "latest").read_text() == "step-2"
+
+
 def test_a_step_that_is_not_finite_leaves_weights_and_moments_as_they_were(alone):
     _, policy, optimizer = alone
     before = take_a_step(policy, optimizer)
