@@ -3,9 +3,9 @@
     torchrun ... tests/faults.py '[{"do": "kill", "at": "backward", "step": 3, "rank": 1}]' --steps=6 ...
 
 do: kill (SIGKILL to itself), hang, nan (the loss of one pack), inf (the same, its gradient finite), spike (its loss and
-gradient times 1e4), above0 (a kernel that gives log-probs above 0), engine (it dies while it generates). at: a phase of the loop, or forward, backward,
-written, listed, renamed (the stages of a save), any for nan and its like. rank: the one it happens to. restart: happens
-only in the life of the job that torchrun counts so (0 the first).
+gradient times 1e4), above0 (a kernel that gives log-probs above 0), engine (it dies while it generates). at: a phase of
+the loop, or forward, backward, written, listed, renamed (the stages of a save), any for nan and its like. rank: the one
+it happens to. restart: happens only in the life of the job that torchrun counts so (0 the first).
 """
 
 import json

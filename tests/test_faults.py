@@ -420,8 +420,8 @@ def test_debug_mode_ends_a_run_whose_kernel_gives_log_probs_above_0(unbroken):
 def test_an_engine_that_dies_in_an_evaluation_costs_no_step(unbroken):
     run = unbroken.parent / "engine"
     fault = {"do": "engine", "at": "evaluate", "step": 2, "rank": 1}
-    job = Job(2, *faulty([fault]), *small(unbroken.parent, f"--output={run}", "--checkpoint_every=0", "--evaluate.every=2",
-                                          "--evaluate.problems=4"))  # fmt: skip
+    more = (f"--output={run}", "--checkpoint_every=0", "--evaluate.every=2", "--evaluate.problems=4")
+    job = Job(2, *faulty([fault]), *small(unbroken.parent, *more))
     out = job.wait()
     said = (
         "In the evaluation after step 2 the engine of rank 1 died (RuntimeError: out of patience): saved after step 2"
