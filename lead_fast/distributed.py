@@ -13,6 +13,7 @@ from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
 from .config import ParallelConfig
+from .machine import use_cuda
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ def start(parallel: ParallelConfig | None = None) -> Ranks:
     ("replicate", "shard") with parallel.replicate copies of the sharded model.
 
     Raises:
-        ValueError: parallel.replicate or parallel.sequence does not divide the number of ranks.
+        ValueError: parallel.replicate or parallel.sequence does not divide the number of ranks, or the GPUs that the
+            driver shows cannot be used.
     """
     parallel = parallel or ParallelConfig()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -90,9 +92,10 @@ def start(parallel: ParallelConfig | None = None) -> Ranks:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": "0",
         }
-    cuda = torch.cuda.is_available()
+    here = int(os.environ["LOCAL_RANK"])
+    cuda = use_cuda(here, int(os.environ.get("LOCAL_WORLD_SIZE", here + 1)))
     if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(here)
     if not dist.is_initialized():
         store, rank, world = next(rendezvous("env://"))
         if os.environ.get("LOCAL_WORLD_SIZE") == str(world):

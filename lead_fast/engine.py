@@ -4,7 +4,6 @@ An engine holds its own copy of the weights. A step is: wake, generate, sleep; t
 load_weights brings the new weights.
 """
 
-import importlib.util
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -23,7 +22,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from .config import Config
+from .config import Config, chosen_engine
 from .distributed import Ranks
 from .model import load_model
 from .schema import Response
@@ -166,18 +165,12 @@ class Engine(Protocol):
 
 
 def make_engine(config: Config, tokenizer: PreTrainedTokenizerBase, ranks: Ranks) -> Engine:
-    """The engine that `rollout.engine` names; `auto` is vLLM on a GPU where it is installed."""
-    if chosen_engine(config, ranks) == "vllm":
+    """The engine that `rollout.engine` means on the ranks' device."""
+    if chosen_engine(config, ranks.device.type) == "vllm":
         from .vllm_engine import VllmEngine
 
         return VllmEngine(config, tokenizer, ranks)
     return TransformersEngine(config, tokenizer, ranks)
-
-
-def chosen_engine(config: Config, ranks: Ranks) -> str:
-    if config.rollout.engine == "auto":
-        return "vllm" if ranks.device.type == "cuda" and importlib.util.find_spec("vllm") else "transformers"
-    return config.rollout.engine
 
 
 def eos_ids(generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -17,11 +17,13 @@ import json
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
-from .config import Config, check, load_config
+from .config import Config, check, chosen_engine, load_config
 from .data import load_problems, tokenize_prompts
 from .distributed import Ranks, complaint, start, stop
-from .engine import Engine, EngineFailure, Progress, Sampling, chosen_engine, make_engine, silent
+from .engine import Engine, EngineFailure, Progress, Sampling, make_engine, silent
+from .machine import look_at_machine
 from .model import load_tokenizer, resolve
 from .report import parse_labelled
 from .reward import Verifier
@@ -150,7 +152,7 @@ def evaluate(
         the record that metrics.jsonl keeps (see scores.summary), and the graded answers that were sampled last: all of
         them without `samples`.
     """
-    at_once = c.rollout.batch_size * ranks.world * (8 if chosen_engine(c, ranks) == "vllm" else 1)
+    at_once = c.rollout.batch_size * ranks.world * (8 if chosen_engine(c, ranks.device.type) == "vllm" else 1)
     size = max(1, at_once // c.evaluate.samples if samples else len(problems))  # what a kill may cost
     done: dict[str, Answered] = dict(samples.done) if samples else {}
     missing = [i for i, p in enumerate(problems) if p.id not in done]
@@ -259,11 +261,13 @@ def main(args: list[str] | None = None) -> None:
     if any(a.startswith("--compare") for a in args):
         return compare(args)
     c: Config = load_config([*own_settings(args), *args], prog="lead_fast.evaluate")
-    c = dataclasses.replace(c, rollout=dataclasses.replace(c.rollout, extra_problems=0))
+    alone: dict[str, Any] = {"extra_problems": 0, "gpu_memory": c.evaluate.gpu_memory}  # no trainer beside the engine
+    c = dataclasses.replace(c, rollout=dataclasses.replace(c.rollout, **alone))
     ranks = start()
-    check(c, ranks.world, trains=False)
+    check(c, ranks.world, trains=False, device_type=ranks.device.type)
     if ranks.main:
         print(f"Settings of recipe {c.recipe}.", flush=True)
+    look_at_machine(c.model, ranks, engine=chosen_engine(c, ranks.device.type))
     tokenizer = load_tokenizer(c.model)
     problems, prompts = load_test(c, tokenizer)
     folder = Path(c.output or f"runs/evaluate-{Path(c.model.path).name}-{Path(c.data.test).stem}")

@@ -4,8 +4,10 @@ Legend: T packed tokens, R rows that predict a response token, D hidden, V vocab
 """
 
 import contextlib
+import importlib.metadata
 import importlib.util
 import json
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,8 +19,16 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
+from .attention import Attention, choose, varlen_attention
 from .config import ModelConfig, ParallelConfig
 from .distributed import Ranks
 from .packing import Pack, flops_per_sequence
@@ -55,6 +65,23 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def load_shape(config: ModelConfig) -> PretrainedConfig:
+    """The model's configuration, without its weights. Raises ValueError if it cannot be had."""
+    try:
+        return AutoConfig.from_pretrained(resolve(config.path), trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as e:
+        reason = str(e).strip().split("\n")[0]
+        raise ValueError(
+            f"model.path {config.path} has no configuration that can be read: give a local folder or a hub name "
+            f"({reason})"
+        ) from e
+
+
+def head_dim(shape: PretrainedConfig) -> int:
+    """Dimension of an attention head."""
+    return getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
 
 
 def load_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -150,9 +177,9 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """Causal attention inside each packed sequence.
 
-    query [1, H, T, K], key and value [1, kv heads, T, K] -> [1, T, H, K]. On CUDA in half precision flash-attn where
-    installed, else torch's varlen_attn; elsewhere SDPA over sequences of similar length. Ranks that share a pack
-    (`sequence_group`) come with their tokens of all heads, and look at all tokens for their heads.
+    query [1, H, T, K], key and value [1, kv heads, T, K] -> [1, T, H, K]. On CUDA in half precision as attention.py
+    chose; elsewhere SDPA over sequences of similar length. Ranks that share a pack (`sequence_group`) come with their
+    tokens of all heads, and look at all tokens for their heads.
     """
     assert attention_mask is None and query.shape[0] == 1
     if group := kwargs.pop("sequence_group", None):
@@ -167,7 +194,9 @@ def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, **kwargs: Any
 ) -> torch.Tensor:
     if "sdpa_index" not in kwargs:
-        return _varlen(query, key, value, scaling, **kwargs)
+        q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))  # [T, heads, K]
+        cu, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
+        return varlen_attention(q, k, v, cu, longest, scaling, kwargs["implementation"])[None]
     out = torch.empty_like(query[0].transpose(0, 1))  # [T, H, K]
     gqa = key.shape[1] != query.shape[1]
     for where, real in kwargs["sdpa_index"]:
@@ -180,38 +209,6 @@ def _attend(
 def _copies(heads: int, kv_heads: int, ranks: int) -> int:
     """How often key and value heads must be repeated so that every rank gets whole ones, next to their query heads."""
     return next(n for n in range(1, heads // kv_heads + 1) if heads % (n * kv_heads) == 0 == n * kv_heads % ranks)
-
-
-def _varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, **kw: Any):
-    cu, longest = kw["cu_seq_lens_q"], kw["max_length_q"]
-    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
-    if flash := _flash()[1]:
-        out = flash(q, k, v, cu, cu, longest, longest, softmax_scale=scaling, causal=True)
-        return (out[0] if isinstance(out, tuple) else out)[None]
-    from torch.nn.attention.varlen import varlen_attn
-
-    if k.shape[1] != q.shape[1]:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    out = varlen_attn(q, k, v, cu, cu, longest, longest, scale=scaling, window_size=(-1, 0))
-    assert isinstance(out, torch.Tensor)
-    return out[None]
-
-
-def _flash() -> tuple[str, Callable | None]:
-    """The best installed flash-attn, by name: FA3, FA4, FA2, or none."""
-    for name, module in (("FA3", "flash_attn_interface"), ("FA4", "flash_attn.cute"), ("FA2", "flash_attn")):
-        try:
-            return f"flash-attn, {name}", importlib.import_module(module).flash_attn_varlen_func  # type: ignore
-        except (ImportError, AttributeError):
-            continue
-    return "", None
-
-
-def attention_in_use(device: torch.device, dtype: str) -> str:
-    """In words, who computes attention on `device` in `dtype`."""
-    if device.type == "cpu" or dtype == "float32":
-        return "torch's scaled_dot_product_attention over sequences of similar length"
-    return _flash()[0] or "torch's varlen_attn"
 
 
 AttentionInterface.register("lead_packed", torch.compiler.disable(packed_attention))  # type: ignore
@@ -227,8 +224,16 @@ class Policy(nn.Module):
     multiplies by it chunk by chunk, and no matrix of logits is ever whole.
     """
 
-    def __init__(self, model: Any, *, sequence_group: dist.ProcessGroup | None = None, offload: bool = False):
+    def __init__(
+        self,
+        model: Any,
+        *,
+        sequence_group: dist.ProcessGroup | None = None,
+        offload: bool = False,
+        attention: Attention | None = None,
+    ):
         super().__init__()
+        self.attention = attention or Attention("torch's varlen_attn")
         self.sequence_group = sequence_group
         self.offload = offload
         model.config.use_cache = False
@@ -247,7 +252,7 @@ class Policy(nn.Module):
             kw["sdpa_index"] = sdpa_index(lengths, device)
         else:
             kw |= {"cu_seq_lens_q": pack.cu_seqlens, "cu_seq_lens_k": pack.cu_seqlens}
-            kw |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
+            kw |= {"max_length_q": max(lengths), "max_length_k": max(lengths), "implementation": self.attention}
         if self.sequence_group:
             kw["sequence_group"] = self.sequence_group
         pinned = partial(torch.autograd.graph.save_on_cpu, pin_memory=device.type == "cuda")
@@ -323,7 +328,7 @@ def shard(policy: Policy, ranks: Ranks, model: ModelConfig, parallel: ParallelCo
 def prepare_blocks(policy: Policy, model: ModelConfig, device: torch.device) -> list[Any]:
     """The policy's blocks with Liger's parts, compiled and checkpointed as `model` says."""
     blocks = list(policy.model.model.layers)
-    if model.liger and device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
+    if uses_liger(model.liger, device):
         _patch_by_liger(policy.model)
     for block in blocks:
         if model.compile:
@@ -336,7 +341,21 @@ def prepare_blocks(policy: Policy, model: ModelConfig, device: torch.device) -> 
     return blocks
 
 
+def uses_liger(asked: bool, device: torch.device) -> bool:
+    """Whether the blocks' RMSNorm, RoPE and SwiGLU are Liger's: where asked for (model.liger), on a GPU."""
+    return asked and device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None
+
+
+def blocks_in_use(asked: bool, device: torch.device) -> str:
+    """In words, who computes the blocks' RMSNorm, RoPE and SwiGLU on a GPU."""
+    if uses_liger(asked, device):
+        return f"Liger {importlib.metadata.version('liger-kernel')}"
+    return f"torch ({'liger-kernel is not installed' if asked else 'model.liger is false'})"
+
+
 def _patch_by_liger(model: nn.Module) -> None:
+    # Beside vLLM's cutlass-dsl Liger would choose its CuTe kernels by itself, which nobody has measured here.
+    os.environ.setdefault("LIGER_KERNEL_IMPL", "nvidia-triton")
     from liger_kernel.transformers import _apply_liger_kernel_to_instance  # type: ignore
 
     parts = {"rope": True, "rms_norm": True, "swiglu": True}
@@ -359,5 +378,9 @@ def make_policy(whole: Any, model: ModelConfig, parallel: ParallelConfig, ranks:
     if heads % n:
         raise ValueError(f"parallel.sequence is {n}, and {model.path} has {heads} attention heads: give a divisor.")
     offload = parallel.offload in ("activations", "both")
-    policy = Policy(whole, sequence_group=ranks.sequence_group if n > 1 else None, offload=offload)
+    attention = None
+    if ranks.device.type == "cuda" and model.dtype != "float32":
+        attention = choose(torch.cuda.get_device_capability(ranks.device), head_dim(whole.config))
+    group = ranks.sequence_group if n > 1 else None
+    policy = Policy(whole, sequence_group=group, offload=offload, attention=attention)
     return shard(policy, ranks, model, parallel)

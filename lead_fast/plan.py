@@ -340,8 +340,7 @@ def plan(c: Config, gpus: int, device: str) -> dict[str, Any]:
     for name, parts in (shared | {"rollout.tensor_parallel": c.rollout.tensor_parallel}).items():
         if parts < 1 or gpus % parts:
             raise ValueError(f"{name} is {parts}, which does not divide {gpus} GPUs: give a divisor of {gpus}.")
-    neutral = {"engine": "auto", "tensor_parallel": 1, "extra_problems": 0}  # vLLM need not be installed here
-    check(dataclasses.replace(c, rollout=dataclasses.replace(c.rollout, **neutral)), gpus)
+    check(c, gpus, device_type="cuda")
     shape, d, r = shape_of(c.model), DEVICES[device], c.rollout
     longest = min(c.data.max_prompt_tokens, shape.max_position_embeddings) + r.max_tokens - 1
     with fake_job(gpus, copies) as ranks:

@@ -22,6 +22,7 @@ from .config import SftConfig, check_parallel, dump, load_config
 from .data import ProblemStream, load_problems, say, tokenize_prompts
 from .distributed import complaint, start, stop
 from .health import Health
+from .machine import look_at_machine
 from .model import Policy, load_model, load_tokenizer, make_policy
 from .optim import learning_rate, make_optimizer, update
 from .packing import Pack, assign, make_pack
@@ -91,9 +92,11 @@ def main(args: list[str] | None = None) -> None:
     c: SftConfig = load_config(args, cls=SftConfig, prog="lead_fast.sft")
     ranks = start(c.parallel)
     check_parallel(c.model, c.parallel)
+    shape = look_at_machine(c.model, ranks, engine=None, shape=architecture(8) if c.from_scratch else None)
     run = Path(c.output or f"runs/sft-{Path(c.recipe).stem}-{ranks.gather_objects(time.strftime('%Y%m%d-%H%M%S'))[0]}")
     lock = checkpoint.claim(run, c.resume) if ranks.main else None
     if lock:
+        checkpoint.check_room(run, shape, c.checkpoint_every)
         checkpoint.write_atomic(run / "config.toml", dump(c))
     if c.from_scratch:
         tokenizer = build_tokenizer()

@@ -11,6 +11,7 @@ Legend: P problems, G responses in a group, S = P x G sequences, R response rows
 import contextlib
 import dataclasses
 import math
+import os
 import signal
 import sys
 import time
@@ -25,16 +26,17 @@ from lead_kernels import LeadAdvantages
 
 from . import checkpoint
 from .advantage import advantages, difficulty_weight
-from .config import RECIPES, Config, check, dump, load_config, names
+from .config import RECIPES, Config, check, chosen_engine, dump, load_config, names
 from .data import ProblemStream, SolveRateStream, load_problems, tokenize_prompts
 from .distributed import Ranks, complaint, start, stop
 from .engine import EngineFailure, Sampling, make_engine
 from .evaluate import evaluate, load_test
 from .health import Health, must_be_finite
 from .loss import check_agreement, needs_gradient, objective, pack_logprobs, policy_loss, reduce_metrics
+from .machine import look_at_machine, smallest_gpu_gib
 from .memory import rehearse
 from .metrics import Metrics, PhaseTimer, read_jsonl
-from .model import Policy, attention_in_use, load_policy, load_tokenizer
+from .model import Policy, load_policy, load_tokenizer
 from .optim import learning_rate, make_optimizer, update
 from .packing import Pack, assign, efficiency, make_pack
 from .release import release
@@ -45,6 +47,7 @@ from .schema import Group, Score
 from .sync import canary, sync
 from .watchdog import Watchdog
 
+LARGE_GPU_GIB = 75  # what torch shows of an '80 GB' GPU is 79.1 GiB or a little less
 ASIDE = ("evaluate", "save")  # phases that are no part of a step
 ROUNDING = 1e-4  # nats; how far above 0 a log-prob may be rounded
 
@@ -67,8 +70,6 @@ def train(c: Config, ranks: Ranks, run: Path) -> None:
     sharded = dataclasses.replace(c.parallel, reshard=True)
     reference = load_policy(c.model, sharded, ranks).eval() if c.loss.kl_coef else None
     optimizer = make_optimizer(policy, c.optim)
-    if ranks.main:
-        print(f"Attention: {attention_in_use(ranks.device, c.model.dtype)}.", flush=True)
     c = rehearse(policy, reference, optimizer, c, ranks)
     engine = make_engine(c, tokenizer, ranks)
     found = (c.resume and checkpoint.load(run, policy, optimizer, ranks)) or {}
@@ -435,13 +436,15 @@ def stop_on_sigterm() -> list[int]:
 
 
 def pick_recipe() -> tuple[str, str]:
-    """Recipe for this machine when none is named, and why."""
-    n = torch.cuda.device_count()
-    memory = min((torch.cuda.get_device_properties(i).total_memory for i in range(n)), default=0) / 2**30
-    if n >= 8 and memory >= 79:
-        return "lead-14b", f"{n} GPUs with {memory:.0f} GiB each"
+    """Recipe for this machine when none is named, and why: lead-14b for 8 ranks on GPUs of 80 GB or more, else tiny."""
+    world, here = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    n, memory = torch.cuda.device_count(), smallest_gpu_gib()
     found = f"{n} GPUs with {memory:.0f} GiB each" if n else "no GPU"
-    return "tiny", f"{found}, and lead-14b wants 8 of 80 GB"
+    if min(n, here) * (world // here) >= 8 and memory >= LARGE_GPU_GIB:
+        return "lead-14b", found
+    if n:
+        found = f"Warning: {found}, of which {min(n, here)} train the small embedded model"
+    return "tiny", f"{found}, and lead-14b wants 8 ranks on GPUs of {LARGE_GPU_GIB} GiB or more"
 
 
 def main(args: list[str] | None = None) -> None:
@@ -455,7 +458,8 @@ def main(args: list[str] | None = None) -> None:
     if ranks.main:
         reason = "as asked" if named else f"{why}; name another with --recipe ({', '.join(names(RECIPES))})"
         print(f"Recipe {c.recipe}: {reason}.", flush=True)
-    check(c, ranks.world)
+    check(c, ranks.world, device_type=ranks.device.type)
+    shape = look_at_machine(c.model, ranks, engine=chosen_engine(c, ranks.device.type))
     if dry:
         if ranks.main:
             print(dump(c))
@@ -464,6 +468,7 @@ def main(args: list[str] | None = None) -> None:
     run = Path(c.output or f"runs/{Path(c.recipe).stem}-{stamp}")
     lock = checkpoint.claim(run, c.resume) if ranks.main else None
     if lock:
+        checkpoint.check_room(run, shape, c.checkpoint_every)
         checkpoint.write_atomic(run / "config.toml", dump(dataclasses.replace(c, resume=False)))
     train(c, ranks, run)
     stop()

@@ -20,6 +20,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from .config import Config
 from .distributed import Ranks, at_stop
 from .engine import Checksum, EngineFailure, Progress, Sampling, Work, eos_ids, fingerprint, silent
+from .machine import how_to_install
 from .model import resolve
 from .schema import Response
 
@@ -27,7 +28,7 @@ ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in this process, where the weights are
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
 }
 REPEATS = {"max_pattern_size": 64, "min_pattern_size": 1, "min_count": 32}  # tokens, and times in a row
 
@@ -40,7 +41,9 @@ class VllmEngine:
     """
 
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, ranks: Ranks):
-        for key, value in ENVIRONMENT.items():
+        # On a GPU warnings tell of preemptions; the CPU's build warns of itself, a dozen times.
+        level = {"VLLM_LOGGING_LEVEL": "ERROR" if ranks.device.type == "cpu" else "WARNING"}
+        for key, value in (ENVIRONMENT | level).items():
             os.environ.setdefault(key, value)
         warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
         try:
@@ -48,8 +51,8 @@ class VllmEngine:
             from vllm.sampling_params import RepetitionDetectionParams, RequestOutputKind  # type: ignore
         except ImportError as e:
             raise ValueError(
-                f"rollout.engine is vllm, which cannot be imported ({e}): install it with "
-                'pip install "lead-fast[vllm]", or give --rollout.engine=transformers.'
+                f"rollout.engine is vllm, which is installed and cannot be imported ({e}): install it again with "
+                f"{how_to_install('vllm')}   or give --rollout.engine=transformers."
             ) from e
         r = config.rollout
         path = resolve(config.model.path)
@@ -92,6 +95,13 @@ class VllmEngine:
                 "give --rollout.engine=transformers."
             ) from e
         torch.set_num_threads = set_num_threads
+        tokens = self.llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens
+        if ranks.main and tokens:
+            print(
+                f"vLLM: a key-value cache of {tokens:,} tokens per engine, {tokens / self.context:.1f} times the "
+                f"longest sequence ({self.context:,}); rollout.batch_size is {r.batch_size}.",
+                flush=True,
+            )
         at_stop.append(self.llm.llm_engine.engine_core.shutdown)
 
     # ------------------------------------------------------------------------------------------------------ weights

@@ -9,9 +9,9 @@ import pytest
 import torch
 from test_training import ROOT, torchrun
 
+from lead_fast.attention import attention_in_use
 from lead_fast.config import check_parallel, load_config
 from lead_fast.memory import GRANULE, line_budget, remedy
-from lead_fast.model import attention_in_use
 
 SETUP = """
 import json, resource, sys
@@ -197,10 +197,8 @@ def test_savings_are_logged(tmp_path):
 
 
 def test_attention_is_named():
-    assert "scaled_dot_product_attention" in attention_in_use(torch.device("cpu"), "bfloat16")
-    assert "varlen" in attention_in_use(torch.device("cuda"), "bfloat16") or "flash" in attention_in_use(
-        torch.device("cuda"), "bfloat16"
-    )
+    assert "scaled_dot_product_attention" in attention_in_use(torch.device("cpu"), "bfloat16", 128)
+    assert "scaled_dot_product_attention" in attention_in_use(torch.device("cuda"), "float32", 128)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from test_machine import constraints, resolve
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,6 +36,13 @@ def test_the_wheel_holds_both_packages_recipes_and_model(wheel):
                    "lead_fast/assets/tiny/chat_template.jinja"):  # fmt: skip
         assert wanted in names, wanted
     assert not any(n.startswith("kernels/") for n in names)
+
+
+def test_the_wheel_installs_what_the_checkout_does(wheel):
+    found = resolve(f"{wheel}[gpu,vllm]")  # without the checkout's constraints
+    pins = constraints("constraints-cuda.txt")
+    for name in ("torch", "triton", "vllm", "flash-attn-4", "liger-kernel"):
+        assert found[name] == pins[name]
 
 
 def test_two_steps_of_tiny_from_another_folder(wheel, tmp_path):

@@ -61,6 +61,17 @@ def in_triton(logits: torch.Tensor) -> Any | None:
     return triton_kernels() if logits.dtype != torch.float64 and logits.stride(-1) == 1 else None
 
 
+def backend(device: torch.device) -> str:
+    """In words, what the kernels are on this device."""
+    if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+        if triton_kernels():
+            return f"Triton {importlib.import_module('triton').__version__}"
+        return "plain torch, slower (Triton is not installed)"
+    if cpu_extension():
+        return f"C++ ({torch.backends.cpu.get_cpu_capability()})"
+    return "plain torch, slower (the C++ extension was not built)"
+
+
 class Ready(torch.autograd.Function):
     """Ready.apply(loss, [gradient or None of each input], *inputs): a loss whose gradients its forward has taken.
 
