@@ -262,8 +262,8 @@ def require_vllm(device_type: str) -> None:
             f"{how_to_install('vllm')}   or give --rollout.engine=transformers, many times slower."
         )
     raise ValueError(
-        "rollout.engine is vllm, which is not installed: give --rollout.engine=transformers. (make test-vllm shows vLLM's "
-        "build for CPUs, in an environment of its own.)"
+        "rollout.engine is vllm, which is not installed: give --rollout.engine=transformers. (make test-vllm shows "
+        "vLLM's build for CPUs, in an environment of its own.)"
     )
 
 

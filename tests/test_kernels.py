@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lead_kernels import lead_advantages, linear_logprobs, linear_policy_loss, loss_weights, policy_loss
+from lead_kernels.linear_policy_loss import add_in_slices_
 
 # ------------------------------------------------------------------------------------------------------ lead_advantages
 
@@ -298,6 +299,24 @@ def test_strided_hidden_and_the_same_bits_every_time():
         runs.append((h.grad, w.grad))
     assert torch.equal(runs[0][0], runs[2][0]) and torch.equal(runs[0][1], runs[2][1])
     torch.testing.assert_close(runs[0], runs[1])
+
+
+def test_an_older_torch_adds_products_in_slices(monkeypatch: pytest.MonkeyPatch):
+    """torch.mm(out_dtype=...) is for GPUs; here it stands for itself in float32."""
+    real, sizes = torch.mm, []
+
+    def mm(a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+        sizes.append(len(a))
+        return real(a.to(out_dtype), b.to(out_dtype))
+
+    monkeypatch.setattr(torch, "mm", mm)
+    g = torch.Generator().manual_seed(3)
+    total = torch.full((2100, 1 << 15), torch.nan)  # two slices of 2,048 rows and less
+    parts = [(torch.randn(2100, 4, generator=g).bfloat16(), torch.randn(4, 1 << 15, generator=g).bfloat16())] * 2
+    for i, (a, b) in enumerate(parts):
+        add_in_slices_(total, a, b, first=i == 0)
+    expected = sum(a.float() @ b.float() for a, b in parts)
+    assert torch.allclose(total, expected, rtol=1e-6, atol=1e-6) and sizes == [2048, 52] * 2
 
 
 def test_linear_logprobs_with_gradients():

@@ -10,6 +10,7 @@ The sequence modes (GSPO ratio, sequence importance) need every row's log-prob f
 Legend: T rows, D hidden, V vocabulary, C rows of a chunk.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -43,10 +44,34 @@ def add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: b
     """total (+)= a @ b, added in total's dtype inside the product; `first` overwrites what total holds."""
     if a.dtype == total.dtype:
         torch.addmm(total, a, b, beta=0 if first else 1, out=total)
-    elif total.is_cuda:
+    elif not total.is_cuda:
+        total.copy_(a @ b) if first else total.add_(a @ b)
+    elif adds_in_product(total.device):
         torch.addmm(total, a, b, beta=0 if first else 1, out_dtype=total.dtype, out=total)
     else:
-        total.copy_(a @ b) if first else total.add_(a @ b)
+        add_in_slices_(total, a, b, first)
+
+
+@functools.cache
+def adds_in_product(device: torch.device) -> bool:
+    """Whether the installed torch adds a product of bf16 matrices to a float32 one inside the product, on a GPU.
+
+    torch 2.14 does and older ones refuse a float32 `self`; which of them is not written anywhere, so it is tried once.
+    """
+    a, total = torch.ones(16, 16, dtype=torch.bfloat16, device=device), torch.ones(16, 16, device=device)
+    try:
+        torch.addmm(total, a, a, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return bool((total == 17).all())
+
+
+def add_in_slices_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) -> None:
+    """total (+)= a @ b in slices of rows, each product rounded to total's dtype alone; at most 256 MiB beside total."""
+    rows = max(1, (256 << 20) // (b.shape[1] * total.element_size()))
+    for i in range(0, total.shape[0], rows):
+        product = torch.mm(a[i : i + rows], b, out_dtype=total.dtype)
+        total[i : i + rows].copy_(product) if first else total[i : i + rows].add_(product)
 
 
 def local(weight: torch.Tensor) -> torch.Tensor:
