@@ -26,7 +26,7 @@ CPU_ONLY := $(if $(CUDA),CUDA_VISIBLE_DEVICES=)
 export PYTHONUNBUFFERED := 1
 
 $(INSTALLED): pyproject.toml setup.py $(CONSTRAINTS_$(SET)) $(wildcard csrc/*)
-	$(PYTHON) lead_fast/machine.py --install $(VENV) $(if $(CUDA),--cuda)
+	$(PYTHON) lead_fast/runtime/hardware.py $(VENV) $(if $(CUDA),--cuda)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel ninja
 	$(BIN)/python -m pip install --quiet $(WHEELS_$(SET)) $(TORCH_FLAGS) $(TORCH_$(SET))
@@ -73,7 +73,7 @@ test-oldest:  ## the CPU tests on the lower end of the declared versions, in an 
 CHECK_VENV ?= $(HOME)/.cache/lead-fast/cuda
 
 check-cuda:  ## the CUDA set on any machine, 10 GiB in an environment of its own: installs, imports, kernel tests, two steps of tiny
-	$(PYTHON) lead_fast/machine.py --install $(CHECK_VENV) --cuda
+	$(PYTHON) lead_fast/runtime/hardware.py $(CHECK_VENV) --cuda
 	$(call COPY,$(CHECK_VENV)-checkout)
 	$(MAKE) --no-print-directory -C $(CHECK_VENV)-checkout install CUDA=yes VENV=$(CHECK_VENV) PYTHON=$(PYTHON)
 	$(CHECK_VENV)/bin/python -m pip check

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from harness import RESULTS, machine, write_json
 
-from lead_fast.packing import assign, flops_per_sequence
+from lead_fast.learner.packing import assign, flops_per_sequence
 
 SHAPE = {"linear_params": 13_990_000_000, "layers": 48, "hidden": 5120}
 Cost = Callable[[int], float]

@@ -118,8 +118,8 @@ def main() -> None:
     began = time.monotonic()
     base = a.model or pretrained(runs / "base")
     took.setdefault("model", time.monotonic() - began)
-    run("data", runs / "data" / "test.jsonl", "lead_fast.word_problems", "--out", f"{runs}/data")
-    run("validation data", runs / "data" / "validation" / "test.jsonl", "lead_fast.word_problems", "--seed=2",
+    run("data", runs / "data" / "test.jsonl", "lead_fast.data", "word_problems", "--out", f"{runs}/data")
+    run("validation data", runs / "data" / "validation" / "test.jsonl", "lead_fast.data", "word_problems", "--seed=2",
         "--train=1", "--test=64", "--out", f"{runs}/data/validation")  # fmt: skip
     data = [f"--data.train={runs}/data/train.jsonl"]
     evaluate("base", base)

@@ -130,12 +130,14 @@ def idle(repeats: int, steps: int = 4) -> list[dict]:
 
 def speed(a: argparse.Namespace) -> list[dict]:
     """Tokens a second of both engines on this rank's prompts; a rank's own, so that ranks do not wait."""
-    from lead_fast.config import load_config
-    from lead_fast.data import load_problems, tokenize_prompts
-    from lead_fast.distributed import start
-    from lead_fast.engine import Sampling, TransformersEngine, Work
-    from lead_fast.model import load_tokenizer
-    from lead_fast.vllm_engine import VllmEngine
+    from lead_fast.cli import load_config
+    from lead_fast.data.prompts import tokenize_prompts
+    from lead_fast.data.read import load_problems
+    from lead_fast.learner.model import load_tokenizer
+    from lead_fast.rollout.engine import Sampling, Work
+    from lead_fast.rollout.transformers_engine import TransformersEngine
+    from lead_fast.rollout.vllm_engine import VllmEngine
+    from lead_fast.runtime.ranks import start
 
     ranks = start()
     c = load_config(["--rollout.engine=vllm", f"--model={a.model}", f"--rollout.batch_size={a.batch}"])
@@ -169,7 +171,7 @@ def random_model(folder: Path, hidden: int, layers: int) -> None:
     """A Qwen2 with random weights and the embedded model's tokenizer, saved once, by the first rank."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from lead_fast.model import EMBEDDED
+    from lead_fast.learner.model import EMBEDDED
 
     config = AutoConfig.from_pretrained(EMBEDDED["tiny"])
     config.update({"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": layers,
@@ -181,12 +183,14 @@ def random_model(folder: Path, hidden: int, layers: int) -> None:
 
 def sync_times(a: argparse.Namespace) -> list[dict]:
     """Seconds of sync, by bucket size, beside a copy, an all-gather and checksums of as many bytes, interleaved."""
-    from lead_fast.config import load_config
-    from lead_fast.distributed import start
-    from lead_fast.engine import fingerprint
-    from lead_fast.model import load_policy, load_tokenizer
-    from lead_fast.sync import all_gather, sync
-    from lead_fast.vllm_engine import VllmEngine
+    from lead_fast.cli import load_config
+    from lead_fast.learner.model import load_tokenizer
+    from lead_fast.learner.policy import load_policy
+    from lead_fast.learner.weights import all_gather
+    from lead_fast.rollout.engine import fingerprint
+    from lead_fast.rollout.sync import sync
+    from lead_fast.rollout.vllm_engine import VllmEngine
+    from lead_fast.runtime.ranks import start
 
     ranks = start()
     folder = Path(ranks.gather_objects(tempfile.mkdtemp() if ranks.main else None)[0])
@@ -254,7 +258,7 @@ def main() -> None:
             if os.environ.get("RANK", "0") == "0":
                 Path(path).write_text(json.dumps(rows))
         if a.part != "idle":
-            from lead_fast.distributed import stop
+            from lead_fast.runtime.ranks import stop
 
             stop()
         return

@@ -56,7 +56,7 @@ def make_model(folder: Path, a: argparse.Namespace) -> dict[str, int]:
     hidden, layers = a.hidden, a.layers
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from lead_fast.arithmetic import architecture, build_tokenizer
+    from lead_fast.data.arithmetic import architecture, build_tokenizer
 
     tokenizer = build_tokenizer()
     base = architecture(len(tokenizer)).to_dict()
@@ -128,12 +128,12 @@ class Step:
 
 class LeadFast(Step):
     def __init__(self, a: argparse.Namespace, x: dict[str, Any], device: str):
-        from lead_fast.config import load_config
-        from lead_fast.distributed import start
-        from lead_fast.loss import objective, policy_loss
-        from lead_fast.model import Policy, load_policy, prepare_blocks
-        from lead_fast.optim import make_optimizer
-        from lead_fast.packing import assign, make_pack
+        from lead_fast.cli import load_config
+        from lead_fast.learner.loss import objective, policy_loss
+        from lead_fast.learner.optimizer import make_optimizer
+        from lead_fast.learner.packing import assign, make_pack
+        from lead_fast.learner.policy import Policy, load_policy, prepare_blocks
+        from lead_fast.runtime.ranks import start
 
         dtype = "float32" if device == "cpu" else "bfloat16"
         c = load_config([f"--model.path={a.model}", f"--model.dtype={dtype}", "--parallel.reshard=false",
@@ -220,7 +220,7 @@ class Plain(Step):
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         from transformers import AutoModelForCausalLM
 
-        from lead_fast.distributed import start
+        from lead_fast.runtime.ranks import start
 
         ranks = start()
         self.rows = len(x["prompts"])

@@ -19,16 +19,21 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from .config import Config, check, chosen_engine, load_config
-from .data import load_problems, tokenize_prompts
-from .distributed import Ranks, complaint, start, stop
-from .engine import Engine, EngineFailure, Progress, Sampling, make_engine, silent
+from .checks import check, chosen_engine
+from .cli import load_config
+from .config import Config
+from .data.prompts import tokenize_prompts
+from .data.read import load_problems
+from .learner.model import load_tokenizer, resolve
 from .machine import look_at_machine
-from .model import load_tokenizer, resolve
+from .records import Group, Problem, Score
 from .report import parse_labelled
-from .reward import Verifier
-from .rollout import Batch, gather, grade, rollout
-from .schema import Group, Problem, Score
+from .reward.grading import grade
+from .reward.verifier import Verifier
+from .rollout.collect import Batch, gather, rollout
+from .rollout.engine import Engine, EngineFailure, Progress, Sampling, silent
+from .rollout.engines import make_engine
+from .runtime.ranks import Ranks, complaint, start, stop
 from .scores import Answered, difference, draw, summary, table, vote
 
 

@@ -2,7 +2,7 @@
 
     python -m lead_fast.plan --recipe lead-14b --gpus 8 --device h200 [--json FILE] [--section.key=value ...]
 
-Memory, traffic and work are those of the trainer itself, run without memory (lead_fast/fake_step.py), for a pack of
+Memory, traffic and work are those of the trainer itself, run without memory (learner/fake_step.py), for a pack of
 parallel.pack_tokens or the longest sequence, whichever is more. Seconds rest on the table ASSUMPTIONS. Training and
 generation do not coincide: vLLM sleeps (level 2) while the policy trains. It ends with code 1, and says what to change,
 where a run does not fit. Not counted: a reference model (loss.kl_coef), a pass that recomputes old log-probs, and what
@@ -22,11 +22,13 @@ from typing import Any, get_args, get_type_hints
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
-from .checkpoint import write_atomic
-from .config import Config, ModelConfig, check, load_config
-from .fake_step import COLLECTIVES, KINDS, SEGMENTS, Numbers, fake_job, line, track
-from .model import resolve
-from .packing import assign
+from .checks import check
+from .cli import load_config
+from .config import Config, ModelConfig
+from .learner.checkpoint import write_atomic
+from .learner.fake_step import COLLECTIVES, KINDS, SEGMENTS, Numbers, fake_job, line, track
+from .learner.model import resolve
+from .learner.packing import assign
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ DEVICES = {  # NVIDIA's data sheets (SXM); networks as commonly built: 400 Gb/s 
     "a100": Device(79.1 * GIB, 312e12, 2.04e12, 300e9, 25e9),
     "h20": Device(95.0 * GIB, 148e12, 4.0e12, 450e9, 50e9),
 }
+
 
 # What seconds and spare memory rest on. "h200": measured there with large bf16 products and copies (790 TFLOP/s, 4.3
 # TB/s); "guess": not measured by us, to be replaced by a run's own metrics.
@@ -326,7 +329,7 @@ def plan(c: Config, gpus: int, device: str) -> dict[str, Any]:
 
     Raises:
         ValueError: an unknown device, a number of GPUs that makes no whole nodes or copies, a model without a known
-            shape, or what `lead_fast.config.check` refuses.
+            shape, or what `lead_fast.checks.check` refuses.
     """
     if device not in DEVICES:
         raise ValueError(f"--device is {device!r}, which is not known: give one of {', '.join(DEVICES)}.")

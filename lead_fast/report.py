@@ -17,13 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .metrics import clock, read_jsonl
+from .runtime.console import clock
+from .runtime.jsonl import read_jsonl
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+
 Record = dict[str, Any]
+
 
 # Okabe and Ito's palette, which colour-blind readers tell apart.
 BLUE, ORANGE, GREEN, PURPLE, SKY, AMBER, GREY = (
@@ -317,6 +320,7 @@ def draw(run: Run, out: Path) -> dict[str, Path]:
 
 
 # -------------------------------------------------------------------------------------------------------------- page
+
 
 CSS = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #24292f; max-width: 1060px; margin: 2rem auto; padding: 0 1rem; }

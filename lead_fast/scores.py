@@ -18,6 +18,7 @@ from .report import BLUE, LINES, STYLE, band
 if TYPE_CHECKING:
     pass
 
+
 DRAWS = 2000
 BUDGETS = 16  # points of the curve of accuracy against token budget
 Equal = Callable[[str, str], bool]

@@ -16,17 +16,22 @@ from transformers import AutoModelForCausalLM
 
 from lead_kernels import linear_logprobs
 
-from . import checkpoint
-from .arithmetic import architecture, build_tokenizer
-from .config import SftConfig, check_parallel, dump, load_config
-from .data import ProblemStream, load_problems, say, tokenize_prompts
-from .distributed import complaint, start, stop
-from .health import Health
+from .checks import check_parallel
+from .cli import dump, load_config
+from .config import SftConfig
+from .data.arithmetic import architecture, build_tokenizer
+from .data.order import ProblemStream
+from .data.prompts import tokenize_prompts
+from .data.read import load_problems, say
+from .learner import checkpoint
+from .learner.model import load_model, load_tokenizer
+from .learner.optimizer import learning_rate, make_optimizer, update
+from .learner.packing import Pack, assign, make_pack
+from .learner.policy import Policy, make_policy
 from .machine import look_at_machine
-from .model import Policy, load_model, load_tokenizer, make_policy
-from .optim import learning_rate, make_optimizer, update
-from .packing import Pack, assign, make_pack
 from .release import release
+from .runtime.health import Health
+from .runtime.ranks import complaint, start, stop
 
 
 def load_examples(c: SftConfig, tokenizer, source: str, split: str) -> tuple[list[list[int]], list[list[int]]]:

@@ -24,28 +24,37 @@ import torch
 
 from lead_kernels import LeadAdvantages
 
-from . import checkpoint
-from .advantage import advantages, difficulty_weight
-from .config import RECIPES, Config, check, chosen_engine, dump, load_config, names
-from .data import ProblemStream, SolveRateStream, load_problems, tokenize_prompts
-from .distributed import Ranks, complaint, start, stop
-from .engine import EngineFailure, Sampling, make_engine
+from .checks import check, chosen_engine
+from .cli import RECIPES, dump, load_config, names
+from .config import Config
+from .data.order import ProblemStream, SolveRateStream
+from .data.prompts import tokenize_prompts
+from .data.read import load_problems
 from .evaluate import evaluate, load_test
-from .health import Health, must_be_finite
-from .loss import check_agreement, needs_gradient, objective, pack_logprobs, policy_loss, reduce_metrics
-from .machine import look_at_machine, smallest_gpu_gib
-from .memory import rehearse
-from .metrics import Metrics, PhaseTimer, read_jsonl
-from .model import Policy, load_policy, load_tokenizer
-from .optim import learning_rate, make_optimizer, update
-from .packing import Pack, assign, efficiency, make_pack
+from .learner import checkpoint
+from .learner.advantage import advantages, difficulty_weight
+from .learner.loss import check_agreement, needs_gradient, objective, pack_logprobs, policy_loss, reduce_metrics
+from .learner.memory import rehearse
+from .learner.model import load_tokenizer
+from .learner.optimizer import learning_rate, make_optimizer, update
+from .learner.packing import Pack, assign, efficiency, make_pack
+from .learner.policy import Policy, load_policy
+from .machine import look_at_machine
+from .records import Group, Score
 from .release import release
 from .report import write_report
-from .reward import Verifier
-from .rollout import Backlog, Batch, Share, gather, grade, rollout, sampling_seed
-from .schema import Group, Score
-from .sync import canary, sync
-from .watchdog import Watchdog
+from .reward.grading import grade
+from .reward.verifier import Verifier
+from .rollout.collect import Backlog, Batch, Share, gather, rollout, sampling_seed
+from .rollout.engine import EngineFailure, Sampling
+from .rollout.engines import make_engine
+from .rollout.sync import canary, sync
+from .runtime.hardware import smallest_gpu_gib
+from .runtime.health import Health, must_be_finite
+from .runtime.journal import Metrics, PhaseTimer
+from .runtime.jsonl import read_jsonl
+from .runtime.ranks import Ranks, complaint, start, stop
+from .runtime.watchdog import Watchdog
 
 LARGE_GPU_GIB = 75  # what torch shows of an '80 GB' GPU is 79.1 GiB or a little less
 ASIDE = ("evaluate", "save")  # phases that are no part of a step

@@ -17,9 +17,12 @@ from pathlib import Path
 
 import torch
 
-from lead_fast import checkpoint, train, watchdog
-from lead_fast.distributed import complaint
-from lead_fast.engine import EngineFailure, TransformersEngine
+from lead_fast import train
+from lead_fast.learner import checkpoint
+from lead_fast.rollout.engine import EngineFailure
+from lead_fast.rollout.transformers_engine import TransformersEngine
+from lead_fast.runtime import watchdog
+from lead_fast.runtime.ranks import complaint
 
 FAULTS = json.loads(sys.argv[1])
 RANK, LIFE = int(os.environ.get("RANK", 0)), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))

@@ -22,9 +22,10 @@ import hostile
 import numpy as np
 from test_faults import Job, faulty, same, small, weights
 
-from lead_fast.metrics import read_jsonl
-from lead_fast.reward import Verifier, score
-from lead_fast.schema import Response
+from lead_fast.records import Response
+from lead_fast.reward.grading import score
+from lead_fast.reward.verifier import Verifier
+from lead_fast.runtime.jsonl import read_jsonl
 
 ROOT = Path(__file__).parent.parent
 FULL = {"steps": 500, "kills": 25, "gradings": 100_000}

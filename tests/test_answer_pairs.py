@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lead_fast.reward import Verifier, normalize
+from lead_fast.reward.verifier import Verifier, normalize
 
 PAIRS = [json.loads(line) for line in (Path(__file__).parent / "data" / "answer_pairs.jsonl").read_text().splitlines()]
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lead_fast import arithmetic
-from lead_fast.arithmetic import LEVELS, build_tokenizer, is_test, make_problems
+from lead_fast.data import arithmetic
+from lead_fast.data.arithmetic import LEVELS, build_tokenizer, is_test, make_problems
 
 ASSET = Path(arithmetic.__file__).parent / "assets" / "tiny"
 WORDS = {"add": 1, "plus": 1, "finds": 1, "buys": 1, "gets": 1}
@@ -53,7 +53,16 @@ def test_difficulties_are_the_ones_asked_for_and_evenly_drawn():
 def test_files_hold_the_same_problems_whatever_the_hash_seed(tmp_path):
     for hash_seed in ("0", "1"):
         subprocess.run(
-            [sys.executable, "-m", "lead_fast.arithmetic", "--out", tmp_path / hash_seed, "--train=50", "--test=9"],
+            [
+                sys.executable,
+                "-m",
+                "lead_fast.data",
+                "arithmetic",
+                "--out",
+                tmp_path / hash_seed,
+                "--train=50",
+                "--test=9",
+            ],
             env=os.environ | {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": os.pathsep.join(sys.path)},
             check=True,
         )

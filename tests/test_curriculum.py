@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from lead_fast.data import load_problems
-from lead_fast.prepare import main as data
+from lead_fast.data.prepare import main as data
+from lead_fast.data.read import load_problems
 
 ROOT = Path(__file__).parent.parent
 TRAIN = "--data.train=arithmetic:train?n=32&seed=1"

@@ -4,8 +4,10 @@ import json
 
 import pytest
 
-from lead_fast.arithmetic import build_tokenizer, is_test, make_problems
-from lead_fast.data import ProblemStream, load_problems, tokenize_prompts
+from lead_fast.data.arithmetic import build_tokenizer, is_test, make_problems
+from lead_fast.data.order import ProblemStream
+from lead_fast.data.prompts import tokenize_prompts
+from lead_fast.data.read import load_problems
 
 
 def jsonl(path, rows):

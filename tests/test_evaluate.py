@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from lead_fast import data
-from lead_fast.config import load_config
-from lead_fast.data import load_problems
-from lead_fast.distributed import start
-from lead_fast.engine import make_engine
+from lead_fast.cli import load_config
+from lead_fast.data.read import load_problems
 from lead_fast.evaluate import Samples, asked, compare, evaluate, load_test, write
-from lead_fast.model import load_tokenizer
-from lead_fast.reward import Verifier
+from lead_fast.learner.model import load_tokenizer
+from lead_fast.reward.verifier import Verifier
+from lead_fast.rollout.engines import make_engine
+from lead_fast.runtime.ranks import start
 from lead_fast.scores import Answered, difference, interval, pass_at_k, summary, vote
 
 
@@ -132,7 +132,7 @@ def test_a_killed_evaluation_goes_on_and_samples_nothing_twice(machine, tmp_path
 
 def test_answers_of_weights_that_were_there_before_are_refused(tmp_path):
     from lead_fast.evaluate import weights
-    from lead_fast.model import EMBEDDED
+    from lead_fast.learner.model import EMBEDDED
 
     shutil.copytree(EMBEDDED["tiny"], tmp_path / "run" / "final")
     before = weights(str(tmp_path / "run"))
@@ -147,7 +147,8 @@ def test_answers_of_weights_that_were_there_before_are_refused(tmp_path):
 
 
 def test_a_run_directory_is_evaluated_with_its_own_settings(tmp_path):
-    from lead_fast.config import check, dump
+    from lead_fast.checks import check
+    from lead_fast.cli import dump
     from lead_fast.evaluate import own_settings
 
     c = load_config(["--recipe=lead-14b", "--rollout.max_tokens=77", "--output=elsewhere"])

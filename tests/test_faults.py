@@ -17,15 +17,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lead_fast import checkpoint
-from lead_fast.arithmetic import make_problems
-from lead_fast.config import load_config
-from lead_fast.data import ProblemStream
-from lead_fast.distributed import start, stop
-from lead_fast.health import Health, must_be_finite
-from lead_fast.metrics import Metrics, read_jsonl
-from lead_fast.model import load_model, load_policy, load_tokenizer
-from lead_fast.optim import make_optimizer, update
+from lead_fast.cli import load_config
+from lead_fast.data.arithmetic import make_problems
+from lead_fast.data.order import ProblemStream
+from lead_fast.learner import checkpoint
+from lead_fast.learner.model import load_model, load_tokenizer
+from lead_fast.learner.optimizer import make_optimizer, update
+from lead_fast.learner.policy import load_policy
+from lead_fast.runtime.health import Health, must_be_finite
+from lead_fast.runtime.journal import Metrics
+from lead_fast.runtime.jsonl import read_jsonl
+from lead_fast.runtime.ranks import start, stop
 
 ROOT = Path(__file__).parent.parent
 STEPS = 5
@@ -348,8 +350,8 @@ def test_the_watchdog_names_every_ranks_phase_and_stack_and_ends_the_job(unbroke
 
 LOCKED = """
 import ctypes
-from lead_fast.distributed import start
-from lead_fast.watchdog import Watchdog
+from lead_fast.runtime.ranks import start
+from lead_fast.runtime.watchdog import Watchdog
 dog = Watchdog(2.0, start())
 dog.beat("reward", 7)
 ctypes.PyDLL(None).sleep(60)  # keeps the interpreter's lock: no Python thread runs
@@ -364,8 +366,8 @@ def test_code_that_keeps_the_interpreters_lock_is_ended_too():
 
 ENDING = """
 import time
-from lead_fast import watchdog
-from lead_fast.distributed import start
+from lead_fast.runtime import watchdog
+from lead_fast.runtime.ranks import start
 
 class Busy:  # always inside the store's C++, so also when the interpreter ends
     def __init__(self, store): self.store = store

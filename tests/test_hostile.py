@@ -8,13 +8,17 @@ from pathlib import Path
 import hostile
 import pytest
 
-from lead_fast.config import dump, load_config
-from lead_fast.data import control_tokens, load_problems, tokenize_prompts
-from lead_fast.metrics import Metrics, read_jsonl
-from lead_fast.model import load_tokenizer
+from lead_fast.cli import dump, load_config
+from lead_fast.data.prompts import control_tokens, tokenize_prompts
+from lead_fast.data.read import load_problems
+from lead_fast.learner.model import load_tokenizer
+from lead_fast.records import Problem, Response
 from lead_fast.report import write_report
-from lead_fast.reward import Verifier, extract_boxed, graded_text, is_degenerate, score
-from lead_fast.schema import Problem, Response
+from lead_fast.reward.extraction import extract_boxed, graded_text, is_degenerate
+from lead_fast.reward.grading import score
+from lead_fast.reward.verifier import Verifier
+from lead_fast.runtime.journal import Metrics
+from lead_fast.runtime.jsonl import read_jsonl
 
 LIMIT_S = 1.0
 

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from lead_fast.config import PRESETS, RECIPES, Config, SftConfig, check, dump, keys, load_config, names
+from lead_fast.checks import check
+from lead_fast.cli import PRESETS, RECIPES, dump, keys, load_config, names
+from lead_fast.config import Config, SftConfig
 
 ROOT = Path(__file__).parent.parent
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -40,37 +42,64 @@ def test_lead_kernels_stands_alone():
         assert not outside, f"{path.name} imports {outside}"
 
 
-def test_stages_import_no_stage_but_what_they_build_on():
-    shared = {".schema", ".config", ".distributed"}
-    may = {
-        "schema": set(),
-        "config": set(),
-        "distributed": {".config", ".machine"},
-        "machine": shared | {".attention", ".model"},  # only in the functions that describe a run
-        "attention": set(),
-        "packing": set(),
-        "data": shared | {".arithmetic", ".prepare"},  # prepare only as the command `-m lead_fast.data`
-        "reward": shared,
-        "advantage": shared | {".reward"},
-        "engine": shared | {".model", ".vllm_engine"},
-        "rollout": shared | {".engine", ".reward"},
-        "model": shared | {".attention", ".packing"},
-        "loss": shared | {".model", ".packing"},
-        "optim": shared | {".model"},
-        "memory": shared | {".loss", ".model", ".packing"},
-        "vllm_engine": shared | {".engine", ".machine", ".model"},
-        "sync": shared | {".engine", ".model", ".loss", ".packing"},
-        "checkpoint": shared | {".machine", ".model"},
-        "watchdog": shared,
-        "health": shared | {".metrics"},
+ON_TOP = {"config", "records", "checks", "cli"}  # library that every wing may import
+BELOW = {"runtime": set(), "data": {"runtime"}, "reward": set(), "learner": {"runtime", "reward"},
+         "rollout": {"runtime", "reward", "learner"}}  # fmt: skip
+LIFTED = {("data", "prepare"): {"learner", "report", "reward"}}  # a command that lives in its wing
+
+
+def inner_imports(path: Path) -> set[tuple[str, str]]:
+    """(wing or "", module) of everything of lead_fast that a file imports, inside functions too."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]  # ("lead_fast",) or ("lead_fast", wing)
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = [*package[: len(package) - node.level + 1], *(node.module or "").split(".")]
+            parts = [p for p in base[1:] if p]
+            for name in [a.name for a in node.names] if not node.module else [""]:
+                full = [*parts, name] if name else parts
+                found.add((full[0], full[1]) if len(full) > 1 else ("", full[0]))
+    return found
+
+
+def test_wings_import_only_what_is_below_them():
+    for wing, below in BELOW.items():
+        for path in sorted((ROOT / "lead_fast" / wing).glob("*.py")):
+            allowed = below | LIFTED.get((wing, path.stem), set())
+            for where, module in inner_imports(path):
+                assert where in {wing, *allowed} or (not where and module in ON_TOP | allowed), (
+                    f"{wing}/{path.name} imports {where or 'lead_fast'}.{module}"
+                )
+
+
+def test_no_import_circle():
+    files = {p for p in (ROOT / "lead_fast").rglob("*.py") if p.name != "__init__.py"}
+    edges = {}
+    for path in files:
+        name = (path.parent.name if path.parent.name != "lead_fast" else "", path.stem)
+        edges[name] = inner_imports(path)
+    done: set[tuple[str, str]] = set()
+
+    def visit(node, above):
+        assert node not in above, f"a circle: {' -> '.join('.'.join(n) for n in [*above, node])}"
+        if node not in done:
+            for following in sorted(edges.get(node, ())):
+                visit(following, [*above, node])
+            done.add(node)
+
+    for node in sorted(edges):
+        visit(node, [])
+
+
+def test_wings_are_one_level_deep():
+    assert {p.parent for p in (ROOT / "lead_fast").rglob("*.py")} == {
+        ROOT / "lead_fast",
+        *(ROOT / "lead_fast" / wing for wing in BELOW),
     }
-    for stage, allowed in may.items():
-        inside = {m for m in imports(ROOT / "lead_fast" / f"{stage}.py") if m.startswith(".")}
-        assert inside <= allowed, f"{stage}.py imports {inside - allowed}"
 
 
 def test_vllm_is_imported_in_one_file_at_most():
-    users = [p.name for p in (ROOT / "lead_fast").glob("*.py") if "vllm" in imports(p)]
+    users = [p.name for p in (ROOT / "lead_fast").rglob("*.py") if "vllm" in imports(p)]
     assert users in ([], ["vllm_engine.py"])
 
 
@@ -92,6 +121,7 @@ def test_paths_and_commands_in_documents_exist(doc: Path):
         if re.fullmatch(r"[\w./-]+\.(?:py|md|toml|json|jsonl|png|cpp|h)", word) or re.fullmatch(r"(?:[\w.-]+/)+", word):
             if not word.startswith(("runs/", "RUN_DIR", "my-", "checkpoints/")) and "N" not in word.split("/"):
                 places = [ROOT, doc.parent, ROOT / "lead_fast", ROOT / "kernels" / "lead_kernels", ROOT / "docs"]
+                places += [ROOT / "lead_fast" / wing for wing in BELOW]
                 assert any((p / word).exists() for p in places) or word in GENERATED, f"{doc.name} names {word}"
     for key in re.findall(r"--([a-z]+\.[a-z_]+)", text):
         assert key in {*keys(Config), *keys(SftConfig)}, f"{doc.name} names --{key}"

@@ -23,10 +23,13 @@ from packaging.version import Version
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lead_fast import attention, machine, train
-from lead_fast.attention import Attention
-from lead_fast.config import check, chosen_engine, load_config
+from lead_fast import train
+from lead_fast.checks import check, chosen_engine
+from lead_fast.cli import load_config
 from lead_fast.evaluate import main as evaluate_main
+from lead_fast.learner import attention
+from lead_fast.learner.attention import Attention
+from lead_fast.runtime import hardware
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -72,7 +75,7 @@ def test_where_a_gpu_is_make_installs_the_cuda_set_with_vllm(target, tmp_path):
     assert "torch==2.14.0" in text and "-c .ci/constraints-cuda.txt" in text
     installs = [line for line in text.splitlines() if "pip install" in line and "--upgrade" not in line]
     assert len(installs) == 2 and all("--only-binary :all:" in line for line in installs)
-    assert "lead_fast/machine.py --install" in text.splitlines()[0] and "--cuda" in text.splitlines()[0]
+    assert "lead_fast/runtime/hardware.py" in text.splitlines()[0] and "--cuda" in text.splitlines()[0]
 
 
 def test_without_a_gpu_make_installs_the_cpu_set(tmp_path):
@@ -150,7 +153,7 @@ def test_the_lower_ends_are_what_test_oldest_installs():
             (low,) = [s.version for s in requirement.specifier if s.operator == ">="]
             assert Version(low) == Version(pins.pop(requirement.name)), requirement.name
     assert not pins
-    low, high = machine.PYTHON
+    low, high = hardware.PYTHON
     assert PROJECT["requires-python"] == f">={low[0]}.{low[1]},<{high[0]}.{high[1]}"
 
 
@@ -188,12 +191,12 @@ def test_the_cuda_set_resolves_from_wheels_alone():
 @pytest.mark.parametrize("version", [(3, 10, 4), (3, 15, 0)])
 def test_a_python_outside_the_range_gets_a_sentence(version):
     with pytest.raises(ValueError, match=rf"Python is {'.'.join(map(str, version))}, .* 3.11 to 3.14: .*PYTHON="):
-        machine.check_python(version)
-    machine.check_python((3, 14, 2))
+        hardware.check_python(version)
+    hardware.check_python((3, 14, 2))
 
 
 def install_check(env: dict[str, str], *args: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "lead_fast" / "machine.py"), "--install", *args]
+    command = [sys.executable, str(ROOT / "lead_fast" / "runtime" / "hardware.py"), *args]
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
 
 
@@ -207,25 +210,25 @@ def test_an_installation_is_checked_before_it_downloads(tmp_path):
 
 
 def test_too_little_disk_gets_a_sentence(tmp_path, monkeypatch):
-    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * machine.GIB))
+    monkeypatch.setattr(hardware.shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * hardware.GIB))
     with pytest.raises(ValueError, match=r"env is on a disk with 2.0 GiB free, and the installation needs 20.0 GiB"):
-        machine.before_install(tmp_path / "env", cuda=True)
+        hardware.before_install(tmp_path / "env", cuda=True)
     with pytest.raises(ValueError, match=r"needs 3.0 GiB: make room, or give VENV=FOLDER on another disk"):
-        machine.before_install(tmp_path / "env", cuda=False)
+        hardware.before_install(tmp_path / "env", cuda=False)
 
 
 def test_a_run_whose_checkpoints_do_not_fit_the_disk_gets_a_sentence(tmp_path, monkeypatch):
-    from lead_fast.checkpoint import check_room
+    from lead_fast.learner.checkpoint import check_room
     from lead_fast.plan import QWEN_14B, AutoConfig
 
     shape = AutoConfig.for_model(**QWEN_14B)
-    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: SimpleNamespace(free=100 * machine.GIB))
+    monkeypatch.setattr(hardware.shutil, "disk_usage", lambda path: SimpleNamespace(free=100 * hardware.GIB))
     with pytest.raises(ValueError, match=r"100.0 GiB free, and writing 3 checkpoints of 165.1 GiB .* needs 522.7 GiB"):
         check_room(tmp_path, shape, checkpoint_every=20)
     check_room(tmp_path, shape, checkpoint_every=0)  # 27.5 GiB of exported weights
     (tmp_path / "checkpoints" / "step-20").mkdir(parents=True)
     with open(tmp_path / "checkpoints" / "step-20" / "weights", "wb") as f:
-        f.truncate(int(430 * machine.GIB))  # a resumed run: what is there need not be written again
+        f.truncate(int(430 * hardware.GIB))  # a resumed run: what is there need not be written again
     check_room(tmp_path, shape, checkpoint_every=20)
 
 
@@ -238,7 +241,7 @@ def pretend_gpus(monkeypatch, n: int, gib: float = 79.1, capability=(9, 0)) -> N
     monkeypatch.setattr(torch.cuda, "device_count", lambda: n)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i=0: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda i=0: H100)
-    properties = SimpleNamespace(name=H100, total_memory=int(gib * machine.GIB))
+    properties = SimpleNamespace(name=H100, total_memory=int(gib * hardware.GIB))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i=0: properties)
 
 
@@ -250,11 +253,11 @@ def test_gpus_that_torch_cannot_use_stop_the_run(tmp_path, monkeypatch):
         monkeypatch.setenv("PATH", eight_h100(tmp_path, driver)["PATH"])
         monkeypatch.setattr(torch.version, "cuda", cuda)
         with pytest.raises(ValueError) as e:
-            machine.use_cuda(0, 8)
+            hardware.use_cuda(0, 8)
         assert f"nvidia-smi shows 8 GPUs (driver {driver}), and torch" in str(e.value) and says in str(e.value)
         assert "or set CUDA_VISIBLE_DEVICES=" in str(e.value) and "\n" not in str(e.value)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # on purpose
-    assert machine.use_cuda(0, 8) is False
+    assert hardware.use_cuda(0, 8) is False
 
 
 def test_a_command_ends_with_that_sentence(tmp_path):
@@ -270,23 +273,23 @@ def test_a_command_ends_with_that_sentence(tmp_path):
 def test_more_ranks_than_gpus_and_old_gpus_get_a_sentence(monkeypatch):
     pretend_gpus(monkeypatch, 4)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
-    assert machine.use_cuda(3, 4) is True and machine.ranks_here() == 4
+    assert hardware.use_cuda(3, 4) is True and hardware.ranks_here() == 4
     with pytest.raises(ValueError, match=r"8 ranks .* sees 4 GPUs \(CUDA_VISIBLE_DEVICES=0,1,2,3\): .*node 4\."):
-        machine.use_cuda(0, 8)
+        hardware.use_cuda(0, 8)
     pretend_gpus(monkeypatch, 1, capability=(7, 0))
     with pytest.raises(ValueError, match="compute capability 7.0, and bfloat16 needs 8.0"):
-        machine.use_cuda(0, 1)
+        hardware.use_cuda(0, 1)
 
 
 def test_what_triton_compiles_with_is_looked_for(tmp_path, monkeypatch):
     monkeypatch.delenv("CC", raising=False)
-    machine.check_compiler()
-    monkeypatch.setattr(machine.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
+    hardware.check_compiler()
+    monkeypatch.setattr(hardware.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
     with pytest.raises(ValueError, match=r"Python.h is missing.*apt-get install python3.\d+-dev"):
-        machine.check_compiler()
-    monkeypatch.setattr(machine.shutil, "which", lambda name: None)
+        hardware.check_compiler()
+    monkeypatch.setattr(hardware.shutil, "which", lambda name: None)
     with pytest.raises(ValueError, match="No C compiler was found"):
-        machine.check_compiler()
+        hardware.check_compiler()
 
 
 @pytest.mark.parametrize(
@@ -318,40 +321,40 @@ def test_auto_means_vllm_on_a_gpu_and_does_not_fall_back(monkeypatch):
     check(shared, 8, device_type="cuda")
     with pytest.raises(ValueError, match="only vLLM can do"):
         check(shared, 8)
-    monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"not installed: .*pip install.*or give --rollout.engine=transformers"):
-        machine.require_vllm("cuda")
+        hardware.require_vllm("cuda")
     with pytest.raises(ValueError, match="not installed: give --rollout.engine=transformers"):
-        machine.require_vllm("cpu")
+        hardware.require_vllm("cpu")
 
 
 def test_remedies_work_as_typed(monkeypatch, tmp_path):
     def distribution(direct_url):
         text = json.dumps({"url": direct_url}) if direct_url else None
         found = SimpleNamespace(read_text=lambda name: text, metadata={})
-        monkeypatch.setattr(machine.importlib.metadata, "distribution", lambda name: found)
+        monkeypatch.setattr(hardware.importlib.metadata, "distribution", lambda name: found)
 
     distribution(ROOT.as_uri())  # an editable installation, wherever the command is typed
-    command = machine.how_to_install("vllm")
+    command = hardware.how_to_install("vllm")
     assert f'-e "{ROOT}[vllm]"' in command and f'-c "{ROOT}/.ci/constraints-cuda.txt"' in command
     assert command.startswith(sys.executable)
     distribution((tmp_path / "lead_fast-0.1.0-py3-none-any.whl").as_uri())
     declared = [f'{r}; extra == "{e}"' for e, rs in EXTRAS.items() for r in rs] + PROJECT["dependencies"]
-    monkeypatch.setattr(machine, "_declared", lambda: declared)
-    assert machine.how_to_install("vllm").endswith(f'pip install "{EXTRAS["vllm"][0]}"')
+    monkeypatch.setattr(hardware, "_declared", lambda: declared)
+    assert hardware.how_to_install("vllm").endswith(f'pip install "{EXTRAS["vllm"][0]}"')
     distribution(None)
-    command = machine.how_to_install("gpu").removeprefix(sys.executable)
+    command = hardware.how_to_install("gpu").removeprefix(sys.executable)
     assert command == " -m pip install " + " ".join(f'"{Requirement(r)}"' for r in EXTRAS["gpu"])
 
 
 def test_versions_outside_the_declared_range_are_named(monkeypatch):
-    monkeypatch.setattr(machine, "_declared", lambda: PROJECT["dependencies"])
-    real = machine.installed
-    monkeypatch.setattr(machine, "installed", lambda name: "2.10.0" if name == "torch" else real(name))
-    (sentence,) = [s for s in machine.untested_versions() if s.startswith("torch ")]
+    monkeypatch.setattr(hardware, "_declared", lambda: PROJECT["dependencies"])
+    real = hardware.installed
+    monkeypatch.setattr(hardware, "installed", lambda name: "2.10.0" if name == "torch" else real(name))
+    (sentence,) = [s for s in hardware.untested_versions() if s.startswith("torch ")]
     assert sentence.startswith("torch 2.10.0 is installed, and lead-fast is tested with torch<2.15,>=2.11")
-    monkeypatch.setattr(machine, "installed", lambda name: "2.13.0+cpu" if name == "torch" else real(name))
-    assert not [s for s in machine.untested_versions() if s.startswith("torch ")]
+    monkeypatch.setattr(hardware, "installed", lambda name: "2.13.0+cpu" if name == "torch" else real(name))
+    assert not [s for s in hardware.untested_versions() if s.startswith("torch ")]
 
 
 def test_the_first_lines_name_what_was_chosen():
@@ -516,10 +519,10 @@ def attention_takes_gqa() -> bool:
 
 
 def test_vllm_of_the_cuda_set_takes_this_python_and_torch():
-    if machine.installed("vllm") is None:
+    if hardware.installed("vllm") is None:
         pytest.skip("vLLM's CUDA build is not installed: make check-cuda installs it")
     metadata = importlib.metadata.metadata("vllm")
-    low, high = machine.PYTHON
+    low, high = hardware.PYTHON
     given = SpecifierSet(metadata["Requires-Python"])
     assert given.contains(f"{low[0]}.{low[1]}.0") and not given.contains(f"{high[0]}.{high[1]}.0")
     assert given.contains(f"{high[0]}.{high[1] - 1}.9")

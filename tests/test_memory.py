@@ -9,21 +9,22 @@ import pytest
 import torch
 from test_training import ROOT, torchrun
 
-from lead_fast.attention import attention_in_use
-from lead_fast.config import check_parallel, load_config
-from lead_fast.memory import GRANULE, line_budget, remedy
+from lead_fast.checks import check_parallel
+from lead_fast.cli import load_config
+from lead_fast.learner.attention import attention_in_use
+from lead_fast.learner.memory import GRANULE, line_budget, remedy
 
 SETUP = """
 import json, resource, sys
 import torch
-from lead_fast.advantage import advantages
-from lead_fast.config import load_config
-from lead_fast.distributed import complaint, start, stop
-from lead_fast.loss import objective, policy_loss
-from lead_fast.memory import rehearse, worst_pack
-from lead_fast.model import load_policy
-from lead_fast.optim import make_optimizer
-from lead_fast.packing import make_pack
+from lead_fast.learner.advantage import advantages
+from lead_fast.cli import load_config
+from lead_fast.runtime.ranks import complaint, start, stop
+from lead_fast.learner.loss import objective, policy_loss
+from lead_fast.learner.memory import rehearse, worst_pack
+from lead_fast.learner.policy import load_policy
+from lead_fast.learner.optimizer import make_optimizer
+from lead_fast.learner.packing import make_pack
 
 torch.manual_seed(0)
 def policy_of(args):

@@ -7,12 +7,13 @@ import numpy as np
 import pyarrow.parquet as parquet
 import pytest
 
-from lead_fast.data import SolveRateStream, load_problems
-from lead_fast.prepare import file_hash, main
-from lead_fast.rollout import Batch
-from lead_fast.schema import Group, Problem, Response, Score
+from lead_fast.data.order import SolveRateStream
+from lead_fast.data.prepare import file_hash, main
+from lead_fast.data.read import load_problems
+from lead_fast.data.word_problems import make_problems
+from lead_fast.records import Group, Problem, Response, Score
+from lead_fast.rollout.collect import Batch
 from lead_fast.train import refill
-from lead_fast.word_problems import make_problems
 
 
 def jsonl(path, rows):
@@ -166,8 +167,8 @@ def test_a_release_has_generation_settings_and_a_card(tmp_path):
 
     from transformers import GenerationConfig
 
-    from lead_fast.config import dump, load_config
-    from lead_fast.model import EMBEDDED
+    from lead_fast.cli import dump, load_config
+    from lead_fast.learner.model import EMBEDDED
     from lead_fast.release import release
 
     run = tmp_path / "run"
@@ -200,7 +201,7 @@ class OpensThinking:
     """The embedded tokenizer with a template that opens <think> itself, as R1-distill's does."""
 
     def __new__(cls):
-        from lead_fast.arithmetic import build_tokenizer
+        from lead_fast.data.arithmetic import build_tokenizer
 
         tokenizer = build_tokenizer()
         tokenizer.chat_template = "{{ messages[0].content }}<|assistant|><think>\n"
@@ -208,8 +209,8 @@ class OpensThinking:
 
 
 def test_sft_trains_on_the_end_of_sequence_and_opens_thinking_once(tmp_path):
-    from lead_fast.arithmetic import build_tokenizer
     from lead_fast.config import SftConfig
+    from lead_fast.data.arithmetic import build_tokenizer
     from lead_fast.sft import load_examples
 
     source = jsonl(tmp_path / "a.jsonl", [{"problem": "P", "answer": "1", "solution": "<think>\nwork</think>1"}])
@@ -220,8 +221,8 @@ def test_sft_trains_on_the_end_of_sequence_and_opens_thinking_once(tmp_path):
 
 
 def test_sft_leaves_out_solutions_over_the_limit_and_cuts_none(tmp_path, capsys):
-    from lead_fast.arithmetic import build_tokenizer
     from lead_fast.config import SftConfig
+    from lead_fast.data.arithmetic import build_tokenizer
     from lead_fast.sft import load_examples
 
     rows = [{"problem": f"P{n}", "solution": "1" * n} for n in (3, 4, 9)]  # a token a digit, and the end
@@ -239,7 +240,7 @@ def test_a_model_of_another_architecture_gets_one_sentence(tmp_path):
     from transformers import AutoModelForCausalLM, GPT2Config
 
     from lead_fast.config import ModelConfig
-    from lead_fast.model import load_model
+    from lead_fast.learner.model import load_model
 
     small = GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=16)
     AutoModelForCausalLM.from_config(small).save_pretrained(tmp_path / "gpt2")

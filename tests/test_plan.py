@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 
-from lead_fast import fake_step, plan
-from lead_fast.arithmetic import architecture
-from lead_fast.config import Config, load_config
-from lead_fast.fake_step import KINDS, SEGMENTS, Numbers, fake_job, track
+from lead_fast import plan
+from lead_fast.cli import load_config
+from lead_fast.config import Config
+from lead_fast.data.arithmetic import architecture
+from lead_fast.learner import fake_step
+from lead_fast.learner.fake_step import KINDS, SEGMENTS, Numbers, fake_job, track
 
 ROOT = Path(__file__).parent.parent
 LENGTHS = [400, 300, 200, 124]  # tokens of the sequences of a pack
@@ -48,11 +50,11 @@ import ctypes, gc, json, sys
 from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
-from lead_fast.distributed import start, stop
-from lead_fast.loss import Objective, policy_loss
-from lead_fast.model import Policy, shard
-from lead_fast.optim import make_optimizer, update
-from lead_fast.packing import make_pack
+from lead_fast.runtime.ranks import start, stop
+from lead_fast.learner.loss import Objective, policy_loss
+from lead_fast.learner.policy import Policy, shard
+from lead_fast.learner.optimizer import make_optimizer, update
+from lead_fast.learner.packing import make_pack
 from test_plan import LENGTHS, SETTINGS, config, shape
 
 def resident(field):

@@ -10,12 +10,14 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lead_fast.advantage import advantages, wrong_reward
-from lead_fast.config import load_config
-from lead_fast.loss import needs_gradient, objective
-from lead_fast.packing import assign, make_pack
-from lead_fast.reward import extract_boxed, graded_text, is_degenerate, normalize, quick, soft_overlong_penalty
-from lead_fast.schema import Score
+from lead_fast.cli import load_config
+from lead_fast.learner.advantage import advantages
+from lead_fast.learner.loss import needs_gradient, objective
+from lead_fast.learner.packing import assign, make_pack
+from lead_fast.records import Score
+from lead_fast.reward.extraction import extract_boxed, graded_text, is_degenerate
+from lead_fast.reward.terms import soft_overlong_penalty, wrong_reward
+from lead_fast.reward.verifier import normalize, quick
 from lead_kernels import lead_advantages
 
 CPU = torch.device("cpu")

@@ -11,21 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lead_fast.advantage import wrong_reward
-from lead_fast.config import load_config
-from lead_fast.reward import (
-    Verifier,
-    _only_numbers,
-    extract_boxed,
-    graded_text,
-    is_degenerate,
-    normalize,
-    quick,
-    score,
-    soft_overlong_penalty,
-)
-from lead_fast.rollout import grade
-from lead_fast.schema import Group, Problem, Response
+from lead_fast.cli import load_config
+from lead_fast.records import Group, Problem, Response
+from lead_fast.reward.extraction import extract_boxed, graded_text, is_degenerate
+from lead_fast.reward.grading import grade, score
+from lead_fast.reward.terms import soft_overlong_penalty, wrong_reward
+from lead_fast.reward.verifier import Verifier, _only_numbers, normalize, quick
 
 # response, reference, right or wrong
 TABLE = [
@@ -295,7 +286,7 @@ def test_what_cannot_be_computed_costs_the_limit_and_no_more():
 
 STALL = """
 import sys, threading, os, signal
-from lead_fast.reward import Verifier
+from lead_fast.reward.verifier import Verifier
 v = Verifier(timeout_s=20.0)
 v.grade([("x+1", "1+x")])
 print(v.worker.process.pid, flush=True)
@@ -396,7 +387,7 @@ def test_extraction_never_raises_and_finds_what_was_boxed(text):
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")
 def test_no_worker_outlives_a_killed_parent():
     script = (
-        "import os, signal\nfrom lead_fast.reward import Verifier\nv = Verifier(60.0)\n"
+        "import os, signal\nfrom lead_fast.reward.verifier import Verifier\nv = Verifier(60.0)\n"
         "print(v.grade([(r'\\frac{2}{4}', '0.5')]), v.worker.process.pid, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )

@@ -7,14 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from lead_fast.config import load_config
-from lead_fast.distributed import Ranks
-from lead_fast.engine import Sampling, TransformersEngine, Work, fingerprint
-from lead_fast.loss import check_agreement
-from lead_fast.model import load_model, load_tokenizer
-from lead_fast.rollout import Backlog, Batch
-from lead_fast.schema import Group, Problem, Response, Score
-from lead_fast.sync import compare
+from lead_fast.cli import load_config
+from lead_fast.learner.loss import check_agreement
+from lead_fast.learner.model import load_model, load_tokenizer
+from lead_fast.records import Group, Problem, Response, Score
+from lead_fast.rollout.collect import Backlog, Batch
+from lead_fast.rollout.engine import Sampling, Work, fingerprint
+from lead_fast.rollout.sync import compare
+from lead_fast.rollout.transformers_engine import TransformersEngine
+from lead_fast.runtime.ranks import Ranks
 
 NO_MESH: Any = None
 ALONE = Ranks(0, 1, torch.device("cpu"), NO_MESH)

@@ -10,9 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lead_fast.config import load_config
-from lead_fast.model import Policy, attention_groups, load_model
-from lead_fast.packing import Pack, assign, efficiency, flops_per_sequence, make_pack
+from lead_fast.cli import load_config
+from lead_fast.learner.attention import attention_groups
+from lead_fast.learner.model import load_model
+from lead_fast.learner.packing import Pack, assign, efficiency, flops_per_sequence, make_pack
+from lead_fast.learner.policy import Policy
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -105,13 +107,13 @@ def test_a_sequence_over_the_budget_gets_a_pack_of_its_own():
 
 GRADIENT = """
 import json, sys, torch
-from lead_fast.advantage import advantages
-from lead_fast.config import load_config
-from lead_fast.distributed import start, stop
-from lead_fast.loss import needs_gradient, objective, policy_loss
-from lead_fast.model import load_policy
-from lead_fast.packing import assign, make_pack
-from lead_fast.schema import Score
+from lead_fast.learner.advantage import advantages
+from lead_fast.cli import load_config
+from lead_fast.runtime.ranks import start, stop
+from lead_fast.learner.loss import needs_gradient, objective, policy_loss
+from lead_fast.learner.policy import load_policy
+from lead_fast.learner.packing import assign, make_pack
+from lead_fast.records import Score
 
 world = start().world
 g = torch.Generator().manual_seed(3)

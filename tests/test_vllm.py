@@ -25,18 +25,21 @@ MEAN_NATS = {"float32": 5e-6, "bfloat16": 0.01}
 COMMON = """
 import sys, time
 import torch
-from lead_fast import sync as syncing
-from lead_fast.config import load_config
-from lead_fast.data import load_problems, tokenize_prompts
-from lead_fast.distributed import start, stop
-from lead_fast.engine import EngineFailure, Sampling, TransformersEngine, Work
-from lead_fast.loss import pack_logprobs
-from lead_fast.model import load_policy, load_tokenizer
-from lead_fast.optim import make_optimizer, update
-from lead_fast.packing import make_pack
-from lead_fast.rollout import Backlog, gather, rollout, sampling_seed
-from lead_fast.sync import canary, sync
-from lead_fast.vllm_engine import VllmEngine
+from lead_fast.rollout import sync as syncing
+from lead_fast.cli import load_config
+from lead_fast.data.read import load_problems
+from lead_fast.data.prompts import tokenize_prompts
+from lead_fast.runtime.ranks import start, stop
+from lead_fast.rollout.engine import EngineFailure, Sampling, Work
+from lead_fast.rollout.transformers_engine import TransformersEngine
+from lead_fast.learner.loss import pack_logprobs
+from lead_fast.learner.policy import load_policy
+from lead_fast.learner.model import load_tokenizer
+from lead_fast.learner.optimizer import make_optimizer, update
+from lead_fast.learner.packing import make_pack
+from lead_fast.rollout.collect import Backlog, gather, rollout, sampling_seed
+from lead_fast.rollout.sync import canary, sync
+from lead_fast.rollout.vllm_engine import VllmEngine
 
 ranks = start()
 out = {}
@@ -412,7 +415,7 @@ def test_evaluation_by_vllm_and_by_transformers_reads_the_same_greedy_answers(tr
 
 RELEASED = """
 import os, sys
-from lead_fast.vllm_engine import ENVIRONMENT
+from lead_fast.rollout.vllm_engine import ENVIRONMENT
 os.environ.update(ENVIRONMENT)
 import torch
 from vllm import LLM, SamplingParams

@@ -7,9 +7,9 @@ import torch
 
 from lead_kernels import LeadAdvantages, lead_advantages
 
-from .config import Config
-from .reward import soft_overlong_penalty
-from .schema import Score
+from ..config import Config
+from ..records import Score
+from ..reward.terms import soft_overlong_penalty, wrong_reward
 
 
 def advantages(scores: list[Score], lengths: list[int], c: Config, device: torch.device) -> LeadAdvantages:
@@ -50,17 +50,6 @@ def advantages(scores: list[Score], lengths: list[int], c: Config, device: torch
         rate=a.rate,
         group_filter=a.group_filter,
     )
-
-
-def wrong_reward(s: Score, c: Config) -> float:
-    """Reward this response gets if it is incorrect: plain, truncated, degenerate, or with repeated n-grams."""
-    r = c.reward
-    if r.repetition is not None and s.degenerate:
-        return r.repetition
-    if not s.truncated:
-        return r.wrong
-    truncated = r.wrong if r.truncated is None else r.truncated
-    return r.degenerate if s.degenerate and r.degenerate is not None else truncated
 
 
 def difficulty_weight(solve_rate: torch.Tensor, c: Config) -> torch.Tensor:

@@ -5,8 +5,8 @@ import math
 import torch
 from torch.distributed.tensor import DTensor
 
-from .config import OptimConfig
-from .model import Policy
+from ..config import OptimConfig
+from .policy import Policy
 
 
 def make_optimizer(policy: Policy, c: OptimConfig) -> torch.optim.AdamW:

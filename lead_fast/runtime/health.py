@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .metrics import plain
+from .jsonl import plain
 
 WINDOW = 50  # steps that a spike is measured against
 FEWEST = 8  # steps before anything is called a spike

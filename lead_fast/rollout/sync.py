@@ -7,66 +7,17 @@ import time
 from collections.abc import Iterator
 
 import torch
-import torch.distributed as dist
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from .config import Config
-from .distributed import Ranks
+from ..config import Config
+from ..learner.loss import pack_logprobs
+from ..learner.packing import make_pack
+from ..learner.policy import Policy
+from ..learner.weights import whole_weights
+from ..runtime.ranks import Ranks
 from .engine import Engine, Sampling, Work, fingerprint
-from .loss import pack_logprobs
-from .model import Policy
-from .packing import make_pack
 
-all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name since torch 2.13
 CANARY_TOKENS = 32
 CANARY_LIMIT = {"float32": 1e-3, "bfloat16": 0.1}  # nats, mean over the canary's tokens
-
-
-@torch.no_grad()
-def whole_weights(policy: Policy, dtype: torch.dtype, bucket_bytes: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    """Every parameter in `dtype`, whole, under its Hugging Face name, in lists of at most `bucket_bytes` (or one).
-
-    A collective: every rank must consume the whole iterator.
-    """
-    bucket: list[tuple[str, torch.Tensor]] = []
-    held = 0
-    for name, p in policy.model.named_parameters():
-        size = p.numel() * dtype.itemsize
-        if bucket and held + size > bucket_bytes:
-            yield _gather(bucket, dtype)
-            bucket, held = [], 0
-        bucket.append((name, p.detach()))
-        held += size
-    if bucket:
-        yield _gather(bucket, dtype)
-
-
-def _gather(bucket: list[tuple[str, torch.Tensor]], dtype: torch.dtype) -> list[tuple[str, torch.Tensor]]:
-    """One all-gather for the bucket. FSDP shards the first dimension as torch.chunk does: the last may be short."""
-    shards = [p for _, p in bucket if isinstance(p, DTensor)]
-    if not shards:
-        return [(name, p.to(dtype)) for name, p in bucket]
-    mesh = shards[0].device_mesh
-    world = mesh.size(-1)  # a copy of the model is whole within its last dimension
-    shape = (Replicate(), Shard(0)) if mesh.ndim == 2 else (Shard(0),)
-    assert all(p.placements == shape for p in shards)
-    rows = [-(-p.shape[0] // world) for p in shards]
-    sizes = [r * p.shape[1:].numel() for r, p in zip(rows, shards, strict=True)]
-    mine = torch.zeros(sum(sizes), dtype=dtype, device=mesh.device_type)
-    for p, at in zip(shards, mine.split(sizes), strict=True):
-        local = p.to_local()
-        at[: local.numel()].copy_(local.reshape(-1))
-    every = torch.empty(world * mine.numel(), dtype=dtype, device=mine.device)
-    all_gather(every, mine, group=mesh.get_group(mesh.ndim - 1))
-    pieces = iter(every.view(world, -1).split(sizes, dim=1))
-    out = []
-    for name, p in bucket:
-        if isinstance(p, DTensor):
-            whole = next(pieces).reshape(-1, *p.shape[1:])[: p.shape[0]]
-        else:
-            whole = p.to(dtype)
-        out.append((name, whole))
-    return out
 
 
 def sync(policy: Policy, engine: Engine, version: int, c: Config, ranks: Ranks) -> dict:

@@ -11,10 +11,10 @@ import torch
 
 from lead_kernels import PolicyLoss, linear_logprobs, linear_policy_loss, loss_weights
 
-from .config import Config
-from .distributed import Ranks
-from .model import Policy
+from ..config import Config
+from ..runtime.ranks import Ranks
 from .packing import Pack
+from .policy import Policy
 
 
 @dataclass(frozen=True)

@@ -7,18 +7,16 @@ RUN_DIR/tensorboard/    the same numbers as scalars, train/* and eval/*
 
 import contextlib
 import importlib
-import json
-import math
 import os
-import shutil
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-PROGRESS_EVERY_S = 30.0  # between progress lines where they cannot be rewritten in place
+from .console import _Console, eval_line, train_line
+from .jsonl import _append, plain, read_jsonl
+
 MOST_LEVELS = 20  # difficulties that TensorBoard gets one by one; metrics.jsonl always has all
 
 
@@ -182,139 +180,11 @@ class Metrics:
         return record
 
 
-def each_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """Records of a JSONL file, one after the other; a half-written last line, of a run that was killed, is left out.
-
-    Raises:
-        ValueError: any other line is no JSON.
-    """
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    record = json.loads(line)
-                except ValueError as e:  # JSON's or UTF-8's
-                    if not line.endswith(b"\n"):
-                        break
-                    raise ValueError(f"{path}, line {number} is not JSON: remove that line.") from e
-                yield record
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All of `each_jsonl`."""
-    return list(each_jsonl(path))
-
-
-def train_line(record: dict[str, Any], total_steps: int, left_s: float | None) -> str:
-    """One aligned console line of a training step; `-` stands for a number that does not exist."""
-    r = record
-    width = len(str(total_steps))
-    seconds = sum(v for v in r.get("seconds", {}).values() if v is not None)
-    return "  ".join(
-        [
-            f"step {r['step']:>{width}}/{total_steps}",
-            f"reward {_number(r.get('reward_mean'), '6.3f')}",
-            f"correct {_number(r.get('accuracy'), '5.1f', 100)}%",
-            f"length {_number(r.get('length_correct'), '5.0f')}",
-            f"entropy {_number(r.get('entropy'), '5.3f')}",
-            f"grad {_number(r.get('grad_norm'), '6.3f')}",
-            f"{_number(r.get('tokens_per_s'), '6.0f')} tok/s",
-            f"{seconds:5.1f} s",
-            f"left {clock(left_s):>5}",
-        ]
-    )
-
-
-def eval_line(record: dict[str, Any], total_steps: int, first: dict[str, Any] | None) -> str:
-    """One console line of an evaluation, with the change since the run's first one."""
-    r = record
-    low, high = r.get("pass_at_1_ci") or (None, None)
-    correct, wrong = (_number(r.get(key), ".0f") for key in ("length_correct", "length_wrong"))
-    gain = cut = ""
-    if first and None not in (first.get("pass_at_1"), r.get("pass_at_1")):
-        gain = f", {100 * (r['pass_at_1'] - first['pass_at_1']):+.1f} since step {first['step']}"
-    if first and first.get("length_correct") and r.get("length_correct"):
-        cut = f" ({100 * (r['length_correct'] / first['length_correct'] - 1):+.0f}%)"
-    return "  ".join(
-        [
-            f"eval {r['step']:>{len(str(total_steps))}}/{total_steps}",
-            f"pass@1 {_number(r.get('pass_at_1'), '.1f', 100)}%"
-            f" ({_number(low, '.1f', 100)} to {_number(high, '.1f', 100)}){gain}",
-            f"length {correct} correct{cut}, {wrong} wrong",
-            f"truncated {_number(r.get('truncated_share'), '.1f', 100)}%",
-            f"{r.get('problems', '-')} x {r.get('samples', '-')}",
-        ]
-    )
-
-
-class _Console:
-    """Lines that stay, and one progress line that is rewritten in place where stdout is a terminal."""
-
-    def __init__(self, total_steps: int) -> None:
-        self.total_steps = total_steps
-        self._tty = sys.stdout.isatty()
-        self._shown = False  # a progress line stands in the terminal's last row
-        self._last_s = time.monotonic()
-        self._phase: tuple[str, int] | None = None
-        self._phase_began = self._last_s
-
-    def line(self, text: str) -> None:
-        self.clear()
-        print(text, flush=True)
-        self._last_s = time.monotonic()
-
-    def progress(self, phase: str, step: int, done: int, total: int, run_left_s: float | None) -> None:
-        now = time.monotonic()
-        if self._phase != (phase, step):
-            self._phase, self._phase_began = (phase, step), now
-        text = f"step {step}/{self.total_steps}  {phase} {done}/{total}"
-        if 0 < done <= total:
-            text += f"  {clock((now - self._phase_began) / done * (total - done))} left"
-        text += f"  run {clock(run_left_s)} left"
-        if self._tty:
-            print(f"\r{text[: shutil.get_terminal_size().columns - 1]}\033[K", end="", flush=True)
-            self._shown = True
-        elif now - self._last_s >= PROGRESS_EVERY_S:
-            self.line(text)
-
-    def clear(self) -> None:
-        if self._shown:
-            print("\r\033[K", end="", flush=True)
-        self._shown = False
-
-
 def _wait_for_cuda() -> None:
     import torch  # here, so that the report does not wait for it
 
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
-
-
-def _append(path: Path, records: list[dict[str, Any]]) -> None:
-    # A lone surrogate in a problem's text has no UTF-8; backslashreplace writes it as the escape that JSON has for it.
-    text = "".join(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in records)
-    data = text.encode("utf-8", errors="backslashreplace")
-    with open(path, "ab", buffering=0) as f:
-        began = f.tell()
-        try:
-            while data:
-                data = data[f.write(data) :]
-        except OSError:  # a full disk: half a line would spoil the file
-            f.truncate(began)
-            raise
-
-
-def plain(value: Any) -> Any:
-    """The value in JSON's types: arrays and tensors become lists or numbers, NaN and infinities None."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def _scalars(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
@@ -341,19 +211,3 @@ def _start_wandb(project: str, run_dir: Path) -> Any:
     run = wandb.init(project=project, name=run_dir.name, id=name.read_text(), resume="allow", dir=str(run_dir))
     run.define_metric("*", step_metric="step")
     return run
-
-
-def _number(value: float | None, spec: str, scale: float = 1.0) -> str:
-    """The number formatted, or a dash as wide."""
-    if value is None:
-        return "-".rjust(int(spec.split(".")[0] or 1))
-    return format(value * scale, spec)
-
-
-def clock(seconds: float | None) -> str:
-    """Seconds as 4:05 (minutes) or 2:03:04 (hours)."""
-    if seconds is None:
-        return "-:--"
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"

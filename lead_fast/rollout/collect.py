@@ -5,11 +5,9 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from .config import Config
-from .distributed import Ranks
+from ..records import Group, Problem, Response, Score
+from ..runtime.ranks import Ranks
 from .engine import Engine, EngineFailure, Progress, Sampling, Work, silent
-from .reward import Verifier, score
-from .schema import Group, Problem, Response, Score
 
 
 @dataclass(frozen=True)
@@ -106,15 +104,6 @@ def rollout(
     whole = [i for i in sorted(answers) if i not in left]
     groups = [Group(problems[i], prompts[i], answers[i]) for i in whole]
     return Share(whole, groups, time.perf_counter() - began, failure, left)
-
-
-def grade(groups: list[Group], verifier: Verifier, c: Config) -> list[Score]:
-    """Scores of this rank's responses, flat, group by group."""
-    responses = [r for g in groups for r in g.responses]
-    answers = [g.problem.answer for g in groups for _ in g.responses]
-    wants = c.reward.degenerate is not None or c.reward.repetition is not None
-    longest = 120 if c.reward.degenerate is not None else None  # the released code's rule; stage 2's is n-grams alone
-    return score(responses, answers, verifier, where=c.reward.grade, degenerate=wants, longest_word=longest)
 
 
 def gather(share: Share, scores: list[Score], ranks: Ranks) -> Batch:

@@ -2,15 +2,11 @@
 
 import json
 import os
-import re
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
-import numpy as np
-
-from .schema import Problem
+from ..records import Problem
 
 # Benchmarks by the names that papers use: hub set (and its configuration behind a colon) and split.
 BENCHMARKS = {
@@ -218,136 +214,3 @@ def _read_hub(name: str, split: str, called: str) -> list[dict]:
 def _must_exist(path: Path) -> None:
     if not path.is_file():
         raise ValueError(f"{path} does not exist: give a .jsonl, .json or .parquet file, or a hub dataset's name.")
-
-
-# ------------------------------------------------------------------------------------------------------------- prompts
-
-
-def tokenize_prompts(
-    problems: Sequence[Problem], tokenizer: Any, *, instruction: str, max_prompt_tokens: int, drop_long: bool = False
-) -> tuple[list[Problem], list[list[int]]]:
-    """Each problem as one user turn, through the model's own chat template, ready for the assistant's turn.
-
-    A problem cannot end its turn: a control token's name in it (`<|im_end|>`) is encoded as the text that it is.
-
-    Args:
-        instruction: put behind the problem, on a line of its own; empty: nothing.
-        max_prompt_tokens: limit, the template's tokens included.
-        drop_long: leave out problems over the limit and say how many, instead of raising.
-    Returns:
-        the problems kept and their prompts' token ids.
-    Raises:
-        ValueError: no chat template, or a prompt over the limit.
-    """
-    if not tokenizer.chat_template:
-        raise ValueError("The tokenizer has no chat template: add chat_template.jinja to the model's folder.")
-
-    def render(problem: str) -> str:
-        turn = f"{problem}\n{instruction}" if instruction else problem
-        return tokenizer.apply_chat_template(
-            [{"role": "user", "content": turn}], tokenize=False, add_generation_prompt=True
-        )
-
-    def encode(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    texts = [render(p.problem) for p in problems]
-    prompts = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-    control = control_tokens(tokenizer)
-    before, _, after = render(HOLE).partition(HOLE)
-    around = encode(before), encode(after)
-    own = sum(t in control.values() for ids in around for t in ids)
-    for i, ids in enumerate(prompts):
-        if sum(t in control.values() for t in ids) != own:
-            prompts[i] = [*around[0], *encode_plain(problems[i].problem, control, encode), *around[1]]
-    long = [i for i, ids in enumerate(prompts) if len(ids) > max_prompt_tokens]
-    if long and not drop_long:
-        i = max(long, key=lambda i: len(prompts[i]))
-        raise ValueError(
-            f"Problem {problems[i].id} has a prompt of {len(prompts[i])} tokens and data.max_prompt_tokens is "
-            f"{max_prompt_tokens}: raise it, or leave such problems out with --data.drop_long_prompts."
-        )
-    if long:
-        say(f"{len(long)} of {len(problems)} problems left out: prompt over {max_prompt_tokens} tokens.")
-    keep = [i for i in range(len(prompts)) if len(prompts[i]) <= max_prompt_tokens]
-    return [problems[i] for i in keep], [prompts[i] for i in keep]
-
-
-HOLE = "(the problem stands here)"
-
-
-def control_tokens(tokenizer: Any) -> dict[str, int]:
-    """Names and ids of the tokens that are no text: the special ones, and added ones in brackets, such as `<think>`."""
-    added = tokenizer.added_tokens_decoder.items()
-    bracketed = re.compile(r"<.+>|\[.+\]", re.S)
-    return {t.content: i for i, t in added if len(t.content) > 1 and (t.special or bracketed.fullmatch(t.content))}
-
-
-def encode_plain(text: str, control: dict[str, int], encode: Callable[[str], list[int]]) -> list[int]:
-    """Token ids of a text in which the names of control tokens are just text: it is cut inside each of them."""
-    names = re.compile(f"(?=({'|'.join(map(re.escape, control))}))")
-    cuts = [0, *(m.start() + 1 for m in names.finditer(text)), len(text)]
-    pieces = [encode(text[a:b]) for a, b in zip(cuts, cuts[1:], strict=False) if a < b]
-    return [t for ids in pieces for t in ids if t not in control.values()]
-
-
-class ProblemStream:
-    """A shuffle over epochs in which the data position is just the step: `batch(step)` depends on nothing else.
-
-    Args:
-        n: problems there are.
-        size: problems a batch.
-        seed: of the shuffles; every epoch has its own.
-    """
-
-    def __init__(self, n: int, size: int, seed: int):
-        self.n, self.size, self.seed = n, size, seed
-        self.orders: dict[int, np.ndarray] = {}
-
-    def batch(self, step: int) -> list[int]:
-        """Indices of the problems of `step`; an epoch's end may fall inside a batch."""
-        first = step * self.size
-        return [int(self._order(at // self.n)[at % self.n]) for at in range(first, first + self.size)]
-
-    def _order(self, epoch: int) -> np.ndarray:
-        if epoch not in self.orders:
-            if len(self.orders) > 2:
-                self.orders.clear()
-            self.orders[epoch] = np.random.default_rng([self.seed, epoch]).permutation(self.n)
-        return self.orders[epoch]
-
-
-class SolveRateStream:
-    """Draws distinct problems by how often they were solved when last sampled: weight 4 r (1 - r), at least `floor`.
-
-    A problem not sampled yet has weight 1. A draw depends on the seed, the step and the solve rates told so far.
-
-    Args:
-        n: problems there are.
-        size: problems a batch, at most n.
-        seed: of the draws.
-    """
-
-    def __init__(self, n: int, size: int, seed: int, floor: float = 0.05):
-        self.size, self.seed, self.floor = size, seed, floor
-        self.drawn: tuple[int, list[int]] = (-1, [])
-        self.weights = np.ones(n)
-
-    def tell(self, index: int, rate: float) -> None:
-        """Problem `index` was just solved in this share of its responses."""
-        self.weights[index] = max(self.floor, 4 * rate * (1 - rate))
-
-    def batch(self, step: int) -> list[int]:
-        """Indices of the problems of `step`, the same however often it is asked."""
-        if self.drawn[0] != step:
-            draws = np.random.default_rng([self.seed, step])
-            chance = self.weights / self.weights.sum()
-            found = draws.choice(len(chance), self.size, replace=False, p=chance)
-            self.drawn = step, [int(i) for i in found]
-        return self.drawn[1]
-
-
-if __name__ == "__main__":
-    from .prepare import main
-
-    main()

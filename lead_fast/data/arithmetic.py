@@ -5,12 +5,10 @@ A problem's difficulty is its number of steps, 1 to 4. Its worked solution is ri
 gets right on easy problems only). A model trained on the mix has something to gain: to work where it must, and to be
 brief. Train and test never share a problem: the hash of a problem's text says which split it belongs to.
 
-    python -m lead_fast.arithmetic --out DIR [--train 4000] [--test 256]     # the same problems as JSONL
+    python -m lead_fast.data arithmetic --out DIR [--train 4000] [--test 256]    # the same problems as JSONL
 """
 
-import argparse
 import hashlib
-import json
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -33,6 +31,7 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'assistant' %}<|assistant|>{{ m.content }}<|end|>"
     "{% else %}<|user|>{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+
 
 Step = tuple[str, int, int, int]  # operator, operand, value before, value after
 
@@ -176,20 +175,3 @@ def architecture(vocabulary: int):
         bos_token_id=None,
         eos_token_id=3,
     )
-
-
-def main() -> None:
-    p = argparse.ArgumentParser(description="Write the problems as JSONL.")
-    p.add_argument("--out", type=Path, required=True)
-    p.add_argument("--train", type=int, default=4000)
-    p.add_argument("--test", type=int, default=256)
-    p.add_argument("--seed", type=int, default=1)
-    a = p.parse_args()
-    a.out.mkdir(parents=True, exist_ok=True)
-    for split, n in (("train", a.train), ("test", a.test)):
-        rows = make_problems(n, seed=a.seed, split=split)
-        (a.out / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from .distributed import Ranks
+from .ranks import Ranks
 
 EXIT = 75  # temporary failure: run again with --resume
 GRACE_S = 10.0  # for the other ranks to print theirs

@@ -7,11 +7,11 @@ import dataclasses
 
 import torch
 
-from .config import Config
-from .distributed import Ranks
+from ..config import Config
+from ..runtime.ranks import Ranks
 from .loss import Objective, pack_logprobs, policy_loss
-from .model import Policy
 from .packing import Pack, make_pack
+from .policy import Policy
 
 GRANULE = 512  # tokens; a budget that was measured is a multiple of it
 SPARE = 0.05  # of a GPU's memory, left to the allocator's gaps and to what NCCL takes

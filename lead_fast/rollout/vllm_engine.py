@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from .config import Config
-from .distributed import Ranks, at_stop
+from ..config import Config
+from ..learner.model import resolve
+from ..records import Response
+from ..runtime.hardware import how_to_install
+from ..runtime.ranks import Ranks, at_stop
 from .engine import Checksum, EngineFailure, Progress, Sampling, Work, eos_ids, fingerprint, silent
-from .machine import how_to_install
-from .model import resolve
-from .schema import Response
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in this process, where the weights are

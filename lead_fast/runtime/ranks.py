@@ -12,8 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
-from .config import ParallelConfig
-from .machine import use_cuda
+from ..config import ParallelConfig
+from .hardware import use_cuda
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,7 @@ def start(parallel: ParallelConfig | None = None) -> Ranks:
 
 
 at_stop: list[Callable[[], None]] = []
+
 """What must end before the process group does, such as an engine with groups of its own."""
 
 

@@ -6,213 +6,22 @@ Legend: T packed tokens, R rows that predict a response token, D hidden, V vocab
 import contextlib
 import importlib.metadata
 import importlib.util
-import json
 import os
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-from transformers import (
-    AttentionInterface,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-)
 
-from .attention import Attention, choose, varlen_attention
-from .config import ModelConfig, ParallelConfig
-from .distributed import Ranks
+from ..config import ModelConfig, ParallelConfig
+from ..runtime.ranks import Ranks
+from .attention import Attention, choose, sdpa_index
+from .model import head_dim, load_model
 from .packing import Pack, flops_per_sequence
-
-EMBEDDED = {"tiny": Path(__file__).parent / "assets" / "tiny"}
-
-
-def resolve(path: str) -> str:
-    """Folder or hub name of a model: the embedded ones by name, a run directory by its exported final model."""
-    if path in EMBEDDED:
-        return str(EMBEDDED[path])
-    for folder in (Path(path) / "final", Path(path)):
-        if (folder / "config.json").is_file() and "model_type" in json.loads((folder / "config.json").read_text()):
-            return str(folder)
-    if Path(path).exists():
-        raise ValueError(
-            f"model.path {path} holds no model (no config.json with a model_type): give a folder that does."
-        )
-    return path
-
-
-def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer. Raises ValueError if it cannot be had, or has no chat template."""
-    path = resolve(config.path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError) as e:
-        reason = str(e).strip().split("\n")[0]
-        raise ValueError(
-            f"No tokenizer for model.path {config.path}: give a local folder or a hub name ({reason})"
-        ) from e
-    if not tokenizer.chat_template:
-        raise ValueError(f"The tokenizer of {config.path} has no chat template: add chat_template.jinja to its folder.")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def load_shape(config: ModelConfig) -> PretrainedConfig:
-    """The model's configuration, without its weights. Raises ValueError if it cannot be had."""
-    try:
-        return AutoConfig.from_pretrained(resolve(config.path), trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError) as e:
-        reason = str(e).strip().split("\n")[0]
-        raise ValueError(
-            f"model.path {config.path} has no configuration that can be read: give a local folder or a hub name "
-            f"({reason})"
-        ) from e
-
-
-def head_dim(shape: PretrainedConfig) -> int:
-    """Dimension of an attention head."""
-    return getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-
-
-def load_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The causal language model in `dtype` on the CPU, from safetensors only."""
-    path = resolve(config.path)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, trust_remote_code=config.trust_remote_code
-        )
-    except (OSError, ValueError) as e:
-        reason = str(e).strip().split("\n")[0]
-        raise ValueError(
-            f"model.path {config.path} cannot be loaded: give a local folder or a hub name ({reason})"
-        ) from e
-    if not (hasattr(model, "lm_head") and hasattr(getattr(model, "model", None), "layers")):
-        raise ValueError(
-            f"model.path {config.path} is of type {model.config.model_type}, whose blocks and head are not where the "
-            "trainer looks: give a model of the Llama kind (Llama, Qwen2, Qwen3, Mistral, ...)."
-        )
-    return model
-
-
-# ---------------------------------------------------------------------------------------------------------- attention
-
-
-def attention_groups(lengths: list[int], waste: float = 0.25) -> list[list[int]]:
-    """Sequences of similar length together, so that padding them to the longest wastes at most `waste`."""
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
-    groups: list[list[int]] = []
-    for i in order:
-        if groups and lengths[i] >= (1 - waste) * lengths[groups[-1][0]]:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    return groups
-
-
-def sdpa_index(lengths: list[int], device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """For each group of similar lengths: the packed position of every (sequence, slot), and which slots are real.
-
-    A slot behind a sequence's end points at the sequence's first token and is thrown away; attention being causal,
-    no real token ever looks at it.
-    """
-    starts = torch.tensor([0, *lengths]).cumsum(0)
-    out = []
-    for group in attention_groups(lengths):
-        longest = max(lengths[i] for i in group)
-        slot = torch.arange(longest)
-        real = slot[None] < torch.tensor([lengths[i] for i in group])[:, None]
-        where = torch.where(real, starts[group][:, None] + slot[None], starts[group][:, None])
-        out.append((where.to(device), real.to(device)))
-    return out
-
-
-class _Exchange(torch.autograd.Function):
-    """x [n, ...]: part i goes to the group's rank i, and part i of the result came from it; so does the gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.group = group
-        out = torch.empty_like(x)
-        dist.all_to_all_single(out, x, group=group)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _Exchange.apply(grads[0].contiguous(), ctx.group), None
-
-
-def tokens_to_heads(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """[1, H, T/n, K], a rank's tokens of all heads -> [1, H/n, T, K], all tokens of a rank's heads (Ulysses)."""
-    n, (_, H, part, K) = group.size(), x.shape
-    parts = _Exchange.apply(x.reshape(n, H // n, part, K).contiguous(), group)
-    return parts.transpose(0, 1).reshape(1, H // n, n * part, K)
-
-
-def heads_to_tokens(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """[1, T, H/n, K] -> [1, T/n, H, K], the way back."""
-    n, (_, T, mine, K) = group.size(), x.shape
-    parts = _Exchange.apply(x.reshape(n, T // n, mine, K).contiguous(), group)
-    return parts.transpose(0, 1).reshape(1, T // n, n * mine, K)
-
-
-def packed_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Causal attention inside each packed sequence.
-
-    query [1, H, T, K], key and value [1, kv heads, T, K] -> [1, T, H, K]. On CUDA in half precision as attention.py
-    chose; elsewhere SDPA over sequences of similar length. Ranks that share a pack (`sequence_group`) come with their
-    tokens of all heads, and look at all tokens for their heads.
-    """
-    assert attention_mask is None and query.shape[0] == 1
-    if group := kwargs.pop("sequence_group", None):
-        copies = _copies(query.shape[1], key.shape[1], group.size())
-        key, value = (x.repeat_interleave(copies, dim=1) for x in (key, value))
-        query, key, value = (tokens_to_heads(x, group) for x in (query, key, value))
-        return heads_to_tokens(_attend(query, key, value, scaling, **kwargs), group), None
-    return _attend(query, key, value, scaling, **kwargs), None
-
-
-def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, **kwargs: Any
-) -> torch.Tensor:
-    if "sdpa_index" not in kwargs:
-        q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))  # [T, heads, K]
-        cu, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
-        return varlen_attention(q, k, v, cu, longest, scaling, kwargs["implementation"])[None]
-    out = torch.empty_like(query[0].transpose(0, 1))  # [T, H, K]
-    gqa = key.shape[1] != query.shape[1]
-    for where, real in kwargs["sdpa_index"]:
-        q, k, v = (x[0][:, where].transpose(0, 1) for x in (query, key, value))  # [sequences, heads, slots, K]
-        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=gqa)
-        out = out.index_put((where[real],), o.transpose(1, 2)[real])
-    return out[None]
-
-
-def _copies(heads: int, kv_heads: int, ranks: int) -> int:
-    """How often key and value heads must be repeated so that every rank gets whole ones, next to their query heads."""
-    return next(n for n in range(1, heads // kv_heads + 1) if heads % (n * kv_heads) == 0 == n * kv_heads % ranks)
-
-
-AttentionInterface.register("lead_packed", torch.compiler.disable(packed_attention))  # type: ignore
-
 
 # ------------------------------------------------------------------------------------------------------------- policy
 
@@ -287,6 +96,7 @@ KEPT = {
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
 }
+
 """What selective checkpointing does not compute again; flash-attn's and varlen_attn's operators are known by name."""
 
 

@@ -32,13 +32,14 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 
 from lead_kernels.linear_policy_loss import CHUNK_BYTES
 
-from .config import Config
-from .distributed import Ranks
+from ..config import Config
+from ..runtime.ranks import Ranks
+from .attention import attention_groups, packed_attention
 from .loss import Objective, policy_loss
-from .model import Policy, attention_groups, packed_attention, shard
-from .optim import make_optimizer
+from .optimizer import make_optimizer
 from .packing import Pack
-from .sync import whole_weights
+from .policy import Policy, shard
+from .weights import whole_weights
 
 Numbers = dict[str, float]
 
@@ -76,7 +77,7 @@ flash_plan.register_autograd(
 
 
 def plan_attention(lengths: Sequence[int], on_gpu: bool) -> Callable:
-    """lead_fast.model.packed_attention for tensors without values: flash attention, or (not `on_gpu`) itself."""
+    """packed_attention for tensors without values: flash attention, or (not `on_gpu`) itself."""
 
     def attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kw):
         if on_gpu:
@@ -94,6 +95,7 @@ def plan_attention(lengths: Sequence[int], on_gpu: bool) -> Callable:
 
 
 # ------------------------------------------------------------------------------------------------------------ tracking
+
 
 HEAD = "Head"  # a kind of memory of its own: chunk of logits, d(head), d(hidden) of the rows
 KINDS = {

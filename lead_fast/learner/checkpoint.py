@@ -37,11 +37,12 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
-from .distributed import Ranks
-from .machine import GIB, check_disk
-from .model import Policy
+from ..runtime.hardware import GIB, check_disk
+from ..runtime.ranks import Ranks
+from .policy import Policy
 
 KEEP = 2
+
 
 # ------------------------------------------------------------------------------------------------------------- writing
 

@@ -1,8 +1,8 @@
-"""From a response's text to right or wrong: the last \\boxed{}, checked in processes that may be killed.
+"""Whether an answer equals a reference, checked in processes that may be killed.
 
-What is compared: the last boxed answer of the graded text with the reference. Equal after normalisation is right; two
-plain integers that differ are wrong; all else goes to math-verify in a worker process with a time limit, and what
-stalls, crashes or is absurdly long is wrong. What is decided here and not by math-verify:
+Equal after normalisation is right; two plain integers that differ are wrong; all else goes to math-verify in a worker
+process with a time limit, and what stalls, crashes or is absurdly long is wrong. What is decided here and not by
+math-verify:
 
 - Dropped: dollar signs, \\left, \\right, \\displaystyle, thousands separators of a whole number, degree signs (in
   trigonometric functions they become radians), a leading \\approx, a unit in \\text{} behind a number. Words that
@@ -28,74 +28,10 @@ from collections.abc import Callable, Sequence
 from decimal import Decimal
 from types import TracebackType
 
-from .schema import Response, Score
-
-MAX_ANSWER_CHARS = 1000
-
-
-# --------------------------------------------------------------------------------------------------------- extraction
-
-
-def graded_text(text: str, where: str = "all") -> str:
-    """The part of a response that is graded, seen from `</think>`: all, before_think, after_think.
-
-    Without `</think>` a response never ended its thinking: both sides are nothing (lead.md, section 2).
-    """
-    if where == "all":
-        return text
-    before, mark, after = text.partition("</think>")
-    return "" if not mark else before if where == "before_think" else after
-
-
-def extract_boxed(text: str) -> str | None:
-    """Content of the last \\boxed{...} or \\fbox{...}, braces balanced; without any, of `\\boxed 7`; else None.
-
-    A last box that is never closed gives None: the answer was not finished.
-    """
-    starts = [box.end() for box in re.finditer(r"\\(?:boxed|fbox)\s*+\{", text)]
-    if not starts:
-        words = re.findall(r"\\(?:boxed|fbox)\s++([^\s${}]++)", text)
-        return words[-1] if words else None
-    depth = 1
-    for brace in re.compile(r"\\.|[{}]", re.S).finditer(text, starts[-1]):
-        depth += {"{": 1, "}": -1}.get(brace.group(), 0)
-        if depth == 0:
-            return text[starts[-1] : brace.start()].strip()
-    return None
-
-
-# --------------------------------------------------------------------------------------------------------- repetition
-
-
-def is_degenerate(text: str, *, max_ngram: int = 30, repeats: int = 10, longest_word: int | None = 120) -> bool:
-    """Some n-gram of 1..max_ngram words stands `repeats` times in a row, or a word has `longest_word` characters.
-
-    The released code's test (lead.md, section 2); longest_word None: n-grams alone, for a long formula is one word. A
-    run of r copies of an n-gram is a stretch of n (r - 1) words that equal the word n places before: linear in the text
-    for each n.
-    """
-    words = text.split()
-    if longest_word is not None and any(len(w) >= longest_word for w in words):
-        return True
-    ids = {w: i for i, w in enumerate(dict.fromkeys(words))}
-    row = [ids[w] for w in words]
-    for n in range(1, max_ngram + 1):
-        need, run = n * (repeats - 1), 0
-        if len(row) < n * repeats:
-            break
-        for a, b in zip(row, row[n:], strict=False):
-            run = run + 1 if a == b else 0
-            if run >= need:
-                return True
-    return False
-
-
-def soft_overlong_penalty(length: int, max_tokens: int, buffer: int) -> float:
-    """0 up to max_tokens - buffer tokens, then linearly down to -1 at max_tokens (DAPO, soft overlong punishment)."""
-    return -min(1.0, max(0.0, (length - (max_tokens - buffer)) / buffer))
-
+from .extraction import MAX_ANSWER_CHARS
 
 # --------------------------------------------------------------------------------------------------------- comparison
+
 
 _SPELLING = str.maketrans({"−": "-", "×": "\\times ", "·": "\\cdot ", "÷": "/", "π": "\\pi ", "∞": "\\infty ",
     "√": "\\sqrt ", "²": "^2", "³": "^3", "½": "\\frac12", "¼": "\\frac14", "¾": "\\frac34", "≤": "\\le ", "≥": "\\ge ",
@@ -334,7 +270,7 @@ class _Worker:
     def _start(self) -> subprocess.Popen:
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-c", "from lead_fast.reward import worker; worker()"],
+            [sys.executable, "-P", "-c", "from lead_fast.reward.verifier import worker; worker()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -417,31 +353,3 @@ class Verifier:
                 self.kills += 1
                 self.timed_out.add(answer)
         return self.seen[key]
-
-
-def score(
-    responses: Sequence[Response],
-    answers: Sequence[str],
-    verifier: Verifier,
-    *,
-    where: str = "all",
-    degenerate: bool = False,
-    longest_word: int | None = 120,
-) -> list[Score]:
-    """Grades responses against reference answers, one each.
-
-    Args:
-        where: what is graded (`graded_text`); where that is a side of `</think>`, a response without it is truncated.
-        degenerate, longest_word: whether to look for repetition, and `is_degenerate`'s limit.
-    """
-    extracted = [extract_boxed(graded_text(r.text, where)) for r in responses]
-    correct = verifier.grade(list(zip(extracted, answers, strict=True)))
-    return [
-        Score(
-            ok,
-            found,
-            r.truncated or (where != "all" and "</think>" not in r.text),
-            degenerate and (r.finish_reason == "repetition" or is_degenerate(r.text, longest_word=longest_word)),
-        )
-        for r, ok, found in zip(responses, correct, extracted, strict=True)
-    ]

@@ -5,20 +5,18 @@ learns most of the arithmetic from some hundred solutions: then it is length in 
 solution ends in \\boxed{} and is terse (one equation a line) or wordy (the same equations in sentences). Train and test
 never share a problem.
 
-    python -m lead_fast.word_problems --out DIR [--train 3000] [--test 256] [--seed 1]     # train.jsonl and test.jsonl
+    python -m lead_fast.data word_problems --out DIR [--train 3000] [--test 256] [--seed 1]    # train.jsonl, test.jsonl
 """
 
-import argparse
-import json
 import random
 from collections.abc import Callable
-from pathlib import Path
 
 from .arithmetic import is_test
 
 TERSE = 0.5  # share of terse solutions
 NAMES = "Mia Tom Ana Leo Sam Eva Ben Zoe Max Ida Noor Kofi".split()
 THINGS = "apples stickers books cards shells stamps pencils marbles cookies beads".split()
+
 
 Line = tuple[str, str, int]  # what is worked out, the expression, its value
 
@@ -123,20 +121,3 @@ def _days(rng: random.Random) -> tuple[str, list[Line]]:
 
 
 KINDS: tuple[Callable[[random.Random], tuple[str, list[Line]]], ...] = (_bags, _shop, _sharing, _days)
-
-
-def main() -> None:
-    p = argparse.ArgumentParser(description="Write arithmetic word problems as JSONL.")
-    p.add_argument("--out", type=Path, required=True)
-    p.add_argument("--train", type=int, default=3000)
-    p.add_argument("--test", type=int, default=256)
-    p.add_argument("--seed", type=int, default=1)
-    a = p.parse_args()
-    a.out.mkdir(parents=True, exist_ok=True)
-    for split, n in (("train", a.train), ("test", a.test)):
-        rows = make_problems(n, seed=a.seed, split=split)
-        (a.out / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,10 +1,11 @@
-"""Training sets made, chosen, mixed and described: `python -m lead_fast.data deepscaler | select | mix | stats`.
+"""Make, choose, mix and describe training sets: `python -m lead_fast.data COMMAND`.
 
     deepscaler [--source FILE] [--above 2.5] --out FILE.parquet     # the paper's set, by difficulty
     select SOURCE --rollouts RUN_DIR [--least 0 --most 0.75] --out FILE.parquet
     select SOURCE --samples EVALUATION_DIR ... --out FILE.parquet   # solve rates of a model sampled k times
     mix SOURCE ... [--hold_out N] --out FILE.parquet                # N rows apart, in FILE.held-out.parquet
     stats SOURCE [--model DIR] [--out FOLDER]
+    arithmetic | word_problems --out FOLDER                         # the embedded tasks as JSONL
 
 Every set is Parquet with columns problem, answer, difficulty, solution, source, and beside it FILE.manifest.json:
 source and revision, filters, counts, hash. Equal inputs give equal files.
@@ -19,10 +20,12 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-from .data import load_problems, tokenize_prompts
-from .metrics import each_jsonl
-from .reward import Verifier
-from .schema import Problem
+from ..records import Problem
+from ..reward.verifier import Verifier
+from ..runtime.jsonl import each_jsonl
+from . import arithmetic, word_problems
+from .prompts import tokenize_prompts
+from .read import load_problems
 
 DEEPSCALER = "agentica-org/DeepScaleR-Preview-Dataset"
 
@@ -165,15 +168,15 @@ def stats(a: argparse.Namespace) -> None:
     import matplotlib
     import numpy as np
 
-    from .report import BLUE, STYLE, figure
+    from ..report import BLUE, STYLE, figure
 
     problems = load_problems(a.source, answers=False, **columns(a))
     levels = [p.difficulty for p in problems if p.difficulty is not None]
     unit = "characters"
     sizes = [len(p.problem) for p in problems]
     if a.model:
-        from .config import DataConfig, ModelConfig
-        from .model import load_tokenizer
+        from ..config import DataConfig, ModelConfig
+        from ..learner.model import load_tokenizer
 
         unit, tokenizer = "tokens", load_tokenizer(ModelConfig(path=a.model))
         _, prompts = tokenize_prompts(problems, tokenizer, instruction=DataConfig.instruction, max_prompt_tokens=10**9)
@@ -202,13 +205,23 @@ def stats(a: argparse.Namespace) -> None:
     print(a.out / "stats.png")
 
 
+TASKS = {"arithmetic": arithmetic.make_problems, "word_problems": word_problems.make_problems}
+
+
+def write_task(a: argparse.Namespace) -> None:
+    a.out.mkdir(parents=True, exist_ok=True)
+    for split, n in (("train", a.train), ("test", a.test)):
+        rows = TASKS[a.task](n, seed=a.seed, split=split)
+        (a.out / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+
+
 def number_or_none(text: str) -> float | None:
     return None if text.lower() == "none" else float(text)
 
 
 def main(args: list[str] | None = None) -> None:
     p = argparse.ArgumentParser(prog="python -m lead_fast.data", description=(__doc__ or "").splitlines()[0])
-    commands = p.add_subparsers(required=True, metavar="deepscaler | select | mix | stats")
+    commands = p.add_subparsers(required=True, metavar="deepscaler | select | mix | stats | arithmetic | word_problems")
 
     def command(run: Any) -> argparse.ArgumentParser:
         found = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
@@ -236,6 +249,13 @@ def main(args: list[str] | None = None) -> None:
     c.add_argument("source")
     c.add_argument("--model", help="measure prompts in this model's tokens, its chat template included")
     c.add_argument("--out", type=Path, default=Path("."))
+    for task in TASKS:
+        c = commands.add_parser(task, help=f"Write the embedded task {task} as JSONL: train.jsonl, test.jsonl.")
+        c.set_defaults(run=write_task, task=task)
+        c.add_argument("--out", type=Path, required=True, help="folder")
+        c.add_argument("--train", type=int, default=4000, help="training problems")
+        c.add_argument("--test", type=int, default=256, help="held-out problems")
+        c.add_argument("--seed", type=int, default=1)
     a = p.parse_args(args)
     try:
         a.run(a)

@@ -1,0 +1,165 @@
+"""Command lines and TOML files to a configuration, and back.
+
+Order, later wins: the defaults of config.py <- recipe (TOML, over the preset it names) <- `--preset` (TOML) <-
+`--section.key=value`. Every value is checked once, before any model is loaded; what is wrong is said in one sentence
+that names the value and the remedy.
+"""
+
+import dataclasses
+import difflib
+import json
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any, get_args
+
+from .config import Config, SftConfig
+
+RECIPES = Path(__file__).parent / "recipes"
+PRESETS = Path(__file__).parent / "presets"
+
+
+# ---------------------------------------------------------------------------------------------------------- loading
+
+
+def names(folder: Path) -> list[str]:
+    """Names of the TOML files in a folder, sorted."""
+    return sorted(p.stem for p in folder.glob("*.toml"))
+
+
+def keys(cls: Any = Config, prefix: str = "") -> list[str]:
+    """Every dotted key of the tree, such as `rollout.group_size`."""
+    out = []
+    for f in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(f.type):
+            out += keys(f.type, f"{prefix}{f.name}.")
+        else:
+            out.append(prefix + f.name)
+    return out
+
+
+def unknown_key(key: str, where: str, cls: Any) -> ValueError:
+    known = keys(cls)
+    near = difflib.get_close_matches(key, known, 1, 0.5) or difflib.get_close_matches(
+        key.split(".")[-1], [k.split(".")[-1] for k in known], 1, 0.6
+    )
+    near = [k for k in known if near and (k == near[0] or k.endswith("." + near[0]))][:1]
+    hint = f"did you mean {near[0]}?" if near else "--help lists all keys."
+    return ValueError(f"Unknown configuration key {key} in {where}: {hint}")
+
+
+def read_toml(name: str, folder: Path, kind: str, cls: Any = Config) -> dict[str, Any]:
+    """A shipped recipe or preset by name, or any TOML file by path, as nested dicts whose keys are all known."""
+    path = folder / f"{name}.toml" if name in names(folder) else Path(name)
+    if not path.is_file():
+        raise ValueError(
+            f"No {kind} named {name!r}: give one of {', '.join(names(folder))}, or the path of a TOML file."
+        )
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as e:
+        raise ValueError(f"{path} is not valid TOML: {e}.") from e
+    leaves = [
+        f"{k}.{kk}" if isinstance(v, dict) else k
+        for k, v in tree.items()
+        for kk in (v if isinstance(v, dict) else [""])
+    ]
+    for leaf in leaves:
+        if leaf not in keys(cls):
+            raise unknown_key(leaf, path.name, cls)
+    return tree
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for k, v in over.items():
+        out[k] = merge(out.get(k, {}), v) if isinstance(v, dict) else v
+    return out
+
+
+def from_tree(tree: dict[str, Any], cls: Any = Config) -> Any:
+    """Nested dicts to a Config, each value's type checked; a wrong one is named with its key."""
+    import pydantic
+
+    try:
+        return pydantic.TypeAdapter(cls).validate_python(tree)
+    except pydantic.ValidationError as e:
+        err = e.errors()[0]
+        key = ".".join(str(p) for p in err["loc"])
+        raise ValueError(f"Configuration key {key} = {err['input']!r} is not valid: {err['msg']}.") from e
+
+
+def load_config(
+    args: list[str] | None, *, default_recipe: str = "tiny", cls: Any = Config, prog: str = "lead_fast.train"
+) -> Any:
+    """The configuration that a command line asks for.
+
+    Args:
+        args: such as ["--recipe", "tiny", "--rollout.group_size=4"]; None takes sys.argv. `--config FILE` is the same
+            as `--recipe FILE`; `--model NAME` is short for `--model.path`.
+        default_recipe: the recipe when none is named.
+        cls: Config or SftConfig.
+        prog: shown by --help.
+    Raises:
+        ValueError: unknown recipe, preset or key (with the nearest known one), or a value that does not fit.
+    """
+    args = [a for arg in (sys.argv[1:] if args is None else args) for a in _split(arg)]
+    if "--help" in args or "-h" in args:
+        import tyro
+
+        tyro.cli(cls, args=["--help"], prog=prog, description="Configuration keys, their meaning and defaults.")
+    given: dict[str, str] = {}
+    short = {"config": "recipe", "model": "model.path"}
+    while args:
+        flag = args.pop(0)
+        key = flag.removeprefix("--").replace("-", "_")
+        key = short.get(key, key)
+        if not flag.startswith("--") or key not in keys(cls):
+            raise unknown_key(key, "the command line", cls)
+        if args and not args[0].startswith("--"):
+            given[key] = args.pop(0)
+        elif _type(key, cls) is bool:
+            given[key] = "true"
+        else:
+            raise ValueError(f"{flag} needs a value, as in {flag}=VALUE.")
+    recipe = given.pop("recipe", default_recipe)
+    tree = read_toml(recipe, RECIPES if cls is Config else RECIPES / "sft", "recipe", cls) | {"recipe": recipe}
+    if preset := given.pop("preset", ""):
+        tree = merge(tree, read_toml(preset, PRESETS, "preset")) | {"preset": preset}
+    elif preset := tree.get("preset", ""):  # the file's own values stand, or what `dump` wrote would change
+        tree = merge(read_toml(preset, PRESETS, "preset"), tree)
+    for key, value in given.items():
+        *section, leaf = key.split(".")
+        parsed = _value(value, _type(key, cls))
+        tree = merge(tree, {section[0]: {leaf: parsed}} if section else {leaf: parsed})
+    return from_tree(tree, cls)
+
+
+def _split(arg: str) -> list[str]:
+    return arg.split("=", 1) if arg.startswith("--") and "=" in arg else [arg]
+
+
+def _type(key: str, cls: Any) -> Any:
+    for part in key.split("."):
+        cls = {f.name: f.type for f in dataclasses.fields(cls)}[part]
+    return cls
+
+
+def _value(text: str, kind: Any) -> Any:
+    if text.lower() == "none" and type(None) in get_args(kind):
+        return None
+    return json.loads(text) if text.startswith("[") else text
+
+
+def dump(c: Config | SftConfig) -> str:
+    """The resolved configuration as TOML, which `--config` reads back (an absent value is left out)."""
+
+    def line(k: str, v: Any) -> str:
+        return f"{k} = {json.dumps(list(v) if isinstance(v, tuple) else v, ensure_ascii=False)}\n"
+
+    tree = dataclasses.asdict(c)
+    out = "".join(line(k, v) for k, v in tree.items() if not isinstance(v, dict))
+    for section, values in tree.items():
+        if isinstance(values, dict):
+            out += f"\n[{section}]\n" + "".join(line(k, v) for k, v in values.items() if v is not None)
+    return out

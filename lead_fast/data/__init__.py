@@ -1,0 +1,1 @@
+"""Problems: read from files, put into prompts, ordered; the embedded tasks."""

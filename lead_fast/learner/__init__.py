@@ -1,0 +1,1 @@
+"""From graded groups to new weights: advantages, packs, policy, loss, optimiser, checkpoints."""

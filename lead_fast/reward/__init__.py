@@ -1,0 +1,1 @@
+"""From a response to right or wrong, and what it is worth."""

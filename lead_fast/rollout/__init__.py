@@ -1,0 +1,1 @@
+"""Engines that sample, groups collected over ranks, weights on their way to the engine."""

@@ -1,0 +1,167 @@
+"""Who generates: what the loop asks of an engine, and how work is handed out.
+
+An engine holds its own copy of the weights. A step is: wake, generate, sleep; then the policy trains, and
+load_weights brings the new weights.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
+
+from ..records import Response
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample: temperature 0 is greedy; stop strings end a response and stay in it.
+
+    end_repetition: end a response that repeats itself, where the engine can (vLLM); for training alone.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()
+    top_k: int = 0
+    end_repetition: bool = False
+
+
+Progress = Callable[[int, int], None]  # (done, total)
+
+
+def silent(done: int, total: int) -> None:
+    pass
+
+
+class EngineFailure(RuntimeError):
+    """An engine died in the middle of a step; `whole` are the groups that it had finished, by prompt."""
+
+    def __init__(self, reason: str, whole: dict[int, list[Response]]):
+        super().__init__(reason)
+        self.whole = whole
+
+
+@dataclass
+class Work:
+    """The prompts of a step, handed out to engines as they ask: a counter in a store that all of them share.
+
+    prompts: token ids; n: responses to each; seeds: one a prompt, so that a result does not depend on who made it.
+    store, name: the counter and its key, new for every step; engines: how many take from it.
+    begun: by prompt, responses that an earlier step left unfinished.
+    want: stop as soon as so many groups are whole, over all engines; None: when all are.
+    member: index in the group of ranks that share an engine; the first decides, the others follow.
+    """
+
+    prompts: list[list[int]]
+    n: int
+    seeds: list[int]
+    store: Store = field(default_factory=lambda: dist.HashStore())  # type: ignore[attr-defined]
+    name: str = "work"
+    engines: int = 1
+    begun: dict[int, list[Response]] = field(default_factory=dict)
+    want: int | None = None
+    member: int = 0
+    members: int = 1
+    _turn: int = 0
+
+    @property
+    def share(self) -> int:
+        """Prompts of an engine if all got the same number, rounded up."""
+        return -(-len(self.prompts) // self.engines)
+
+    def take(self, most: int) -> list[int]:
+        """The next prompts, at most so many; none when all are handed out."""
+        end = self._agree(lambda: self.store.add(f"{self.name}/taken", most))
+        return list(range(min(end - most, len(self.prompts)), min(end, len(self.prompts))))
+
+    def finish(self) -> None:
+        """Count one whole group."""
+        if self.want is not None and self.member == 0:
+            self.store.add(f"{self.name}/whole", 1)
+
+    def enough(self) -> bool:
+        """As many groups are whole as are wanted."""
+        if self.want is None:
+            return False
+        return self._agree(lambda: self.store.add(f"{self.name}/whole", 0)) >= self.want
+
+    def _agree(self, decide: Callable[[], int]) -> int:
+        """The first member's decision, for all that share its engine."""
+        if self.members == 1:
+            return decide()
+        key = f"{self.name}/turn-{self._turn}"
+        self._turn += 1
+        if self.member == 0:
+            value = decide()
+            self.store.set(key, str(value))
+            return value
+        return int(self.store.get(key))
+
+
+@dataclass(frozen=True)
+class Checksum:
+    """Of one of the engine's tensors: the names of the tensors that it holds, sum and sum of squares in fp64, size."""
+
+    names: tuple[str, ...]
+    total: float
+    squares: float
+    size: int
+
+
+def fingerprint(tensors: list[torch.Tensor]) -> list[tuple[float, float, int]]:
+    """Sum, sum of squares (both in fp64) and number of elements of each tensor; one copy from the device for all."""
+    if not tensors:
+        return []
+    sums = torch.stack([t.sum(dtype=torch.float64) for t in tensors])
+    norms = torch.stack([torch.linalg.vector_norm(t, dtype=torch.float64) for t in tensors])
+    values = torch.stack([sums, norms.square()], 1).tolist()
+    return [(total, squares, t.numel()) for (total, squares), t in zip(values, tensors, strict=True)]
+
+
+class Engine(Protocol):
+    """What the loop asks of an engine."""
+
+    def generate(self, work: Work, sampling: Sampling, progress: Progress = silent) -> dict[int, list[Response]]:
+        """work.n responses to each prompt that this engine took, with the sampled tokens' log-probs as sampled.
+
+        Raises:
+            EngineFailure: the engine died on the way.
+        """
+        ...
+
+    def load_weights(self, buckets: Iterable[list[tuple[str, torch.Tensor]]], version: int) -> None:
+        """Replace weights, given by Hugging Face names, whole tensors; they become policy version `version`."""
+        ...
+
+    def checksums(self) -> list[Checksum]:
+        """Of every tensor that the engine computes with."""
+        ...
+
+    def sleep(self) -> None:
+        """Give memory back while the policy trains; on a GPU the weights may be gone until the next load_weights."""
+        ...
+
+    def wake(self) -> None:
+        """Be ready to generate; after sleep, load_weights comes first."""
+        ...
+
+
+def eos_ids(generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end a response: the model's own and the tokenizer's."""
+    eos = generation.eos_token_id or []
+    return sorted({*(eos if isinstance(eos, list) else [eos]), token_id(tokenizer, "eos")})
+
+
+def token_id(tokenizer: PreTrainedTokenizerBase, kind: str) -> int:
+    token = getattr(tokenizer, f"{kind}_token_id")
+    assert isinstance(token, int), f"the tokenizer has no {kind} token"
+    return token

@@ -1,0 +1,135 @@
+"""The engine that every machine has: transformers' own generation."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from ..config import Config
+from ..learner.model import load_model
+from ..records import Response
+from ..runtime.ranks import Ranks
+from .engine import Checksum, Progress, Sampling, Work, eos_ids, fingerprint, silent, token_id
+
+
+class SampledLogprobs(LogitsProcessor):
+    """Last in the list: keeps each step's log-probs until the sampled token is known, one step later."""
+
+    def __init__(self) -> None:
+        self.logprobs: list[torch.Tensor] = []
+        self.pending: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.take(input_ids)
+        self.pending = scores.float().log_softmax(-1)
+        return scores
+
+    def take(self, input_ids: torch.Tensor) -> None:
+        if self.pending is not None:
+            self.logprobs.append(self.pending.gather(1, input_ids[:, -1:]))
+
+
+class TransformersEngine:
+    """transformers' `generate` on a copy of the weights; batches of at most `rollout.batch_size` responses."""
+
+    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, ranks: Ranks):
+        dtype = getattr(torch, config.model.dtype)
+        self.model: Any = load_model(config.model, dtype).to(ranks.device).eval()
+        self.tokenizer = tokenizer
+        self.batch_size = config.rollout.batch_size
+        self.device = ranks.device
+        self.version = 0
+        self.eos_ids = eos_ids(self.model.generation_config, tokenizer)
+
+    def sleep(self) -> None:
+        pass
+
+    def wake(self) -> None:
+        pass
+
+    def load_weights(self, buckets: Iterable[list[tuple[str, torch.Tensor]]], version: int) -> None:
+        mine = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for bucket in buckets:
+                for name, tensor in bucket:
+                    mine[name].copy_(tensor)
+        self.version = version
+
+    def checksums(self) -> list[Checksum]:
+        named = list(self.model.named_parameters())
+        values = fingerprint([p.detach() for _, p in named])
+        return [Checksum((name,), *value) for (name, _), value in zip(named, values, strict=True)]
+
+    def generate(self, work: Work, sampling: Sampling, progress: Progress = silent) -> dict[int, list[Response]]:
+        """Prompts come in the order of the work, a batch at a time; a batch's seed is its first prompt's."""
+        step = min(work.share, max(1, self.batch_size // work.n))
+        out: dict[int, list[Response]] = {}
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            while chunk := work.take(step):
+                progress(len(out), work.share)
+                torch.manual_seed(work.seeds[chunk[0]])
+                out |= zip(chunk, self._batch([work.prompts[i] for i in chunk], work.n, sampling), strict=True)
+        return out
+
+    @torch.inference_mode()
+    def _batch(self, prompts: list[list[int]], n: int, s: Sampling) -> list[list[Response]]:
+        longest = max(map(len, prompts))
+        pad = token_id(self.tokenizer, "pad")
+        ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=self.device)
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.device)
+        keep = SampledLogprobs()
+        steps: list[LogitsProcessor] = []
+        if s.temperature not in (0.0, 1.0):
+            steps.append(TemperatureLogitsWarper(s.temperature))
+        if s.top_k > 0:
+            steps.append(TopKLogitsWarper(s.top_k))
+        if s.top_p < 1:
+            steps.append(TopPLogitsWarper(s.top_p))
+        if s.min_p > 0:
+            steps.append(MinPLogitsWarper(s.min_p))
+        generated = self.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=GenerationConfig(
+                max_new_tokens=s.max_tokens,
+                do_sample=s.temperature > 0,
+                num_return_sequences=n if s.temperature > 0 else 1,
+                temperature=1.0,
+                top_k=0,
+                eos_token_id=self.eos_ids,
+                pad_token_id=pad,
+                stop_strings=list(s.stop) or None,
+            ),
+            logits_processor=LogitsProcessorList([*steps, keep]),
+            tokenizer=self.tokenizer if s.stop else None,
+        )
+        keep.take(generated)
+        new = generated[:, longest:].tolist()
+        logprobs = torch.cat(keep.logprobs, 1).tolist()
+        if s.temperature == 0:  # n greedy answers are n times the same
+            new, logprobs = ([x for x in rows for _ in range(n)] for rows in (new, logprobs))
+        responses = [self._response(t, lp, s) for t, lp in zip(new, logprobs, strict=True)]
+        return [responses[i : i + n] for i in range(0, len(responses), n)]
+
+    def _response(self, tokens: list[int], logprobs: list[float], s: Sampling) -> Response:
+        end = next((i + 1 for i, t in enumerate(tokens) if t in self.eos_ids), None)
+        if end is None and s.stop:  # stopped by a string: what follows is padding, which real text may also hold
+            end = next((i + 1 for i in range(len(tokens)) if self._has_stop(tokens[: i + 1], s.stop)), None)
+        stopped = end is not None
+        tokens, logprobs = tokens[:end], logprobs[:end]
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return Response(tokens, logprobs, "stop" if stopped else "length", str(text), self.version)
+
+    def _has_stop(self, tokens: list[int], stop: tuple[str, ...]) -> bool:
+        tail = str(self.tokenizer.decode(tokens[-16:]))
+        return any(word in tail for word in stop)

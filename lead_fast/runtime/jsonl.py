@@ -1,0 +1,57 @@
+"""JSON Lines files: read with a half-written last line, appended whole or not at all."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def each_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """Records of a JSONL file, one after the other; a half-written last line, of a run that was killed, is left out.
+
+    Raises:
+        ValueError: any other line is no JSON.
+    """
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    record = json.loads(line)
+                except ValueError as e:  # JSON's or UTF-8's
+                    if not line.endswith(b"\n"):
+                        break
+                    raise ValueError(f"{path}, line {number} is not JSON: remove that line.") from e
+                yield record
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """All of `each_jsonl`."""
+    return list(each_jsonl(path))
+
+
+def _append(path: Path, records: list[dict[str, Any]]) -> None:
+    # A lone surrogate in a problem's text has no UTF-8; backslashreplace writes it as the escape that JSON has for it.
+    text = "".join(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in records)
+    data = text.encode("utf-8", errors="backslashreplace")
+    with open(path, "ab", buffering=0) as f:
+        began = f.tell()
+        try:
+            while data:
+                data = data[f.write(data) :]
+        except OSError:  # a full disk: half a line would spoil the file
+            f.truncate(began)
+            raise
+
+
+def plain(value: Any) -> Any:
+    """The value in JSON's types: arrays and tensors become lists or numbers, NaN and infinities None."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
