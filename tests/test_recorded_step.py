@@ -31,16 +31,19 @@ ARGS = ["--recipe=tiny", "--preset=paper", "--optim.lr=1e-5", "--parallel.pack_t
 
 def trainer() -> SimpleNamespace:
     """Everything of lead_fast that this file uses."""
-    from lead_fast.advantage import advantages
-    from lead_fast.config import load_config
-    from lead_fast.distributed import start, stop
-    from lead_fast.engine import Sampling, make_engine
-    from lead_fast.metrics import PhaseTimer
-    from lead_fast.model import load_policy, load_tokenizer
-    from lead_fast.optim import make_optimizer
-    from lead_fast.reward import Verifier
-    from lead_fast.rollout import Batch, gather, grade, rollout
-    from lead_fast.schema import Group, Problem, Response, Score
+    from lead_fast.cli import load_config
+    from lead_fast.learner.advantage import advantages
+    from lead_fast.learner.model import load_tokenizer
+    from lead_fast.learner.optimizer import make_optimizer
+    from lead_fast.learner.policy import load_policy
+    from lead_fast.records import Group, Problem, Response, Score
+    from lead_fast.reward.grading import grade
+    from lead_fast.reward.verifier import Verifier
+    from lead_fast.rollout.collect import Batch, gather, rollout
+    from lead_fast.rollout.engine import Sampling
+    from lead_fast.rollout.engines import make_engine
+    from lead_fast.runtime.journal import PhaseTimer
+    from lead_fast.runtime.ranks import start, stop
     from lead_fast.train import learn, load_train
 
     return SimpleNamespace(
