@@ -54,7 +54,10 @@ sys.meta_path[:] = [f for f in sys.meta_path if not getattr(f, "__module__", "")
 
 
 def git(*args: str) -> bytes:
-    return subprocess.run(["git", *args], cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout
+    done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True)
+    if done.returncode:
+        sys.exit(f"error: git {args[0]}: {done.stderr.decode().strip()}")
+    return done.stdout
 
 
 def check_out(commit: str | None, folder: Path) -> None:

@@ -56,9 +56,10 @@ def trainer() -> SimpleNamespace:
 
 @contextlib.contextmanager
 def job() -> Iterator[tuple[SimpleNamespace, Any, Any]]:
-    """The trainer, its configuration and a job of one process on the CPU, also on a machine with a GPU."""
+    """The trainer, its configuration and a job of one process with one thread on the CPU, whatever the machine has."""
     t, threads = trainer(), torch.get_num_threads()
-    with mock.patch.dict(os.environ), mock.patch("torch.cuda.is_available", return_value=False):
+    no_gpu = mock.patch("torch.cuda.is_available", return_value=False)
+    with mock.patch.dict(os.environ), no_gpu, mock.patch("os.cpu_count", return_value=1):
         try:
             yield t, t.load_config(ARGS), t.start()
         finally:
