@@ -188,7 +188,7 @@ def sync_times(a: argparse.Namespace) -> list[dict]:
     from lead_fast.learner.policy import load_policy
     from lead_fast.learner.weights import all_gather
     from lead_fast.rollout.engine import fingerprint
-    from lead_fast.rollout.sync import sync
+    from lead_fast.rollout.sync import publish
     from lead_fast.rollout.vllm_engine import VllmEngine
     from lead_fast.runtime.ranks import start
 
@@ -202,7 +202,7 @@ def sync_times(a: argparse.Namespace) -> list[dict]:
     c = configs[1024]
     policy = load_policy(c.model, c.parallel, ranks)
     engine = VllmEngine(c, load_tokenizer(c.model), ranks)
-    size = int(sync(policy, engine, 0, c, ranks)["sync_bytes"])
+    size = int(publish(policy, engine, 0, c, ranks)["sync_bytes"])
     one, other = torch.ones(size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8)
     mine, whole = torch.ones(size // 4 // ranks.world), torch.zeros(size // 4 // ranks.world * ranks.world)
     held = [torch.ones(size // 4 // 16) for _ in range(16)]
@@ -223,7 +223,7 @@ def sync_times(a: argparse.Namespace) -> list[dict]:
             seen[name].append(time.perf_counter() - began)
         for mib, config in configs.items():
             ranks.barrier()
-            seen[f"sync, buckets of {mib} MiB"].append(sync(policy, engine, 0, config, ranks)["sync_s"])
+            seen[f"sync, buckets of {mib} MiB"].append(publish(policy, engine, 0, config, ranks)["sync_s"])
     floor = statistics.median(seen["memcpy"])
     rows = []
     for name, seconds in seen.items():

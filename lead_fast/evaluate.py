@@ -22,15 +22,14 @@ from typing import Any
 from .checks import check, chosen_engine
 from .cli import load_config
 from .config import Config
-from .data.prompts import tokenize_prompts
-from .data.read import load_problems
+from .data.prompts import load_test
 from .learner.model import load_tokenizer, resolve
 from .machine import look_at_machine
-from .records import Group, Problem, Score
+from .records import Batch, Problem, Sample
 from .report import parse_labelled
 from .reward.grading import grade
 from .reward.verifier import Verifier
-from .rollout.collect import Batch, gather, rollout
+from .rollout.collect import gather, rollout
 from .rollout.engine import Engine, EngineFailure, Progress, Sampling, silent
 from .rollout.engines import make_engine
 from .runtime.ranks import Ranks, complaint, start, stop
@@ -40,25 +39,6 @@ from .scores import Answered, difference, draw, summary, table, vote
 def sampling(c: Config) -> Sampling:
     e, r = c.evaluate, c.rollout
     return Sampling(r.max_tokens, e.temperature, min_p=e.min_p, stop=r.stop)
-
-
-def load_test(c: Config, tokenizer) -> tuple[list[Problem], list[list[int]]]:
-    """Held-out problems and their prompts; those over the prompt limit are refused as in training."""
-    problems = load_problems(
-        c.data.test,
-        split="test",
-        problem_column=c.data.problem_column,
-        answer_column=c.data.answer_column,
-        difficulty_column=c.data.difficulty_column,
-        limit=c.evaluate.problems or None,
-    )
-    return tokenize_prompts(
-        problems,
-        tokenizer,
-        instruction=c.data.instruction,
-        max_prompt_tokens=c.data.max_prompt_tokens,
-        drop_long=c.data.drop_long_prompts,
-    )
 
 
 class Samples:
@@ -103,40 +83,30 @@ class Samples:
         self.done |= {a.id: dataclasses.replace(a, texts=[]) for a in answered}
 
 
-def majorities(groups: list[Group], scores: list[Score], verifier: Verifier) -> list[float | None]:
-    """Each group's majority vote (`scores.vote`); None with fewer than three samples."""
-    out, at = [], 0
-    for g in groups:
-        part = scores[at : at + len(g.responses)]
-        at += len(g.responses)
-        out.append(
-            vote([s.extracted for s in part], [s.correct for s in part], verifier.same) if len(part) > 2 else None
-        )
-    return out
+def majority(samples: list[Sample], verifier: Verifier) -> float | None:
+    """A group's majority vote (`scores.vote`); None with fewer than three samples."""
+    if len(samples) < 3:
+        return None
+    return vote([s.score.extracted for s in samples], [s.score.correct for s in samples], verifier.same)
 
 
 def answered(batch: Batch, votes: dict[int, float | None], *, texts: bool) -> list[Answered]:
     """The groups of a batch as records; `votes` by their place in the batch's problems."""
-    out, at = [], 0
-    for i, g in zip(batch.indices, batch.groups, strict=True):
-        scores = batch.scores[at : at + len(g.responses)]
-        at += len(g.responses)
-        correct, extracted = [s.correct for s in scores], [s.extracted for s in scores]
-        out.append(
-            Answered(
-                g.problem.id,
-                g.problem.problem,
-                g.problem.answer,
-                g.problem.difficulty,
-                correct,
-                [r.length for r in g.responses],
-                [s.truncated for s in scores],
-                extracted,
-                [r.text for r in g.responses] if texts else [],
-                votes[i],
-            )
+    return [
+        Answered(
+            g.problem.id,
+            g.problem.problem,
+            g.problem.answer,
+            g.problem.difficulty,
+            [s.score.correct for s in g.samples],
+            [s.response.length for s in g.samples],
+            [s.score.truncated for s in g.samples],
+            [s.score.extracted for s in g.samples],
+            [s.response.text for s in g.samples] if texts else [],
+            votes[i],
         )
-    return out
+        for i, g in zip(batch.indices, batch.groups, strict=True)
+    ]
 
 
 def evaluate(
@@ -161,14 +131,14 @@ def evaluate(
     size = max(1, at_once // c.evaluate.samples if samples else len(problems))  # what a kill may cost
     done: dict[str, Answered] = dict(samples.done) if samples else {}
     missing = [i for i, p in enumerate(problems) if p.id not in done]
-    batch = Batch([], [])
+    batch = Batch([])
     for at in range(0, len(missing), size):
         progress(len(problems) - len(missing) + at, len(problems))
         share = missing[at : at + size]
-        found = rollout(
+        asked = [problems[i] for i in share], [prompts[i] for i in share]
+        part = rollout(
             engine,
-            [problems[i] for i in share],
-            [prompts[i] for i in share],
+            asked[1],
             c.evaluate.samples,
             sampling(c),
             c.seed + 7919 * share[0] + 1,
@@ -176,10 +146,10 @@ def evaluate(
             progress if samples is None else silent,
             shared_by=c.rollout.tensor_parallel,
         )
-        scores = grade(found.groups, verifier, c)
-        batch = gather(found, scores, ranks)
-        mine = dict(zip(found.indices, majorities(found.groups, scores, verifier), strict=True))
-        votes = {i: v for part in ranks.gather_objects(mine) for i, v in part.items()}
+        graded = grade(asked[0], part.responses, verifier, c.reward)
+        batch = gather(part, graded, *asked, ranks)
+        own = {i: majority(samples, verifier) for i, samples in graded.items()}
+        votes = {i: v for rank in ranks.gather_objects(own) for i, v in rank.items()}
         if ranks.main:
             new = answered(batch, votes, texts=samples is not None)
             done |= {a.id: dataclasses.replace(a, texts=[]) for a in new}

@@ -9,6 +9,7 @@ What the checks are is in runtime/hardware.py.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,16 @@ if TYPE_CHECKING:
 
     from .config import ModelConfig
     from .runtime.ranks import Ranks
-from .runtime.hardware import GIB, installed, nvidia_smi, ranks_here, require_vllm, untested_versions, use_cuda
+from .runtime.hardware import (
+    GIB,
+    installed,
+    nvidia_smi,
+    ranks_here,
+    require_vllm,
+    smallest_gpu_gib,
+    untested_versions,
+    use_cuda,
+)
 
 # ------------------------------------------------------------------------------------------------------- in words
 
@@ -78,6 +88,23 @@ def look_at_machine(model: ModelConfig, ranks: Ranks, engine: str | None, shape:
         said = describe(ranks.device, ranks.world, model.dtype, head_dim(shape), model.liger, engine)
         print(said, flush=True)
     return shape
+
+
+LARGE_GPU_GIB = 75  # what torch shows of an '80 GB' GPU is 79.1 GiB or a little less
+
+
+def pick_recipe() -> tuple[str, str]:
+    """Recipe for this machine when none is named, and why: lead-14b for 8 ranks on GPUs of 80 GB or more, else tiny."""
+    import torch
+
+    world, here = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    n, memory = torch.cuda.device_count(), smallest_gpu_gib()
+    found = f"{n} GPUs with {memory:.0f} GiB each" if n else "no GPU"
+    if min(n, here) * (world // here) >= 8 and memory >= LARGE_GPU_GIB:
+        return "lead-14b", found
+    if n:
+        found = f"Warning: {found}, of which {min(n, here)} train the small embedded model"
+    return "tiny", f"{found}, and lead-14b wants 8 ranks on GPUs of {LARGE_GPU_GIB} GiB or more"
 
 
 def main(args: list[str] | None = None) -> None:

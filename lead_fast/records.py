@@ -1,6 +1,6 @@
-"""The records that flow through a step: Problem -> Group of Responses -> Scores."""
+"""The records that flow through a step: Problem -> Response -> Sample (a response with its score) -> Group -> Batch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,18 +41,10 @@ class Response:
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
-    """The responses to one problem."""
-
-    problem: Problem
-    prompt_ids: list[int]
-    responses: list[Response]
-
-
-@dataclass(frozen=True, slots=True)
 class Score:
     """What grading says of a response.
 
+    extracted: the answer found in it, None without one.
     truncated: it ran into the limit, or has no `</think>` where a side of it is graded.
     degenerate: False where nobody asked for it.
     """
@@ -61,3 +53,77 @@ class Score:
     extracted: str | None
     truncated: bool
     degenerate: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A response with its score."""
+
+    response: Response
+    score: Score
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The samples of one problem."""
+
+    problem: Problem
+    prompt_ids: list[int]
+    samples: list[Sample]
+
+    @property
+    def correct(self) -> int:
+        """How many samples are correct."""
+        return sum(s.score.correct for s in self.samples)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Complete groups, the same on every rank. Flat lists are [S], S = groups x group size, group by group."""
+
+    groups: list[Group]
+    indices: list[int] = field(default_factory=list)
+    """Place of each group among the problems that were asked."""
+    leftover: dict[int, list[Response]] = field(default_factory=dict)
+    """By place among the problems that were asked: responses that were cut off, to be resumed."""
+    idle_share: float = 0.0
+    """Share of the ranks' time between their own last token and the slowest rank's."""
+    refilled: int = 0
+    """Groups that stand in for dropped ones."""
+    solve_rates: list[dict] = field(default_factory=list)
+    """Of every problem graded on the way, dropped ones included: problem, correct, sampled."""
+
+    @property
+    def samples(self) -> list[Sample]:
+        return [s for g in self.groups for s in g.samples]
+
+    @property
+    def scores(self) -> list[Score]:
+        return [s.score for s in self.samples]
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        return [g.prompt_ids for g in self.groups for _ in g.samples]
+
+    @property
+    def responses(self) -> list[list[int]]:
+        return [s.response.token_ids for s in self.samples]
+
+    @property
+    def logprobs(self) -> list[list[float]]:
+        return [s.response.logprobs for s in self.samples]
+
+    @property
+    def lengths(self) -> list[int]:
+        return [s.response.length for s in self.samples]
+
+    def counted(self) -> list[dict]:
+        """Of every problem, how many samples are correct: what `lead_fast.data select` chooses by."""
+        return [{"problem": g.problem.problem, "correct": g.correct, "sampled": len(g.samples)} for g in self.groups]
+
+    def with_dropped_replaced(self, kept: list[bool], more: "Batch", more_kept: list[bool]) -> "Batch":
+        """The batch with its dropped groups replaced, as far as they go, by the kept ones of `more`."""
+        good = iter([g for g, ok in zip(more.groups, more_kept, strict=True) if ok])
+        groups = [g if ok else next(good, g) for g, ok in zip(self.groups, kept, strict=True)]
+        new = sum(a is not b for a, b in zip(groups, self.groups, strict=True))
+        return replace(self, groups=groups, refilled=self.refilled + new)

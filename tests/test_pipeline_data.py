@@ -11,9 +11,7 @@ from lead_fast.data.order import SolveRateStream
 from lead_fast.data.prepare import file_hash, main
 from lead_fast.data.read import load_problems
 from lead_fast.data.word_problems import make_problems
-from lead_fast.records import Group, Problem, Response, Score
-from lead_fast.rollout.collect import Batch
-from lead_fast.train import refill
+from lead_fast.records import Batch, Group, Problem, Response, Sample, Score
 
 
 def jsonl(path, rows):
@@ -130,16 +128,20 @@ def test_solve_rates_steer_the_draw_and_nothing_is_drawn_twice():
 
 
 def groups(outcomes: list[list[int]], first: int) -> Batch:
-    made = [Group(Problem(str(first + i), f"q{first + i}", "1"), [1], [Response([5], [0.0], "stop", "", 0)] * len(o))
-            for i, o in enumerate(outcomes)]  # fmt: skip
-    return Batch(made, [Score(bool(x), None, False, False) for o in outcomes for x in o])
+    response = Response([5], [0.0], "stop", "", 0)
+    return Batch(
+        [
+            Group(Problem(str(i), f"q{i}", "1"), [1], [Sample(response, Score(bool(x), None, False, False)) for x in o])
+            for i, o in enumerate(outcomes, first)
+        ]
+    )
 
 
 def test_refill_puts_kept_groups_in_the_place_of_dropped_ones():
     batch = groups([[1, 1], [1, 0], [0, 0], [0, 0]], 0)
     more = groups([[0, 0], [0, 1]], 10)
-    out, swapped = refill(batch, [False, True, False, False], more, [False, True])
-    assert swapped == 1 and [g.problem.problem for g in out.groups] == ["q11", "q1", "q2", "q3"]
+    out = batch.with_dropped_replaced([False, True, False, False], more, [False, True])
+    assert out.refilled == 1 and [g.problem.problem for g in out.groups] == ["q11", "q1", "q2", "q3"]
     assert [s.correct for s in out.scores] == [False, True, True, False, False, False, False, False]
 
 

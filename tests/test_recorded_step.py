@@ -32,25 +32,25 @@ ARGS = ["--recipe=tiny", "--preset=paper", "--optim.lr=1e-5", "--parallel.pack_t
 def trainer() -> SimpleNamespace:
     """Everything of lead_fast that this file uses."""
     from lead_fast.cli import load_config
+    from lead_fast.data.prompts import load_train
     from lead_fast.learner.advantage import advantages
+    from lead_fast.learner.learner import Learner
     from lead_fast.learner.model import load_tokenizer
-    from lead_fast.learner.optimizer import make_optimizer
-    from lead_fast.learner.policy import load_policy
-    from lead_fast.records import Group, Problem, Response, Score
+    from lead_fast.records import Batch, Group, Problem, Response, Sample, Score
     from lead_fast.reward.grading import grade
     from lead_fast.reward.verifier import Verifier
-    from lead_fast.rollout.collect import Batch, gather, rollout
+    from lead_fast.rollout.collect import gather, rollout
     from lead_fast.rollout.engine import Sampling
     from lead_fast.rollout.engines import make_engine
     from lead_fast.runtime.journal import PhaseTimer
     from lead_fast.runtime.ranks import start, stop
-    from lead_fast.train import learn, load_train
 
     return SimpleNamespace(
         advantages=advantages, load_config=load_config, start=start, stop=stop, Sampling=Sampling,
-        make_engine=make_engine, PhaseTimer=PhaseTimer, load_policy=load_policy, load_tokenizer=load_tokenizer,
-        make_optimizer=make_optimizer, Verifier=Verifier, Batch=Batch, gather=gather, grade=grade, rollout=rollout,
-        Group=Group, Problem=Problem, Response=Response, Score=Score, learn=learn, load_train=load_train,
+        make_engine=make_engine, PhaseTimer=PhaseTimer, load_tokenizer=load_tokenizer,
+        Verifier=Verifier, Batch=Batch, gather=gather, grade=grade, rollout=rollout,
+        Group=Group, Problem=Problem, Response=Response, Score=Score, Learner=Learner,
+        Sample=Sample, load_train=load_train,
     )  # fmt: skip
 
 
@@ -73,9 +73,9 @@ def sample() -> dict[str, list]:
         tokenizer = t.load_tokenizer(c.model)
         problems, prompts = (part[:64] for part in t.load_train(c, tokenizer))
         engine, sampling = t.make_engine(c, tokenizer, ranks), t.Sampling(MAX_TOKENS)
-        share = t.rollout(engine, problems, prompts, GROUP_SIZE, sampling, c.seed, ranks)
+        share = t.rollout(engine, prompts, GROUP_SIZE, sampling, c.seed, ranks)
         with t.Verifier() as verifier:
-            batch = t.gather(share, t.grade(share.groups, verifier, c), ranks)
+            batch = t.gather(share, t.grade(problems, share.responses, verifier, c.reward), problems, prompts, ranks)
     correct, truncated = [s.correct for s in batch.scores], [s.truncated for s in batch.scores]
     columns = dict(zip(BATCH, (batch.prompts, batch.responses, batch.logprobs, correct, truncated), strict=True))
     groups = [{k: v[i : i + GROUP_SIZE] for k, v in columns.items()} for i in range(0, len(correct), GROUP_SIZE)]
@@ -92,22 +92,21 @@ def compute(record: dict[str, list]) -> dict[str, list]:
         for i in range(0, len(scores), GROUP_SIZE):
             rows = zip(*(record[k][i : i + GROUP_SIZE] for k in ("responses", "logprobs", "truncated")), strict=True)
             responses = [t.Response(ids, logp, "length" if cut else "stop", "", 0) for ids, logp, cut in rows]
-            groups.append(t.Group(t.Problem(str(i), "", ""), record["prompts"][i], responses))
-        batch = t.Batch(groups, scores)
+            samples = [t.Sample(*both) for both in zip(responses, scores[i : i + GROUP_SIZE], strict=True)]
+            groups.append(t.Group(t.Problem(str(i), "", ""), record["prompts"][i], samples))
+        batch = t.Batch(groups)
         lead = t.advantages(scores, batch.lengths, c, ranks.device)
-        policy = t.load_policy(c.model, c.parallel, ranks)
-        optimizer = t.make_optimizer(policy, c.optim)
+        learner = t.Learner(c, ranks, SimpleNamespace(phase=t.PhaseTimer(), progress=lambda *where: None))
+        policy = learner.policy
         out: dict[str, list] = {"reward": lead.reward.tolist(), "advantage": lead.advantage.tolist(), "updates": []}
         first = parameters(policy)
         for _ in range(UPDATES):
-            told = t.learn(
-                policy, None, optimizer, batch, lead, c.optim.lr, c, ranks, t.PhaseTimer(), lambda done, total: None
-            )
+            update = learner.step(batch, lead, 0)
             now = parameters(policy)
             out["updates"].append(
                 {
-                    "loss": told["loss"],
-                    "grad_norm": told["grad_norm"],
+                    "loss": update["loss"],
+                    "grad_norm": update["grad_norm"],
                     "sum": now.sum().item(),
                     "distance": (now - first).norm().item(),  # the norm of all updates so far
                     "entries": now[len(now) // 32 :: len(now) // 16][:16].tolist(),

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lead_fast.cli import load_config
-from lead_fast.records import Group, Problem, Response
+from lead_fast.records import Problem, Response
 from lead_fast.reward.extraction import extract_boxed, graded_text, is_degenerate
 from lead_fast.reward.grading import grade, score
 from lead_fast.reward.terms import soft_overlong_penalty, wrong_reward
@@ -207,11 +207,11 @@ def test_a_long_formula_is_no_repetition_to_stage_two():
     formula = "$f(x)=" + "+".join(rf"\frac{{x^{{{n}}}}}{{{n}!}}" for n in range(1, 9)) + "$ and so on"
     assert max(map(len, formula.split())) >= 120
     assert is_degenerate(formula) and not is_degenerate(formula, longest_word=None)
-    group = [Group(Problem("1", "P", "7"), [1], [Response([1], [0.0], "stop", formula, 0)])]
+    problem, response = Problem("1", "P", "7"), Response([1], [0.0], "stop", formula, 0)
     for key, value, expected in (("repetition", -1.5, False), ("degenerate", -2.0, True)):
         with Verifier() as v:
-            (found,) = grade(group, v, load_config([f"--reward.{key}={value}"]))
-        assert found.degenerate is expected
+            samples = grade([problem], {0: [response]}, v, load_config([f"--reward.{key}={value}"]).reward)
+        assert [s.score.degenerate for s in samples[0]] == [expected] and samples[0][0].response is response
 
 
 def test_votes_do_not_wait_again_for_an_answer_that_timed_out():

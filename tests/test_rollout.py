@@ -10,8 +10,8 @@ import torch
 from lead_fast.cli import load_config
 from lead_fast.learner.loss import check_agreement
 from lead_fast.learner.model import load_model, load_tokenizer
-from lead_fast.records import Group, Problem, Response, Score
-from lead_fast.rollout.collect import Backlog, Batch
+from lead_fast.records import Batch, Group, Problem, Response, Sample, Score
+from lead_fast.rollout.collect import Backlog
 from lead_fast.rollout.engine import Sampling, Work, fingerprint
 from lead_fast.rollout.sync import compare
 from lead_fast.rollout.transformers_engine import TransformersEngine
@@ -75,9 +75,10 @@ def test_a_result_does_not_depend_on_who_took_the_prompt(engine):
     assert sorted(run(0, 1)) == list(range(6))
 
 
-def whole(problem: int) -> Group:
-    r = Response([1], [0.0], "stop", "", 0)
-    return Group(Problem(str(problem), "", ""), [1], [r, r])
+def graded(problem: int) -> Group:
+    """Two samples, correct where the problem is odd."""
+    sample = Sample(Response([1], [0.0], "stop", "", 0), Score(bool(problem % 2), None, False, False))
+    return Group(Problem(str(problem), "", ""), [1], [sample, sample])
 
 
 def test_every_problem_asked_is_trained_once_in_whatever_order_groups_end():
@@ -89,8 +90,7 @@ def test_every_problem_asked_is_trained_once_in_whatever_order_groups_end():
         assert len(asked) == 5
         done = sorted(rng.sample(range(5), rng.choice([3, 4, 5])))
         cut = {i: [Response([7], [0.0], "unfinished", "", 0)] * 2 for i in range(5) if i not in done}
-        scores = [Score(bool(asked[i] % 2), None, False, False) for i in done for _ in range(2)]
-        batch = backlog.settle(Batch([whole(asked[i]) for i in done], scores, 0.0, done, cut))
+        batch = backlog.settle(Batch([graded(asked[i]) for i in done], done, cut))
         now = [int(g.problem.id) for g in batch.groups]
         assert len(now) == 3 and [s.correct for s in batch.scores] == [bool(p % 2) for p in now for _ in range(2)]
         trained += now
@@ -102,7 +102,7 @@ def test_every_problem_asked_is_trained_once_in_whatever_order_groups_end():
 def test_without_extra_problems_nothing_waits():
     backlog = Backlog(lambda at: at, 3, 0, 6)
     assert backlog.ask() == [6, 7, 8] and backlog.begun == {}
-    backlog.settle(Batch([whole(p) for p in (6, 7, 8)], [], 0.0, [0, 1, 2]))
+    backlog.settle(Batch([graded(p) for p in (6, 7, 8)], [0, 1, 2]))
     assert backlog.ask() == [9, 10, 11]
 
 

@@ -37,8 +37,9 @@ from lead_fast.learner.policy import load_policy
 from lead_fast.learner.model import load_tokenizer
 from lead_fast.learner.optimizer import make_optimizer, update
 from lead_fast.learner.packing import make_pack
+from lead_fast.records import Sample
 from lead_fast.rollout.collect import Backlog, gather, rollout, sampling_seed
-from lead_fast.rollout.sync import canary, sync
+from lead_fast.rollout.sync import canary, publish
 from lead_fast.rollout.vllm_engine import VllmEngine
 
 ranks = start()
@@ -53,6 +54,14 @@ problems, prompts = tokenize_prompts(problems, tokenizer, instruction="", max_pr
 policy = load_policy(c.model, c.parallel, ranks)
 optimizer = make_optimizer(policy, c.optim)
 engine = VllmEngine(c, tokenizer, ranks)
+
+def together(share, asked=range(12)):
+    # every rank's groups, ungraded
+    samples = {i: [Sample(r, None) for r in rs] for i, rs in share.responses.items()}
+    return gather(share, samples, [problems[i] for i in asked], [prompts[i] for i in asked], ranks)
+
+def responses(group):
+    return [s.response for s in group.samples]
 
 def generate(engine, n, s, which=range(12), seed=3):
     chosen = [prompts[i] for i in which]
@@ -84,7 +93,7 @@ def tokens(groups):
 ONE = (
     COMMON
     + """
-out["sync"] = sync(policy, engine, 0, c, ranks)
+out["sync"] = publish(policy, engine, 0, c, ranks)
 out["canary"] = canary(policy, engine, prompts[0], c, ranks)
 theirs = TransformersEngine(c, tokenizer, ranks)
 
@@ -131,12 +140,12 @@ log = []
 backlog = Backlog(lambda at: at % 12, 3, 2, 0)
 for step in range(3):
     asked = backlog.ask()
-    share = rollout(engine, [problems[p] for p in asked], [prompts[p] for p in asked], 4, Sampling(64, 0.8),
+    share = rollout(engine, [prompts[p] for p in asked], 4, Sampling(64, 0.8),
                     100 + step, ranks, begun=backlog.begun, want=3)
     begun = {asked[i]: [r.token_ids for r in g] for i, g in backlog.begun.items()}
     assert asked == backlog.waiting
-    batch = backlog.settle(gather(share, [None] * 4 * len(share.groups), ranks))
-    trained = {problems.index(g.problem): g.responses for g in batch.groups}
+    batch = backlog.settle(together(share, asked))
+    trained = {problems.index(g.problem): responses(g) for g in batch.groups}
     log.append({"asked": asked, "begun": begun, "trained": tokens(trained), "waiting": backlog.waiting,
                 "finish": [r.finish_reason for g in trained.values() for r in g],
                 "difference": differences(trained, 0.8, which=sorted(trained))})
@@ -145,7 +154,7 @@ out["steps"] = log
 # Weights move: stale, synced, and synced with something missing.
 optimiser_step()
 out["stale"] = differences(generate(engine, 4, Sampling(64, 0.8)), 0.8)
-sync(policy, engine, 1, c, ranks)
+publish(policy, engine, 1, c, ranks)
 moved = generate(engine, 4, Sampling(64, 0.8))
 out["synced"], out["version"] = differences(moved, 0.8), moved[0][0].policy_version
 whole = syncing.whole_weights
@@ -154,17 +163,17 @@ for name in ("model.layers.1.self_attn.k_proj.weight", "model.embed_tokens.weigh
         for bucket in whole(*a):
             yield [(n, t) for n, t in bucket if n != name]
     syncing.whole_weights = without
-    out[f"unsent {name}"] = message(lambda: sync(policy, engine, 2, c, ranks))
+    out[f"unsent {name}"] = message(lambda: publish(policy, engine, 2, c, ranks))
     syncing.whole_weights = whole
     optimiser_step()
     load = engine.load_weights
     engine.load_weights = lambda buckets, v: load(([(n, t) for n, t in b if n != name] for b in buckets), v)
-    out[f"untaken {name}"] = message(lambda: sync(policy, engine, 2, c, ranks))
+    out[f"untaken {name}"] = message(lambda: publish(policy, engine, 2, c, ranks))
     engine.load_weights = load
 out["canary_refuses"] = None
 optimiser_step()
 out["canary_refuses"] = message(lambda: canary(policy, engine, prompts[0], c, ranks))
-sync(policy, engine, 3, c, ranks)
+publish(policy, engine, 3, c, ranks)
 
 out["long"] = message(lambda: engine.generate(Work([[5] * 500], 1, [0]), Sampling(4)))
 torch.save(out, sys.argv[1])
@@ -175,27 +184,27 @@ stop()
 TWO = (
     COMMON
     + """
-sync(policy, engine, 0, c, ranks)
-calm = rollout(engine, problems, prompts, 4, Sampling(64, 0.8), 9, ranks)
-calm = gather(calm, [None] * 4 * len(calm.groups), ranks)
+publish(policy, engine, 0, c, ranks)
+calm = rollout(engine, prompts, 4, Sampling(64, 0.8), 9, ranks)
+calm = together(calm)
 step = engine._step
 if ranks.rank == 1:
     def slow(whole):
         time.sleep(0.15)
         return step(whole)
     engine._step = slow
-share = rollout(engine, problems, prompts, 4, Sampling(64, 0.8), 9, ranks)
-out["taken"] = ranks.gather_objects(share.indices)
-batch = gather(share, [None] * 4 * len(share.groups), ranks)
+share = rollout(engine, prompts, 4, Sampling(64, 0.8), 9, ranks)
+out["taken"] = ranks.gather_objects(list(share.responses))
+batch = together(share)
 out["problems"] = [g.problem.id for g in batch.groups] == [p.id for p in problems]
-out["tokens"] = [r.token_ids for g in calm.groups for r in g.responses], batch.responses
+out["tokens"] = calm.responses, batch.responses
 out["idle"] = batch.idle_share
-out["difference"] = differences({i: batch.groups[i].responses for i in range(12)}, 0.8)
+out["difference"] = differences({i: responses(batch.groups[i]) for i in range(12)}, 0.8)
 optimiser_step()
-sync(policy, engine, 1, c, ranks)
-share = rollout(engine, problems, prompts, 4, Sampling(64, 0.8), 10, ranks)
-batch = gather(share, [None] * 4 * len(share.groups), ranks)
-out["synced"] = differences({i: batch.groups[i].responses for i in range(12)}, 0.8)
+publish(policy, engine, 1, c, ranks)
+share = rollout(engine, prompts, 4, Sampling(64, 0.8), 10, ranks)
+batch = together(share)
+out["synced"] = differences({i: responses(batch.groups[i]) for i in range(12)}, 0.8)
 
 # One rank's engine dies: the other goes on to the end, then both know.
 if ranks.rank == 1:
@@ -206,8 +215,8 @@ if ranks.rank == 1:
         return alive()
     engine._step = step
     alive, engine.llm.llm_engine.step = engine.llm.llm_engine.step, dying
-share = rollout(engine, problems, prompts, 4, Sampling(64, 0.8), 11, ranks)
-said = message(lambda: gather(share, [None] * 4 * len(share.groups), ranks), EngineFailure)
+share = rollout(engine, prompts, 4, Sampling(64, 0.8), 11, ranks)
+said = message(lambda: together(share), EngineFailure)
 out["died"] = ranks.gather_objects((share.failure, said))
 if ranks.main:
     torch.save(out, sys.argv[1])
@@ -218,17 +227,17 @@ stop()
 SHARED = (
     COMMON
     + """
-sync(policy, engine, 0, c, ranks)
+publish(policy, engine, 0, c, ranks)
 out["canary"] = canary(policy, engine, prompts[0], c, ranks)
-share = rollout(engine, problems, prompts, 2, Sampling(64, 0.8), 9, ranks, shared_by=2)
-out["taken"] = ranks.gather_objects(share.indices)
-batch = gather(share, [None] * 2 * len(share.groups), ranks)
-out["difference"] = differences({i: batch.groups[i].responses for i in range(12)}, 0.8)
+share = rollout(engine, prompts, 2, Sampling(64, 0.8), 9, ranks, shared_by=2)
+out["taken"] = ranks.gather_objects(list(share.responses))
+batch = together(share)
+out["difference"] = differences({i: responses(batch.groups[i]) for i in range(12)}, 0.8)
 optimiser_step()
-sync(policy, engine, 1, c, ranks)
-share = rollout(engine, problems, prompts, 2, Sampling(64, 0.8), 10, ranks, shared_by=2)
-batch = gather(share, [None] * 2 * len(share.groups), ranks)
-out["synced"] = differences({i: batch.groups[i].responses for i in range(12)}, 0.8)
+publish(policy, engine, 1, c, ranks)
+share = rollout(engine, prompts, 2, Sampling(64, 0.8), 10, ranks, shared_by=2)
+batch = together(share)
+out["synced"] = differences({i: responses(batch.groups[i]) for i in range(12)}, 0.8)
 if ranks.main:
     torch.save(out, sys.argv[1])
 stop()

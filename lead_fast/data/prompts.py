@@ -4,8 +4,9 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..config import Config
 from ..records import Problem
-from .read import say
+from .read import load_problems, say
 
 # ------------------------------------------------------------------------------------------------------------- prompts
 
@@ -76,3 +77,46 @@ def encode_plain(text: str, control: dict[str, int], encode: Callable[[str], lis
     cuts = [0, *(m.start() + 1 for m in names.finditer(text)), len(text)]
     pieces = [encode(text[a:b]) for a, b in zip(cuts, cuts[1:], strict=False) if a < b]
     return [t for ids in pieces for t in ids if t not in control.values()]
+
+
+def load_train(c: Config, tokenizer) -> tuple[list, list[list[int]]]:
+    problems = load_problems(
+        c.data.train,
+        split="train",
+        problem_column=c.data.problem_column,
+        answer_column=c.data.answer_column,
+        difficulty_column=c.data.difficulty_column,
+        min_difficulty=c.data.min_difficulty,
+    )
+    problems, prompts = tokenize_prompts(
+        problems,
+        tokenizer,
+        instruction=c.data.instruction,
+        max_prompt_tokens=c.data.max_prompt_tokens,
+        drop_long=c.data.drop_long_prompts,
+    )
+    if len(problems) < c.rollout.problems:
+        raise ValueError(
+            f"{c.data.train} has {len(problems)} problems and rollout.problems is {c.rollout.problems}: "
+            "give more data or a smaller batch."
+        )
+    return problems, prompts
+
+
+def load_test(c: Config, tokenizer) -> tuple[list[Problem], list[list[int]]]:
+    """Held-out problems and their prompts; those over the prompt limit are refused as in training."""
+    problems = load_problems(
+        c.data.test,
+        split="test",
+        problem_column=c.data.problem_column,
+        answer_column=c.data.answer_column,
+        difficulty_column=c.data.difficulty_column,
+        limit=c.evaluate.problems or None,
+    )
+    return tokenize_prompts(
+        problems,
+        tokenizer,
+        instruction=c.data.instruction,
+        max_prompt_tokens=c.data.max_prompt_tokens,
+        drop_long=c.data.drop_long_prompts,
+    )

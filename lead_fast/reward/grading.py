@@ -1,30 +1,30 @@
-"""Responses to scores."""
+"""Responses to scored samples."""
 
 from collections.abc import Sequence
 
-from ..config import Config
-from ..records import Group, Response, Score
+from ..config import RewardConfig
+from ..records import Problem, Response, Sample, Score
 from .extraction import extract_boxed, graded_text, is_degenerate
 from .verifier import Verifier
 
 
 def score(
     responses: Sequence[Response],
-    answers: Sequence[str],
+    references: Sequence[str],
     verifier: Verifier,
     *,
     where: str = "all",
     degenerate: bool = False,
     longest_word: int | None = 120,
 ) -> list[Score]:
-    """Grades responses against reference answers, one each.
+    """Grade responses against references, one each.
 
     Args:
         where: what is graded (`graded_text`); where that is a side of `</think>`, a response without it is truncated.
         degenerate, longest_word: whether to look for repetition, and `is_degenerate`'s limit.
     """
     extracted = [extract_boxed(graded_text(r.text, where)) for r in responses]
-    correct = verifier.grade(list(zip(extracted, answers, strict=True)))
+    correct = verifier.grade(list(zip(extracted, references, strict=True)))
     return [
         Score(
             ok,
@@ -36,10 +36,30 @@ def score(
     ]
 
 
-def grade(groups: list[Group], verifier: Verifier, c: Config) -> list[Score]:
-    """Scores of this rank's responses, flat, group by group."""
-    responses = [r for g in groups for r in g.responses]
-    answers = [g.problem.answer for g in groups for _ in g.responses]
-    wants = c.reward.degenerate is not None or c.reward.repetition is not None
-    longest = 120 if c.reward.degenerate is not None else None  # the released code's rule; stage 2's is n-grams alone
-    return score(responses, answers, verifier, where=c.reward.grade, degenerate=wants, longest_word=longest)
+def grade(
+    problems: Sequence[Problem], responses: dict[int, list[Response]], verifier: Verifier, c: RewardConfig
+) -> dict[int, list[Sample]]:
+    """Grade responses against their problems' references.
+
+    Args:
+        problems: that were asked.
+        responses: by the place of their problem.
+        c: which side of `</think>` is graded, and whether repetition is looked for.
+    Returns:
+        the samples, by the same places.
+    """
+    flat = [(i, r) for i, rs in responses.items() for r in rs]
+    watched = c.degenerate is not None or c.repetition is not None
+    longest = 120 if c.degenerate is not None else None  # the released code's rule; stage 2's is n-grams alone
+    scores = score(
+        [r for _, r in flat],
+        [problems[i].answer for i, _ in flat],
+        verifier,
+        where=c.grade,
+        degenerate=watched,
+        longest_word=longest,
+    )
+    samples: dict[int, list[Sample]] = {i: [] for i in responses}
+    for (i, r), s in zip(flat, scores, strict=True):
+        samples[i].append(Sample(r, s))
+    return samples

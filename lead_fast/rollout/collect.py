@@ -1,43 +1,13 @@
-"""Problems to groups of scored responses, shared out over the ranks and gathered on all of them."""
+"""Prompts to responses over all ranks, and graded samples back on every one of them."""
 
 import time
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from ..records import Group, Problem, Response, Score
+from ..records import Batch, Group, Problem, Response, Sample
 from ..runtime.ranks import Ranks
 from .engine import Engine, EngineFailure, Progress, Sampling, Work, silent
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Whole groups, the same on every rank. Flat lists are [S], S = groups x group size, group by group."""
-
-    groups: list[Group]
-    scores: list[Score]
-    idle_share: float = 0.0
-    """Share of the ranks' time between their own last token and the slowest rank's."""
-    indices: list[int] = field(default_factory=list)
-    """Place of each group in the step's problems."""
-    leftover: dict[int, list[Response]] = field(default_factory=dict)
-    """By place in the step's problems: responses that were cut off, to go on with."""
-
-    @property
-    def prompts(self) -> list[list[int]]:
-        return [g.prompt_ids for g in self.groups for _ in g.responses]
-
-    @property
-    def responses(self) -> list[list[int]]:
-        return [r.token_ids for g in self.groups for r in g.responses]
-
-    @property
-    def logprobs(self) -> list[list[float]]:
-        return [r.logprobs for g in self.groups for r in g.responses]
-
-    @property
-    def lengths(self) -> list[int]:
-        return [len(t) for t in self.responses]
 
 
 def sampling_seed(*parts: int) -> int:
@@ -47,10 +17,12 @@ def sampling_seed(*parts: int) -> int:
 
 @dataclass(frozen=True)
 class Share:
-    """What one rank brought home: which prompts, their groups, its seconds, and what its engine died of, if it did."""
+    """What one rank brought home; responses by the place of their prompt among those that were asked.
 
-    indices: list[int]
-    groups: list[Group]
+    seconds: that it took; failure: what its engine died of, if it did; leftover: responses that were cut off.
+    """
+
+    responses: dict[int, list[Response]]
     seconds: float
     failure: str | None = None
     leftover: dict[int, list[Response]] = field(default_factory=dict)
@@ -58,7 +30,6 @@ class Share:
 
 def rollout(
     engine: Engine,
-    problems: list[Problem],
     prompts: list[list[int]],
     n: int,
     s: Sampling,
@@ -70,10 +41,10 @@ def rollout(
     begun: dict[int, list[Response]] | None = None,
     want: int | None = None,
 ) -> Share:
-    """This rank's share of the groups. Engines take prompts as they drain, so that no rank waits for another's.
+    """Sample this rank's share of the responses. Engines take prompts as they drain, so no rank waits for another's.
 
     Args:
-        problems, prompts: of the step, the same on every rank.
+        prompts: of the step, the same on every rank.
         n: responses to each prompt.
         seed: of the step; every prompt has its own from it, so the result does not depend on who took the prompt.
         shared_by: neighbouring ranks that share an engine.
@@ -95,40 +66,46 @@ def rollout(
     )
     failure = None
     try:
-        answers = engine.generate(work, s, progress)
+        responses = engine.generate(work, s, progress)
     except EngineFailure as e:
-        answers, failure = e.whole, str(e)
+        responses, failure = e.whole, str(e)
     if work.member:  # the first of those that share an engine speaks for them
-        answers = {}
-    left = {i: r for i, r in answers.items() if any(x.finish_reason == "unfinished" for x in r)}
-    whole = [i for i in sorted(answers) if i not in left]
-    groups = [Group(problems[i], prompts[i], answers[i]) for i in whole]
-    return Share(whole, groups, time.perf_counter() - began, failure, left)
+        responses = {}
+    left = {i: r for i, r in responses.items() if any(x.finish_reason == "unfinished" for x in r)}
+    complete = {i: responses[i] for i in sorted(responses) if i not in left}
+    return Share(complete, time.perf_counter() - began, failure, left)
 
 
-def gather(share: Share, scores: list[Score], ranks: Ranks) -> Batch:
-    """Every rank's groups, back in the order of the problems. A collective.
+def gather(
+    share: Share,
+    samples: dict[int, list[Sample]],
+    problems: list[Problem],
+    prompts: list[list[int]],
+    ranks: Ranks,
+) -> Batch:
+    """Bring every rank's samples together as groups, in the order of the problems. A collective.
 
+    Args:
+        share: of this rank.
+        samples: its graded responses, by the place of their problem.
+        problems, prompts: that were asked, the same on every rank.
     Raises:
         EngineFailure: on every rank, if any rank's engine died.
     """
-    parts = ranks.gather_objects((share, scores))
-    for rank, (part, _) in enumerate(parts):
-        if part.failure:
-            raise EngineFailure(f"the engine of rank {rank} died ({part.failure})", {})
-    found: dict[int, tuple[Group, list[Score]]] = {}
+    parts = ranks.gather_objects((samples, share.leftover, share.seconds, share.failure))
+    for rank, (_, _, _, failure) in enumerate(parts):
+        if failure:
+            raise EngineFailure(f"the engine of rank {rank} died ({failure})", {})
+    by_place: dict[int, list[Sample]] = {}
     leftover: dict[int, list[Response]] = {}
-    for part, flat in parts:
-        at = 0
-        for i, group in zip(part.indices, part.groups, strict=True):
-            assert i not in found, f"prompt {i} was answered twice"
-            found[i] = group, flat[at : at + len(group.responses)]
-            at += len(group.responses)
-        leftover |= part.leftover
-    order = [found[i] for i in sorted(found)]
-    seconds = [part.seconds for part, _ in parts]
+    for part, left, _, _ in parts:
+        assert not by_place.keys() & part.keys(), "a prompt was answered twice"
+        by_place |= part
+        leftover |= left
+    order = sorted(by_place)
+    seconds = [s for _, _, s, _ in parts]
     idle = 1 - sum(seconds) / len(seconds) / max(seconds)
-    return Batch([g for g, _ in order], [s for _, part in order for s in part], idle, sorted(found), leftover)
+    return Batch([Group(problems[i], prompts[i], by_place[i]) for i in order], order, leftover, idle)
 
 
 class Backlog:
@@ -168,10 +145,8 @@ class Backlog:
 
     def settle(self, batch: Batch) -> Batch:
         """The first `size` whole groups, those asked earliest first; what is left waits."""
-        whole = dict(zip(batch.indices, batch.groups, strict=True))
+        complete = dict(zip(batch.indices, batch.groups, strict=True))
         kept = batch.indices[: self.size]
-        left = {**batch.leftover, **{i: g.responses for i, g in whole.items()}}
+        left = {**batch.leftover, **{i: [s.response for s in g.samples] for i, g in complete.items()}}
         self.entries = [(p, left.get(i, [])) for i, (p, _) in enumerate(self.entries) if i not in kept]
-        groups = [whole[i] for i in kept]
-        scores = batch.scores[: sum(len(g.responses) for g in groups)]
-        return replace(batch, groups=groups, scores=scores, indices=kept, leftover={})
+        return replace(batch, groups=[complete[i] for i in kept], indices=kept, leftover={})

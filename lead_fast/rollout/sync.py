@@ -20,7 +20,7 @@ CANARY_TOKENS = 32
 CANARY_LIMIT = {"float32": 1e-3, "bfloat16": 0.1}  # nats, mean over the canary's tokens
 
 
-def sync(policy: Policy, engine: Engine, version: int, c: Config, ranks: Ranks) -> dict:
+def publish(policy: Policy, engine: Engine, version: int, c: Config, ranks: Ranks) -> dict:
     """Give the engine the policy's weights, which become policy version `version`. A collective.
 
     Returns:

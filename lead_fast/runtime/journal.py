@@ -1,213 +1,157 @@
-"""Every step's numbers: to the console in short, to metrics.jsonl in full, to TensorBoard, and to W&B if asked.
+"""What a run writes down: every step's record with its alerts, a sample of responses, solve rates, spoilt batches.
 
-RUN_DIR/metrics.jsonl   one JSON object a line; `kind` is train or eval, `step` counts finished steps; NaN is null
-RUN_DIR/answers.jsonl   a sample of answers with their scores
-RUN_DIR/tensorboard/    the same numbers as scalars, train/* and eval/*
+Metrics holds the sinks (console, files, TensorBoard, Weights & Biases), Health looks for what is unusual, the watchdog
+is told of every phase. The journal knows which of them hears what.
 """
 
-import contextlib
-import importlib
-import os
+import dataclasses
 import time
-import uuid
-from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .console import _Console, eval_line, train_line
-from .jsonl import _append, plain, read_jsonl
+import torch
 
-MOST_LEVELS = 20  # difficulties that TensorBoard gets one by one; metrics.jsonl always has all
+from lead_kernels import LeadAdvantages
 
+from ..config import Config
+from ..records import Batch
+from .health import Health
+from .metrics import Metrics, PhaseTimer
+from .ranks import Ranks
+from .watchdog import Watchdog
 
-class PhaseTimer:
-    """Seconds spent in each phase of a step: `with timer("rollout"): ...`, read as `timer.seconds["rollout"]`.
-
-    A phase entered twice adds up. On CUDA a phase ends when its kernels have. `entered` is told of every phase.
-    """
-
-    def __init__(self, entered: Callable[[str], object] = lambda phase: None) -> None:
-        self.seconds: dict[str, float] = {}
-        self.entered = entered
-
-    @contextlib.contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        self.entered(phase)
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            _wait_for_cuda()
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - began
-
-    def reset(self) -> None:
-        self.seconds = {}
+ASIDE = ("evaluate", "save")  # phases that are no part of a step
 
 
-class Metrics:
-    """Writes a run's records. Only the main rank should be enabled; elsewhere every call does nothing.
+class Journal:
+    """Keeps a run's records; on ranks other than the first it only times phases and beats the watchdog.
 
     Args:
-        run_dir: folder of the run, made if missing.
-        total_steps: steps of the whole run, for the console's step count and time left.
-        tensorboard: write scalars under run_dir/tensorboard.
-        wandb_project: project in Weights & Biases, or None for none.
-        enabled: False on all ranks but the first.
-    Raises:
-        ValueError: wandb_project is given and the wandb package is not installed.
+        folder: of the run.
+        c: steps, wandb, watchdog_s and optim.max_skipped are used.
+        ranks: of this job.
     """
 
-    def __init__(
-        self,
-        run_dir: str | Path,
-        *,
-        total_steps: int,
-        tensorboard: bool = True,
-        wandb_project: str | None = None,
-        enabled: bool = True,
-    ) -> None:
-        self.run_dir = Path(run_dir)
-        self.total_steps = total_steps
-        self.enabled = enabled
-        self._first_step = 0  # steps finished before this process began
+    def __init__(self, folder: Path, c: Config, ranks: Ranks):
+        self.folder, self.c, self.ranks = folder, c, ranks
+        self.metrics = Metrics(folder, total_steps=c.steps, wandb_project=c.wandb or None, enabled=ranks.main)
+        self.phase = PhaseTimer(self._beat)
+        self.health = Health(folder, c.optim.max_skipped)
+        self.watchdog: Watchdog | None = None
         self._began = time.monotonic()
-        self._first_eval: dict[str, Any] | None = None
-        self._tensorboard: Any = (
-            None  # SummaryWriter, opened at the first record: by then truncate_after has been called
-        )
-        self._want_tensorboard = tensorboard and enabled
-        self._wandb: Any = None
-        self._console = _Console(total_steps)
-        self._waiting: dict[str, list[dict[str, Any]]] = {}  # records that a full disk did not take
-        if enabled:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            if wandb_project:
-                self._wandb = _start_wandb(wandb_project, self.run_dir)
 
-    def truncate_after(self, step: int) -> None:
-        """Drop the records after `step`, the step that a resumed run goes on from, and a half-written last line."""
-        if not self.enabled:
-            return
-        self._first_step, self._began = step, time.monotonic()
-        for name in ("metrics.jsonl", "answers.jsonl", "solved.jsonl"):
-            path = self.run_dir / name
-            if path.exists():
-                kept = [r for r in read_jsonl(path) if r["step"] <= step]
-                partial = path.with_suffix(".partial")
-                partial.unlink(missing_ok=True)
-                _append(partial, kept)
-                os.replace(partial, path)
-                if name == "metrics.jsonl":
-                    self._first_eval = next((r for r in kept if r.get("kind") == "eval"), None)
+    def begin(self, step: int, elapsed_s: float = 0.0, updates_skipped: int = 0) -> None:
+        """Start to watch, after `step` steps; records after that step, of a run that was killed, are dropped."""
+        self.metrics.truncate_after(step)
+        self._began = time.monotonic() - elapsed_s
+        self.health = Health(self.folder, self.c.optim.max_skipped, updates_skipped)
+        self.watchdog = Watchdog(self.c.watchdog_s, self.ranks)
 
-    def train(self, step: int, record: dict[str, Any]) -> None:
-        """A training step's record; `step` counts it in, so that the first is 1."""
-        if self.enabled:
-            record = self._write("train", step, record)
-            self._console.line(train_line(record, self.total_steps, self._left_s(step)))
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the run began, earlier processes included."""
+        return time.monotonic() - self._began
 
-    def eval(self, step: int, record: dict[str, Any]) -> None:
-        """An evaluation's record, taken after `step` steps; 0 is before the first."""
-        if self.enabled:
-            record = self._write("eval", step, record)
-            self._console.line(eval_line(record, self.total_steps, self._first_eval))
-            self._first_eval = self._first_eval or record
-            if step == self._first_step:  # time left is reckoned from the first training step on
-                self._began = time.monotonic()
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the journal."""
+        return {"elapsed_s": self.elapsed_s, "updates_skipped": self.health.skipped}
 
-    def answers(self, step: int, rows: list[dict[str, Any]]) -> None:
-        """A sample of answers with their scores, appended to answers.jsonl."""
-        if self.enabled:
-            self._keep("answers.jsonl", [plain({"step": step} | row) for row in rows])
-
-    def solved(self, step: int, rows: list[dict[str, Any]]) -> None:
-        """How often each problem of the step was solved, appended to solved.jsonl."""
-        if self.enabled:
-            self._keep("solved.jsonl", [plain({"step": step} | row) for row in rows])
+    def _beat(self, phase: str | None = None, step: int | None = None) -> None:
+        if self.watchdog:
+            self.watchdog.beat(phase, step)
 
     def progress(self, phase: str, step: int, done: int, total: int) -> None:
-        """Where the current step's `phase` is: `done` of `total`. Rewritten in place on a terminal, else rare."""
-        if self.enabled:
-            self._console.progress(phase, step, done, total, self._left_s(step - 1))
+        """Tell console and watchdog that `phase` of `step` is at `done` of `total`."""
+        self._beat(phase, step)
+        self.metrics.progress(phase, step, done, total)
+
+    def step(self, done: int, batch: Batch, credit: LeadAdvantages, update: dict[str, Any], synced: dict) -> None:
+        """Write down step `done`, the first being 1.
+
+        Raises:
+            ValueError: loss or gradient was not finite in too many consecutive steps.
+        """
+        elapsed_s, seconds = self.elapsed_s, dict(self.phase.seconds)
+        record = describe(batch, credit, self.c.rollout.group_size) | update | synced
+        record |= {"rollout_idle_share": batch.idle_share, "groups_refilled": batch.refilled}
+        record |= {"elapsed_s": elapsed_s, "seconds": seconds}
+        record["tokens_per_s"] = record["tokens"] / sum(s for phase, s in seconds.items() if phase not in ASIDE)
+        record["alerts"] = self.health.look(done, record)
+        self.metrics.train(done, record)
+        for alert in record["alerts"]:
+            self.metrics.warn(alert)
+        kept = None
+        if record["updates_skipped"] and self.ranks.main:
+            kept = self.health.keep(done, spoilt(batch, credit, record))
+            self.metrics.warn(f"step {done}: loss or gradient not finite, update skipped; its batch is in {kept}.")
+        self.health.count(done, record["updates_skipped"], kept)
+        self.metrics.answers(done, sample_of_responses(batch, "train", credit.reward.tolist()))
+        self.metrics.solved(done, batch.solve_rates)
+        self.phase.reset()
+
+    def evaluation(self, step: int, record: dict[str, Any], batch: Batch) -> None:
+        """Write down an evaluation after `step` steps; 0 is before the first."""
+        self.metrics.eval(step, record | {"elapsed_s": self.elapsed_s})
+        self.metrics.answers(step, sample_of_responses(batch, "test"))
 
     def close(self) -> None:
-        """End the progress line and flush what is buffered."""
-        self._console.clear()
-        if self._tensorboard:
-            self._tensorboard.close()
-        if self._wandb:
-            self._wandb.finish()
-        self._tensorboard = self._wandb = None
-
-    def _left_s(self, step: int) -> float | None:
-        done = step - self._first_step
-        return (time.monotonic() - self._began) / done * (self.total_steps - step) if done > 0 else None
-
-    def warn(self, text: str) -> None:
-        """A console line that stays."""
-        if self.enabled:
-            self._console.line(f"Warning: {text}")
-
-    def _keep(self, name: str, records: list[dict[str, Any]]) -> None:
-        """Append to a file of the run; what cannot be written (a full disk) waits for the next time."""
-        waiting = self._waiting.setdefault(name, [])
-        waiting += records
-        try:
-            _append(self.run_dir / name, waiting)
-            waiting.clear()
-        except OSError as e:
-            self.warn(f"{len(waiting)} records of {name} cannot be written yet ({e}): the run goes on.")
-
-    def _write(self, kind: str, step: int, record: dict[str, Any]) -> dict[str, Any]:
-        record = plain({"step": step, "kind": kind} | record)
-        self._keep("metrics.jsonl", [record])
-        scalars = {f"{kind}/{name}": value for name, value in _scalars(record) if name not in ("step", "kind")}
-        if self._want_tensorboard:
-            if self._tensorboard is None:
-                from torch.utils.tensorboard.writer import SummaryWriter
-
-                purge = self._first_step + 1 if self._first_step else None
-                self._tensorboard = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=purge)
-            try:
-                for name, value in scalars.items():
-                    self._tensorboard.add_scalar(name, value, step)
-                self._tensorboard.flush()
-            except OSError as e:  # its writer does not recover from that: a new one opens a new file
-                self._console.line(f"Warning: tensorboard of step {step} was not written ({e}): the run goes on.")
-                self._tensorboard = None
-        if self._wandb:
-            self._wandb.log(scalars | {"step": step})
-        return record
+        """Flush what is buffered, and watch no longer."""
+        self.metrics.close()
+        if self.watchdog:
+            self.watchdog.close()
 
 
-def _wait_for_cuda() -> None:
-    import torch  # here, so that the report does not wait for it
+def describe(batch: Batch, credit: LeadAdvantages, group_size: int) -> dict[str, Any]:
+    """What the rollouts and their rewards look like."""
+    correct = torch.tensor([s.correct for s in batch.scores], dtype=torch.float32)
+    lengths = torch.tensor(batch.lengths, dtype=torch.float32)
+    solved = correct.view(-1, group_size).sum(1)
+    groups = len(batch.groups)
 
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+    def mean(x: torch.Tensor) -> float | None:
+        return x.mean().item() if x.numel() else None
+
+    return {
+        "reward_mean": credit.reward.mean().item(),
+        "accuracy": correct.mean().item(),
+        "solve_rate_histogram": torch.bincount(solved.long(), minlength=group_size + 1).tolist(),
+        "solve_none": (solved == 0).sum().item() / groups,
+        "solve_all": (solved == group_size).sum().item() / groups,
+        "length_correct": mean(lengths[correct == 1]),
+        "length_wrong": mean(lengths[correct == 0]),
+        "length_mean": mean(lengths),
+        "truncated_share": sum(s.truncated for s in batch.scores) / len(batch.scores),
+        "response_tokens": int(lengths.sum()),
+        "tokens": int(lengths.sum()) + sum(len(g.prompt_ids) * len(g.samples) for g in batch.groups),
+    }
 
 
-def _scalars(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
-    """Numbers of a nested record with their path, such as ("seconds/rollout", 1.2)."""
-    if isinstance(value, (dict, list)):
-        items: Iterable[tuple[Any, Any]] = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, inner in items:
-            if not (key == "by_difficulty" and len(inner) > MOST_LEVELS):
-                yield from _scalars(inner, f"{name}/{key}" if name else str(key))
-    elif isinstance(value, (int, float)):
-        yield name, float(value)
+def spoilt(batch: Batch, credit: LeadAdvantages, record: dict) -> dict:
+    """Everything that went into a step whose update was skipped."""
+    return {
+        "record": record,
+        "groups": [dataclasses.asdict(g) for g in batch.groups],
+        "reward": credit.reward,
+        "advantage": credit.advantage,
+    }
 
 
-def _start_wandb(project: str, run_dir: Path) -> Any:
-    try:
-        wandb = importlib.import_module("wandb")
-    except ImportError as e:
-        raise ValueError(
-            f"wandb is {project!r} but the wandb package is not installed: pip install wandb, or leave --wandb out."
-        ) from e
-    name = run_dir / "wandb_id"  # kept, so that a resumed run goes on in the same place
-    if not name.exists():
-        name.write_text(uuid.uuid4().hex[:12])
-    run = wandb.init(project=project, name=run_dir.name, id=name.read_text(), resume="allow", dir=str(run_dir))
-    run.define_metric("*", step_metric="step")
-    return run
+def sample_of_responses(batch: Batch, split: str, rewards: list[float] | None = None, count: int = 4) -> list[dict]:
+    """A few responses with their scores, spread over the batch."""
+    flat = [(g.problem, s) for g in batch.groups for s in g.samples]
+    every = max(1, len(flat) // count)
+    rows = []
+    for i in range(0, len(flat), every)[:count]:
+        problem, sample = flat[i]
+        row = {
+            "split": split,
+            "problem": problem.problem,
+            "answer": problem.answer,
+            "response": sample.response.text,
+            "extracted": sample.score.extracted,
+            "correct": sample.score.correct,
+            "tokens": sample.response.length,
+            "finish_reason": sample.response.finish_reason,
+        }
+        rows.append(row | ({"reward": rewards[i]} if rewards else {}))
+    return rows

@@ -1,0 +1,158 @@
+"""The learner: packs, gradient of the loss over global denominators, optimiser step.
+
+Legend: S sequences of the whole batch, R response rows of a pack.
+"""
+
+import dataclasses
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from lead_kernels import LeadAdvantages
+
+from ..config import Config
+from ..records import Batch
+from ..runtime.health import must_be_finite
+from ..runtime.journal import Journal
+from ..runtime.ranks import Ranks
+from . import checkpoint
+from .advantage import difficulty_weight
+from .loss import Objective, check_agreement, needs_gradient, objective, pack_logprobs, policy_loss, reduce_metrics
+from .memory import rehearse
+from .optimizer import learning_rate, make_optimizer, update
+from .packing import Pack, assign, efficiency, make_pack
+from .policy import load_policy
+
+ROUNDING = 1e-4  # nats; how far above 0 a log-prob may be rounded
+
+
+class Learner:
+    """Owns the policy, its reference and the optimiser.
+
+    Args:
+        c: the configuration.
+        ranks: of this job.
+        journal: told of phases and progress.
+    Raises:
+        ValueError: the model cannot be loaded, or the largest pack does not fit the memory.
+    """
+
+    def __init__(self, c: Config, ranks: Ranks, journal: Journal):
+        self.ranks, self.journal = ranks, journal
+        self.policy = load_policy(c.model, c.parallel, ranks)
+        sharded = dataclasses.replace(c.parallel, reshard=True)
+        self.reference = load_policy(c.model, sharded, ranks).eval() if c.loss.kl_coef else None
+        self.optimizer = make_optimizer(self.policy, c.optim)
+        self.c = rehearse(self.policy, self.reference, self.optimizer, c, ranks)
+        self.checked = c.optim.updates > 1  # engine and trainer are compared at the first step
+
+    def step(self, batch: Batch, credit: LeadAdvantages, step: int) -> dict[str, Any]:
+        """Learn from a batch; the result does not depend on how it is cut or spread. A collective.
+
+        Args:
+            batch: the graded groups, the same on every rank.
+            credit: their rewards and advantages.
+            step: 0 the first; of the learning rate's schedule.
+        Returns:
+            what metrics.jsonl keeps of the update.
+        Raises:
+            ValueError: at the first step, the engine's log-probs differ from the policy's.
+        """
+        c, ranks, flops = self.c, self.ranks, self.policy.flops()
+        if c.debug:
+            must_be_finite("rollout's log-probs", *map(torch.tensor, batch.logprobs), most=ROUNDING)
+            must_be_finite("rewards and advantages", credit.reward, credit.advantage)
+        lr = learning_rate(step, c.steps, c.optim)
+        tokens = [len(p) + n - 1 for p, n in zip(batch.prompts, batch.lengths, strict=True)]
+        kept_S = credit.kept.repeat_interleave(c.rollout.group_size)
+        size = len(tokens) // c.optim.updates
+        parts, norms, balance, trained, passes = [], [], [], set(), 0
+        for first in range(0, len(tokens), size):
+            with self.journal.phase("pack"):
+                in_update_S = torch.zeros_like(kept_S)
+                in_update_S[first : first + size] = True
+                o = objective(credit.advantage, batch.lengths, kept_S & in_update_S, c)
+                live = [i for i, moves in enumerate(needs_gradient(o, c)) if moves]
+                plan = assign([tokens[i] for i in live], c.parallel.pack_tokens, ranks.teams, flops)
+                balance.append(efficiency(plan, [tokens[i] for i in live], flops))
+                packs = [self._pack([live[i] for i in members], batch) for members in plan[ranks.team]]
+                trained.update(live)
+            with self.journal.phase("train"):
+                losses = self._backward(packs, o, step)
+                parts += losses
+                passes += len(packs)
+            with self.journal.phase("optim"):
+                loss = ranks.all_sum(torch.stack([p["loss"] for p in losses]).sum())
+                norms.append(update(self.policy, self.optimizer, lr, c.optim.grad_clip, loss.item()))
+        sums = reduce_metrics(parts, ranks)
+        skipped = {
+            "sequences_skipped": len(tokens) - len(trained),
+            "tokens_skipped": sum(n for i, n in enumerate(tokens) if i not in trained),
+            "head_rows_skipped": sum(tokens[i] - batch.lengths[i] for i in trained),
+            "passes_skipped": passes * ((c.loss.old_logprobs != "recompute") + (self.reference is None)),
+            "updates_skipped": sum(not math.isfinite(norm) for norm in norms),
+        }
+        record = means(sums, len(norms), reference=self.reference is not None) | skipped
+        record |= {"grad_norm": sum(norms) / len(norms), "learning_rate": lr, "packs": passes}
+        record["difficulty_weight_mean"] = difficulty_weight(credit.solve_rate, c).mean().item()
+        record |= {"packing_efficiency": sum(balance) / len(balance), "groups_dropped": int((~credit.kept).sum())}
+        if not self.checked:
+            check_agreement(record["logprob_diff_mean"], c)
+            self.checked = True
+        return record
+
+    def _pack(self, members: list[int], batch: Batch) -> Pack:
+        part = (self.ranks.member, self.ranks.sequence)
+        return make_pack(members, batch.prompts, batch.responses, batch.logprobs, self.ranks.device, part)
+
+    def _backward(self, packs: list[Pack], o: Objective, step: int) -> list[dict[str, torch.Tensor]]:
+        """The gradient of all packs, summed into the shards; returns each pack's metrics and loss."""
+        c, out = self.c, []
+        recompute = c.loss.old_logprobs == "recompute"
+        old = [pack_logprobs(self.policy, p, c.rollout.temperature) if recompute else None for p in packs]
+        progress = partial(self.journal.progress, "train", step + 1)
+        for i, (pack, old_R) in enumerate(zip(packs, old, strict=True)):
+            progress(i, len(packs))
+            ref_R = pack_logprobs(self.reference, pack, c.rollout.temperature) if self.reference else None
+            result = policy_loss(self.policy, pack, o, c, old_R, ref_R)
+            if c.debug:
+                where = f"log-probs of a pack of {len(pack.lengths)} sequences on rank {self.ranks.rank}"
+                must_be_finite(where, result.logprobs, old_R, ref_R, most=ROUNDING)
+                must_be_finite("loss and entropy of that pack", result.loss, result.entropy)
+            result.loss.backward()
+            out.append(result.metrics | {"loss": result.loss.detach()})
+        return out
+
+    def resume(self, folder: Path) -> dict[str, Any]:
+        """Read the newest complete checkpoint; returns what was saved beside it, nothing without one. A collective."""
+        return checkpoint.load(folder, self.policy, self.optimizer, self.ranks) or {}
+
+    def save(self, folder: Path, step: int, state: dict[str, Any]) -> bool:
+        """Write a checkpoint after `step` steps; returns whether it was written. A collective."""
+        return checkpoint.save(folder, step, self.policy, self.optimizer, state, self.ranks)
+
+    def export(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Write the model in Hugging Face layout. A collective."""
+        checkpoint.export(folder, self.policy, tokenizer, getattr(torch, self.c.model.dtype), self.ranks)
+
+
+def means(sums: dict[str, float], updates: int, *, reference: bool) -> dict[str, Any]:
+    """Means over the trained tokens of what the loss summed up; NaN for a batch without a gradient."""
+    n = sums["tokens"] or float("nan")
+    record: dict[str, Any] = {
+        "loss": sums["loss"] / updates,
+        "entropy": sums["entropy"] / n,
+        "clip_low_share": sums["clip_low"] / n,
+        "clip_high_share": sums["clip_high"] / n,
+        "ratio_mean": sums["ratio"] / n,
+        "ratio_capped_share": sums["ratio_capped"] / n,
+        "kl_behavior": sums["kl_behavior"] / n,
+        "logprob_diff_mean": sums["logprob_diff"] / n,
+        "logprob_diff_max": sums["max_logprob_diff"],
+        "importance_truncated_share": sums["importance_truncated"] / n,
+    }
+    return record | ({"kl_reference": sums["kl_reference"] / n} if reference else {})
