@@ -63,8 +63,8 @@ OLDEST_VENV ?= $(HOME)/.cache/lead-fast/oldest
 test-oldest:  ## the CPU tests on the lower end of the declared versions, in an environment of its own
 	test -x $(OLDEST_VENV)/bin/python || $(PYTHON) -m venv $(OLDEST_VENV)
 	$(call COPY,$(OLDEST_VENV)/checkout)
-	grep -vE '^(triton|transformers|tokenizers|huggingface_hub)==' .ci/constraints.txt > $(OLDEST_VENV)/constraints.txt
-	printf '%s\n' $(OLDEST) >> $(OLDEST_VENV)/constraints.txt
+	grep -vE '^(triton|transformers|tokenizers|huggingface_hub|numpy)==' .ci/constraints.txt > $(OLDEST_VENV)/constraints.txt
+	printf '%s\n' $(OLDEST) 'numpy<2.4' >> $(OLDEST_VENV)/constraints.txt  # Triton 3.6's interpreter knows no newer
 	$(OLDEST_VENV)/bin/python -m pip install --quiet --upgrade pip setuptools wheel ninja
 	$(OLDEST_VENV)/bin/python -m pip install --quiet $(TORCH_FLAGS) $(OLDEST)
 	cd $(OLDEST_VENV)/checkout && ../bin/python -m pip install --quiet --no-build-isolation -c ../constraints.txt --editable ".[dev]"

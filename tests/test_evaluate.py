@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lead_fast import data
 from lead_fast.cli import load_config
+from lead_fast.data import read
 from lead_fast.data.read import load_problems
 from lead_fast.evaluate import Samples, asked, compare, evaluate, load_test, write
 from lead_fast.learner.model import load_tokenizer
@@ -215,9 +215,9 @@ SCHEMAS = {
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_benchmarks_by_name_read_each_sets_own_columns(name, tmp_path, monkeypatch):
     split, row, answer = SCHEMAS[name]
-    assert set(SCHEMAS) == set(data.BENCHMARKS) and data.BENCHMARKS[name][1] == split
+    assert set(SCHEMAS) == set(read.BENCHMARKS) and read.BENCHMARKS[name][1] == split
     hub(tmp_path / "set", split, [row, row])
-    monkeypatch.setitem(data.BENCHMARKS, name, (str(tmp_path / "set"), split))
+    monkeypatch.setitem(read.BENCHMARKS, name, (str(tmp_path / "set"), split))
     found = load_problems(name.lower(), split="test")
     assert [(p.problem, p.answer) for p in found] == [("P", answer)] * 2
     assert found[0].difficulty == (2.0 if name == "MATH500" else None)

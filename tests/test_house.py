@@ -44,7 +44,7 @@ def test_lead_kernels_stands_alone():
 
 ON_TOP = {"config", "records", "checks", "cli"}  # library that every wing may import
 BELOW = {"runtime": set(), "data": {"runtime"}, "reward": set(), "learner": {"runtime", "reward"},
-         "rollout": {"runtime", "reward", "learner"}}  # fmt: skip
+         "rollout": {"runtime", "data", "reward", "learner"}}  # fmt: skip
 LIFTED = {("data", "prepare"): {"learner", "report", "reward"}}  # a command that lives in its wing
 
 

@@ -23,7 +23,7 @@ from packaging.version import Version
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lead_fast import train
+from lead_fast import machine
 from lead_fast.checks import check, chosen_engine
 from lead_fast.cli import load_config
 from lead_fast.evaluate import main as evaluate_main
@@ -217,19 +217,25 @@ def test_too_little_disk_gets_a_sentence(tmp_path, monkeypatch):
         hardware.before_install(tmp_path / "env", cuda=False)
 
 
-def test_a_run_whose_checkpoints_do_not_fit_the_disk_gets_a_sentence(tmp_path, monkeypatch):
+def test_a_run_whose_checkpoints_do_not_fit_the_disk_gets_a_sentence(tmp_path, monkeypatch, capsys):
     from lead_fast.learner.checkpoint import check_room
     from lead_fast.plan import QWEN_14B, AutoConfig
 
     shape = AutoConfig.for_model(**QWEN_14B)
     monkeypatch.setattr(hardware.shutil, "disk_usage", lambda path: SimpleNamespace(free=100 * hardware.GIB))
-    with pytest.raises(ValueError, match=r"100.0 GiB free, and writing 3 checkpoints of 165.1 GiB .* needs 522.7 GiB"):
+    with pytest.raises(ValueError, match=r"100.0 GiB free, and writing a checkpoint of 165.1 GiB .* needs 192.6 GiB"):
         check_room(tmp_path, shape, checkpoint_every=20)
     check_room(tmp_path, shape, checkpoint_every=0)  # 27.5 GiB of exported weights
+    assert not capsys.readouterr().out
+    monkeypatch.setattr(hardware.shutil, "disk_usage", lambda path: SimpleNamespace(free=300 * hardware.GIB))
+    check_room(tmp_path, shape, checkpoint_every=20)
+    assert "3 checkpoints of 165.1 GiB and the model there needs 522.7 GiB" in capsys.readouterr().out
+    monkeypatch.setattr(hardware.shutil, "disk_usage", lambda path: SimpleNamespace(free=100 * hardware.GIB))
     (tmp_path / "checkpoints" / "step-20").mkdir(parents=True)
     with open(tmp_path / "checkpoints" / "step-20" / "weights", "wb") as f:
         f.truncate(int(430 * hardware.GIB))  # a resumed run: what is there need not be written again
     check_room(tmp_path, shape, checkpoint_every=20)
+    assert not capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------------ before a run
@@ -308,7 +314,7 @@ def test_the_recipe_fits_the_ranks(monkeypatch, gpus, gib, world, here, recipe, 
     pretend_gpus(monkeypatch, gpus, gib)
     monkeypatch.setenv("WORLD_SIZE", str(world))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
-    name, why = train.pick_recipe()
+    name, why = machine.pick_recipe()
     assert name == recipe and says in why
 
 
@@ -365,6 +371,16 @@ def test_the_first_lines_name_what_was_chosen():
     assert recipe.startswith("Recipe tiny: no GPU") and device.startswith("Device: 1 CPU rank, ")
     assert engine.startswith("Rollouts: transformers ") and "scaled_dot_product_attention" in attend
     assert re.match(r"Kernels: (C\+\+ \(\w+\)|plain torch)", kernels)
+
+
+def test_the_first_lines_of_eight_gpus(monkeypatch, tmp_path):
+    pretend_gpus(monkeypatch, 8)
+    monkeypatch.setenv("PATH", eight_h100(tmp_path)["PATH"])
+    monkeypatch.setattr(machine, "installed", lambda name: {"vllm": "0.33.0"}.get(name))
+    lines = machine.describe(torch.device("cuda", 0), 8, "bfloat16", 128, False, "vllm").splitlines()
+    assert lines[0] == f"Device: 8 x {H100} (79 GiB), driver 580.95.05, torch {torch.__version__}."
+    assert lines[1] == "Rollouts: vLLM 0.33.0." and lines[2].startswith("Attention: torch's varlen_attn")
+    assert re.match(r"Kernels: Triton \d", lines[3]) and lines[4].endswith("torch (model.liger is false).")
 
 
 def test_an_evaluation_has_the_gpu_to_itself(monkeypatch):

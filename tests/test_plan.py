@@ -145,7 +145,8 @@ def test_traffic_of_a_pack_is_the_closed_form():
 
 def test_flops_of_a_pack_are_the_closed_form():
     blocks, head, T = 4 * (4 * 512 * 512 + 3 * 512 * 1280), 8192 * 512, 512
-    assert numbers(config("none"), 4, T)["gemm_flops"] == 6 * T * (blocks + head)
+    rope = T * 64  # of the angles, which transformers before 5.19 takes by a product: 2 T x half the head dim
+    assert numbers(config("none"), 4, T)["gemm_flops"] - 6 * T * (blocks + head) in (0, rope)
     full = numbers(config("full"), 4, T)
     last = 512 * 1280  # recomputing stops before a block's last product, whose result nobody needs
     assert full["gemm_flops"] == T * (8 * blocks - 2 * 4 * last + 6 * head)

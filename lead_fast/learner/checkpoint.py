@@ -94,7 +94,7 @@ def save(run: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer,
 
 
 def check_room(run: Path, shape: PretrainedConfig, checkpoint_every: int) -> None:
-    """Raise ValueError where the disk cannot hold what a run will write: checkpoints and the exported model.
+    """Raise ValueError where the disk cannot hold one checkpoint and the exported model; warn where not all fit.
 
     A checkpoint is weights and both AdamW moments in float32; KEEP of them stay while the next is written.
     """
@@ -102,9 +102,15 @@ def check_room(run: Path, shape: PretrainedConfig, checkpoint_every: int) -> Non
         parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(shape).parameters())
     each = 12 * parameters if checkpoint_every else 0
     there = sum(p.stat().st_size for p in (run / "checkpoints").rglob("*") if p.is_file())
-    needed = max(0, (KEEP + 1) * each - there) + 2 * parameters
-    checkpoints = f"{KEEP + 1} checkpoints of {each / GIB:.1f} GiB and the model" if each else "the model"
-    check_disk(run, needed, f"writing {checkpoints} there", "--output=FOLDER on another disk")
+    remedy = "--output=FOLDER on another disk"
+    one = f"a checkpoint of {each / GIB:.1f} GiB and the model" if each else "the model"
+    check_disk(run, max(0, each - there) + 2 * parameters, f"writing {one} there", remedy)
+    if each:
+        every = f"writing {KEEP + 1} checkpoints of {each / GIB:.1f} GiB and the model there"
+        try:
+            check_disk(run, max(0, (KEEP + 1) * each - there) + 2 * parameters, every, remedy)
+        except ValueError as e:
+            print(f"Warning: {e} A checkpoint that does not fit is left out.", flush=True)
 
 
 def _reason(e: BaseException) -> str:
@@ -162,8 +168,9 @@ def load(run: Path, policy: Policy, optimizer: torch.optim.Optimizer, ranks: Ran
     model, optim = get_state_dict(policy, optimizer)
     state = {"model": model, "optim": optim}
     try:
+        _Reader(found).read_metadata()  # DCP before torch 2.13 swallows what this raises
         dcp_load(state, storage_reader=_Reader(found), planner=_Planner())
-    except CheckpointException as e:
+    except (CheckpointException, pickle.UnpicklingError) as e:
         raise ValueError(f"Checkpoint {found} cannot be read ({_reason(e)}): was it made by another model?") from e
     set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"])
     return json.loads((found / "extra.json").read_text())
