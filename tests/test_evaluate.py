@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lead_fast import data
 from lead_fast.cli import load_config
-from lead_fast.data.read import load_problems
+from lead_fast.data.read import BENCHMARKS, load_problems
 from lead_fast.evaluate import Samples, asked, compare, evaluate, load_test, write
 from lead_fast.learner.model import load_tokenizer
 from lead_fast.reward.verifier import Verifier
@@ -215,9 +214,9 @@ SCHEMAS = {
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_benchmarks_by_name_read_each_sets_own_columns(name, tmp_path, monkeypatch):
     split, row, answer = SCHEMAS[name]
-    assert set(SCHEMAS) == set(data.BENCHMARKS) and data.BENCHMARKS[name][1] == split
+    assert set(SCHEMAS) == set(BENCHMARKS) and BENCHMARKS[name][1] == split
     hub(tmp_path / "set", split, [row, row])
-    monkeypatch.setitem(data.BENCHMARKS, name, (str(tmp_path / "set"), split))
+    monkeypatch.setitem(BENCHMARKS, name, (str(tmp_path / "set"), split))
     found = load_problems(name.lower(), split="test")
     assert [(p.problem, p.answer) for p in found] == [("P", answer)] * 2
     assert found[0].difficulty == (2.0 if name == "MATH500" else None)
