@@ -17,7 +17,7 @@ import pytest
 import torch
 from jobs import ROOT, Job, records, small
 
-from lead_fast.runtime.ranks import stop
+from lead_fast.runtime.ranks import Ranks, start, stop
 
 
 def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
@@ -52,14 +52,14 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return once(tmp_path_factory, "tiny", make) / "run"
 
 
-@pytest.fixture
-def single_rank() -> Iterator[None]:
-    """Let a test start a job of one rank in this process; it ends with the test and leaves the environment alone."""
+@pytest.fixture(scope="module")
+def single_rank() -> Iterator[Ranks]:
+    """A job of one rank in this process. It ends with the test file, and leaves the environment as it was."""
     threads = torch.get_num_threads()
     with mock.patch.dict(os.environ):
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
             os.environ.pop(name, None)
-        yield
+        yield start()
         stop()
     torch.set_num_threads(threads)
 

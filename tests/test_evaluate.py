@@ -16,7 +16,6 @@ from lead_fast.evaluate import Samples, asked, compare, evaluate, load_test, wri
 from lead_fast.learner.model import load_tokenizer
 from lead_fast.reward.verifier import Verifier
 from lead_fast.rollout.engines import make_engine
-from lead_fast.runtime.ranks import start
 from lead_fast.scores import Answered, difference, interval, pass_at_k, summary, vote
 
 
@@ -87,12 +86,11 @@ ARGS = ["--evaluate.problems=8", "--evaluate.samples=3", "--rollout.batch_size=6
 
 
 @pytest.fixture(scope="module")
-def machine():
+def machine(single_rank):
     c = load_config(["--recipe=tiny", *ARGS])
-    ranks = start()
     tokenizer = load_tokenizer(c.model)
     with Verifier() as verifier:
-        yield c, ranks, make_engine(c, tokenizer, ranks), load_test(c, tokenizer), verifier
+        yield c, single_rank, make_engine(c, tokenizer, single_rank), load_test(c, tokenizer), verifier
 
 
 class Counting:

@@ -25,7 +25,6 @@ from lead_fast.learner.policy import load_policy
 from lead_fast.runtime.health import Health, must_be_finite
 from lead_fast.runtime.journal import Metrics
 from lead_fast.runtime.jsonl import read_jsonl
-from lead_fast.runtime.ranks import start, stop
 
 # --------------------------------------------------------------------------------------------------------------- kills
 
@@ -104,14 +103,11 @@ def test_a_two_rank_checkpoint_resumes_on_four_at_the_same_place_in_the_data(tin
 
 
 @pytest.fixture(scope="module")
-def alone():
-    """A job of one rank in this process, with a model and an optimiser that has taken a step."""
-    ranks = start()
+def alone(single_rank):
+    """A job of one rank in this process, with a model and its optimiser."""
     c = load_config([])
-    policy = load_policy(c.model, c.parallel, ranks)
-    optimizer = make_optimizer(policy, c.optim)
-    yield ranks, policy, optimizer
-    stop()
+    policy = load_policy(c.model, c.parallel, single_rank)
+    return single_rank, policy, make_optimizer(policy, c.optim)
 
 
 def take_a_step(policy, optimizer) -> dict[str, torch.Tensor]:
