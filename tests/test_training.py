@@ -91,12 +91,6 @@ def test_packs_hold_everything_once_within_the_budget_and_ranks_get_the_same_num
     assert efficiency(plan, lengths, cost) > 0.97
 
 
-@pytest.mark.quick
-def test_a_sequence_over_the_budget_gets_a_pack_of_its_own():
-    plan = assign([100, 10, 10], 50, 1, float)
-    assert [0] in plan[0] and sorted(i for p in plan[0] for i in p) == [0, 1, 2]
-
-
 # --------------------------------------------------------------------------------------- one gradient however it is cut
 
 GRADIENT = """
