@@ -1,6 +1,6 @@
-# make install | train | test | test-vllm | test-oldest | check-cuda | soak | lint | bench | ablation | pipeline | smollm2 | gpu | clean
+# make install | train | test-quick | test | test-slow | test-vllm | test-oldest | check-cuda | soak | lint | bench | ablation | pipeline | smollm2 | gpu | clean
 # VENV=.venv and PYTHON=python3 can be changed. CUDA=yes or CUDA= overrides what nvidia-smi says; RANKS=N sets how many
-# ranks `make train` starts.
+# ranks `make train` starts; WORKERS=N sets how many processes share the tests.
 SHELL := /bin/bash
 VENV ?= .venv
 PYTHON ?= python3
@@ -22,7 +22,7 @@ WHEELS_cuda := --only-binary :all:
 INSTALLED := $(VENV)/.installed-$(SET)
 CPU_ONLY := $(if $(CUDA),CUDA_VISIBLE_DEVICES=)
 
-.PHONY: install train test test-vllm test-oldest check-cuda soak lint format bench ablation pipeline smollm2 gpu clean
+.PHONY: install train test-quick test test-slow test-vllm test-oldest check-cuda soak lint format bench ablation pipeline smollm2 gpu clean
 export PYTHONUNBUFFERED := 1
 
 $(INSTALLED): pyproject.toml setup.py $(CONSTRAINTS_$(SET)) $(wildcard csrc/*)
@@ -38,8 +38,17 @@ install: $(INSTALLED)  ## the virtual environment, dependencies and the build
 train: $(INSTALLED)  ## learn: the default recipe for this machine
 	ranks=$(or $(RANKS),$$($(BIN)/python -m lead_fast.machine --ranks)) && $(BIN)/torchrun --nproc_per_node $$ranks -m lead_fast.train $(ARGS)
 
-test: $(INSTALLED)  ## all tests that need no GPU, in about a quarter of an hour on two cores
-	$(CPU_ONLY) $(BIN)/python -m pytest -q tests
+WORKERS ?= 2
+PYTEST := $(CPU_ONLY) $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+
+test-quick: $(INSTALLED)  ## while editing: what one process computes in moments, within a minute on two cores
+	$(PYTEST) -m quick tests $(ARGS)
+
+test: $(INSTALLED)  ## all tests that need no GPU, but for the slow ones: within twelve minutes on two cores
+	$(PYTEST) -m "not slow" tests $(ARGS)
+
+test-slow: $(INSTALLED)  ## long runs, long forms of short tests, the wheel, the package index
+	$(PYTEST) -m slow tests $(ARGS)
 
 # vLLM for CPUs, in a virtual environment of its own: it pins more than the trainer wants pinned, torch among it.
 $(VENV)-vllm/.installed: pyproject.toml .ci/vllm_requirements.py

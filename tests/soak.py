@@ -20,7 +20,7 @@ from pathlib import Path
 
 import hostile
 import numpy as np
-from test_faults import Job, faulty, same, small, weights
+from jobs import Job, faulty, same, small, weights
 
 from lead_fast.records import Response
 from lead_fast.reward.grading import score

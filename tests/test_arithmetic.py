@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lead_fast.data import arithmetic
 from lead_fast.data.arithmetic import LEVELS, build_tokenizer, is_test, make_problems
+from lead_fast.learner.model import EMBEDDED
 
-ASSET = Path(arithmetic.__file__).parent / "assets" / "tiny"
+ASSET = EMBEDDED["tiny"]
 WORDS = {"add": 1, "plus": 1, "finds": 1, "buys": 1, "gets": 1}
 WORDS |= {"subtract": -1, "minus": -1, "gives away": -1, "loses": -1, "sells": -1}
 

@@ -1,19 +1,16 @@
 """The paper's stages in a chain, with the embedded model: SFT, RL, problems chosen by solve rate, RL, release."""
 
 import json
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from jobs import python, records, succeeded, torchrun
 from safetensors.torch import load_file
 
 from lead_fast.data.prepare import main as data
 from lead_fast.data.read import load_problems
 
-ROOT = Path(__file__).parent.parent
 TRAIN = "--data.train=arithmetic:train?n=32&seed=1"
 SMALL = ["--rollout.problems=8", "--rollout.group_size=4", "--rollout.max_tokens=48", "--evaluate.every=0"]
 HARD = ["--seed=1", "--advantage.length_reward=false", "--reward.repetition=-1.5", "--data.sampling=solve_rate",
@@ -21,15 +18,7 @@ HARD = ["--seed=1", "--advantage.length_reward=false", "--reward.repetition=-1.5
 
 
 def run(*args: str, ranks: int = 1) -> str:
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"}
-    start = ["-m"] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
-    done = subprocess.run([sys.executable, *start, *args], capture_output=True, text=True, env=env, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
-def records(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return succeeded(python("-m", *args) if ranks == 1 else torchrun(ranks, "-m", *args)).stdout
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +62,7 @@ def test_the_set_of_stage_two_is_what_stage_one_rarely_solved(stages):
     assert hard == {r["problem"] for r in rows if r["correct"] <= 2} and 8 <= len(hard) < 24
 
 
+@pytest.mark.slow
 def test_stage_two_draws_by_solve_rate_refills_and_goes_on_as_if_never_stopped(stages, tmp_path):
     stage = ["lead_fast.train", f"--model={stages}/one", f"--data.train={stages}/hard.parquet", *HARD, *SMALL,
              "--rollout.problems=4", "--checkpoint_every=2"]  # fmt: skip

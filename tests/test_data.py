@@ -9,6 +9,8 @@ from lead_fast.data.order import ProblemStream
 from lead_fast.data.prompts import tokenize_prompts
 from lead_fast.data.read import load_problems
 
+pytestmark = pytest.mark.quick
+
 
 def jsonl(path, rows):
     path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))

@@ -11,13 +11,11 @@ import numpy as np
 import pytest
 
 from lead_fast.cli import load_config
-from lead_fast.data import read
-from lead_fast.data.read import load_problems
+from lead_fast.data.read import BENCHMARKS, load_problems
 from lead_fast.evaluate import Samples, asked, compare, evaluate, load_test, write
 from lead_fast.learner.model import load_tokenizer
 from lead_fast.reward.verifier import Verifier
 from lead_fast.rollout.engines import make_engine
-from lead_fast.runtime.ranks import start
 from lead_fast.scores import Answered, difference, interval, pass_at_k, summary, vote
 
 
@@ -88,12 +86,11 @@ ARGS = ["--evaluate.problems=8", "--evaluate.samples=3", "--rollout.batch_size=6
 
 
 @pytest.fixture(scope="module")
-def machine():
+def machine(single_rank):
     c = load_config(["--recipe=tiny", *ARGS])
-    ranks = start()
     tokenizer = load_tokenizer(c.model)
     with Verifier() as verifier:
-        yield c, ranks, make_engine(c, tokenizer, ranks), load_test(c, tokenizer), verifier
+        yield c, single_rank, make_engine(c, tokenizer, single_rank), load_test(c, tokenizer), verifier
 
 
 class Counting:
@@ -215,9 +212,9 @@ SCHEMAS = {
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_benchmarks_by_name_read_each_sets_own_columns(name, tmp_path, monkeypatch):
     split, row, answer = SCHEMAS[name]
-    assert set(SCHEMAS) == set(read.BENCHMARKS) and read.BENCHMARKS[name][1] == split
+    assert set(SCHEMAS) == set(BENCHMARKS) and BENCHMARKS[name][1] == split
     hub(tmp_path / "set", split, [row, row])
-    monkeypatch.setitem(read.BENCHMARKS, name, (str(tmp_path / "set"), split))
+    monkeypatch.setitem(BENCHMARKS, name, (str(tmp_path / "set"), split))
     found = load_problems(name.lower(), split="test")
     assert [(p.problem, p.answer) for p in found] == [("P", answer)] * 2
     assert found[0].difficulty == (2.0 if name == "MATH500" else None)

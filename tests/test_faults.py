@@ -8,17 +8,15 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
-import uuid
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from jobs import STEPS, Job, faulty, python, records, same, small, weights
 
 from lead_fast.cli import load_config
-from lead_fast.data.arithmetic import make_problems
 from lead_fast.data.order import ProblemStream
 from lead_fast.learner import checkpoint
 from lead_fast.learner.model import load_model, load_tokenizer
@@ -27,186 +25,89 @@ from lead_fast.learner.policy import load_policy
 from lead_fast.runtime.health import Health, must_be_finite
 from lead_fast.runtime.journal import Metrics
 from lead_fast.runtime.jsonl import read_jsonl
-from lead_fast.runtime.ranks import start, stop
-
-ROOT = Path(__file__).parent.parent
-STEPS = 5
-
-
-class Job:
-    """A torchrun job of its own session; every process of it can be found by a mark in its environment."""
-
-    def __init__(self, ranks: int, *args: str, restarts: int = 0, out: Path | None = None):
-        self.mark = uuid.uuid4().hex
-        # A test that joined a group of its own may have left a rank here, and a launcher is none.
-        env = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")} | {
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
-            "OMP_NUM_THREADS": "1",
-            "LEAD_TEST_MARK": self.mark,
-        }
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        self.process = subprocess.Popen(
-            [sys.executable, *launcher, f"--max-restarts={restarts}", *args],
-            env=env, cwd=ROOT, stdout=out.open("w") if out else subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
-
-    def wait(self, timeout: float = 300) -> str:
-        """Everything that the job printed; it has ended then, in time."""
-        try:
-            return self.process.communicate(timeout=timeout)[0]
-        finally:
-            for pid in self.alive():  # of a job that did not end: the test has failed, and cleans up
-                os.kill(pid, signal.SIGKILL)
-
-    @property
-    def code(self) -> int:
-        return self.process.returncode
-
-    def alive(self, patience_s: float = 10.0) -> list[int]:
-        """Processes of the job that still are, looked at until there is none or patience ends."""
-        until = time.monotonic() + patience_s
-        while (found := self.pids()) and self.process.returncode is not None and time.monotonic() < until:
-            time.sleep(0.1)
-        return found
-
-    def pids(self) -> list[int]:
-        out = []
-        for p in Path("/proc").glob("[0-9]*"):
-            try:
-                if self.mark.encode() in (p / "environ").read_bytes():
-                    out.append(int(p.name))
-            except OSError:  # ended, or another user's
-                continue
-        return out
-
-    def ranks(self) -> list[int]:
-        """Process ids of the ranks."""
-        return [pid for pid in self.pids() if _variable(pid, "RANK") and b"worker()" not in _command(pid)]
-
-    def checkers(self) -> list[int]:
-        return [pid for pid in self.pids() if b"worker()" in _command(pid)]
-
-
-def _command(pid: int) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return b""
-
-
-def _variable(pid: int, name: str) -> str:
-    try:
-        rows = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    except OSError:
-        return ""
-    return next((r.partition(b"=")[2].decode() for r in rows if r.startswith(name.encode() + b"=")), "")
-
-
-def small(folder: Path, *more: str) -> list[str]:
-    """Arguments of a run of a few seconds, whose answers go through the checker's own process (a float, not an int)."""
-    data = folder / "problems.jsonl"
-    if not data.exists():
-        rows = make_problems(64, seed=1, split="train")
-        data.write_text("".join(json.dumps(r | {"answer": f"{r['answer']}.0"}) + "\n" for r in rows))
-    return ["--rollout.problems=4", "--rollout.group_size=4", "--rollout.max_tokens=48", "--evaluate.every=0",
-            f"--data.train={data}", "--optim.lr=1e-3", f"--steps={STEPS}", "--checkpoint_every=1", *more]  # fmt: skip
-
-
-def faulty(faults: list[dict]) -> list[str]:
-    return [str(ROOT / "tests" / "faults.py"), json.dumps(faults)]
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "final" / "model.safetensors")
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("faults")
-    job = Job(2, "-m", "lead_fast.train", *small(folder, f"--output={folder / 'unbroken'}"))
-    out = job.wait()
-    assert job.code == 0 and not job.alive(), out[-3000:]
-    steps = read_jsonl(folder / "unbroken" / "metrics.jsonl")
-    assert sum(r["grad_norm"] > 0 for r in steps) >= 2, "the weights hardly move: equal weights would say nothing"
-    return folder / "unbroken"
-
 
 # --------------------------------------------------------------------------------------------------------------- kills
 
 
-def test_killed_in_rollout_backward_and_save_the_job_goes_on_to_the_same_weights(unbroken):
-    run = unbroken.parent / "killed"
-    faults = [
-        {"do": "kill", "at": "rollout", "step": 2, "rank": 1, "restart": 0},
-        {"do": "kill", "at": "backward", "step": 3, "rank": 0, "restart": 1},
-        {"do": "kill", "at": "written", "step": 4, "rank": 1, "restart": 2},
-    ]
-    job = Job(2, *faulty(faults), *small(unbroken.parent, f"--output={run}", "--resume"), restarts=3)
-    out = job.wait()
-    assert job.code == 0 and not job.alive(), out[-3000:]
-    assert [out.count(f"fault: kill at {f['at']}, step {f['step']}") for f in faults] == [1, 1, 1], out[-3000:]
-    assert "checkpoint step-4.partial is passed over (it was cut short" in out and "going on from step-3" in out
-    assert same(weights(run), weights(unbroken))
-    assert [r["step"] for r in read_jsonl(run / "metrics.jsonl")] == [*range(1, STEPS + 1)]
+KILLS = [
+    {"do": "kill", "at": "rollout", "step": 2, "rank": 1, "restart": 0},
+    {"do": "kill", "at": "backward", "step": 3, "rank": 0, "restart": 1},
+    {"do": "kill", "at": "written", "step": 4, "rank": 1, "restart": 2},
+]
 
 
-def test_a_killed_rank_ends_the_job_and_leaves_no_process(unbroken):
-    run = unbroken.parent / "ended"
-    fault = {"do": "kill", "at": "sync", "step": 2, "rank": 1}
-    job = Job(2, *faulty([fault]), *small(unbroken.parent, f"--output={run}"))
-    seen: set[int] = set()
-    while job.process.poll() is None and not seen:  # the checkers work while the job does
-        seen |= set(job.checkers())
+@pytest.fixture(scope="module")
+def killed(tiny_run) -> SimpleNamespace:
+    """A job that torchrun restarts twice and that dies at the third kill, and one that goes on from its folder."""
+    run = tiny_run.parent / "killed"
+    args = small(tiny_run.parent, f"--output={run}", "--resume")
+    first, checkers = Job(2, *faulty(KILLS), *args, restarts=2), set()
+    while first.process.poll() is None and not checkers:  # the checkers work while the job does
+        checkers |= set(first.checkers())
         time.sleep(0.05)
-    out = job.wait(timeout=120)
-    assert seen, "no checker ran: this tests nothing of them"
-    assert "fault: kill at sync" in out and job.code != 0 and not job.alive(), out[-3000:]
+    first_out, first_left = first.wait(), first.alive()
+    again = Job(2, "-m", "lead_fast.train", *args)
+    out = again.wait()
+    assert again.code == 0 and not again.alive(), out[-3000:]
+    return SimpleNamespace(run=run, job=first, first_out=first_out, left=first_left, checkers=checkers, out=out)
 
 
-def test_sigterm_to_the_ranks_of_a_job_saves_and_ends_with_0(unbroken):
-    run = unbroken.parent / "asked"
-    job = Job(2, "-m", "lead_fast.train", *small(unbroken.parent, f"--output={run}", "--steps=500"))
+def test_killed_in_rollout_backward_and_save_the_job_goes_on_to_the_same_weights(killed, tiny_run):
+    said = [killed.first_out.count(f"fault: kill at {f['at']}, step {f['step']}") for f in KILLS]
+    assert said == [1, 1, 1], killed.first_out[-3000:]
+    assert "checkpoint step-4.partial is passed over (it was cut short" in killed.out
+    assert "going on from step-3" in killed.out
+    assert same(weights(killed.run), weights(tiny_run))
+    mine, theirs = records(killed.run, "train"), records(tiny_run, "train")
+    assert [r["step"] for r in mine] == [*range(1, STEPS + 1)]
+    assert [r["accuracy"] for r in mine] == [r["accuracy"] for r in theirs]
+
+
+def test_a_killed_rank_ends_the_job_and_leaves_no_process(killed):
+    assert killed.checkers, "no checker ran: this tests nothing of them"
+    assert killed.job.code != 0 and not killed.left, killed.first_out[-3000:]
+
+
+def test_sigterm_to_the_ranks_of_a_job_saves_and_ends_with_0(tiny_run):
+    run = tiny_run.parent / "asked"
+    job = Job(2, "-m", "lead_fast.train", *small(tiny_run.parent, f"--output={run}", "--steps=500"))
     while job.process.poll() is None and not (run / "metrics.jsonl").exists():
         time.sleep(0.1)
     for pid in job.ranks():
         os.kill(pid, signal.SIGTERM)
     out = job.wait(timeout=120)
     assert job.code == 0 and "Asked to stop: saved after step" in out and not job.alive(), out[-3000:]
+    assert f"--output={run} --resume" in out
     assert (run / "checkpoints" / "latest").read_text() == checkpoint.finished(run)[0].name
 
 
 # -------------------------------------------------------------------------------------------------------------- resume
 
 
-def test_a_two_rank_checkpoint_resumes_on_four_at_the_same_place_in_the_data(unbroken):
-    run = unbroken.parent / "four"
-    shutil.copytree(unbroken, run)
+@pytest.mark.slow
+def test_a_two_rank_checkpoint_resumes_on_four_at_the_same_place_in_the_data(tiny_run):
+    run = tiny_run.parent / "four"
+    shutil.copytree(tiny_run, run)
     for folder in checkpoint.finished(run)[:1]:  # step 5 goes, step 4 stays
         shutil.rmtree(folder)
-    job = Job(4, "-m", "lead_fast.train", *small(unbroken.parent, f"--output={run}", "--resume"))
+    job = Job(4, "-m", "lead_fast.train", *small(tiny_run.parent, f"--output={run}", "--resume"))
     out = job.wait()
     assert job.code == 0 and not job.alive(), out[-3000:]
-    assert [r["step"] for r in read_jsonl(run / "metrics.jsonl")] == [*range(1, STEPS + 1)]
+    assert [r["step"] for r in records(run, "train")] == [*range(1, STEPS + 1)]
     mine, theirs = (
-        {r["problem"] for r in read_jsonl(folder / "answers.jsonl") if r["step"] == STEPS} for folder in (run, unbroken)
+        {r["problem"] for r in read_jsonl(folder / "answers.jsonl") if (r["step"], r["split"]) == (STEPS, "train")}
+        for folder in (run, tiny_run)
     )
     assert mine == theirs and len(mine) == 4
     assert ProblemStream(64, 4, 0).batch(4) != ProblemStream(64, 4, 0).batch(0)
 
 
 @pytest.fixture(scope="module")
-def alone():
-    """A job of one rank in this process, with a model and an optimiser that has taken a step."""
-    ranks = start()
+def alone(single_rank):
+    """A job of one rank in this process, with a model and its optimiser."""
     c = load_config([])
-    policy = load_policy(c.model, c.parallel, ranks)
-    optimizer = make_optimizer(policy, c.optim)
-    yield ranks, policy, optimizer
-    stop()
+    policy = load_policy(c.model, c.parallel, single_rank)
+    return single_rank, policy, make_optimizer(policy, c.optim)
 
 
 def take_a_step(policy, optimizer) -> dict[str, torch.Tensor]:
@@ -301,23 +202,27 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_the_run(alone, tmp_path, capfd
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of 16 MB, where this process may mount one."""
+    """A disk of 64 MB, where this process may mount one."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=16m", "none", str(disk)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=64m", "none", str(disk)]
     if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
         pytest.skip("a file system cannot be mounted here")
     yield disk
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-def test_a_run_on_a_disk_that_fills_up_goes_on_to_its_end(small_disk, unbroken):
-    """One checkpoint and the final model fit. Then room is made, and the run goes on from the checkpoint it had."""
+@pytest.mark.slow
+def test_a_run_on_a_disk_that_fills_up_goes_on_to_its_end(small_disk, tiny_run):
+    """There is room when the run begins; others fill the disk, and then one checkpoint and the final model fit."""
     run = small_disk / "run"
-    job = Job(2, "-m", "lead_fast.train", *small(unbroken.parent, f"--output={run}"))
+    job = Job(2, "-m", "lead_fast.train", *small(tiny_run.parent, f"--output={run}"))
+    while job.process.poll() is None and not (run / "config.toml").exists():
+        time.sleep(0.05)
+    (small_disk / "others").write_bytes(bytes(48 << 20))
     out = job.wait()
     assert job.code == 0 and out.count("was not written") == STEPS - 1 and "kept: step-1" in out, out[-3000:]
-    assert same(weights(run), weights(unbroken))
+    assert same(weights(run), weights(tiny_run))
     assert [p.name for p in checkpoint.finished(run)] == ["step-1"] and not [*run.glob("checkpoints/*.partial")]
 
 
@@ -336,10 +241,10 @@ def test_records_wait_for_room_on_the_disk(tmp_path, capsys):
 # --------------------------------------------------------------------------------------------------------------- hangs
 
 
-def test_the_watchdog_names_every_ranks_phase_and_stack_and_ends_the_job(unbroken):
-    run = unbroken.parent / "hung"
+def test_the_watchdog_names_every_ranks_phase_and_stack_and_ends_the_job(tiny_run):
+    run = tiny_run.parent / "hung"
     fault = {"do": "hang", "at": "optim", "step": 2, "rank": 1}
-    job = Job(2, *faulty([fault]), *small(unbroken.parent, f"--output={run}", "--watchdog_s=6"))
+    job = Job(2, *faulty([fault]), *small(tiny_run.parent, f"--output={run}", "--watchdog_s=6"))
     out = job.wait(timeout=150)
     assert job.code != 0 and not job.alive(), out[-3000:]
     for rank in (0, 1):
@@ -359,8 +264,7 @@ ctypes.PyDLL(None).sleep(60)  # keeps the interpreter's lock: no Python thread r
 
 
 def test_code_that_keeps_the_interpreters_lock_is_ended_too():
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
-    done = subprocess.run([sys.executable, "-c", LOCKED], capture_output=True, text=True, env=env, timeout=50)
+    done = python("-c", LOCKED, timeout=50)
     assert done.returncode != 0 and "Timeout (0:00:04)!" in done.stderr and "<string>" in done.stderr
 
 
@@ -383,19 +287,18 @@ time.sleep(1.5)
 
 
 def test_a_process_ends_cleanly_while_the_watchdog_looks_into_the_store():
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
-    done = subprocess.run([sys.executable, "-c", ENDING], capture_output=True, text=True, env=env, timeout=50)
+    done = python("-c", ENDING, timeout=50)
     assert done.returncode == 0 and "terminate" not in done.stderr, done.stderr
 
 
 # ------------------------------------------------------------------------------------------------------------- numbers
 
 
-def test_what_is_not_finite_is_skipped_on_all_ranks_counted_kept_and_stops_the_run_in_the_end(unbroken):
-    run = unbroken.parent / "nonfinite"
+def test_what_is_not_finite_is_skipped_on_all_ranks_counted_kept_and_stops_the_run_in_the_end(tiny_run):
+    run = tiny_run.parent / "nonfinite"
     faults = [{"do": "inf", "step": 2, "rank": 1}, {"do": "nan", "step": 4, "rank": 0}]
     faults += [{"do": "nan", "step": 5, "rank": 1}]
-    args = small(unbroken.parent, f"--output={run}", "--optim.max_skipped=2", "--steps=9", "--advantage.std=none",
+    args = small(tiny_run.parent, f"--output={run}", "--optim.max_skipped=2", "--steps=9", "--advantage.std=none",
                  "--loss.entropy_coef=1e-3")  # fmt: skip
     job = Job(2, *faulty(faults), *args)
     out = job.wait()
@@ -411,19 +314,20 @@ def test_what_is_not_finite_is_skipped_on_all_ranks_counted_kept_and_stops_the_r
     assert max(r["logprob_diff_max"] for r in steps) < 1e-3
 
 
-def test_debug_mode_ends_a_run_whose_kernel_gives_log_probs_above_0(unbroken):
-    run = unbroken.parent / "debug"
+def test_debug_mode_ends_a_run_whose_kernel_gives_log_probs_above_0(tiny_run):
+    run = tiny_run.parent / "debug"
     fault = {"do": "above0", "step": 1, "rank": 0}
-    job = Job(1, *faulty([fault]), *small(unbroken.parent, f"--output={run}", "--debug", "--loss.entropy_coef=1e-3"))
+    job = Job(1, *faulty([fault]), *small(tiny_run.parent, f"--output={run}", "--debug", "--loss.entropy_coef=1e-3"))
     out = job.wait()
     assert job.code != 0 and "log-probs of a pack of 16 sequences on rank 0" in out, out[-3000:]
 
 
-def test_an_engine_that_dies_in_an_evaluation_costs_no_step(unbroken):
-    run = unbroken.parent / "engine"
+@pytest.mark.slow
+def test_an_engine_that_dies_in_an_evaluation_costs_no_step(tiny_run):
+    run = tiny_run.parent / "engine"
     fault = {"do": "engine", "at": "evaluate", "step": 2, "rank": 1}
     more = (f"--output={run}", "--checkpoint_every=0", "--evaluate.every=2", "--evaluate.problems=4")
-    job = Job(2, *faulty([fault]), *small(unbroken.parent, *more))
+    job = Job(2, *faulty([fault]), *small(tiny_run.parent, *more))
     out = job.wait()
     said = (
         "In the evaluation after step 2 the engine of rank 1 died (RuntimeError: out of patience): saved after step 2"

@@ -2,19 +2,19 @@
 
 import ast
 import importlib.util
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from jobs import ROOT, commands
 
 from lead_fast.checks import check
 from lead_fast.cli import PRESETS, RECIPES, dump, keys, load_config, names
 from lead_fast.config import Config, SftConfig
 
-ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.quick
+
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -218,24 +218,39 @@ def test_unknown_key_in_a_file(tmp_path):
         load_config(["--config", str(tmp_path / "c.toml")])
 
 
-def run(*args: str, **env: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", *args], capture_output=True, text=True, cwd=ROOT, env={**os.environ, **env}, timeout=120
-    )
+MISTYPED = [
+    (["lead_fast.train", "--rollout.groupsize=4"], "Unknown configuration key rollout.groupsize"),
+    (["lead_fast.sft", "--optim.lrr=1"], "Unknown configuration key optim.lrr"),
+    (["lead_fast.evaluate", "--rollout.groupsize=4"], "Unknown configuration key rollout.groupsize"),
+    (["lead_fast.plan", "--device=b300"], "--device is 'b300'"),
+    (["lead_fast.report", "runs/nowhere"], "runs/nowhere has no metrics.jsonl"),
+]
 
 
-def test_dry_run_names_the_recipe_and_stops(tmp_path):
-    out = run("lead_fast.train", "--dry-run", f"--output={tmp_path / 'run'}", "--rollout.group_size=4")
-    assert out.returncode == 0, out.stderr
-    first = out.stdout.splitlines()[0]
-    assert "tiny" in first and "lead-14b" in first and "--recipe" in first
-    assert "group_size = 4" in out.stdout and not (tmp_path / "run").exists()
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory) -> list[list]:
+    """What a dry run and commands with a mistake exit with and print."""
+    output = tmp_path_factory.mktemp("dry") / "run"
+    dry = ["lead_fast.train", "--dry-run", f"--output={output}", "--rollout.group_size=4"]
+    found = commands(dry, *(command for command, _ in MISTYPED))
+    assert not output.exists()
+    return found
 
 
-def test_a_mistake_on_the_command_line_ends_the_run_with_that_sentence():
-    out = run("lead_fast.train", "--rollout.groupsize=4")
-    assert out.returncode != 0
-    assert out.stderr.strip().splitlines()[-1].startswith("error: Unknown configuration key rollout.groupsize")
+def test_a_dry_run_names_what_was_chosen_and_stops(ended):
+    code, out = ended[0]
+    assert code == 0 and "group_size = 4" in out
+    recipe, device, engine, attend, kernels = out.splitlines()[:5]
+    assert recipe.startswith("Recipe tiny: no GPU") and "lead-14b" in recipe and "--recipe" in recipe
+    assert device.startswith("Device: 1 CPU rank, ")
+    assert engine.startswith("Rollouts: transformers ") and "scaled_dot_product_attention" in attend
+    assert re.match(r"Kernels: (C\+\+ \(\w+\)|plain torch)", kernels)
+
+
+@pytest.mark.parametrize("n", range(len(MISTYPED)), ids=[command[0] for command, _ in MISTYPED])
+def test_a_mistake_on_the_command_line_ends_every_command_with_that_sentence(n, ended):
+    code, _ = ended[n + 1]
+    assert code.startswith(f"error: {MISTYPED[n][1]}") and "\n" not in code
 
 
 def test_none_is_a_value_where_a_key_has_it_and_absence_where_it_may_be_absent():

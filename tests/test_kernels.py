@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from lead_kernels import lead_advantages, linear_logprobs, linear_policy_loss, loss_weights, policy_loss
 from lead_kernels.linear_policy_loss import add_in_slices_
 
+pytestmark = pytest.mark.quick
+
 # ------------------------------------------------------------------------------------------------------ lead_advantages
 
 # correct lengths, wrong lengths, options, rewards, advantages: G = 8, made by the released functions

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from jobs import ROOT, commands, constraints
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
@@ -31,7 +32,6 @@ from lead_fast.learner import attention
 from lead_fast.learner.attention import Attention
 from lead_fast.runtime import hardware
 
-ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 H100 = "NVIDIA H100 80GB HBM3"
@@ -104,7 +104,8 @@ def test_ranks_come_from_torch_unless_they_are_given(tmp_path):
 
 def test_on_a_gpu_machine_the_cpu_tests_see_no_gpu(tmp_path):
     env = eight_h100(tmp_path)
-    assert planned("test", env, f"VENV={tmp_path}/env").splitlines()[-1].startswith("CUDA_VISIBLE_DEVICES= ")
+    for target in ("test-quick", "test", "test-slow"):
+        assert planned(target, env, f"VENV={tmp_path}/env").splitlines()[-1].startswith("CUDA_VISIBLE_DEVICES= ")
     assert not planned("gpu", env, f"VENV={tmp_path}/env").splitlines()[-1].startswith("CUDA_VISIBLE_DEVICES")
 
 
@@ -131,11 +132,6 @@ def test_every_extra_and_target_that_is_named_exists():
 # -------------------------------------------------------------------------------------------------------- the sets
 
 
-def constraints(name: str) -> dict[str, str]:
-    rows = [line.split("==") for line in (ROOT / ".ci" / name).read_text().splitlines() if "==" in line]
-    return {re.sub(r"[-_.]+", "-", k).lower(): v for k, v in rows}
-
-
 @pytest.mark.parametrize("name, tested", [("constraints.txt", {"torch": "2.13.0"}), ("constraints-cuda.txt", {})])
 def test_the_sets_lie_within_what_the_project_declares(name, tested):
     pins = constraints(name) | tested
@@ -157,24 +153,9 @@ def test_the_lower_ends_are_what_test_oldest_installs():
     assert PROJECT["requires-python"] == f">={low[0]}.{low[1]},<{high[0]}.{high[1]}"
 
 
-def resolve(*arguments: str) -> dict[str, str]:
-    """What pip would install, by name; skips where no index answers."""
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed", "--report", "-"]
-    command += ["--only-binary", ":all:", "--no-build-isolation", "--retries", "1", "--timeout", "15", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    if done.returncode and re.search(
-        r"from versions: none|NewConnectionError|Temporary failure|timed out", done.stderr
-    ):
-        pytest.skip("no package index answers here, so nothing can be resolved")
-    assert done.returncode == 0, done.stderr[-2000:]
-    return {
-        re.sub(r"[-_.]+", "-", i["metadata"]["name"]).lower(): i["metadata"]["version"]
-        for i in json.loads(done.stdout)["install"]
-    }
-
-
+@pytest.mark.slow
 @pytest.mark.skipif(platform.system() != "Linux", reason="the CUDA set is for Linux")
-def test_the_cuda_set_resolves_from_wheels_alone():
+def test_the_cuda_set_resolves_from_wheels_alone(resolve):
     pins = constraints("constraints-cuda.txt")
     found = resolve("-c", ".ci/constraints-cuda.txt", "--editable", ".[gpu,vllm,dev]")
     assert found.pop("lead-fast") == PROJECT["version"]
@@ -266,14 +247,13 @@ def test_gpus_that_torch_cannot_use_stop_the_run(tmp_path, monkeypatch):
     assert hardware.use_cuda(0, 8) is False
 
 
-def test_a_command_ends_with_that_sentence(tmp_path):
-    env = eight_h100(tmp_path) | {"OMP_NUM_THREADS": "1"}
-    env.pop("CUDA_VISIBLE_DEVICES", None)
-    for module in ("lead_fast.train", "lead_fast.sft", "lead_fast.evaluate", "lead_fast.machine"):
-        command = [sys.executable, "-m", module, *([] if module.endswith("machine") else [f"--output={tmp_path}/run"])]
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 1 and "error: nvidia-smi shows 8 GPUs" in done.stderr, done.stderr[-2000:]
-        assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
+def test_every_command_ends_with_that_sentence(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    run = f"--output={tmp_path}/run"
+    lines = [["lead_fast.train", run], ["lead_fast.sft", run], ["lead_fast.evaluate", run], ["lead_fast.machine"]]
+    for line, (code, _) in zip(lines, commands(*lines, PATH=eight_h100(tmp_path)["PATH"]), strict=True):
+        assert str(code).startswith("error: nvidia-smi shows 8 GPUs") and "\n" not in code, line
+    assert not (tmp_path / "run").exists()
 
 
 def test_more_ranks_than_gpus_and_old_gpus_get_a_sentence(monkeypatch):
@@ -361,16 +341,6 @@ def test_versions_outside_the_declared_range_are_named(monkeypatch):
     assert sentence.startswith("torch 2.10.0 is installed, and lead-fast is tested with torch<2.15,>=2.11")
     monkeypatch.setattr(hardware, "installed", lambda name: "2.13.0+cpu" if name == "torch" else real(name))
     assert not [s for s in hardware.untested_versions() if s.startswith("torch ")]
-
-
-def test_the_first_lines_name_what_was_chosen():
-    done = subprocess.run([sys.executable, "-m", "lead_fast.train", "--dry-run"], cwd=ROOT, capture_output=True,
-                          text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    recipe, device, engine, attend, kernels = done.stdout.splitlines()[:5]
-    assert recipe.startswith("Recipe tiny: no GPU") and device.startswith("Device: 1 CPU rank, ")
-    assert engine.startswith("Rollouts: transformers ") and "scaled_dot_product_attention" in attend
-    assert re.match(r"Kernels: (C\+\+ \(\w+\)|plain torch)", kernels)
 
 
 def test_the_first_lines_of_eight_gpus(monkeypatch, tmp_path):

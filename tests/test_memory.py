@@ -2,90 +2,155 @@
 
 import json
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from test_training import ROOT, torchrun
+from jobs import python, records, succeeded, torchrun
 
+from lead_fast import train
 from lead_fast.checks import check_parallel
 from lead_fast.cli import load_config
 from lead_fast.learner.attention import attention_in_use
 from lead_fast.learner.memory import GRANULE, line_budget, remedy
 
 SETUP = """
-import json, resource, sys
+import json, resource, sys, weakref
 import torch
-from lead_fast.learner.advantage import advantages
+from torch.utils._python_dispatch import TorchDispatchMode
 from lead_fast.cli import load_config
-from lead_fast.runtime.ranks import complaint, start, stop
-from lead_fast.learner.loss import objective, policy_loss
+from lead_fast.runtime.ranks import start, stop
+from lead_fast.learner.loss import policy_loss
 from lead_fast.learner.memory import rehearse, worst_pack
 from lead_fast.learner.policy import load_policy
 from lead_fast.learner.optimizer import make_optimizer
-from lead_fast.learner.packing import make_pack
 
-torch.manual_seed(0)
-def policy_of(args):
-    c = load_config(args)
+def policy_of(*args):
+    torch.manual_seed(0)
+    c = load_config(list(args))
     ranks = start(c.parallel)
     policy = load_policy(c.model, c.parallel, ranks)
     return c, ranks, policy, make_optimizer(policy, c.optim)
+
+found = {}
 """
 
-
-def run(tmp_path: Path, code: str, *args: str, ranks: int = 1) -> subprocess.CompletedProcess:
-    script = tmp_path / "script.py"
-    script.write_text(SETUP + code)
-    return torchrun(ranks, str(script), *args)
-
-
-def result(done: subprocess.CompletedProcess) -> dict:
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
-
-
-def test_a_rehearsal_leaves_weights_and_optimiser_as_they_were(tmp_path):
-    code = """
-c, ranks, policy, optimizer = policy_of(["--parallel.rehearse=always", "--parallel.pack_tokens=600"])
+ONE_RANK = (
+    SETUP
+    + """
+c, ranks, policy, optimizer = policy_of("--parallel.rehearse=always", "--parallel.pack_tokens=600")
 before = [p.full_tensor().clone() for p in policy.parameters()]
 c = rehearse(policy, None, optimizer, c, ranks)
 same = all(torch.equal(a, p.full_tensor()) for a, p in zip(before, policy.parameters()))
-print(json.dumps({"same": same, "state": len(optimizer.state), "grads": sum(p.grad is not None for p in
-      policy.parameters()), "lr": optimizer.param_groups[0]["lr"] == c.optim.lr, "tokens": c.parallel.pack_tokens}))
-stop()
-"""
-    done = run(tmp_path, code)
-    assert result(done) == {"same": True, "state": 0, "grads": 0, "lr": True, "tokens": 600}
-    assert "Rehearsal: a pack of 600 tokens fits." in done.stdout
+found["rehearsal"] = {
+    "same": same, "state": len(optimizer.state), "grads": sum(p.grad is not None for p in policy.parameters()),
+    "lr": optimizer.param_groups[0]["lr"] == c.optim.lr, "tokens": c.parallel.pack_tokens}
 
+pack, o = worst_pack(1000, 300, ranks)
+found["worst pack"] = {"lengths": pack.lengths, "rows": len(pack.rows_R), "T": len(pack.input_ids_T)}
 
-def test_out_of_memory_comes_before_the_first_rollout_with_a_remedy(tmp_path):
-    """Real memory that ends: the address space is limited, and the pack is larger."""
-    code = """
-c, ranks, policy, optimizer = policy_of(["--parallel.rehearse=always", "--parallel.pack_tokens=400000"])
+class Count(TorchDispatchMode):
+    def __torch_dispatch__(self, f, types, a=(), k=None):
+        out = f(*a, **(k or {}))
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(t, torch.Tensor):
+                s = t.untyped_storage()
+                if s._cdata not in live:
+                    live[s._cdata] = s.nbytes()
+                    weakref.finalize(s, live.pop, s._cdata, None)
+        return out
+
+found["held"] = {}
+for kind in ("none", "selective", "full"):
+    c, ranks, policy, optimizer = policy_of(f"--model.activation_checkpointing={kind}")
+    pack, o = worst_pack(512, 256, ranks)
+    live = {}
+    policy(pack, lambda h, w: h.sum())  # gathers once
+    live.clear()
+    with Count():
+        loss = policy(pack, lambda h, w: h.sum())
+        found["held"][kind] = sum(live.values())
+    del loss
+
+grads = {}
+for compiled in ("false", "true"):
+    c, ranks, policy, optimizer = policy_of(f"--model.compile={compiled}", "--model.activation_checkpointing=full")
+    for tokens in (90, 130):
+        pack, o = worst_pack(tokens, 50, ranks)
+        policy_loss(policy, pack, o, c).loss.backward()
+    policy.to_shards()
+    grads[compiled] = torch.cat([p.grad.full_tensor().flatten() for p in policy.parameters()])
+off = (grads["true"] - grads["false"]).norm() / grads["false"].norm()
+found["compiled"] = {"off": off.item(), "norm": grads["true"].norm().item()}
+
+# Last: real memory that ends. The address space is limited, and the pack is larger.
+c, ranks, policy, optimizer = policy_of("--parallel.rehearse=always", "--parallel.pack_tokens=400000")
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (600 << 20), -1))
 try:
     rehearse(policy, None, optimizer, c, ranks)
 except ValueError as e:
-    print(json.dumps({"said": str(e)}))
+    found["out of memory"] = str(e)
+print(json.dumps(found))
 stop()
 """
-    said = result(run(tmp_path, code))["said"]
+)
+
+TWO_RANKS = (
+    SETUP
+    + """
+class Names(TorchDispatchMode):
+    def __torch_dispatch__(self, f, types, a=(), k=None):
+        seen.append(str(f))
+        return f(*a, **(k or {}))
+
+for reshard in ("false", "true"):
+    seen = []
+    c, ranks, policy, optimizer = policy_of(f"--parallel.reshard={reshard}")
+    pack, o = worst_pack(128, 64, ranks)
+    with Names():
+        for _ in range(3):
+            policy_loss(policy, pack, o, c).loss.backward()
+        policy.to_shards()
+    found[reshard] = {
+        "gather": sum("allgather" in x for x in seen), "reduce": sum("reduce_scatter" in x for x in seen),
+        "c10d": sorted({x for x in seen if "c10d" in x})}
+if ranks.main:
+    print(json.dumps(found))
+stop()
+"""
+)
+
+
+def printed(done: subprocess.CompletedProcess) -> dict:
+    found = json.loads(next(line for line in succeeded(done).stdout.splitlines() if line.startswith("{")))
+    return found | {"stdout": done.stdout}
+
+
+@pytest.fixture(scope="module")
+def one_rank() -> dict:
+    return printed(python("-c", ONE_RANK))
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory) -> dict:
+    script = tmp_path_factory.mktemp("memory") / "script.py"
+    script.write_text(TWO_RANKS)
+    return printed(torchrun(2, str(script)))
+
+
+def test_a_rehearsal_leaves_weights_and_optimiser_as_they_were(one_rank):
+    assert one_rank["rehearsal"] == {"same": True, "state": 0, "grads": 0, "lr": True, "tokens": 600}
+    assert "Rehearsal: a pack of 600 tokens fits." in one_rank["stdout"]
+
+
+def test_out_of_memory_comes_before_the_first_rollout_with_a_remedy(one_rank):
+    said = one_rank["out of memory"]
     assert said.startswith("Out of memory in the largest pack") and "400,000 tokens" in said
     assert said.endswith("give --model.activation_checkpointing=full.")
 
 
-def test_the_worst_pack_is_nearly_all_answers_and_no_sequence_is_too_long(tmp_path):
-    code = """
-c, ranks, policy, optimizer = policy_of([])
-pack, o = worst_pack(1000, 300, ranks)
-print(json.dumps({"lengths": pack.lengths, "rows": len(pack.rows_R), "T": len(pack.input_ids_T)}))
-stop()
-"""
-    assert result(run(tmp_path, code)) == {"lengths": [300, 300, 300, 100], "rows": 1000, "T": 1000}
+def test_the_worst_pack_is_nearly_all_answers_and_no_sequence_is_too_long(one_rank):
+    assert one_rank["worst pack"] == {"lengths": [300, 300, 300, 100], "rows": 1000, "T": 1000}
 
 
 def test_the_budget_is_where_the_line_meets_the_room():
@@ -107,94 +172,33 @@ def test_remedies_come_in_order():
     assert "--parallel.sequence=2" in remedy(load_config(["--recipe=lead-14b"]), 15360, Eight)  # type: ignore[arg-type]
 
 
-def test_less_is_held_for_the_backward_pass_with_selective_and_full_checkpointing(tmp_path):
+def test_less_is_held_for_the_backward_pass_with_selective_and_full_checkpointing(one_rank):
     """Bytes of tensors that autograd saves: none > selective > full; gradients are compared in test_training."""
-    code = """
-held = {}
-for kind in ("none", "selective", "full"):
-    c, ranks, policy, optimizer = policy_of([f"--model.activation_checkpointing={kind}"])
-    pack, o = worst_pack(512, 256, ranks)
-    live = {}
-    from torch.utils._python_dispatch import TorchDispatchMode
-    import weakref
-    class Count(TorchDispatchMode):
-        def __torch_dispatch__(self, f, types, a=(), k=None):
-            out = f(*a, **(k or {}))
-            for t in out if isinstance(out, (tuple, list)) else (out,):
-                if isinstance(t, torch.Tensor):
-                    s = t.untyped_storage()
-                    if s._cdata not in live:
-                        live[s._cdata] = s.nbytes()
-                        weakref.finalize(s, live.pop, s._cdata, None)
-            return out
-    policy(pack, lambda h, w: h.sum())  # gathers once
-    live.clear()
-    with Count():
-        loss = policy(pack, lambda h, w: h.sum())
-        held[kind] = sum(live.values())
-    del loss
-print(json.dumps(held))
-stop()
-"""
-    held = result(run(tmp_path, code))
+    held = one_rank["held"]
     assert held["full"] < 0.5 * held["selective"] and held["selective"] < 0.9 * held["none"], held
 
 
 @pytest.mark.parametrize("reshard,gathers", [(False, 1), (True, 3)])
-def test_weights_are_gathered_once_a_step_without_resharding(tmp_path, reshard, gathers):
+def test_weights_are_gathered_once_a_step_without_resharding(two_ranks, reshard, gathers):
     """All-gathers of three packs: one a unit (4 blocks and the rest), or one a pack and direction with resharding."""
-    code = """
-from torch.utils._python_dispatch import TorchDispatchMode
-seen = []
-class Names(TorchDispatchMode):
-    def __torch_dispatch__(self, f, types, a=(), k=None):
-        seen.append(str(f))
-        return f(*a, **(k or {}))
-c, ranks, policy, optimizer = policy_of([f"--parallel.reshard={sys.argv[1]}"])
-pack, o = worst_pack(128, 64, ranks)
-with Names():
-    for _ in range(3):
-        policy_loss(policy, pack, o, c).loss.backward()
-    policy.to_shards()
-if ranks.main:
-    print(json.dumps({"gather": sum("allgather" in x for x in seen), "reduce": sum("reduce_scatter" in x for x in seen),
-                      "c10d": sorted({x for x in seen if "c10d" in x})}))
-stop()
-"""
-    found = result(run(tmp_path, code, str(reshard).lower(), ranks=2))
+    found = two_ranks[str(reshard).lower()]
     blocks = 4
     assert found["reduce"] == 3 * (blocks + 1)
     assert found["gather"] == (blocks + 1 if gathers == 1 else 3 * (2 * blocks + 1)), found
 
 
-def test_compiled_blocks_give_the_same_gradient(tmp_path):
-    code = """
-grads = {}
-for compiled in ("false", "true"):
-    c, ranks, policy, optimizer = policy_of([f"--model.compile={compiled}", "--model.activation_checkpointing=full"])
-    for tokens in (90, 130):
-        pack, o = worst_pack(tokens, 50, ranks)
-        policy_loss(policy, pack, o, c).loss.backward()
-    policy.to_shards()
-    grads[compiled] = torch.cat([p.grad.full_tensor().flatten() for p in policy.parameters()])
-off = (grads["true"] - grads["false"]).norm() / grads["false"].norm()
-print(json.dumps({"off": off.item(), "norm": grads["true"].norm().item()}))
-stop()
-"""
-    found = result(run(tmp_path, code))
+def test_compiled_blocks_give_the_same_gradient(one_rank):
+    found = one_rank["compiled"]
     assert 0 < found["norm"] and found["off"] < 1e-5
 
 
-def test_savings_are_logged(tmp_path):
-    done = torchrun(1, "-m", "lead_fast.train", "--steps=1", "--evaluate.every=0", f"--output={tmp_path / 'run'}",
-                    "--rollout.problems=4", "--rollout.group_size=4", "--rollout.max_tokens=40")  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "Attention: torch's scaled_dot_product_attention" in done.stdout
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    row = next(r for r in map(json.loads, lines) if r["kind"] == "train")
+def test_savings_are_logged(tiny_run):
+    assert "Attention: torch's scaled_dot_product_attention" in (tiny_run.parent / "out.txt").read_text()
+    row = records(tiny_run, "train")[0]
     trained = row["tokens"] - row["tokens_skipped"] - 16
     assert row["passes_skipped"] == 2 * row["packs"] and 0 <= row["head_rows_skipped"] < trained
-    assert (row["tokens_skipped"] > 0) == (row["sequences_skipped"] > 0)
+    for row in records(tiny_run, "train"):
+        assert (row["tokens_skipped"] > 0) == (row["sequences_skipped"] > 0)
 
 
 def test_attention_is_named():
@@ -223,8 +227,6 @@ def test_what_does_not_fit_together_is_said(args, words):
         (["--parallel.sequence=2"], "parallel.sequence is 2, which does not divide 1 ranks"),
     ],
 )
-def test_layouts_that_the_ranks_cannot_have_are_said(args, words):
-    done = subprocess.run(
-        [sys.executable, "-m", "lead_fast.train", *args], capture_output=True, text=True, cwd=ROOT, timeout=120
-    )
-    assert done.returncode == 1 and f"error: {words}" in done.stderr
+def test_layouts_that_the_ranks_cannot_have_are_said(args, words, single_rank):
+    with pytest.raises(ValueError, match=words):
+        train.main(args)

@@ -8,6 +8,8 @@ import pytest
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
 from packing import long_tail, measure  # type: ignore  # noqa: E402
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize("seed", range(3))
 def test_ranks_have_equal_work_and_no_padding(seed):

@@ -7,37 +7,16 @@ with malloc told to give every large tensor pages of its own, so that what is fr
 import dataclasses
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from jobs import ROOT, succeeded, torchrun
+from step_memory import LENGTHS, SETTINGS, config, shape
 
 from lead_fast import plan
-from lead_fast.cli import load_config
 from lead_fast.config import Config
-from lead_fast.data.arithmetic import architecture
 from lead_fast.learner import fake_step
 from lead_fast.learner.fake_step import KINDS, SEGMENTS, Numbers, fake_job, track
-
-ROOT = Path(__file__).parent.parent
-LENGTHS = [400, 300, 200, 124]  # tokens of the sequences of a pack
-WIDE: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 1280, "num_attention_heads": 8,
-                        "num_key_value_heads": 8, "max_position_embeddings": 16384}  # fmt: skip
-SETTINGS = {"none, gathered once": ("none", "false"), "full, resharded": ("full", "true"),
-            "selective, resharded": ("selective", "true")}  # fmt: skip
-
-
-def shape(layers: int) -> Any:
-    wide = architecture(8192)
-    wide.update(WIDE | {"num_hidden_layers": layers, "layer_types": ["full_attention"] * layers})
-    return wide
-
-
-def config(checkpointing: str = "full", reshard: str = "true", *args: str) -> Config:
-    given = [f"--model.activation_checkpointing={checkpointing}", f"--parallel.reshard={reshard}"]
-    return load_config(["--recipe=tiny", *given, *args])
 
 
 def numbers(c: Config, layers: int, tokens: int, on_gpu: bool = True, gpus: int = 8) -> Numbers:
@@ -45,70 +24,17 @@ def numbers(c: Config, layers: int, tokens: int, on_gpu: bool = True, gpus: int 
         return track(c, shape(layers), ranks, [tokens], tokens, on_gpu)
 
 
-MEASURE = """
-import ctypes, gc, json, sys
-from pathlib import Path
-import torch
-from transformers import AutoModelForCausalLM
-from lead_fast.runtime.ranks import start, stop
-from lead_fast.learner.loss import Objective, policy_loss
-from lead_fast.learner.policy import Policy, shard
-from lead_fast.learner.optimizer import make_optimizer, update
-from lead_fast.learner.packing import make_pack
-from test_plan import LENGTHS, SETTINGS, config, shape
-
-def resident(field):
-    return next(1024 * int(x.split()[1]) for x in open("/proc/self/status") if x.startswith(field + ":"))
-
-def give_back():
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-
-ranks = start()
-found = {}
-for name, setting in SETTINGS.items():
-    c = config(*setting)
-    model = AutoModelForCausalLM.from_config(shape(8), dtype=torch.float32)
-    policy = shard(Policy(model), ranks, c.model, c.parallel)
-    del model
-    optimizer = make_optimizer(policy, c.optim)
-    answers = [[7] * (n - 1) for n in LENGTHS]
-    logprobs = [[-9.0] * len(a) for a in answers]
-    pack = make_pack(range(len(LENGTHS)), [[5, 6]] * len(LENGTHS), answers, logprobs, ranks.device)
-    assert pack.lengths == LENGTHS
-    o = Objective(torch.ones(len(LENGTHS)), torch.full((len(LENGTHS),), 1e-3))
-    for step in range(2):
-        give_back()
-        Path("/proc/self/clear_refs").write_text("5")
-        for _ in range(2):
-            policy_loss(policy, pack, o, c).loss.backward()
-        update(policy, optimizer, 1e-6, 1.0)
-    top = resident("VmHWM")
-    del policy, optimizer, pack, o
-    give_back()
-    found[name] = top - resident("VmRSS")
-if ranks.main:
-    Path(sys.argv[1]).write_text(json.dumps(found))
-stop()
-"""
-
-
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory) -> dict[str, int]:
     """Bytes that a step of 25 million parameters takes on each of two ranks, by setting."""
     if not os.access("/proc/self/clear_refs", os.W_OK):
         pytest.skip("no peak of resident memory here")
-    folder = tmp_path_factory.mktemp("measured")
-    (folder / "measure.py").write_text(MEASURE)
-    paths = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests")))
-    env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(folder / "measure.py"), str(folder / "found.json")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((folder / "found.json").read_text())
+    found = tmp_path_factory.mktemp("measured") / "found.json"
+    succeeded(torchrun(2, str(ROOT / "tests" / "step_memory.py"), str(found), MALLOC_MMAP_THRESHOLD_="65536"))
+    return json.loads(found.read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 def test_predicted_memory_is_within_a_tenth_of_a_measured_step(measured, name):
     with fake_job(2, 1) as ranks:
@@ -122,7 +48,7 @@ def test_predicted_memory_is_within_a_tenth_of_a_measured_step(measured, name):
 
 @pytest.mark.parametrize("reshard", ["true", "false"])
 @pytest.mark.parametrize("checkpointing", plan.settings())
-@pytest.mark.parametrize("tokens", [256, 4096])
+@pytest.mark.parametrize("tokens", [256, pytest.param(4096, marks=pytest.mark.slow)])
 def test_two_depths_tell_what_the_whole_depth_would(monkeypatch, checkpointing, reshard, tokens):
     c = config(checkpointing, reshard, "--model.dtype=bfloat16")
     drawn = numbers(c, 7, tokens)
@@ -210,6 +136,7 @@ def asked(model: str, *args: str) -> Config:
                   "--parallel.pack_tokens=16384", *args)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_fits_with_the_remedy(monkeypatch, model):
     small = dataclasses.replace(plan.DEVICES["h100"], memory_bytes=6 * plan.GIB)
     monkeypatch.setitem(plan.DEVICES, "small", small)
@@ -266,10 +193,3 @@ def test_a_mistake_gets_one_sentence(monkeypatch, args, says):
     with pytest.raises(ValueError) as e:
         plan.main(args)
     assert says in str(e.value) and "\n" not in str(e.value)
-
-
-def test_a_mistake_ends_the_command_with_that_sentence():
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
-    command = [sys.executable, "-m", "lead_fast.plan", "--device=b300"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=300)
-    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: --device is 'b300'")

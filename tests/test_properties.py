@@ -20,6 +20,8 @@ from lead_fast.reward.terms import soft_overlong_penalty, wrong_reward
 from lead_fast.reward.verifier import normalize, quick
 from lead_kernels import lead_advantages
 
+pytestmark = pytest.mark.quick
+
 CPU = torch.device("cpu")
 LAW = settings(max_examples=60, deadline=None)
 GROUP = st.lists(st.tuples(st.booleans(), st.integers(1, 20_000)), min_size=1, max_size=24)

@@ -19,6 +19,8 @@ from unittest import mock
 import pytest
 import torch
 
+pytestmark = pytest.mark.quick
+
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "tests" / "data" / "recorded_step.json"
 BATCH = ("prompts", "responses", "logprobs", "correct", "truncated")

@@ -18,6 +18,8 @@ from lead_fast.reward.grading import grade, score
 from lead_fast.reward.terms import soft_overlong_penalty, wrong_reward
 from lead_fast.reward.verifier import Verifier, _only_numbers, normalize, quick
 
+pytestmark = pytest.mark.quick
+
 # response, reference, right or wrong
 TABLE = [
     (r"\boxed{∞∞}", "98712.31", False),

@@ -17,6 +17,8 @@ from lead_fast.rollout.sync import compare
 from lead_fast.rollout.transformers_engine import TransformersEngine
 from lead_fast.runtime.ranks import Ranks
 
+pytestmark = pytest.mark.quick
+
 NO_MESH: Any = None
 ALONE = Ranks(0, 1, torch.device("cpu"), NO_MESH)
 

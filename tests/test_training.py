@@ -1,34 +1,23 @@
 """The loop on real FSDP ranks: one gradient however the batch is cut, resume, two ranks end to end, the export."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+import shutil
+from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
+from jobs import python, records, small, succeeded, torchrun
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lead_fast import train
 from lead_fast.cli import load_config
 from lead_fast.learner.attention import attention_groups
 from lead_fast.learner.model import load_model
 from lead_fast.learner.packing import Pack, assign, efficiency, flops_per_sequence, make_pack
 from lead_fast.learner.policy import Policy
 
-ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
-
-
-def torchrun(ranks: int, *args: str, cwd: Path = ROOT, timeout: int = 900) -> subprocess.CompletedProcess:
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *args]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, timeout=timeout)
-
-
-def records(run: Path, kind: str) -> list[dict]:
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [r for r in map(json.loads, lines) if r["kind"] == kind]
 
 
 # ------------------------------------------------------------------------------------------------------------ packing
@@ -52,6 +41,7 @@ def logprobs_of(policy: Policy, pack: Pack) -> torch.Tensor:
         return policy(pack, head)
 
 
+@pytest.mark.quick
 def test_packed_equals_unpacked():
     config = load_config([]).model
     policy = Policy(load_model(config))
@@ -66,6 +56,7 @@ def test_packed_equals_unpacked():
     torch.testing.assert_close(logprobs_of(policy, pack), torch.stack(expected), atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.quick
 def test_a_sequences_tokens_never_touch_anothers_result():
     policy = Policy(load_model(load_config([]).model))
     prompts, responses = sequences(1)
@@ -79,6 +70,7 @@ def test_a_sequences_tokens_never_touch_anothers_result():
     assert not torch.allclose(before[mine], after[mine])
 
 
+@pytest.mark.quick
 def test_attention_groups_cover_every_sequence_once_and_waste_little():
     lengths = [3, 90, 50, 49, 51, 4, 100, 1]
     groups = attention_groups(lengths)
@@ -86,6 +78,7 @@ def test_attention_groups_cover_every_sequence_once_and_waste_little():
     assert all(lengths[i] >= 0.75 * max(lengths[j] for j in g) for g in groups for i in g)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 def test_packs_hold_everything_once_within_the_budget_and_ranks_get_the_same_number(ranks):
     g = torch.Generator().manual_seed(ranks)
@@ -96,11 +89,6 @@ def test_packs_hold_everything_once_within_the_budget_and_ranks_get_the_same_num
     assert len({len(rank) for rank in plan}) == 1
     assert all(sum(lengths[i] for i in pack) <= 16384 for rank in plan for pack in rank)
     assert efficiency(plan, lengths, cost) > 0.97
-
-
-def test_a_sequence_over_the_budget_gets_a_pack_of_its_own():
-    plan = assign([100, 10, 10], 50, 1, float)
-    assert [0] in plan[0] and sorted(i for p in plan[0] for i in p) == [0, 1, 2]
 
 
 # --------------------------------------------------------------------------------------- one gradient however it is cut
@@ -206,25 +194,32 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def gradients(tmp_path_factory) -> dict[int, dict]:
-    """Loss, gradient, live sequences and packs of every mode and cut, on one, two and four ranks."""
+def gradients(tmp_path_factory) -> Callable[[int], dict]:
+    """Loss, gradient, live sequences and packs of every mode and cut, on so many ranks.
+
+    On 0 ranks: of every mode in one pack on one rank, with which all others are compared.
+    """
     folder = tmp_path_factory.mktemp("gradients")
     (folder / "gradient.py").write_text(GRADIENT)
-    specs = {"half": {"args": ["--model.dtype=bfloat16"], **PLAIN}}
-    specs |= {f"{m}/{c}": {"args": MODES[m], **PLAIN, **CUTS[c]} for m, c in [*CASES, *((m, WHOLE) for m in MODES)]}
-    out = {}
-    for ranks in (1, 2, 4):
-        done = torchrun(ranks, str(folder / "gradient.py"), json.dumps(specs), str(folder / f"{ranks}.pt"))
-        assert done.returncode == 0, done.stderr[-3000:]
-        out[ranks] = torch.load(folder / f"{ranks}.pt")
-    return out
+
+    @cache
+    def computed(ranks: int) -> dict:
+        specs = {f"{m}/{c}": {"args": MODES[m], **PLAIN, **CUTS[c]} for m, c in CASES}
+        if ranks == 0:
+            specs = {f"{m}/{WHOLE}": {"args": MODES[m], **PLAIN} for m in MODES}
+            specs |= {"half": {"args": ["--model.dtype=bfloat16"], **PLAIN}}
+        out = folder / f"{ranks}.pt"
+        succeeded(torchrun(max(1, ranks), str(folder / "gradient.py"), json.dumps(specs), str(out)))
+        return torch.load(out)
+
+    return computed
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mode,cut", CASES)
 def test_ranks_packs_and_order_give_the_same_gradient(mode, cut, ranks, gradients):
-    loss, grad, live, *_ = gradients[1][f"{mode}/{WHOLE}"]
-    other_loss, other, other_live, packs, _ = gradients[ranks][f"{mode}/{cut}"]
+    loss, grad, live, *_ = gradients(0)[f"{mode}/{WHOLE}"]
+    other_loss, other, other_live, packs, _ = gradients(ranks)[f"{mode}/{cut}"]
     assert grad.norm() > 0 and (packs > 0 if "budget" in cut else packs == int(cut.split()[0]))
     assert (live < 16) == ("entropy" not in mode) and other_live == (16 if "not pruned" in cut else live)
     assert abs(loss - other_loss) <= 1e-6 * max(1.0, abs(loss))
@@ -232,8 +227,8 @@ def test_ranks_packs_and_order_give_the_same_gradient(mode, cut, ranks, gradient
 
 
 def test_bfloat16_computes_the_same_with_a_float32_loss(gradients):
-    loss, grad, *_, logprobs = gradients[1][f"paper/{WHOLE}"]
-    half_loss, half, *_, half_logprobs = gradients[1]["half"]
+    loss, grad, *_, logprobs = gradients(0)[f"paper/{WHOLE}"]
+    half_loss, half, *_, half_logprobs = gradients(0)["half"]
     assert half_loss.dtype == half_logprobs.dtype == half.dtype == torch.float32
     assert not torch.equal(half_logprobs, half_logprobs.bfloat16().float())  # not rounded on the way out
     assert (half_logprobs - logprobs).abs().max() < 0.3 and not torch.equal(half, grad)
@@ -242,23 +237,10 @@ def test_bfloat16_computes_the_same_with_a_float32_loss(gradients):
 
 # ----------------------------------------------------------------------------------------------------------- end to end
 
-SMALL = ["--rollout.problems=4", "--rollout.group_size=4", "--rollout.max_tokens=48", "--evaluate.problems=16",
-         "--data.train=arithmetic:train?n=64&seed=1", "--optim.lr=1e-3"]  # fmt: skip
 
-
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory) -> Path:
-    """Four steps on two ranks, a checkpoint after the second."""
-    run = tmp_path_factory.mktemp("unbroken") / "run"
-    done = torchrun(2, "-m", "lead_fast.train", "--steps=4", "--checkpoint_every=2", "--evaluate.every=4",
-                    f"--output={run}", *SMALL)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return run
-
-
-def test_two_ranks_end_to_end(unbroken):
-    steps, evals = records(unbroken, "train"), records(unbroken, "eval")
-    assert [r["step"] for r in steps] == [1, 2, 3, 4] and [r["step"] for r in evals] == [0, 4]
+def test_two_ranks_end_to_end(tiny_run):
+    steps, evals = records(tiny_run, "train"), records(tiny_run, "eval")
+    assert [r["step"] for r in steps] == [1, 2, 3, 4, 5] and [r["step"] for r in evals] == [0, 5]
     wanted = {"reward_mean", "accuracy", "solve_rate_histogram", "solve_none", "solve_all", "length_correct",
               "length_wrong", "truncated_share", "difficulty_weight_mean", "entropy", "clip_low_share",
               "clip_high_share", "grad_norm", "tokens_per_s", "seconds", "packing_efficiency"}  # fmt: skip
@@ -267,19 +249,19 @@ def test_two_ranks_end_to_end(unbroken):
     # At step 1 engine and policy hold the same weights: their log-probs agree.
     assert steps[0]["logprob_diff_max"] is None or steps[0]["logprob_diff_max"] < 1e-3
     for name in ("config.toml", "answers.jsonl", "report.html", "accuracy.png", "length.png", "difficulty.png"):
-        assert (unbroken / name).stat().st_size > 0
-    assert list((unbroken / "tensorboard").glob("events*"))
+        assert (tiny_run / name).stat().st_size > 0
+    assert list((tiny_run / "tensorboard").glob("events*"))
 
 
-def test_weights_reach_the_engine_after_every_step(unbroken):
+def test_weights_reach_the_engine_after_every_step(tiny_run):
     """With stale weights in the engine the difference grows with every update; fresh ones keep it at rounding."""
-    diffs = [r["logprob_diff_max"] for r in records(unbroken, "train") if r["logprob_diff_max"] is not None]
+    diffs = [r["logprob_diff_max"] for r in records(tiny_run, "train") if r["logprob_diff_max"] is not None]
     assert diffs and max(diffs) < 1e-3
 
 
-def test_the_export_loads_and_generates(unbroken):
-    model = AutoModelForCausalLM.from_pretrained(unbroken / "final")
-    tokenizer = AutoTokenizer.from_pretrained(unbroken / "final")
+def test_the_export_loads_and_generates(tiny_run):
+    model = AutoModelForCausalLM.from_pretrained(tiny_run / "final")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_run / "final")
     ids = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Compute 3+4."}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
@@ -290,47 +272,15 @@ def test_the_export_loads_and_generates(unbroken):
     assert any(not torch.equal(v, start[k]) for k, v in model.state_dict().items())
 
 
-def test_a_resumed_run_equals_an_unbroken_one(unbroken, tmp_path):
+def test_a_two_rank_checkpoint_resumes_on_one_rank(tiny_run, tmp_path):
+    """A run that had ended is asked for one step more."""
     run = tmp_path / "run"
-    first = torchrun(2, "-m", "lead_fast.train", "--steps=4", "--checkpoint_every=2", "--evaluate.every=4",
-                     f"--output={run}", *SMALL, "--steps=2")  # fmt: skip
-    assert first.returncode == 0, first.stderr[-3000:]
-    again = torchrun(2, "-m", "lead_fast.train", "--steps=4", "--checkpoint_every=2", "--evaluate.every=4",
-                     f"--output={run}", *SMALL, "--resume")  # fmt: skip
-    assert again.returncode == 0, again.stderr[-3000:]
-    a, b = (AutoModelForCausalLM.from_pretrained(r / "final").state_dict() for r in (unbroken, run))
-    assert all(torch.equal(a[k], b[k]) for k in a)
-    assert [r["accuracy"] for r in records(run, "train")] == [r["accuracy"] for r in records(unbroken, "train")]
+    shutil.copytree(tiny_run, run)
+    more = ("--steps=6", "--checkpoint_every=0", f"--output={run}", "--resume")
+    succeeded(python("-m", "lead_fast.train", *small(tiny_run.parent, *more)))
+    assert [r["step"] for r in records(run, "train")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_two_rank_checkpoint_resumes_on_one_rank(unbroken, tmp_path):
-    import shutil
-
-    run = tmp_path / "run"
-    shutil.copytree(unbroken, run)
-    done = torchrun(1, "-m", "lead_fast.train", "--steps=5", "--checkpoint_every=0", "--evaluate.every=0",
-                    f"--output={run}", *SMALL, "--resume")  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert [r["step"] for r in records(run, "train")] == [1, 2, 3, 4, 5]
-
-
-def test_a_run_is_never_written_over(unbroken):
-    done = torchrun(1, "-m", "lead_fast.train", f"--output={unbroken}", *SMALL)
-    assert done.returncode != 0 and "holds a run already" in done.stderr
-
-
-def test_sigterm_saves_and_ends_with_0(tmp_path):
-    import signal
-    import time
-
-    run = tmp_path / "run"
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
-    command = [sys.executable, "-m", "lead_fast.train", "--steps=500", "--evaluate.every=0", f"--output={run}", *SMALL]
-    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (run / "metrics.jsonl").exists():
-        time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err[-3000:]
-    assert "--resume" in out and (run / "checkpoints" / "latest").read_text().startswith("step-")
+def test_a_run_is_never_written_over(tiny_run, single_rank):
+    with pytest.raises(ValueError, match="holds a run already"):
+        train.main(small(tiny_run.parent, f"--output={tiny_run}"))

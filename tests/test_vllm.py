@@ -5,20 +5,17 @@ A process holds one engine, so each set of ranks is a torchrun that writes what 
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from jobs import torchrun
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vllm is not installed: make test-vllm installs it and runs this"
 )
 
-ROOT = Path(__file__).parent.parent
 NATS = {"float32": 5e-5, "bfloat16": 0.5}  # most that a log-prob may differ between engine and trainer
 MEAN_NATS = {"float32": 5e-6, "bfloat16": 0.01}
 
@@ -243,12 +240,6 @@ if ranks.main:
 stop()
 """
 )
-
-
-def torchrun(ranks: int, *args: str, timeout: int = 400) -> subprocess.CompletedProcess:
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *args]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=timeout)
 
 
 def saw(folder: Path, ranks: int, script: str, *args: str) -> dict:

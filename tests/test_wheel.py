@@ -8,9 +8,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from test_machine import constraints, resolve
+from jobs import ROOT, constraints
 
-ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.slow
 
 
 def call(*command: str, cwd: Path) -> subprocess.CompletedProcess:
@@ -38,7 +38,7 @@ def test_the_wheel_holds_both_packages_recipes_and_model(wheel):
     assert not any(n.startswith("kernels/") for n in names)
 
 
-def test_the_wheel_installs_what_the_checkout_does(wheel):
+def test_the_wheel_installs_what_the_checkout_does(wheel, resolve):
     found = resolve(f"{wheel}[gpu,vllm]")  # without the checkout's constraints
     pins = constraints("constraints-cuda.txt")
     for name in ("torch", "triton", "vllm", "flash-attn-4", "liger-kernel"):
