@@ -2,10 +2,12 @@
 
 import ast
 import importlib.util
+import io
 import os
 import re
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -127,6 +129,43 @@ def test_paths_and_commands_in_documents_exist(doc: Path):
         assert key in {*keys(Config), *keys(SftConfig)}, f"{doc.name} names --{key}"
 
 
+def prose(path: Path) -> list[str]:
+    """Comments and docstrings of a Python file, those of fields among them."""
+    text = path.read_text(encoding="utf-8")
+    out = [t.string for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.type == tokenize.COMMENT]
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            out.append(node.value.value)
+    return out
+
+
+CODE = [p for top in ("lead_fast", "kernels", "bench", "tests") for p in sorted((ROOT / top).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("path", [*CODE, ROOT / "setup.py"], ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_named_in_comments_and_docstrings_exist(path: Path):
+    places = [ROOT, path.parent, *(ROOT / top for top in ("lead_fast", "kernels/lead_kernels", "csrc", "docs"))]
+    places += [ROOT / "lead_fast" / wing for wing in BELOW]
+    for text in prose(path):
+        for word in re.findall(r"(?<![\w*<>{}./-])[\w./-]*\w\.(?:py|md|toml|jsonl?|png|cpp|h)\b", text):
+            placeholder = re.search(r"\b(?:FILE|RUN_DIR|step-N)\b", word)
+            assert placeholder or word in GENERATED | WRITTEN or any((p / word).exists() for p in places), (
+                f"{path.relative_to(ROOT)} names {word}, which is not in the repository"
+            )
+
+
+def test_make_gpu_and_make_check_cuda_run_every_file_of_kernel_tests():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    named = re.findall(r"^KERNEL_TESTS := (.*)$", makefile, re.M)[0].split()
+    users = {p for p in (ROOT / "tests").rglob("test_*.py") if "lead_kernels" in imports(p)}
+    assert users and users <= {p for pattern in named for p in ROOT.glob(pattern)}
+    for target in ("gpu", "check-cuda"):
+        recipe = re.findall(rf"^{target}:.*\n((?:\t.*\n)+)", makefile, re.M)[0]
+        assert "pytest -q $(KERNEL_TESTS)" in recipe, target
+
+
+WRITTEN = {"train.jsonl", "test.jsonl", "compare.png", "seconds.json", "extra.json", "config.json", "solved.jsonl",
+           "avx512fintrin.h"}  # outputs; the last one is a header of the compiler  # fmt: skip
 GENERATED = {
     "docs/pipeline/",
     "samples.jsonl",
