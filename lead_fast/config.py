@@ -164,6 +164,9 @@ class OptimConfig:
     """AdamW's decay of the first and second moment."""
     weight_decay: float = 0.01
     """AdamW's decoupled weight decay."""
+    decay_norms_and_biases: bool = True
+    """Decay norms and biases too, as the released code does (verl's FSDP workers: one AdamW group); false spares them,
+    as Hugging Face's Trainer does."""
     grad_clip: float = 1.0
     """Largest global gradient norm."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
