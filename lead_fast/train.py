@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import math
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -54,6 +53,7 @@ from .runtime.health import Health, must_be_finite
 from .runtime.journal import Metrics, PhaseTimer
 from .runtime.jsonl import read_jsonl
 from .runtime.ranks import Ranks, complaint, start, stop
+from .runtime.signals import stop_on_sigterm
 from .runtime.watchdog import Watchdog
 
 LARGE_GPU_GIB = 75  # what torch shows of an '80 GB' GPU is 79.1 GiB or a little less
@@ -435,13 +435,6 @@ def load_train(c: Config, tokenizer) -> tuple[list, list[list[int]]]:
             "give more data or a smaller batch."
         )
     return problems, prompts
-
-
-def stop_on_sigterm() -> list[int]:
-    """A list that is empty until SIGTERM arrives; the loop looks at it after every step."""
-    caught: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, frame: caught.append(number))
-    return caught
 
 
 def pick_recipe() -> tuple[str, str]:
