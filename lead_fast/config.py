@@ -192,7 +192,7 @@ class ParallelConfig:
     offload: Literal["none", "optimizer", "activations", "both"] = "none"
     """What lives in host memory: masters, gradients and optimiser; or each block's input, with full checkpointing."""
     rehearse: Literal["auto", "always", "never"] = "auto"
-    """One largest pack before the first rollout, so that out-of-memory comes in the first minute; auto: on a GPU."""
+    """One largest pack before the first step, so that out-of-memory comes in the first minute; auto: on a GPU."""
 
 
 @dataclass(frozen=True)
