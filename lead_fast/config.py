@@ -272,6 +272,10 @@ class SftConfig:
     """Column with the worked solution."""
     max_solution_tokens: int = 0
     """Leave out longer solutions (and say how many), end of sequence included; 0: no limit. None is cut short."""
+    wandb: str = ""
+    """Weights & Biases project; empty: none."""
+    watchdog_s: float = 1500.0
+    """Seconds without progress after which every rank's phase and stack are printed and the job ends; 0: never."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

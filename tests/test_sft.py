@@ -1,14 +1,23 @@
 """Supervised fine-tuning end to end, its data sources, and what it shares with training."""
 
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
-from test_training import torchrun
+from test_training import ROOT, torchrun
 
+from lead_fast.checks import check, check_sft
 from lead_fast.cli import load_config
-from lead_fast.config import OptimConfig
+from lead_fast.config import Config, OptimConfig, SftConfig
 from lead_fast.data import read
 from lead_fast.data.read import load_problems
+from lead_fast.learner.memory import remedy
 from lead_fast.learner.model import load_model
 from lead_fast.learner.optimizer import make_optimizer
 from lead_fast.learner.policy import Policy
@@ -110,3 +119,113 @@ def test_a_checkpoint_is_resumed_with_either_choice_of_what_is_decayed(tmp_path)
     found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[[")))
     assert all(row[:3] == [True, True, True] for row in found)
     assert [row[3] for row in found] == [[0.2, 0.0], [0.2], [0.2, 0.0], [0.2]]
+
+
+# ---------------------------------------------------------------------------------------------------------------- runs
+
+SMALL = ["--recipe=tiny", "--batch_tokens=256", "--optim.warmup_steps=0", "--data.train=arithmetic:train?n=32&seed=1",
+         "--data.test=arithmetic:test?n=8"]  # fmt: skip
+WANDB = """
+import json
+def init(**told):
+    print("wandb", told["project"], flush=True)
+    return Run()
+class Run:
+    def define_metric(self, *args, **told): pass
+    def log(self, told): print("logged", json.dumps(sorted(told)), flush=True)
+    def finish(self): print("finished", flush=True)
+"""
+
+
+def records(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_measures_its_packs_rehearses_and_writes_to_every_sink(tmp_path):
+    """parallel.pack_tokens=0, which a CPU cannot measure, is 16,384 there, as in training."""
+    run = tmp_path / "run"
+    (tmp_path / "wandb.py").write_text(WANDB)
+    done = torchrun(2, "-m", "lead_fast.sft", *SMALL, "--steps=3", "--validate_every=2", "--parallel.pack_tokens=0",
+                    "--parallel.rehearse=always", "--wandb=mine", f"--output={run}", cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("Rehearsal: a pack of 16,384 tokens fits") == 1
+    rows = records(run)
+    assert [(r["kind"], r["step"], "validation_loss" in r) for r in rows] == [
+        ("sft", 1, False), ("sft", 2, True), ("sft", 3, True)]  # fmt: skip
+    keys = {"step", "loss", "grad_norm", "learning_rate", "elapsed_s", "tokens", "tokens_per_s", "seconds", "alerts"}
+    assert all(keys <= r.keys() and r["loss"] > 0 and r["tokens"] >= 256 for r in rows)
+    assert re.search(r"^sft 3/3  loss +[\d.]+  held-out +[\d.]+  grad", done.stdout, re.M)
+    assert list((run / "tensorboard").glob("events.*"))
+    assert done.stdout.count("wandb mine") == 1 and done.stdout.count("logged") == 3 and "sft/loss" in done.stdout
+    assert (run / "final" / "README.md").read_text().count("validation_loss") >= 2
+
+
+def test_sigterm_saves_and_the_run_is_resumed(tmp_path):
+    run = tmp_path / "run"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    command = [sys.executable, "-m", "lead_fast.sft", *SMALL, "--validate_every=0", f"--output={run}"]
+    process = subprocess.Popen(
+        [*command, "--steps=5000"], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    until = time.monotonic() + 240
+    while time.monotonic() < until and process.poll() is None and not (run / "metrics.jsonl").exists():
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err[-3000:]
+    step = len(records(run))
+    assert f"Asked to stop: saved after step {step}; resume with --output={run} --resume." in out
+    assert (run / "checkpoints" / "latest").read_text() == f"step-{step}" and not (run / "final").exists()
+    assert "resume = false" in (run / "config.toml").read_text()
+    again = subprocess.run(
+        [*command, f"--steps={step + 1}", "--resume"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=240
+    )
+    assert again.returncode == 0, again.stderr[-3000:]
+    rows = records(run)
+    assert [r["step"] for r in rows] == list(range(1, step + 2)) and rows[-1]["elapsed_s"] > rows[-2]["elapsed_s"]
+    assert (run / "final" / "config.json").is_file() and "resume = false" in (run / "config.toml").read_text()
+
+
+HANG = """
+import sys, time
+from lead_fast import sft
+sft.update = lambda *args: time.sleep(600)
+sft.main(sys.argv[1:])
+"""
+
+
+def test_the_watchdog_ends_a_run_that_hangs(tmp_path):
+    (tmp_path / "hang.py").write_text(HANG)
+    done = torchrun(1, str(tmp_path / "hang.py"), *SMALL, "--watchdog_s=5", f"--output={tmp_path / 'run'}", timeout=240)
+    assert done.returncode != 0 and re.search(r"Watchdog \(5 s\): rank 0 .* phase optim, step 1", done.stderr)
+
+
+def test_the_remedy_for_too_little_memory_names_sfts_own_limit():
+    class One:
+        world, rank = 1, 0
+
+    c = load_config(["--recipe=lead-14b-sft", "--parallel.offload=both"], cls=SftConfig)
+    assert "max_solution_tokens" in remedy(c, 4096, 8192, One)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        (["--batch_tokens=0"], "batch_tokens is 0: give 1 or more."),
+        (["--steps=0"], "steps is 0: give 1 or more."),
+        (["--validate_every=-1"], "validate_every is -1: give 1 or more, or 0 for only after the last step."),
+        (["--checkpoint_every=-1"], "checkpoint_every is -1: give 1 or more, or 0 for no checkpoints."),
+        (["--watchdog_s=-1"], "watchdog_s is -1.0: give"),
+        (["--optim.grad_clip=0"], "optim.grad_clip is 0.0: give a norm above 0"),
+        (["--optim.lr=-1"], "optim.lr is -1.0: give 0 or more."),
+        (["--optim.betas=[0.9,1.0]"], "optim.betas is [0.9, 1.0]"),
+        (["--parallel.pack_tokens=-1"], "parallel.pack_tokens is -1"),
+    ],
+)
+def test_mistakes_get_one_sentence_before_a_model_is_loaded(args, says):
+    with pytest.raises(ValueError) as e:
+        check_sft(load_config(args, cls=SftConfig))
+    assert str(e.value).startswith(says) and "\n" not in str(e.value)
+    if args[0].startswith(("--optim", "--checkpoint_every")):
+        with pytest.raises(ValueError, match=re.escape(says.split(":")[0])):
+            check(load_config(args, cls=Config), 1)
