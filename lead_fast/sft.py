@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from lead_kernels import linear_logprobs
 
 from .checks import check_sft
-from .cli import dump, load_config
+from .cli import dump, load_config, take_dry_run
 from .config import SftConfig
 from .data.arithmetic import architecture, build_tokenizer
 from .data.order import ProblemStream
@@ -214,10 +214,15 @@ def sft(c: SftConfig, ranks: Ranks, run: Path) -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    c: SftConfig = load_config(args, cls=SftConfig, prog="lead_fast.sft")
+    dry, args = take_dry_run(args)
+    c: SftConfig = load_config(args, cls=SftConfig, about=__doc__)
     check_sft(c)
     ranks = start(c.parallel)
     shape = look_at_machine(c.model, ranks, engine=None, shape=architecture(8) if c.from_scratch else None)
+    if dry:
+        if ranks.main:
+            print(dump(c))
+        return stop()
     stamp = ranks.gather_objects(time.strftime("%Y%m%d-%H%M%S"))[0]
     run = Path(c.output or f"runs/sft-{Path(c.recipe).stem}-{stamp}")
     lock = checkpoint.claim(run, c.resume) if ranks.main else None

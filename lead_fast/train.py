@@ -24,7 +24,7 @@ import torch
 from lead_kernels import LeadAdvantages
 
 from .checks import check, chosen_engine
-from .cli import RECIPES, dump, load_config, names
+from .cli import RECIPES, dump, load_config, names, take_dry_run
 from .config import Config
 from .data.order import ProblemStream, SolveRateStream
 from .data.prompts import tokenize_prompts
@@ -450,11 +450,9 @@ def pick_recipe() -> tuple[str, str]:
 
 
 def main(args: list[str] | None = None) -> None:
-    args = list(sys.argv[1:] if args is None else args)
-    dry = "--dry-run" in args
-    args = [a for a in args if a != "--dry-run"]
+    dry, args = take_dry_run(args)
     default, why = pick_recipe()
-    c = load_config(args, default_recipe=default)
+    c = load_config(args, default_recipe=default, about=__doc__)
     named = any(a.split("=")[0] in ("--recipe", "--config") for a in args)
     ranks = start(c.parallel)
     if ranks.main:

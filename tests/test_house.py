@@ -1,6 +1,7 @@
 """The house's own rules: what documents name exists, who imports whom, and how the configuration answers mistakes."""
 
 import ast
+import dataclasses
 import importlib.util
 import io
 import os
@@ -280,3 +281,36 @@ def test_a_mistake_on_the_command_line_ends_the_run_with_that_sentence():
 def test_none_is_a_value_where_a_key_has_it_and_absence_where_it_may_be_absent():
     c = load_config(["--advantage.std=none", "--loss.dual_clip=none", "--resume", "--parallel.reshard=false"])
     assert c.advantage.std == "none" and c.loss.dual_clip is None and c.resume and not c.parallel.reshard
+
+
+# ------------------------------------------------------------------------------------------------------------- --help
+
+
+@pytest.mark.parametrize("cls, args", [(Config, ["--recipe=lead-14b"]), (Config, ["--preset=official", "--steps=7"]),
+                                       (SftConfig, ["--recipe=smollm2"])])  # fmt: skip
+def test_help_lists_every_key_in_order_with_the_recipes_value_and_lists_nothing_else(cls, args, capsys):
+    with pytest.raises(SystemExit) as e:
+        load_config([*args, "--help"], cls=cls, about="What it does.")
+    text = capsys.readouterr().out
+    assert not e.value.code and text.startswith("What it does.\n")
+    entries = re.findall(r"^  --(\S+?)=(.*)\n      (\S.*)$", text, re.M)  # the flag, and a line that describes it
+    listed = {key: value for key, value, _ in entries if key not in ("config", "model")}
+    assert list(listed) == keys(cls) and len(entries) == len(listed) + 2
+    expected = load_config(args[:1], cls=cls)
+    for key, value in listed.items():  # each is accepted alone, and is what would hold anyway
+        assert load_config([args[0], f"--{key}={value}"], cls=cls) == expected, key
+    assert set(re.findall(r"^  --([a-z-]+)(?:\n|=[A-Z])", text, re.M)) == {"help", "dry-run", "config", "model"}
+    sections = [f.name for f in dataclasses.fields(cls) if dataclasses.is_dataclass(f.type)]
+    found = re.findall(r"^(\w+): (\S.*)$", text, re.M)
+    assert [name for name, _ in found] == sections and not any("Config(" in said for _, said in found)
+
+
+@pytest.mark.parametrize("module", ["train", "sft", "evaluate"])
+def test_a_commands_help_is_its_docstring_and_the_keys(module):
+    out = run(f"lead_fast.{module}", "--help")
+    assert out.returncode == 0, out.stderr[-2000:]
+    assert f"-m lead_fast.{module} " in out.stdout.split("\n\n")[1] and "--recipe=tiny" in out.stdout
+    assert "--data.train=arithmetic:train?n=" in out.stdout
+    if module != "train":  # test_dry_run_names_the_recipe_and_stops
+        dry = run(f"lead_fast.{module}", "--dry-run", "--seed=5")
+        assert dry.returncode == 0 and "\nseed = 5\n" in dry.stdout, dry.stderr[-2000:]
