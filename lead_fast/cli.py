@@ -197,9 +197,9 @@ def help_text(c: Config | SftConfig, about: str) -> str:
     lines += ["", *(line for flag, text in FLAGS.items() for line in _entry(flag, text))]
     fields = dataclasses.fields(c)
     for section in [None, *(f for f in fields if dataclasses.is_dataclass(f.type))]:
-        values = c if section is None else getattr(c, section.name)
+        values: Any = c if section is None else getattr(c, section.name)
         prefix, docs = "" if section is None else f"{section.name}.", _descriptions(type(values))
-        lines += ["", f"{section.name}: {inspect.getdoc(values)}" if section else "general:"]
+        lines += ["", f"{section.name}: {type(values).__doc__}" if section else "general:"]
         for f in dataclasses.fields(values):
             if not dataclasses.is_dataclass(f.type):
                 shown = _shown(getattr(values, f.name))
@@ -215,7 +215,8 @@ def _descriptions(cls: Any) -> dict[str, str]:
     """Every field's docstring, which only the source has: the string after the field, base classes included."""
     out = {}
     for base in [b for b in reversed(cls.__mro__) if dataclasses.is_dataclass(b)]:
-        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        source: Any = base
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(source))).body
         assert isinstance(tree, ast.ClassDef)
         for field, following in itertools.pairwise(tree.body):
             if isinstance(field, ast.AnnAssign) and isinstance(following, ast.Expr):

@@ -21,6 +21,7 @@ from lead_fast.learner.memory import remedy
 from lead_fast.learner.model import load_model
 from lead_fast.learner.optimizer import make_optimizer
 from lead_fast.learner.policy import Policy
+from lead_fast.report import read_run
 
 
 @pytest.fixture
@@ -156,6 +157,8 @@ def test_a_run_measures_its_packs_rehearses_and_writes_to_every_sink(tmp_path):
     assert all(keys <= r.keys() and r["loss"] > 0 and r["tokens"] >= 256 for r in rows)
     assert re.search(r"^sft 3/3  loss +[\d.]+  held-out +[\d.]+  grad", done.stdout, re.M)
     assert list((run / "tensorboard").glob("events.*"))
+    with pytest.raises(ValueError, match="is a run of lead_fast.sft"):
+        read_run(run)
     assert done.stdout.count("wandb mine") == 1 and done.stdout.count("logged") == 3 and "sft/loss" in done.stdout
     assert (run / "final" / "README.md").read_text().count("validation_loss") >= 2
 
