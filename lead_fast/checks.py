@@ -1,6 +1,6 @@
 """What can be known wrong in a configuration before any model is loaded: ranges and combinations."""
 
-from .config import Config, ModelConfig, ParallelConfig
+from .config import Config, ModelConfig, OptimConfig, ParallelConfig, SftConfig
 
 
 def chosen_engine(c: Config, device_type: str) -> str:
@@ -30,6 +30,10 @@ def check(c: Config, world: int, *, trains: bool = True, device_type: str = "cpu
         if value < 1:
             raise ValueError(f"{name} is {value}: give 1 or more.")
     check_parallel(c.model, c.parallel)
+    check_optim(c.optim)
+    for name, count in {"checkpoint_every": c.checkpoint_every, "evaluate.every": c.evaluate.every}.items():
+        if count < 0:
+            raise ValueError(f"{name} is {count}: give 1 or more, or 0 for never.")
     by_sequence = c.loss.ratio == "sequence" or (
         c.loss.importance_cap is not None and c.loss.importance_level == "sequence"
     )
@@ -106,3 +110,30 @@ def check_parallel(model: ModelConfig, parallel: ParallelConfig) -> None:
             "model.compile is true with model.activation_checkpointing=selective, which must see single operators: "
             "give full or none."
         )
+
+
+def check_optim(optim: OptimConfig) -> None:
+    """What can be known wrong in the optimiser's settings. Raises ValueError."""
+    for name, value in {"lr": optim.lr, "weight_decay": optim.weight_decay, "warmup_steps": optim.warmup_steps,
+                        "max_skipped": optim.max_skipped}.items():  # fmt: skip
+        if value < 0:
+            raise ValueError(f"optim.{name} is {value}: give 0 or more.")
+    if optim.grad_clip <= 0:
+        raise ValueError(f"optim.grad_clip is {optim.grad_clip}: give a norm above 0; a large one clips nothing.")
+    if not all(0 <= beta < 1 for beta in optim.betas):
+        raise ValueError(f"optim.betas is {list(optim.betas)}: give two numbers from 0 to below 1.")
+
+
+def check_sft(c: SftConfig) -> None:
+    """What can be known wrong in SFT's configuration before a model is loaded. Raises ValueError."""
+    for name, value in {"steps": c.steps, "batch_tokens": c.batch_tokens}.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}: give 1 or more.")
+    for name, value, zero in (("validate_every", c.validate_every, "only after the last step"),
+                              ("checkpoint_every", c.checkpoint_every, "no checkpoints"),
+                              ("max_solution_tokens", c.max_solution_tokens, "no limit"),
+                              ("watchdog_s", c.watchdog_s, "no watchdog")):  # fmt: skip
+        if value < 0:
+            raise ValueError(f"{name} is {value}: give 1 or more, or 0 for {zero}.")
+    check_parallel(c.model, c.parallel)
+    check_optim(c.optim)

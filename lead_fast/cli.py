@@ -5,13 +5,18 @@ Order, later wins: the defaults of config.py <- recipe (TOML, over the preset it
 that names the value and the remedy.
 """
 
+import ast
 import dataclasses
 import difflib
+import inspect
+import itertools
 import json
+import os
 import sys
+import textwrap
 import tomllib
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from .config import Config, SftConfig
 
@@ -89,8 +94,11 @@ def from_tree(tree: dict[str, Any], cls: Any = Config) -> Any:
         raise ValueError(f"Configuration key {key} = {err['input']!r} is not valid: {err['msg']}.") from e
 
 
+SHORT = {"config": "recipe", "model": "model.path"}
+
+
 def load_config(
-    args: list[str] | None, *, default_recipe: str = "tiny", cls: Any = Config, prog: str = "lead_fast.train"
+    args: list[str] | None, *, default_recipe: str = "tiny", cls: Any = Config, about: str | None = None
 ) -> Any:
     """The configuration that a command line asks for.
 
@@ -99,21 +107,19 @@ def load_config(
             as `--recipe FILE`; `--model NAME` is short for `--model.path`.
         default_recipe: the recipe when none is named.
         cls: Config or SftConfig.
-        prog: shown by --help.
+        about: what --help says before the keys; the command's docstring.
     Raises:
         ValueError: unknown recipe, preset or key (with the nearest known one), or a value that does not fit.
+        SystemExit: `--help` was among the arguments and is answered.
     """
     args = [a for arg in (sys.argv[1:] if args is None else args) for a in _split(arg)]
-    if "--help" in args or "-h" in args:
-        import tyro
-
-        tyro.cli(cls, args=["--help"], prog=prog, description="Configuration keys, their meaning and defaults.")
+    asks_help = "--help" in args or "-h" in args
+    args = [a for a in args if a not in ("--help", "-h")]
     given: dict[str, str] = {}
-    short = {"config": "recipe", "model": "model.path"}
     while args:
         flag = args.pop(0)
         key = flag.removeprefix("--").replace("-", "_")
-        key = short.get(key, key)
+        key = SHORT.get(key, key)
         if not flag.startswith("--") or key not in keys(cls):
             raise unknown_key(key, "the command line", cls)
         if args and not args[0].startswith("--"):
@@ -128,11 +134,21 @@ def load_config(
         tree = merge(tree, read_toml(preset, PRESETS, "preset")) | {"preset": preset}
     elif preset := tree.get("preset", ""):  # the file's own values stand, or what `dump` wrote would change
         tree = merge(read_toml(preset, PRESETS, "preset"), tree)
+    if asks_help:
+        if os.environ.get("RANK", "0") == "0":
+            print(help_text(from_tree(tree, cls), about or ""))
+        raise SystemExit(0)
     for key, value in given.items():
         *section, leaf = key.split(".")
         parsed = _value(value, _type(key, cls))
         tree = merge(tree, {section[0]: {leaf: parsed}} if section else {leaf: parsed})
     return from_tree(tree, cls)
+
+
+def take_dry_run(args: list[str] | None) -> tuple[bool, list[str]]:
+    """Whether `--dry-run` is among the arguments (None takes sys.argv), and the other arguments."""
+    args = list(sys.argv[1:] if args is None else args)
+    return "--dry-run" in args, [a for a in args if a != "--dry-run"]
 
 
 def _split(arg: str) -> list[str]:
@@ -163,3 +179,60 @@ def dump(c: Config | SftConfig) -> str:
         if isinstance(values, dict):
             out += f"\n[{section}]\n" + "".join(line(k, v) for k, v in values.items() if v is not None)
     return out
+
+
+# ------------------------------------------------------------------------------------------------------------- --help
+
+FLAGS = {
+    "--help": "Print this and stop; -h does too.",
+    "--dry-run": "Print the configuration that would run, as TOML that --config reads, and stop.",
+    "--config=FILE": "The same as --recipe=FILE.",
+    "--model=NAME": "Short for --model.path.",
+}
+
+
+def help_text(c: Config | SftConfig, about: str) -> str:
+    """What --help prints: every flag that load_config accepts, with its description and its value in `c`."""
+    lines = [about.strip(), "", f"Every key with its value under recipe {c.recipe}; --KEY=VALUE changes it."]
+    lines += ["", *(line for flag, text in FLAGS.items() for line in _entry(flag, text))]
+    fields = dataclasses.fields(c)
+    for section in [None, *(f for f in fields if dataclasses.is_dataclass(f.type))]:
+        values: Any = c if section is None else getattr(c, section.name)
+        prefix, docs = "" if section is None else f"{section.name}.", _descriptions(type(values))
+        lines += ["", f"{section.name}: {type(values).__doc__}" if section else "general:"]
+        for f in dataclasses.fields(values):
+            if not dataclasses.is_dataclass(f.type):
+                shown = _shown(getattr(values, f.name))
+                lines += _entry(f"--{prefix}{f.name}={shown}", f"{docs[f.name]}{_choices(f.type)}")
+    return "\n".join(lines)
+
+
+def _entry(flag: str, text: str) -> list[str]:
+    return [f"  {flag}", *textwrap.wrap(text, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)]
+
+
+def _descriptions(cls: Any) -> dict[str, str]:
+    """Every field's docstring, which only the source has: the string after the field, base classes included."""
+    out = {}
+    for base in [b for b in reversed(cls.__mro__) if dataclasses.is_dataclass(b)]:
+        source: Any = base
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(source))).body
+        assert isinstance(tree, ast.ClassDef)
+        for field, following in itertools.pairwise(tree.body):
+            if isinstance(field, ast.AnnAssign) and isinstance(following, ast.Expr):
+                out[ast.unparse(field.target)] = " ".join(ast.literal_eval(following.value).split())
+    return out
+
+
+def _shown(value: Any) -> str:
+    """A value as the command line takes it."""
+    return value if isinstance(value, str) else "none" if value is None else json.dumps(value)
+
+
+def _choices(kind: Any) -> str:
+    """What a key can be, where its value does not show it."""
+    if get_origin(kind) is Literal:
+        return f" One of {', '.join(get_args(kind))}."
+    if kind is bool:
+        return " Boolean; the flag alone means true."
+    return " Or none." if type(None) in get_args(kind) else ""

@@ -6,6 +6,8 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class ModelConfig:
+    """The model that is trained, and how it is computed."""
+
     path: str = "tiny"
     """Hugging Face name or folder of a causal language model, a run directory, or `tiny` (the embedded one)."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -22,6 +24,8 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
+    """Problems and how they are asked."""
+
     train: str = "arithmetic:train"
     """Training problems: a .jsonl or .parquet file, a hub dataset's name, or `arithmetic:train?n=4000` (built in)."""
     test: str = "arithmetic:test"
@@ -46,6 +50,8 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
+    """How responses are sampled."""
+
     engine: Literal["auto", "transformers", "vllm"] = "auto"
     """Who generates; `auto`: vLLM on a GPU (a run without it stops unless transformers is named), else transformers."""
     problems: int = 32
@@ -80,6 +86,8 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class RewardConfig:
+    """What is graded, and what a response is worth."""
+
     grade: Literal["all", "before_think", "after_think"] = "all"
     """Where the last \\boxed{} is looked for, seen from `</think>`; both sides of a missing one are empty."""
     wrong: float = -1.0
@@ -98,6 +106,8 @@ class RewardConfig:
 
 @dataclass(frozen=True)
 class AdvantageConfig:
+    """From rewards to advantages, over the responses to one problem."""
+
     length_reward: bool = True
     """L: shorter correct responses are rewarded more, exp(-alpha z)."""
     alpha: float = 0.05
@@ -130,6 +140,8 @@ class AdvantageConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
+    """The clipped policy loss."""
+
     mean: Literal["response", "token", "constant"] = "response"
     """Per-response mean (paper), token mean over the whole batch (released code), or a constant length (Dr. GRPO)."""
     ratio: Literal["token", "sequence", "cispo"] = "token"
@@ -158,12 +170,17 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
+    """AdamW and its schedule."""
+
     lr: float = 1e-6
     """Peak learning rate of AdamW."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay of the first and second moment."""
     weight_decay: float = 0.01
     """AdamW's decoupled weight decay."""
+    decay_norms_and_biases: bool = True
+    """Decay norms and biases too, as the released code does (verl's FSDP workers: one AdamW group); false spares them,
+    as Hugging Face's Trainer does."""
     grad_clip: float = 1.0
     """Largest global gradient norm."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -178,6 +195,8 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
+    """How the model and the packs are laid out over ranks."""
+
     pack_tokens: int = 16384
     """Most tokens in a pack (a longer sequence gets one of its own); 0: what fits the GPU, measured at the start."""
     reshard: bool = True
@@ -189,11 +208,13 @@ class ParallelConfig:
     offload: Literal["none", "optimizer", "activations", "both"] = "none"
     """What lives in host memory: masters, gradients and optimiser; or each block's input, with full checkpointing."""
     rehearse: Literal["auto", "always", "never"] = "auto"
-    """One largest pack before the first rollout, so that out-of-memory comes in the first minute; auto: on a GPU."""
+    """One largest pack before the first step, so that out-of-memory comes in the first minute; auto: on a GPU."""
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
+    """Held-out evaluation."""
+
     every: int = 10
     """Evaluate on the held-out problems every so many steps, also before the first and after the last; 0 is never."""
     problems: int = 0
@@ -217,7 +238,7 @@ class Config:
     output: str = ""
     """Run directory; empty: runs/<recipe>-<time>."""
     resume: bool = False
-    """Go on from the newest whole checkpoint in the run directory."""
+    """Resume from the newest complete checkpoint in the run directory."""
     seed: int = 0
     """Of sampling and of the data's order."""
     steps: int = 100
@@ -250,7 +271,7 @@ class SftConfig:
     output: str = ""
     """Run directory; empty: runs/sft-<recipe>-<time>."""
     resume: bool = False
-    """Go on from the newest whole checkpoint in the run directory."""
+    """Resume from the newest complete checkpoint in the run directory."""
     seed: int = 0
     """Of the weights, if they are new, and of the data's order."""
     steps: int = 1000
@@ -269,6 +290,10 @@ class SftConfig:
     """Column with the worked solution."""
     max_solution_tokens: int = 0
     """Leave out longer solutions (and say how many), end of sequence included; 0: no limit. None is cut short."""
+    wandb: str = ""
+    """Weights & Biases project; empty: none."""
+    watchdog_s: float = 1500.0
+    """Seconds without progress after which every rank's phase and stack are printed and the job ends; 0: never."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from .checks import check, chosen_engine
-from .cli import load_config
+from .cli import dump, load_config, take_dry_run
 from .config import Config
 from .data.prompts import load_test
 from .learner.model import load_tokenizer, resolve
@@ -232,10 +232,10 @@ def compare(args: list[str]) -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    args = list(sys.argv[1:] if args is None else args)
+    dry, args = take_dry_run(args)
     if any(a.startswith("--compare") for a in args):
         return compare(args)
-    c: Config = load_config([*own_settings(args), *args], prog="lead_fast.evaluate")
+    c: Config = load_config([*own_settings(args), *args], about=__doc__)
     alone: dict[str, Any] = {"extra_problems": 0, "gpu_memory": c.evaluate.gpu_memory}  # no trainer beside the engine
     c = dataclasses.replace(c, rollout=dataclasses.replace(c.rollout, **alone))
     ranks = start()
@@ -243,6 +243,10 @@ def main(args: list[str] | None = None) -> None:
     if ranks.main:
         print(f"Settings of recipe {c.recipe}.", flush=True)
     look_at_machine(c.model, ranks, engine=chosen_engine(c, ranks.device.type))
+    if dry:
+        if ranks.main:
+            print(dump(c))
+        return stop()
     tokenizer = load_tokenizer(c.model)
     problems, prompts = load_test(c, tokenizer)
     folder = Path(c.output or f"runs/evaluate-{Path(c.model.path).name}-{Path(c.data.test).stem}")

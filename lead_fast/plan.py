@@ -488,7 +488,7 @@ def main(args: list[str] | None = None) -> int:
     given, rest = parser.parse_known_args(args)
     if not given.gpus.isdecimal():
         raise ValueError(f"--gpus is {given.gpus!r}: give a number.")
-    c = load_config(rest, default_recipe="lead-14b", prog="lead_fast.plan")
+    c = load_config(rest, default_recipe="lead-14b")
     if given.json and not given.json.absolute().parent.is_dir():
         raise ValueError(f"--json {given.json}: give a path in a folder that exists.")
     found = plan(c, int(given.gpus), given.device)

@@ -106,6 +106,10 @@ def read_run(run_dir: str | Path) -> Run:
     by_step = {(r.get("kind"), r["step"]): r for r in read_jsonl(path)}
     kinds = [[by_step[key] for key in sorted(k for k in by_step if k[0] == kind)] for kind in ("train", "eval")]
     if not kinds[0] and not kinds[1]:
+        if by_step:
+            raise ValueError(
+                f"{folder} is a run of lead_fast.sft, which has no answers to report: see its TensorBoard."
+            )
         raise ValueError(f"{path} holds no step and no evaluation yet: let the run finish its first step.")
     return Run(folder, *kinds)
 

@@ -5,25 +5,29 @@
 Loss: mean negative log-likelihood of the solution's tokens, end-of-sequence token included, prompt tokens not.
 """
 
-import json
+import contextlib
+import dataclasses
 import math
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM
 
 from lead_kernels import linear_logprobs
 
-from .checks import check_parallel
-from .cli import dump, load_config
+from .checks import check_sft
+from .cli import dump, load_config, take_dry_run
 from .config import SftConfig
 from .data.arithmetic import architecture, build_tokenizer
 from .data.order import ProblemStream
 from .data.prompts import tokenize_prompts
 from .data.read import load_problems, say
 from .learner import checkpoint
+from .learner.memory import rehearse_pack, worst_pack
 from .learner.model import load_model, load_tokenizer
 from .learner.optimizer import learning_rate, make_optimizer, update
 from .learner.packing import Pack, assign, make_pack
@@ -31,11 +35,30 @@ from .learner.policy import Policy, make_policy
 from .machine import look_at_machine
 from .release import release
 from .runtime.health import Health
-from .runtime.ranks import complaint, start, stop
+from .runtime.metrics import Metrics, PhaseTimer
+from .runtime.ranks import Ranks, complaint, start, stop
+from .runtime.signals import any_rank_caught, say_stopped, stop_on_sigterm
+from .runtime.watchdog import Watchdog
 
 
-def load_examples(c: SftConfig, tokenizer, source: str, split: str) -> tuple[list[list[int]], list[list[int]]]:
-    """Prompts and solutions as token ids; every solution ends in the end-of-sequence token, so none is cut short."""
+class Examples(NamedTuple):
+    """Token ids; every solution ends in the end-of-sequence token, so none is cut short."""
+
+    prompts: list[list[int]]
+    solutions: list[list[int]]
+
+    def lengths(self, members: Iterable[int] | None = None) -> list[int]:
+        """Tokens of each example that go through the model: the last is only ever a target."""
+        every = range(len(self.solutions)) if members is None else members
+        return [len(self.prompts[i]) + len(self.solutions[i]) - 1 for i in every]
+
+    def targets(self, members: Iterable[int]) -> int:
+        """How many tokens the loss of these examples is the mean over."""
+        return sum(len(self.solutions[i]) for i in members)
+
+
+def load_examples(c: SftConfig, tokenizer, source: str, split: str) -> Examples:
+    """The source's problems with their solutions; those over a limit are left out."""
     problems = load_problems(
         source,
         split=split,
@@ -70,11 +93,11 @@ def load_examples(c: SftConfig, tokenizer, source: str, split: str) -> tuple[lis
         )
     if len(fit) < len(encoded):
         say(f"{len(encoded) - len(fit)} of {len(encoded)} solutions left out: over {most} tokens.")
-    return [prompts[i] for i in fit], [encoded[i] for i in fit]
+    return Examples([prompts[i] for i in fit], [encoded[i] for i in fit])
 
 
 def batches(lengths: list[int], c: SftConfig) -> list[list[int]]:
-    """Examples of every step: `batch_tokens` at least, in a seeded order that goes on over epochs."""
+    """Examples of every step: `batch_tokens` at least, in a seeded order that continues over epochs."""
     order = ProblemStream(len(lengths), 1, c.seed)
     out, at = [], 0
     for _ in range(c.steps):
@@ -88,84 +111,125 @@ def batches(lengths: list[int], c: SftConfig) -> list[list[int]]:
     return out
 
 
+def packs_of(examples: Examples, members: Sequence[int], c: SftConfig, policy: Policy, ranks: Ranks) -> Iterator[Pack]:
+    """This rank's packs of the examples `members`; every rank has the same number."""
+    lengths = examples.lengths(members)
+    plan = assign(lengths, c.parallel.pack_tokens, ranks.teams, policy.flops())
+    part = (ranks.member, ranks.sequence)
+    for pack in plan[ranks.team]:
+        yield make_pack([members[i] for i in pack], *examples, None, ranks.device, part)
+
+
 def pack_loss(policy: Policy, pack: Pack, tokens: int) -> torch.Tensor:
     """The pack's share of the batch's mean negative log-likelihood; `tokens` counts the whole batch's targets."""
     return policy(pack, lambda h, w: -linear_logprobs(h, w, pack.targets_R)[0].sum() / tokens)
 
 
-def main(args: list[str] | None = None) -> None:
-    c: SftConfig = load_config(args, cls=SftConfig, prog="lead_fast.sft")
-    ranks = start(c.parallel)
-    check_parallel(c.model, c.parallel)
-    shape = look_at_machine(c.model, ranks, engine=None, shape=architecture(8) if c.from_scratch else None)
-    run = Path(c.output or f"runs/sft-{Path(c.recipe).stem}-{ranks.gather_objects(time.strftime('%Y%m%d-%H%M%S'))[0]}")
-    lock = checkpoint.claim(run, c.resume) if ranks.main else None
-    if lock:
-        checkpoint.check_room(run, shape, c.checkpoint_every)
-        checkpoint.write_atomic(run / "config.toml", dump(c))
-    if c.from_scratch:
-        tokenizer = build_tokenizer()
-    else:
-        tokenizer = load_tokenizer(c.model)
-    prompts, solutions = load_examples(c, tokenizer, c.data.train, "train")
-    test_prompts, test_solutions = load_examples(c, tokenizer, c.data.test, "test")
+def rehearse(policy: Policy, optimizer: torch.optim.Optimizer, c: SftConfig, longest: int, ranks: Ranks) -> SftConfig:
+    """One largest pack before the first step; returns the configuration with parallel.pack_tokens above 0."""
+
+    def gradient(tokens: int) -> None:
+        pack, _ = worst_pack(tokens, longest, ranks)
+        for _ in range(2):
+            pack_loss(policy, pack, tokens).backward()
+
+    return rehearse_pack(policy, optimizer, c, longest, gradient, ranks)
+
+
+def validate(policy: Policy, test: Examples, c: SftConfig, ranks: Ranks, beat: Callable[[], None]) -> float:
+    """Mean negative log-likelihood of the held-out solutions. A collective."""
+    everything = range(len(test.solutions))
+    tokens, losses = test.targets(everything), []
+    with torch.no_grad():
+        for pack in packs_of(test, everything, c, policy, ranks):
+            beat()
+            losses.append(pack_loss(policy, pack, tokens))
+    return ranks.all_sum(torch.stack(losses).sum()).item()
+
+
+def sft(c: SftConfig, ranks: Ranks, run: Path) -> None:
+    """Fine-tune as `c` says; everything that comes out is in the folder `run`."""
+    sigterm = stop_on_sigterm()
+    tokenizer = build_tokenizer() if c.from_scratch else load_tokenizer(c.model)
+    train = load_examples(c, tokenizer, c.data.train, "train")
+    test = load_examples(c, tokenizer, c.data.test, "test")
+    lengths = train.lengths()
+    schedule = batches(lengths, c)
+    metrics = Metrics(run, total_steps=c.steps, wandb_project=c.wandb or None, enabled=ranks.main)
+
     model = new_model(c.seed, len(tokenizer)) if c.from_scratch else load_model(c.model)
     policy = make_policy(model, c.model, c.parallel, ranks)
     optimizer = make_optimizer(policy, c.optim)
-    lengths = [len(p) + len(s) - 1 for p, s in zip(prompts, solutions, strict=True)]
-    test_lengths = [len(p) + len(s) - 1 for p, s in zip(test_prompts, test_solutions, strict=True)]
-    schedule = batches(lengths, c)
-    first = 0
-    if c.resume and (found := checkpoint.load(run, policy, optimizer, ranks)):
-        first = found["step"]
+    c = rehearse(policy, optimizer, c, max(lengths + test.lengths()), ranks)
+    found = (c.resume and checkpoint.load(run, policy, optimizer, ranks)) or {}
+    first, began = found.get("step", 0), time.monotonic() - found.get("elapsed_s", 0.0)
+    metrics.truncate_after(first)
+    health = Health(run, c.optim.max_skipped, found.get("updates_skipped", 0))
+    dog = Watchdog(c.watchdog_s, ranks)
+    timer = PhaseTimer(dog.beat)
 
-    def cut(members: list[int], prompts, solutions, lengths) -> tuple[list[Pack], int]:
-        plan = assign([lengths[i] for i in members], c.parallel.pack_tokens, ranks.teams, policy.flops())
-        mine = [[members[i] for i in pack] for pack in plan[ranks.team]]
-        part = (ranks.member, ranks.sequence)
-        packs = [make_pack(pack, prompts, solutions, None, ranks.device, part) for pack in mine]
-        return packs, sum(len(solutions[i]) for i in members)
-
-    def total(losses: list[torch.Tensor]) -> float:
-        return ranks.all_sum(torch.stack([x.detach() for x in losses]).sum()).item()
-
-    if ranks.main and first and (run / "metrics.jsonl").is_file():  # what came after the checkpoint is made again
-        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
-        kept = [line for line in lines if json.loads(line)["step"] <= first]
-        checkpoint.write_atomic(run / "metrics.jsonl", "".join(line + "\n" for line in kept))
-    health = Health(run, c.optim.max_skipped)
-    began = time.monotonic()
-    with open(run / "metrics.jsonl" if ranks.main else "/dev/null", "a", encoding="utf-8") as log:
+    with contextlib.closing(metrics), contextlib.closing(dog):
         for step in range(first, c.steps):
-            packs, tokens = cut(schedule[step], prompts, solutions, lengths)
-            losses = []
-            for pack in packs:
-                loss = pack_loss(policy, pack, tokens)
-                loss.backward()
-                losses.append(loss)
-            lr = learning_rate(step, c.steps, c.optim)
-            loss = total(losses)
-            norm = update(policy, optimizer, lr, c.optim.grad_clip, loss)
-            health.count(step + 1, int(not math.isfinite(norm)), None)
-            record = {"step": step + 1, "loss": loss, "grad_norm": norm, "learning_rate": lr}
-            if step + 1 == c.steps or (c.validate_every and (step + 1) % c.validate_every == 0):
-                with torch.no_grad():
-                    held, n = cut(list(range(len(test_lengths))), test_prompts, test_solutions, test_lengths)
-                    record["validation_loss"] = total([pack_loss(policy, pack, n) for pack in held])
-            record["elapsed_s"] = time.monotonic() - began
-            if ranks.main:
-                log.write(json.dumps(record) + "\n")
-                log.flush()
-                if "validation_loss" in record or (step + 1) % 20 == 0:
-                    left = record["elapsed_s"] / (step + 1 - first) * (c.steps - step - 1)
-                    shown = "  ".join(f"{k} {v:.4g}" for k, v in record.items() if k != "step")
-                    print(f"sft {step + 1}/{c.steps}  {shown}  left_s {left:.0f}", flush=True)
-            if c.checkpoint_every and (step + 1) % c.checkpoint_every == 0:
-                checkpoint.save(run, step + 1, policy, optimizer, {}, ranks)
-    checkpoint.export(run / "final", policy, tokenizer, getattr(torch, c.export_dtype), ranks)
+            done, lr = step + 1, learning_rate(step, c.steps, c.optim)
+            dog.beat("pack", done)
+            with timer("pack"):
+                packs, targets = list(packs_of(train, schedule[step], c, policy, ranks)), train.targets(schedule[step])
+            with timer("train"):
+                losses = []
+                for at, pack in enumerate(packs):
+                    dog.beat()
+                    metrics.progress("train", done, at, len(packs))
+                    losses.append(pack_loss(policy, pack, targets))
+                    losses[-1].backward()
+            with timer("optim"):
+                loss = ranks.all_sum(torch.stack([x.detach() for x in losses]).sum()).item()
+                norm = update(policy, optimizer, lr, c.optim.grad_clip, loss)
+            record: dict[str, Any] = {"loss": loss, "grad_norm": norm, "learning_rate": lr, "packs": len(packs)}
+            record["tokens"] = sum(train.lengths(schedule[step]))
+            record["tokens_per_s"] = record["tokens"] / sum(timer.seconds[p] for p in ("pack", "train", "optim"))
+            if done == c.steps or (c.validate_every and done % c.validate_every == 0):
+                with timer("evaluate"):
+                    record["validation_loss"] = validate(policy, test, c, ranks, dog.beat)
+            record |= {"updates_skipped": int(not math.isfinite(norm)), "alerts": health.look(done, record)}
+            record |= {"elapsed_s": time.monotonic() - began, "seconds": timer.seconds}
+            metrics.sft(done, record)
+            for alert in record["alerts"]:
+                metrics.warn(alert)
+            if record["updates_skipped"]:
+                metrics.warn(f"step {done}: loss or gradient not finite, update skipped.")
+            health.count(done, record["updates_skipped"], None)
+            timer.reset()
+            leaving = any_rank_caught(sigterm, ranks)
+            if leaving or (c.checkpoint_every and done % c.checkpoint_every == 0):
+                with timer("save"):  # its seconds are in the next step's record
+                    extra = {"elapsed_s": time.monotonic() - began, "updates_skipped": health.skipped}
+                    saved = checkpoint.save(run, done, policy, optimizer, extra, ranks)
+                if leaving:
+                    return say_stopped(run, done, saved, ranks)
+        dog.beat("export")
+        checkpoint.export(run / "final", policy, tokenizer, getattr(torch, c.export_dtype), ranks)
     if ranks.main:
         release(run)
         print(f"Model: {run / 'final'}", flush=True)
+
+
+def main(args: list[str] | None = None) -> None:
+    dry, args = take_dry_run(args)
+    c: SftConfig = load_config(args, cls=SftConfig, about=__doc__)
+    check_sft(c)
+    ranks = start(c.parallel)
+    shape = look_at_machine(c.model, ranks, engine=None, shape=architecture(8) if c.from_scratch else None)
+    if dry:
+        if ranks.main:
+            print(dump(c))
+        return stop()
+    stamp = ranks.gather_objects(time.strftime("%Y%m%d-%H%M%S"))[0]
+    run = Path(c.output or f"runs/sft-{Path(c.recipe).stem}-{stamp}")
+    lock = checkpoint.claim(run, c.resume) if ranks.main else None
+    if lock:
+        checkpoint.check_room(run, shape, c.checkpoint_every)
+        checkpoint.write_atomic(run / "config.toml", dump(dataclasses.replace(c, resume=False)))
+    sft(c, ranks, run)
     stop()
     if lock:
         lock.close()

@@ -14,10 +14,8 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from .checks import check, chosen_engine
-from .cli import RECIPES, dump, load_config, names
+from .cli import RECIPES, dump, load_config, names, take_dry_run
 from .config import Config
 from .data.prompts import load_test, load_train
 from .evaluate import evaluate
@@ -34,8 +32,8 @@ from .rollout.engines import make_engine
 from .rollout.sampler import Sampler
 from .rollout.sync import canary, publish
 from .runtime.journal import Journal
-from .runtime.leave import stop_on_sigterm
 from .runtime.ranks import Ranks, complaint, start, stop
+from .runtime.signals import any_rank_caught, say_stopped, stop_on_sigterm
 
 
 def train(c: Config, ranks: Ranks, folder: Path) -> None:
@@ -77,11 +75,11 @@ def train(c: Config, ranks: Ranks, folder: Path) -> None:
             if c.evaluate.every and (done % c.evaluate.every == 0 or done == c.steps):
                 held_out(done)
             journal.step(done, batch, credit, update, synced)
-            leaving = ranks.all_max(torch.tensor(float(bool(asked_to_stop)))).item() > 0
+            leaving = any_rank_caught(asked_to_stop, ranks)
             due = c.checkpoint_every and done % c.checkpoint_every == 0
             saved = bool(leaving or due) and run.save(done)  # its seconds are told with the next step
             if leaving:
-                return run.leave(done, saved)
+                return say_stopped(folder, done, saved, ranks)
         journal.progress("export", c.steps, 0, 1)
         learner.export(folder / "final", tokenizer)
     if ranks.main:
@@ -117,20 +115,11 @@ class Run:
                 remedy = "start again."
             raise ValueError(f"{when} {e}: {remedy}") from e
 
-    def leave(self, step: int, saved: bool) -> None:
-        """End a run that was asked to stop; raise ValueError where it could not be saved."""
-        if not saved:
-            raise ValueError(f"Asked to stop after step {step}, but it could not be saved: make room in {self.folder}.")
-        if self.learner.ranks.main:
-            print(f"Asked to stop: saved after step {step}; resume with --output={self.folder} --resume.", flush=True)
-
 
 def main(args: list[str] | None = None) -> None:
-    args = list(sys.argv[1:] if args is None else args)
-    dry = "--dry-run" in args
-    args = [a for a in args if a != "--dry-run"]
+    dry, args = take_dry_run(args)
     default, why = pick_recipe()
-    c = load_config(args, default_recipe=default)
+    c = load_config(args, default_recipe=default, about=__doc__)
     named = any(a.split("=")[0] in ("--recipe", "--config") for a in args)
     ranks = start(c.parallel)
     if ranks.main:

@@ -23,8 +23,8 @@ from lead_fast.learner.model import load_model, load_tokenizer
 from lead_fast.learner.optimizer import make_optimizer, update
 from lead_fast.learner.policy import load_policy
 from lead_fast.runtime.health import Health, must_be_finite
-from lead_fast.runtime.journal import Metrics
 from lead_fast.runtime.jsonl import read_jsonl
+from lead_fast.runtime.metrics import Metrics
 
 # --------------------------------------------------------------------------------------------------------------- kills
 

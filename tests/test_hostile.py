@@ -17,8 +17,8 @@ from lead_fast.report import write_report
 from lead_fast.reward.extraction import extract_boxed, graded_text, is_degenerate
 from lead_fast.reward.grading import score
 from lead_fast.reward.verifier import Verifier
-from lead_fast.runtime.journal import Metrics
 from lead_fast.runtime.jsonl import read_jsonl
+from lead_fast.runtime.metrics import Metrics
 
 LIMIT_S = 1.0
 

@@ -1,13 +1,16 @@
 """The house's own rules: what documents name exists, who imports whom, and how the configuration answers mistakes."""
 
 import ast
+import dataclasses
 import importlib.util
+import io
 import re
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest
-from jobs import ROOT, commands
+from jobs import ROOT, commands, python
 
 from lead_fast.checks import check
 from lead_fast.cli import PRESETS, RECIPES, dump, keys, load_config, names
@@ -127,6 +130,43 @@ def test_paths_and_commands_in_documents_exist(doc: Path):
         assert key in {*keys(Config), *keys(SftConfig)}, f"{doc.name} names --{key}"
 
 
+def prose(path: Path) -> list[str]:
+    """Comments and docstrings of a Python file, those of fields among them."""
+    text = path.read_text(encoding="utf-8")
+    out = [t.string for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.type == tokenize.COMMENT]
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            out.append(node.value.value)
+    return out
+
+
+CODE = [p for top in ("lead_fast", "kernels", "bench", "tests") for p in sorted((ROOT / top).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("path", [*CODE, ROOT / "setup.py"], ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_named_in_comments_and_docstrings_exist(path: Path):
+    places = [ROOT, path.parent, *(ROOT / top for top in ("lead_fast", "kernels/lead_kernels", "csrc", "docs"))]
+    places += [ROOT / "lead_fast" / wing for wing in BELOW]
+    for text in prose(path):
+        for word in re.findall(r"(?<![\w*<>{}./-])[\w./-]*\w\.(?:py|md|toml|jsonl?|png|cpp|h)\b", text):
+            placeholder = re.search(r"\b(?:FILE|RUN_DIR|step-N)\b", word)
+            assert placeholder or word in GENERATED | WRITTEN or any((p / word).exists() for p in places), (
+                f"{path.relative_to(ROOT)} names {word}, which is not in the repository"
+            )
+
+
+def test_make_gpu_and_make_check_cuda_run_every_file_of_kernel_tests():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    named = re.findall(r"^KERNEL_TESTS := (.*)$", makefile, re.M)[0].split()
+    users = {p for p in (ROOT / "tests").rglob("test_*.py") if "lead_kernels" in imports(p)}
+    assert users and users <= {p for pattern in named for p in ROOT.glob(pattern)}
+    for target in ("gpu", "check-cuda"):
+        recipe = re.findall(rf"^{target}:.*\n((?:\t.*\n)+)", makefile, re.M)[0]
+        assert "pytest -q $(KERNEL_TESTS)" in recipe, target
+
+
+WRITTEN = {"train.jsonl", "test.jsonl", "compare.png", "seconds.json", "extra.json", "config.json", "solved.jsonl",
+           "avx512fintrin.h"}  # outputs; the last one is a header of the compiler  # fmt: skip
 GENERATED = {
     "docs/pipeline/",
     "samples.jsonl",
@@ -256,3 +296,35 @@ def test_a_mistake_on_the_command_line_ends_every_command_with_that_sentence(n, 
 def test_none_is_a_value_where_a_key_has_it_and_absence_where_it_may_be_absent():
     c = load_config(["--advantage.std=none", "--loss.dual_clip=none", "--resume", "--parallel.reshard=false"])
     assert c.advantage.std == "none" and c.loss.dual_clip is None and c.resume and not c.parallel.reshard
+
+
+# ------------------------------------------------------------------------------------------------------------- --help
+
+
+@pytest.mark.parametrize("cls, args", [(Config, ["--recipe=lead-14b"]), (Config, ["--preset=official", "--steps=7"]),
+                                       (SftConfig, ["--recipe=smollm2"])])  # fmt: skip
+def test_help_lists_every_key_in_order_with_the_recipes_value_and_lists_nothing_else(cls, args, capsys):
+    with pytest.raises(SystemExit) as e:
+        load_config([*args, "--help"], cls=cls, about="What it does.")
+    text = capsys.readouterr().out
+    assert not e.value.code and text.startswith("What it does.\n")
+    entries = re.findall(r"^  --(\S+?)=(.*)\n      (\S.*)$", text, re.M)  # the flag, and a line that describes it
+    listed = {key: value for key, value, _ in entries if key not in ("config", "model")}
+    assert list(listed) == keys(cls) and len(entries) == len(listed) + 2
+    given = [f"--{key}={value}" for key, value in listed.items()]  # all are accepted, and are what would hold anyway
+    assert load_config(given, cls=cls) == load_config(args[:1], cls=cls)
+    assert set(re.findall(r"^  --([a-z-]+)(?:\n|=[A-Z])", text, re.M)) == {"help", "dry-run", "config", "model"}
+    sections = [f.name for f in dataclasses.fields(cls) if dataclasses.is_dataclass(f.type)]
+    found = re.findall(r"^(\w+): (\S.*)$", text, re.M)
+    assert [name for name, _ in found] == sections and not any("Config(" in said for _, said in found)
+
+
+@pytest.mark.parametrize("module", ["train", "sft", "evaluate"])
+def test_a_commands_help_is_its_docstring_and_the_keys(module):
+    out = python("-m", f"lead_fast.{module}", "--help")
+    assert out.returncode == 0, out.stderr[-2000:]
+    assert f"-m lead_fast.{module} " in out.stdout.split("\n\n")[1] and "--recipe=tiny" in out.stdout
+    assert "--data.train=arithmetic:train?n=" in out.stdout
+    if module != "train":  # test_a_dry_run_names_what_was_chosen_and_stops
+        dry = python("-m", f"lead_fast.{module}", "--dry-run", "--seed=5")
+        assert dry.returncode == 0 and "\nseed = 5\n" in dry.stdout, dry.stderr[-2000:]

@@ -163,13 +163,13 @@ def test_remedies_come_in_order():
         world, rank = 8, 0
 
     def said(*args: str) -> str:
-        return remedy(load_config(["--recipe=lead-14b", *args]), 32768, Eight)  # type: ignore[arg-type]
+        return remedy(load_config(["--recipe=lead-14b", *args]), 32768, 15360, Eight)  # type: ignore[arg-type]
 
     none = "--model.activation_checkpointing=none"
     assert said(none).endswith("activation_checkpointing=full")
     assert said("--parallel.reshard=false").endswith("reshard=true")
     assert said().startswith("give --parallel.pack_tokens=15360")
-    assert "--parallel.sequence=2" in remedy(load_config(["--recipe=lead-14b"]), 15360, Eight)  # type: ignore[arg-type]
+    assert "--parallel.sequence=2" in remedy(load_config(["--recipe=lead-14b"]), 15360, 15360, Eight)  # type: ignore[arg-type]
 
 
 def test_less_is_held_for_the_backward_pass_with_selective_and_full_checkpointing(one_rank):

@@ -15,8 +15,8 @@ import torch
 from lead_fast.report import band, main, parse_labelled, read_run, write_report
 from lead_fast.runtime import journal as metrics_module
 from lead_fast.runtime.console import clock
-from lead_fast.runtime.journal import Metrics, PhaseTimer
 from lead_fast.runtime.jsonl import read_jsonl
+from lead_fast.runtime.metrics import Metrics, PhaseTimer
 
 pytestmark = pytest.mark.quick
 

@@ -44,7 +44,7 @@ def trainer() -> SimpleNamespace:
     from lead_fast.rollout.collect import gather, rollout
     from lead_fast.rollout.engine import Sampling
     from lead_fast.rollout.engines import make_engine
-    from lead_fast.runtime.journal import PhaseTimer
+    from lead_fast.runtime.metrics import PhaseTimer
     from lead_fast.runtime.ranks import start, stop
 
     return SimpleNamespace(

@@ -193,7 +193,7 @@ def test_graded_text_around_think():
 
 @pytest.mark.parametrize("where", ["before_think", "after_think"])
 def test_a_response_that_never_ends_its_thinking_is_wrong_and_truncated(verifier, where):
-    """Released code (lead.md, section 2): no `</think>`, no reward, whatever was boxed on the way."""
+    """The code released with arXiv 2504.09696: no `</think>`, no reward, whatever was boxed on the way."""
     guess = r"so \boxed{7} " + "wait " * 60
     responses = [Response([1], [0.0], end, guess, 0) for end in ("length", "stop")]
     responses.append(Response([1], [0.0], "stop", r"\boxed{7}</think>\boxed{7}", 0))

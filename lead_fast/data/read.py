@@ -18,6 +18,8 @@ BENCHMARKS = {
     "OlympiadBench": ("Hothan/OlympiadBench:OE_TO_maths_en_COMP", "train"),
 }
 BENCHMARK_COLUMNS = (("problem", "question"), ("answer", "final_answer"), ("difficulty", "level"))
+# What a hub dataset's name does not end in: such a source is a file, read here or refused.
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt", ".arrow", ".xlsx", ".gz", ".zip", ".zst")
 
 
 def load_problems(
@@ -129,20 +131,33 @@ def _read(source: str, split: str, called: str = "") -> tuple[list[dict], list[s
             raise ValueError(f"{source} is not understood: give arithmetic:train?n=4000&seed=1, or arithmetic:test?...")
         n = int(given.get("n", 4000 if part == "train" else 256))
         rows: list[dict] = make_problems(n, seed=int(given.get("seed", 0)), split=part)
-    elif source.endswith((".jsonl", ".json")):
-        rows = _read_jsonl(Path(source))
-    elif source.endswith(".parquet"):
-        rows = _read_parquet(Path(source))
-    elif Path(source).is_file():
-        raise ValueError(f"{source} is neither .jsonl, .json nor .parquet: convert it to one of them.")
+    elif looks_local(source):
+        path = Path(source)
+        _must_be_a_file(source)
+        if source.endswith((".jsonl", ".json")):
+            rows = _read_jsonl(path)
+        elif source.endswith(".parquet"):
+            rows = _read_parquet(path)
+        else:
+            raise ValueError(f"{source} is neither .jsonl, .json nor .parquet: convert it to one of them.")
     else:
         rows = _read_hub(source, split, called or source)
     return rows, list(dict.fromkeys(k for row in rows for k in row))
 
 
+def looks_local(source: str) -> bool:
+    """Whether a source is looked for on this machine: no hub dataset is named so, or it exists here."""
+    return (
+        source.lower().endswith(SUFFIXES)
+        or source.startswith(("/", "./", "../", "~"))
+        or source.endswith("/")
+        or source.count("/") > 1  # a hub name is owner/name
+        or Path(source).exists()
+    )
+
+
 def _read_jsonl(path: Path) -> list[dict]:
     """Rows of a file with a JSON object a line, or with one JSON array of objects."""
-    _must_exist(path)
     with path.open("rb") as f:
         if f.read(1024).lstrip()[:1] == b"[":
             return _read_array(path)
@@ -181,7 +196,6 @@ def _read_parquet(path: Path) -> list[dict]:
     from datasets import Dataset
     from datasets.exceptions import DatasetGenerationError
 
-    _must_exist(path)
     try:
         return list(Dataset.from_parquet(str(path)))  # type: ignore[arg-type]
     except (pyarrow.ArrowInvalid, DatasetGenerationError) as e:
@@ -211,6 +225,8 @@ def _read_hub(name: str, split: str, called: str) -> list[dict]:
     )
 
 
-def _must_exist(path: Path) -> None:
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist: give a .jsonl, .json or .parquet file, or a hub dataset's name.")
+def _must_be_a_file(source: str) -> None:
+    if Path(source).is_dir():
+        raise ValueError(f"{source} is a folder: give a .jsonl, .json or .parquet file in it.")
+    if not Path(source).is_file():
+        raise ValueError(f"{source} does not exist: give a .jsonl, .json or .parquet file, or a hub dataset's name.")

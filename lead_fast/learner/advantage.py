@@ -53,7 +53,7 @@ def advantages(scores: list[Score], lengths: list[int], c: Config, device: torch
 
 
 def difficulty_weight(solve_rate: torch.Tensor, c: Config) -> torch.Tensor:
-    """w(rho) = A + (B - A) / (1 + exp(k (rho - rho0))), float32 [P] (lead.md section 1); 1 where AD is off."""
+    """w(rho) = A + (B - A) / (1 + exp(k (rho - rho0))), float32 [P] (arXiv 2504.09696); 1 without AD."""
     a = c.advantage
     if not a.difficulty:
         return torch.ones_like(solve_rate)

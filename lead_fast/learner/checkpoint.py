@@ -141,6 +141,8 @@ def number(folder: Path) -> int:
 def load(run: Path, policy: Policy, optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict[str, Any] | None:
     """Read the newest whole checkpoint into model and optimiser, on any number of ranks. A collective.
 
+    The optimiser keeps its own groups (what is decayed, and how much): they are the configuration's.
+
     Returns:
         what was saved as `extra`, with `step`; None if no checkpoint was ever finished.
     Raises:
@@ -166,13 +168,14 @@ def load(run: Path, policy: Policy, optimizer: torch.optim.Optimizer, ranks: Ran
     if found is None:
         return None
     model, optim = get_state_dict(policy, optimizer)
-    state = {"model": model, "optim": optim}
+    state = {"model": model, "optim": {"state": optim["state"]}}
     try:
         _Reader(found).read_metadata()  # DCP before torch 2.13 swallows what this raises
         dcp_load(state, storage_reader=_Reader(found), planner=_Planner())
     except (CheckpointException, pickle.UnpicklingError) as e:
         raise ValueError(f"Checkpoint {found} cannot be read ({_reason(e)}): was it made by another model?") from e
-    set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"])
+    optim |= state["optim"]
+    set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=optim)
     return json.loads((found / "extra.json").read_text())
 
 

@@ -1,13 +1,15 @@
-"""Room for the largest pack: found, or found wanting, before the first rollout and not after hours.
+"""Room for the largest pack: found, or found wanting, before the first step and not after hours.
 
 Legend: T packed tokens.
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
-from ..config import Config
+from ..config import Config, SftConfig
 from ..runtime.ranks import Ranks
 from .loss import Objective, pack_logprobs, policy_loss
 from .packing import Pack, make_pack
@@ -17,6 +19,7 @@ GRANULE = 512  # tokens; a budget that was measured is a multiple of it
 SPARE = 0.05  # of a GPU's memory, left to the allocator's gaps and to what NCCL takes
 PROBES = (2048, 6144)  # tokens of the two packs between which memory is a straight line
 SPARED_PACK = 16384  # the budget where there is no GPU to measure
+AnyConfig = TypeVar("AnyConfig", Config, SftConfig)
 
 
 def worst_pack(tokens: int, longest: int, ranks: Ranks) -> tuple[Pack, Objective]:
@@ -44,8 +47,24 @@ def gradient(policy: Policy, reference: Policy | None, tokens: int, c: Config, r
 def rehearse(
     policy: Policy, reference: Policy | None, optimizer: torch.optim.Optimizer, c: Config, ranks: Ranks
 ) -> Config:
+    """One worst-case step of GRPO, so that out-of-memory comes now; see rehearse_pack."""
+    longest = c.data.max_prompt_tokens + c.rollout.max_tokens
+    return rehearse_pack(policy, optimizer, c, longest, lambda n: gradient(policy, reference, n, c, ranks), ranks)
+
+
+def rehearse_pack(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    c: AnyConfig,
+    longest: int,
+    gradient: Callable[[int], None],
+    ranks: Ranks,
+) -> AnyConfig:
     """One worst-case step, so that out-of-memory comes now. Weights and optimiser are afterwards what they were.
 
+    Args:
+        longest: tokens of the longest sequence that can come.
+        gradient: forward and backward of a pack of so many tokens, twice: the second pass finds gradients in memory.
     Returns:
         the configuration, with the measured parallel.pack_tokens where it was 0.
     Raises:
@@ -63,16 +82,15 @@ def rehearse(
         if fresh:  # the optimiser's state, by a step that moves nothing
             _still(policy, optimizer)
         if not tokens:
-            tokens = _budget(policy, reference, c, ranks)
-        longest = c.data.max_prompt_tokens + c.rollout.max_tokens
-        gradient(policy, reference, max(tokens, longest), c, ranks)
+            tokens = _budget(gradient, ranks)
+        gradient(max(tokens, longest))
         policy.to_shards()
     except (torch.OutOfMemoryError, RuntimeError) as e:
         if not isinstance(e, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(e):
             raise
         sentence = (
             f"Out of memory in the largest pack a step can meet ({max(tokens, 1):,} tokens budget, longest sequence "
-            f"{c.data.max_prompt_tokens + c.rollout.max_tokens:,}) on rank {ranks.rank}: {remedy(c, tokens, ranks)}."
+            f"{longest:,}) on rank {ranks.rank}: {remedy(c, tokens, longest, ranks)}."
         )
         if not ranks.main:  # another rank's ValueError is not printed
             print(f"error: {sentence}", flush=True)
@@ -100,13 +118,13 @@ def _still(policy: Policy, optimizer: torch.optim.Optimizer) -> None:
         group["lr"] = lr
 
 
-def _budget(policy: Policy, reference: Policy | None, c: Config, ranks: Ranks) -> int:
+def _budget(gradient: Callable[[int], None], ranks: Ranks) -> int:
     """The most tokens a pack can have, from the peaks of two small ones: memory is a straight line in tokens."""
     peaks = []
     for tokens in PROBES:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        gradient(policy, reference, tokens, c, ranks)
+        gradient(tokens)
         peaks.append(torch.cuda.max_memory_allocated())
     free, total = torch.cuda.mem_get_info()
     own = torch.cuda.memory_reserved()
@@ -122,9 +140,9 @@ def line_budget(tokens: tuple[int, int], peaks: tuple[int, int], room: int) -> i
     return int(most // GRANULE * GRANULE)
 
 
-def remedy(c: Config, tokens: int, ranks: Ranks) -> str:
+def remedy(c: Config | SftConfig, tokens: int, longest: int, ranks: Ranks) -> str:
     """What to change first so that the largest pack needs less memory."""
-    longest = c.data.max_prompt_tokens + c.rollout.max_tokens
+    limit = "rollout.max_tokens" if isinstance(c, Config) else "max_solution_tokens"
     if c.model.activation_checkpointing != "full":
         return "give --model.activation_checkpointing=full"
     if not c.parallel.reshard:
@@ -134,5 +152,5 @@ def remedy(c: Config, tokens: int, ranks: Ranks) -> str:
     if c.parallel.sequence < ranks.world:
         return f"give --parallel.sequence={2 * c.parallel.sequence}, so that ranks share a sequence"
     if c.parallel.offload == "none":
-        return "give --parallel.offload=both, or a smaller rollout.max_tokens"
-    return "give a smaller rollout.max_tokens, or more GPUs"
+        return f"give --parallel.offload=both, or a smaller {limit}"
+    return f"give a smaller {limit}, or more GPUs"

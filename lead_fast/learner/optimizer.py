@@ -10,8 +10,12 @@ from .policy import Policy
 
 
 def make_optimizer(policy: Policy, c: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the sharded fp32 masters."""
-    return torch.optim.AdamW(policy.parameters(), lr=c.lr, betas=c.betas, weight_decay=c.weight_decay, fused=True)
+    """AdamW over the sharded fp32 masters; norms and biases, which have one dimension, may be a group without decay."""
+    groups: list[dict] = [{"params": list(policy.parameters())}]
+    if not c.decay_norms_and_biases:
+        decayed, spared = ([p for p in policy.parameters() if (p.dim() < 2) == small] for small in (False, True))
+        groups = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=c.lr, betas=c.betas, weight_decay=c.weight_decay, fused=True)
 
 
 def learning_rate(step: int, steps: int, c: OptimConfig) -> float:

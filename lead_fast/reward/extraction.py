@@ -11,7 +11,8 @@ MAX_ANSWER_CHARS = 1000
 def graded_text(text: str, where: str = "all") -> str:
     """The part of a response that is graded, seen from `</think>`: all, before_think, after_think.
 
-    Without `</think>` a response never ended its thinking: both sides are nothing (lead.md, section 2).
+    Without `</think>` a response never ended its thinking: both sides are empty, as in the
+    released code of arXiv 2504.09696, which gives such a response no credit.
     """
     if where == "all":
         return text
@@ -42,9 +43,9 @@ def extract_boxed(text: str) -> str | None:
 def is_degenerate(text: str, *, max_ngram: int = 30, repeats: int = 10, longest_word: int | None = 120) -> bool:
     """Some n-gram of 1..max_ngram words stands `repeats` times in a row, or a word has `longest_word` characters.
 
-    The released code's test (lead.md, section 2); longest_word None: n-grams alone, for a long formula is one word. A
-    run of r copies of an n-gram is a stretch of n (r - 1) words that equal the word n places before: linear in the text
-    for each n.
+    The test of the code released with arXiv 2504.09696; longest_word None: n-grams alone, for a long formula is one
+    word. A run of r copies of an n-gram is a stretch of n (r - 1) words that equal the word n places before: linear in
+    the text for each n.
     """
     words = text.split()
     if longest_word is not None and any(len(w) >= longest_word for w in words):

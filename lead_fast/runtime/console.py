@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 PROGRESS_EVERY_S = 30.0  # between progress lines where they cannot be rewritten in place
+SFT_EVERY_S = 5.0  # between the lines of SFT's steps, which may last fractions of a second
 
 
 def train_line(record: dict[str, Any], total_steps: int, left_s: float | None) -> str:
@@ -50,6 +51,23 @@ def eval_line(record: dict[str, Any], total_steps: int, first: dict[str, Any] | 
     )
 
 
+def sft_line(record: dict[str, Any], total_steps: int, left_s: float | None) -> str:
+    """One aligned console line of an SFT step; the held-out loss where it was measured."""
+    r = record
+    held_out = f"held-out {_number(r['validation_loss'], '6.4f')}" if "validation_loss" in r else ""
+    return "  ".join(
+        [
+            f"sft {r['step']:>{len(str(total_steps))}}/{total_steps}",
+            f"loss {_number(r.get('loss'), '6.4f')}",
+            *([held_out] if held_out else []),
+            f"grad {_number(r.get('grad_norm'), '6.3f')}",
+            f"lr {_number(r.get('learning_rate'), '8.2e')}",
+            f"{_number(r.get('tokens_per_s'), '6.0f')} tok/s",
+            f"left {clock(left_s):>5}",
+        ]
+    )
+
+
 class _Console:
     """Lines that stay, and one progress line that is rewritten in place where stdout is a terminal."""
 
@@ -65,6 +83,10 @@ class _Console:
         self.clear()
         print(text, flush=True)
         self._last_s = time.monotonic()
+
+    def quiet_s(self) -> float:
+        """Seconds since the last line that stays."""
+        return time.monotonic() - self._last_s
 
     def progress(self, phase: str, step: int, done: int, total: int, run_left_s: float | None) -> None:
         now = time.monotonic()

@@ -1,8 +1,8 @@
 """Every step's numbers: to the console in short, to metrics.jsonl in full, to TensorBoard, and to W&B if asked.
 
-RUN_DIR/metrics.jsonl   one JSON object a line; `kind` is train or eval, `step` counts finished steps; NaN is null
+RUN_DIR/metrics.jsonl   one JSON object a line; `kind` is train, eval or sft, `step` counts finished steps; NaN is null
 RUN_DIR/answers.jsonl   a sample of answers with their scores
-RUN_DIR/tensorboard/    the same numbers as scalars, train/* and eval/*
+RUN_DIR/tensorboard/    the same numbers as scalars, train/*, eval/* and sft/*
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .console import _Console, eval_line, train_line
+from .console import SFT_EVERY_S, _Console, eval_line, sft_line, train_line
 from .jsonl import _append, plain, read_jsonl
 
 MOST_LEVELS = 20  # difficulties that TensorBoard gets one by one; metrics.jsonl always has all
@@ -114,6 +114,13 @@ class Metrics:
             self._first_eval = self._first_eval or record
             if step == self._first_step:  # time left is reckoned from the first training step on
                 self._began = time.monotonic()
+
+    def sft(self, step: int, record: dict[str, Any]) -> None:
+        """An SFT step's record, with a console line every few seconds and wherever `validation_loss` was measured."""
+        if self.enabled:
+            record = self._write("sft", step, record)
+            if "validation_loss" in record or self._console.quiet_s() >= SFT_EVERY_S:
+                self._console.line(sft_line(record, self.total_steps, self._left_s(step)))
 
     def answers(self, step: int, rows: list[dict[str, Any]]) -> None:
         """A sample of answers with their scores, appended to answers.jsonl."""
