@@ -423,15 +423,24 @@ def test_a_checkpoints_getattr_reaches_enumerations_only():
 
 
 def test_what_is_no_tensor_in_a_checkpoint_is_not_executed_either(alone, tmp_path):
-    """The optimiser's settings are pickles inside the shards, which DCP would load freely."""
+    """Settings and notes of the optimiser are pickles inside the shards, which DCP would load freely."""
     ranks, policy, optimizer = alone
     mark = tmp_path / "mark"
     take_a_step(policy, optimizer)
     optimizer.param_groups[0]["eps"], eps = Evil(mark), optimizer.param_groups[0]["eps"]
     assert checkpoint.save(tmp_path, 1, policy, optimizer, {}, ranks)
     optimizer.param_groups[0]["eps"] = eps
-    with pytest.raises(ValueError, match="(?i)weights.only|unsupported|cannot be read"):
-        reload(tmp_path, alone)
+    reload(tmp_path, alone)  # settings are the configuration's and are not read at all
+    assert not mark.exists() and optimizer.param_groups[0]["eps"] == eps
+    state = next(iter(optimizer.state.values()))
+    state["note"] = Evil(mark)
+    assert checkpoint.save(tmp_path, 2, policy, optimizer, {}, ranks)
+    state["note"] = "harmless"  # so that the key is asked for
+    try:
+        with pytest.raises(ValueError, match="(?i)weights.only|unsupported|cannot be read"):
+            reload(tmp_path, alone)
+    finally:
+        state.pop("note")
     assert not mark.exists()
 
 
