@@ -32,7 +32,7 @@ from .data.prompts import tokenize_prompts
 from .data.read import load_problems
 from .evaluate import evaluate, load_test
 from .learner import checkpoint
-from .learner.advantage import advantages, difficulty_weight
+from .learner.advantage import advantages, outcomes
 from .learner.loss import check_agreement, needs_gradient, objective, pack_logprobs, policy_loss, reduce_metrics
 from .learner.memory import rehearse
 from .learner.model import load_tokenizer
@@ -271,12 +271,13 @@ def learn(
     kept_S = lead.kept.repeat_interleave(c.rollout.group_size)
     whole = [len(p) + n - 1 for p, n in zip(prompts, lengths, strict=True)]
     share = len(lengths) // c.optim.updates
+    groups = outcomes(batch.scores, lengths, c, ranks.device)
     parts, norms, balance, trained, passes = [], [], [], set(), 0
     for at in range(0, len(lengths), share):
         with timer("pack"):
             in_update = torch.zeros_like(kept_S)
             in_update[at : at + share] = True
-            o = objective(lead.advantage, lengths, kept_S & in_update, c)
+            o = objective(lead.advantage, lengths, kept_S & in_update, c, groups)
             live = [i for i, moves in enumerate(needs_gradient(o, c)) if moves]
             plan = assign([whole[i] for i in live], c.parallel.pack_tokens, ranks.teams, policy.flops())
             balance.append(efficiency(plan, [whole[i] for i in live], policy.flops()))
@@ -341,7 +342,7 @@ def describe(batch: Batch, lead: LeadAdvantages, c: Config) -> dict:
 
     return {
         "reward_mean": lead.reward.mean().item(),
-        "difficulty_weight_mean": difficulty_weight(lead.solve_rate, c).mean().item(),
+        "difficulty_weight_mean": lead.weight.mean().item(),
         "accuracy": correct.mean().item(),
         "solve_rate_histogram": torch.bincount(solved.long(), minlength=c.rollout.group_size + 1).tolist(),
         "solve_none": (solved == 0).sum().item() / groups,
