@@ -28,7 +28,16 @@ from typing import Any
 import torch
 from harness import RESULTS, Call, Cannot, extra_bytes, interleaved, machine, summary, write_json
 
-from lead_kernels import linear_logprobs, linear_policy_loss, policy_loss
+from lead_kernels import (
+    Groups,
+    Outcomes,
+    Sequences,
+    Tokens,
+    lead_advantages,
+    linear_logprobs,
+    linear_policy_loss,
+    policy_loss,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS, FLOOR = "lead_kernels", "floor: "
@@ -62,10 +71,22 @@ class Work:
         T, S = len(self.targets), len(self.advantages)
         return torch.arange(T, device=self.device) * S // T
 
-    def options(self) -> dict[str, Any]:
+    @property
+    def tokens(self) -> Tokens:
+        return Tokens(self.targets, self.ids, old=self.old)
+
+    @property
+    def weights(self) -> torch.Tensor:
         T, S = len(self.targets), len(self.advantages)
-        weights = torch.full((S,), 1.0 / T, device=self.device)
-        return {"sequence_ids": self.ids, "weights": weights, "advantages": self.advantages, "old_logprobs": self.old}
+        return torch.full((S,), 1.0 / T, device=self.device)
+
+    @property
+    def groups(self) -> Groups:
+        """Outcomes of the S sequences, two groups of them."""
+        S = len(self.advantages)
+        g = torch.Generator().manual_seed(1)
+        lengths = torch.randint(1000, 14_000, (S,), generator=g)
+        return Groups(Outcomes(torch.arange(S) % 3 == 0, lengths).table().to(self.device), S // 2)
 
     def loss(self, logp: torch.Tensor) -> torch.Tensor:
         """The same loss from log-probs, in plain torch."""
@@ -113,16 +134,16 @@ def on_logits(w: Work, loss: Callable[[torch.Tensor], torch.Tensor]) -> Call:
 
 def policy_loss_calls(w: Work) -> Iterator[tuple[str, Callable[[], Call]]]:
     def ours() -> Call:
-        o = w.options()
-        return on_logits(w, lambda x: policy_loss(x, w.targets, **o).loss)
+        tokens, sequences = w.tokens, Sequences(w.weights, w.advantages)
+        return on_logits(w, lambda x: policy_loss(x, tokens, sequences).loss)
 
     def in_place() -> Call:
-        logits, o = w.hidden @ w.head.T, w.options()
+        logits, tokens, sequences = w.hidden @ w.head.T, w.tokens, Sequences(w.weights, w.advantages)
         work = logits.clone()
 
         def run() -> tuple[torch.Tensor, ...]:
             x = work.detach().requires_grad_()
-            policy_loss(x, w.targets, inplace=True, **o).loss.backward()
+            policy_loss(x, tokens, sequences, inplace=True).loss.backward()
             return (x.grad,)  # type: ignore[return-value]
 
         run.prepare = lambda: work.copy_(logits)  # type: ignore[attr-defined]
@@ -222,8 +243,8 @@ def linear_logp(w: Work) -> Iterator[tuple[str, Callable[[], Callable]]]:
 
 def linear_policy_loss_calls(w: Work) -> Iterator[tuple[str, Callable[[], Call]]]:
     def ours() -> Call:
-        o = w.options()
-        return on_hidden(w, lambda h, head: linear_policy_loss(h, head, w.targets, **o).loss)
+        tokens, sequences = w.tokens, Sequences(w.weights, w.advantages)
+        return on_hidden(w, lambda h, head: linear_policy_loss(h, head, tokens, sequences).loss)
 
     def liger() -> Call:
         make = imported("liger_kernel.chunked_loss", "LigerFusedLinearGRPOLoss")
@@ -271,7 +292,32 @@ def linear_logprobs_calls(w: Work) -> Iterator[tuple[str, Callable[[], Call]]]:
     yield FLOOR + "one bare product", lambda: lambda: (w.hidden @ w.head.T,)
 
 
-OPERATIONS = {"policy_loss": policy_loss_calls, "linear_policy_loss": linear_policy_loss_calls,
+def fused_advantages_calls(w: Work) -> Iterator[tuple[str, Callable[[], Call]]]:
+    """`policy_loss` from the groups' outcomes, which is what a run executes, beside a launch of its own for them."""
+
+    def fused() -> Call:
+        tokens, sequences = w.tokens, Sequences(w.weights, w.groups)
+        return on_logits(w, lambda x: policy_loss(x, tokens, sequences).loss)
+
+    def apart() -> Call:
+        tokens, weights, groups = w.tokens, w.weights, w.groups
+
+        def loss(x: torch.Tensor) -> torch.Tensor:
+            return policy_loss(x, tokens, Sequences(weights, lead_advantages(*groups).advantage)).loss
+
+        return on_logits(w, loss)
+
+    def given() -> Call:
+        tokens, sequences = w.tokens, Sequences(w.weights, lead_advantages(*w.groups).advantage)
+        return on_logits(w, lambda x: policy_loss(x, tokens, sequences).loss)
+
+    yield OURS, fused
+    yield "a launch of its own", apart
+    yield FLOOR + "advantages given", given
+
+
+OPERATIONS = {"policy_loss": policy_loss_calls, "fused_advantages": fused_advantages_calls,
+              "linear_policy_loss": linear_policy_loss_calls,
               "linear_logprobs": linear_logprobs_calls}  # fmt: skip
 
 
@@ -397,10 +443,10 @@ def main() -> None:
     slow_half = cpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     for name in dtypes:
         for operation in a.operations:
-            if operation != "policy_loss" and name != "float32" and slow_half:
+            if operation.startswith("linear") and name != "float32" and slow_half:
                 print(f"\n{operation}, {name}: left out, this CPU has no half-precision arithmetic")
                 continue
-            print(f"\n{operation}, {name}, T {T}, V {V}" + ("" if operation == "policy_loss" else f", D {D}"))
+            print(f"\n{operation}, {name}, T {T}, V {V}" + (f", D {D}" if operation.startswith("linear") else ""))
             w = Work.make(a.device, getattr(torch, name), T, V, D)
             rows += (new := measure(operation, w, a.repeats))
             print(table(new), flush=True)

@@ -4,7 +4,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/full_like.h>
 #include <torch/library.h>
 
 #include <cmath>
@@ -129,48 +128,37 @@ void row_gradient_(const Tensor& logits, const Tensor& targets, const Tensor& st
   });
 }
 
-// -> reward [S], advantage [S], solve_rate [P] in float32, kept [P] bool. Options in the order of pack_options in
-// kernels/lead_kernels/lead_advantage.py; wrong: [S], or none: floats[2] for all.
-std::tuple<Tensor, Tensor, Tensor, Tensor> lead_advantages(const Tensor& correct, const Tensor& lengths,
-                                                           const std::optional<Tensor>& wrong_reward,
-                                                           const std::optional<Tensor>& penalty, int64_t group_size,
-                                                           at::ArrayRef<double> floats, at::IntArrayRef ints) {
-  const int64_t n = correct.numel();
-  TORCH_CHECK_VALUE(group_size > 0 && n % group_size == 0 && lengths.numel() == n &&
-                        (!wrong_reward || wrong_reward->numel() == n) && (!penalty || penalty->numel() == n),
-                    "correct, lengths, wrong_reward and penalty must have one number for each response of whole groups");
-  TORCH_CHECK_VALUE(floats.size() == 10 && ints.size() == 6, "lead_advantages takes 10 floats and 6 ints");
-  lead::AdvantageOptions options;
-  options.group_size = group_size;
-  options.alpha = floats[0], options.correct_reward = floats[1], options.weight_low = floats[3];
-  options.weight_high = floats[4], options.slope = floats[5], options.midpoint = floats[6], options.eps = floats[7];
-  options.length_gate = floats[8], options.length_min_solve_rate = floats[9];
-  options.length_reward = ints[0], options.difficulty = ints[1];
-  options.std = static_cast<lead::AdvantageOptions::Spread>(ints[2]);
-  options.nonnegative_correct = ints[3], options.rate_positive = ints[4];
-  options.group_filter = static_cast<lead::AdvantageOptions::Filter>(ints[5]);
-  const auto wide = [](const Tensor& x) { return x.to(at::kDouble).contiguous(); };
-  const Tensor right = wide(correct.ne(0)), length = wide(lengths), wrong = wrong_reward ? wide(*wrong_reward) : at::full_like(length, floats[2]);
-  const Tensor extra = penalty ? wide(*penalty) : Tensor();
-  const auto options_out = lengths.options().dtype(at::kFloat);
-  Tensor reward = at::empty({n}, options_out), advantage = at::empty({n}, options_out);
-  Tensor rate = at::empty({n / group_size}, options_out), kept = at::empty({n / group_size}, options_out.dtype(at::kBool));
-  const double *right_p = right.const_data_ptr<double>(), *length_p = length.const_data_ptr<double>(),
-               *wrong_p = wrong.const_data_ptr<double>(),
-               *extra_p = penalty ? extra.const_data_ptr<double>() : nullptr;
+// -> reward [S], advantage [S], solve_rate [P] in float32, kept [P] bool, weight [P] in float32.
+// outcomes: float32 or float64 [S, 4], correct, length, reward if wrong, bonus; options: AdvantageOptions.encode.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lead_advantages(const Tensor& outcomes, int64_t group_size,
+                                                                   at::ArrayRef<double> options) {
+  TORCH_CHECK_VALUE(outcomes.dim() == 2 && outcomes.size(1) == 4, "outcomes are ", outcomes.sizes(), ": give [S, 4]");
+  const int64_t n = outcomes.size(0);
+  TORCH_CHECK_VALUE(group_size > 0 && n % group_size == 0, "there are outcomes of ", n,
+                    " responses: give a multiple of the group size ", group_size);
+  TORCH_CHECK_VALUE(options.size() == lead::AdvantageOptions::SIZE, "there are ", options.size(),
+                    " options: give what AdvantageOptions.encode returns, ", lead::AdvantageOptions::SIZE);
+  const auto decoded = lead::AdvantageOptions::decode(options.data());
+  const Tensor columns = outcomes.t().to(at::kDouble).contiguous();  // [4, S]
+  const double *correct = columns.const_data_ptr<double>(), *lengths = correct + n, *wrong = lengths + n, *bonus = wrong + n;
+  const auto floats = outcomes.options().dtype(at::kFloat);
+  Tensor reward = at::empty({n}, floats), advantage = at::empty({n}, floats);
+  Tensor rate = at::empty({n / group_size}, floats), kept = at::empty({n / group_size}, floats.dtype(at::kBool));
+  Tensor weight = at::empty({n / group_size}, floats);
   float *reward_p = reward.mutable_data_ptr<float>(), *advantage_p = advantage.mutable_data_ptr<float>(),
-        *rate_p = rate.mutable_data_ptr<float>();
+        *rate_p = rate.mutable_data_ptr<float>(), *weight_p = weight.mutable_data_ptr<float>();
   bool* kept_p = kept.mutable_data_ptr<bool>();
   at::parallel_for(0, n / group_size, 1 + 4096 / group_size, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       const int64_t i = p * group_size;
-      const auto result = lead::lead_group(options, right_p + i, length_p + i, wrong_p + i,
-                                           extra_p ? extra_p + i : nullptr, reward_p + i, advantage_p + i);
+      const auto result = lead::lead_group(decoded, group_size, correct + i, lengths + i, wrong + i, bonus + i,
+                                           reward_p + i, advantage_p + i);
       rate_p[p] = static_cast<float>(result.solve_rate);
       kept_p[p] = result.kept;
+      weight_p[p] = static_cast<float>(result.weight);
     }
   });
-  return {reward, advantage, rate, kept};
+  return {reward, advantage, rate, kept, weight};
 }
 
 }  // namespace
@@ -181,8 +169,8 @@ TORCH_LIBRARY(lead_kernels_cpu, m) {
       "row_gradient_(Tensor(a!) logits, Tensor targets, Tensor stats, Tensor grad_logprob, Tensor grad_entropy, "
       "float temperature, Tensor(b!)? out=None) -> ()");
   m.def(
-      "lead_advantages(Tensor correct, Tensor lengths, Tensor? wrong_reward, Tensor? penalty, int group_size, "
-      "float[] floats, int[] ints) -> (Tensor reward, Tensor advantage, Tensor solve_rate, Tensor kept)");
+      "lead_advantages(Tensor outcomes, int group_size, float[] options) -> (Tensor reward, Tensor advantage, "
+      "Tensor solve_rate, Tensor kept, Tensor weight)");
 }
 
 TORCH_LIBRARY_IMPL(lead_kernels_cpu, CPU, m) {

@@ -1,4 +1,4 @@
-// Rewards and advantages of one group, in double: what kernels/lead_kernels/lead_advantage.py specifies, step by step.
+// Rewards and advantages of one group, in double: what kernels/lead_kernels/advantage.py specifies, step by step.
 // Means and deviations take two passes, so lengths near 14,000 that differ by a token keep their digits.
 #include <algorithm>
 #include <cmath>
@@ -9,9 +9,33 @@
 
 namespace lead {
 
-GroupResult lead_group(const AdvantageOptions& o, const double* correct, const double* lengths, const double* wrong_reward,
-                       const double* penalty, float* reward_out, float* advantage_out) {
-  const int64_t n = o.group_size;
+AdvantageOptions AdvantageOptions::decode(const double* encoded) {
+  AdvantageOptions o;
+  const double* next = encoded;
+  o.length_reward = *next++ != 0;
+  o.alpha = *next++;
+  o.difficulty = *next++ != 0;
+  o.weight_low = *next++;
+  o.weight_high = *next++;
+  o.slope = *next++;
+  o.midpoint = *next++;
+  o.eps = *next++;
+  o.std = static_cast<Spread>(static_cast<int>(*next++));
+  o.length_gate = *next++;
+  o.length_min_solve_rate = *next++;
+  o.nonnegative_correct = *next++ != 0;
+  o.rate = static_cast<Rate>(static_cast<int>(*next++));
+  o.group_filter = static_cast<Filter>(static_cast<int>(*next++));
+  return o;
+}
+
+double difficulty_weight(const AdvantageOptions& o, double rho) {
+  if (!o.difficulty) return 1;
+  return o.weight_low + (o.weight_high - o.weight_low) / (1 + std::exp(o.slope * (rho - o.midpoint)));
+}
+
+GroupResult lead_group(const AdvantageOptions& o, int64_t n, const double* correct, const double* lengths,
+                       const double* wrong_reward, const double* bonus, float* reward_out, float* advantage_out) {
   const double solved = std::accumulate(correct, correct + n, 0.0), share = solved / n;
 
   // L: z of a length over the correct responses only.
@@ -29,8 +53,7 @@ GroupResult lead_group(const AdvantageOptions& o, const double* correct, const d
   std::vector<double> reward(n), advantage(n);
   for (int64_t i = 0; i < n; ++i) {
     const double z = (lengths[i] - mean) / (sigma + o.eps);
-    reward[i] = correct[i] == 0 ? wrong_reward[i] : o.correct_reward * (shaped ? std::exp(-o.alpha * z) : 1);
-    if (penalty) reward[i] += penalty[i];
+    reward[i] = (correct[i] == 0 ? wrong_reward[i] : shaped ? std::exp(-o.alpha * z) : 1) + bonus[i];
   }
 
   // Group-relative normalisation. Equal rewards have spread exactly 0; a group of one has mean 0 and std 1.
@@ -50,22 +73,20 @@ GroupResult lead_group(const AdvantageOptions& o, const double* correct, const d
 
   // AD: the weight's argument turns with the sign of the advantage.
   const auto positive = std::count_if(reward.begin(), reward.end(), [](double r) { return r > 0; });
-  const double rho = o.rate_positive ? static_cast<double>(positive) / n : share;
-  const auto weight = [&](double r) {
-    return o.weight_low + (o.weight_high - o.weight_low) / (1 + std::exp(o.slope * (r - o.midpoint)));
-  };
+  const double rho = o.rate == AdvantageOptions::POSITIVE ? static_cast<double>(positive) / n : share;
+  const double weight = difficulty_weight(o, rho), inverse_weight = difficulty_weight(o, 1 - rho);
   bool kept = true;
   if (o.group_filter == AdvantageOptions::OFFICIAL)
-    kept = !each([](double r) { return r <= 0; }) && !each([&](double r) { return r == o.correct_reward; });
+    kept = !each([](double r) { return r <= 0; }) && !each([](double r) { return r == 1; });
   if (o.group_filter == AdvantageOptions::UNIFORM) kept = solved > 0 && solved < n;
   for (int64_t i = 0; i < n; ++i) {
     double a = advantage[i];
-    if (o.difficulty) a *= weight(a > 0 ? rho : 1 - rho);
+    a *= a > 0 ? weight : inverse_weight;
     if (o.nonnegative_correct && correct[i] != 0) a = std::max(a, 0.0);
     reward_out[i] = static_cast<float>(reward[i]);
     advantage_out[i] = kept ? static_cast<float>(a) : 0.0f;
   }
-  return {rho, kept};
+  return {rho, kept, weight};
 }
 
 }  // namespace lead

@@ -31,24 +31,33 @@ namespace AVX512 {
 extern const RowKernels table[4];
 }
 
-// Options of lead_advantages: kernels/lead_kernels/lead_advantage.py says what each means.
+// AdvantageOptions of kernels/lead_kernels/options.py, which says what each means; here in the order in which `encode`
+// there writes them.
 struct AdvantageOptions {
-  int64_t group_size;
-  double alpha, correct_reward;
-  bool length_reward, difficulty;
+  bool length_reward;
+  double alpha;
+  bool difficulty;
   double weight_low, weight_high, slope, midpoint, eps;
-  enum Spread : int64_t { NONE, SAMPLE, MAD } std;
+  enum Spread { SAMPLE, NONE, MAD } std;
   double length_gate, length_min_solve_rate;
-  bool nonnegative_correct, rate_positive;
-  enum Filter : int64_t { KEEP_ALL, OFFICIAL, UNIFORM } group_filter;
+  bool nonnegative_correct;
+  enum Rate { CORRECT, POSITIVE } rate;
+  enum Filter { KEEP_ALL, OFFICIAL, UNIFORM } group_filter;
+
+  static constexpr int SIZE = 14;  // numbers that `decode` reads
+  static AdvantageOptions decode(const double* encoded);
 };
 
-// One group: correct, lengths, wrong_reward and, where not null, penalty hold group_size numbers; so do the outputs.
+// The difficulty weight w(rho); 1 where AD is off.
+double difficulty_weight(const AdvantageOptions& o, double rho);
+
+// One group of n responses: correct, lengths, wrong_reward and bonus hold n numbers each, and so do the outputs.
 struct GroupResult {
   double solve_rate;
   bool kept;
+  double weight;
 };
-GroupResult lead_group(const AdvantageOptions& o, const double* correct, const double* lengths, const double* wrong_reward,
-                       const double* penalty, float* reward, float* advantage);
+GroupResult lead_group(const AdvantageOptions& o, int64_t n, const double* correct, const double* lengths,
+                       const double* wrong_reward, const double* bonus, float* reward, float* advantage);
 
 }  // namespace lead

@@ -88,12 +88,6 @@ def check(c: Config, world: int, *, trains: bool = True, device_type: str = "cpu
             f"optim.updates is {c.optim.updates} with loss.old_logprobs=current: later updates need the ratio; "
             "give --loss.old_logprobs=engine or recompute."
         )
-    if c.loss.ratio == "sequence" and c.loss.importance_cap is not None and c.loss.importance_level == "token":
-        raise ValueError(
-            "loss.ratio is sequence and loss.importance_level token: give --loss.importance_level=sequence."
-        )
-    if c.loss.dual_clip is not None and c.loss.dual_clip <= 1:
-        raise ValueError(f"loss.dual_clip is {c.loss.dual_clip}: give a value above 1.")
 
 
 def check_parallel(model: ModelConfig, parallel: ParallelConfig) -> None:

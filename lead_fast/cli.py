@@ -91,6 +91,8 @@ def from_tree(tree: dict[str, Any], cls: Any = Config) -> Any:
     except pydantic.ValidationError as e:
         err = e.errors()[0]
         key = ".".join(str(p) for p in err["loc"])
+        if refused := err.get("ctx", {}).get("error"):  # a section's own check; its sentence begins with the field
+            raise ValueError(f"{key}.{refused}") from e
         raise ValueError(f"Configuration key {key} = {err['input']!r} is not valid: {err['msg']}.") from e
 
 

@@ -1,7 +1,12 @@
-"""The whole configuration: one tree of frozen dataclasses. cli.py fills it, checks.py refuses what cannot work."""
+"""The whole configuration: one tree of frozen dataclasses. cli.py fills it, checks.py refuses what cannot work.
+
+The options of the advantages and of the loss are those of lead_kernels/options.py, which also checks their values.
+"""
 
 from dataclasses import dataclass, field
 from typing import Literal
+
+from lead_kernels.options import AdvantageOptions, LossOptions
 
 
 @dataclass(frozen=True)
@@ -105,67 +110,18 @@ class RewardConfig:
 
 
 @dataclass(frozen=True)
-class AdvantageConfig:
-    """From rewards to advantages, over the responses to one problem."""
-
-    length_reward: bool = True
-    """L: shorter correct responses are rewarded more, exp(-alpha z)."""
-    alpha: float = 0.05
-    """Strength of L."""
-    difficulty: bool = True
-    """AD: weight the advantage by the group's solve rate."""
-    weight_low: float = 0.4
-    """A: the weight's lower end."""
-    weight_high: float = 1.5
-    """B: the weight's upper end."""
-    slope: float = 10.0
-    """k: steepness of the weight."""
-    midpoint: float = 0.75
-    """rho0: solve rate at which the weight is halfway."""
-    eps: float = 1e-6
-    """Added to standard deviations."""
-    std: Literal["sample", "none", "mad"] = "sample"
-    """Normalise by the sample standard deviation, by nothing (Dr. GRPO) or by the mean absolute deviation (DGPO)."""
-    length_gate: int = 0
-    """Tokens; groups whose three shortest responses average at most this keep reward 1 (official: 4000); 0: off."""
-    length_min_solve_rate: float = 0.0
-    """L only in groups whose solve rate is above this (GRPO-lambda)."""
-    nonnegative_correct: bool = False
-    """Never give a correct response a negative advantage (DRPO)."""
-    rate: Literal["correct", "positive"] = "correct"
-    """Solve rate: share of correct responses, or share with a reward above 0 (released code)."""
-    group_filter: Literal["none", "official", "uniform"] = "none"
-    """Drop groups: all rewards <= 0 or all exactly 1 (`official`), or solve rate 0 or 1 (`uniform`, DAPO)."""
+class AdvantageConfig(AdvantageOptions):
+    """From rewards to advantages, over the responses to one problem; every key is of lead_kernels.AdvantageOptions."""
 
 
 @dataclass(frozen=True)
-class LossConfig:
-    """The clipped policy loss."""
+class LossConfig(LossOptions):
+    """The clipped policy loss: the keys of lead_kernels.LossOptions, and what is decided before it is called."""
 
     mean: Literal["response", "token", "constant"] = "response"
     """Per-response mean (paper), token mean over the whole batch (released code), or a constant length (Dr. GRPO)."""
-    ratio: Literal["token", "sequence", "cispo"] = "token"
-    """Importance ratio per token (GRPO), per sequence (GSPO), or clipped as a detached weight (CISPO)."""
     old_logprobs: Literal["engine", "current", "recompute"] = "engine"
     """The ratio's denominator: the engine's log-probs, the policy itself (ratio 1), or a pass before the update."""
-    clip_low: float = 0.2
-    """Ratio is clipped below at 1 - clip_low."""
-    clip_high: float = 0.2
-    """Ratio is clipped above at 1 + clip_high."""
-    dual_clip: float | None = None
-    """Bound c > 1 on the loss of negative advantages (dual clip)."""
-    importance_cap: float | None = None
-    """Cap on the importance weight of trainer against engine; none: no such weight."""
-    importance_mode: Literal["truncate", "mask"] = "truncate"
-    """Weights above the cap are cut to it, or their tokens dropped."""
-    importance_level: Literal["token", "sequence"] = "token"
-    """Importance weight per token or per sequence."""
-    kl: Literal["k1", "k2", "k3"] = "k3"
-    """Estimator of the KL divergence to the reference model."""
-    kl_coef: float = 0.0
-    """Weight of the KL term; 0 loads no reference model."""
-    entropy_coef: float = 0.0
-    """Weight of the entropy bonus."""
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def describe(device: torch.device, ranks: int, dtype: str, head_dim: int, liger:
     Args:
         engine: "vllm" or "transformers"; None where nothing is generated.
     """
-    from lead_kernels.rows import backend
+    from lead_kernels._rows import backend
 
     from .learner.attention import attention_in_use
     from .learner.policy import blocks_in_use

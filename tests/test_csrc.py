@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lead_kernels.lead_advantage import lead_advantages_reference, pack_options, unpack_options
-from lead_kernels.rows import cpu_extension, row_gradient_reference, row_stats_reference
+from lead_kernels import AdvantageOptions, Outcomes
+from lead_kernels._rows import cpu_extension, row_gradient_reference, row_stats_reference
+from lead_kernels.advantage import lead_advantages_reference
 
 ROOT = Path(__file__).parent.parent
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -279,7 +280,7 @@ OPTIONS = [
     {"length_gate": 4000.0},
     {"length_min_solve_rate": 0.5},
     {"nonnegative_correct": True},
-    {"rate": "positive", "group_filter": "official", "correct_reward": 2.0},
+    {"rate": "positive", "group_filter": "official"},
     {"group_filter": "uniform"},
 ]
 
@@ -294,14 +295,21 @@ def test_advantages(options, group):
     lengths[:group] = 500
     wrong = torch.where(torch.rand(n, generator=make) < 0.2, 0.5, -1.0).double()
     penalty = -torch.rand(n, generator=make).double()
+    o = AdvantageOptions(**options)
     for extra in (None, penalty):
-        want = lead_advantages_reference(
-            correct, lengths, group, **unpack_options(wrong, extra, *pack_options(**options)[2:])
-        )
-        _, _, floats, ints = pack_options(**options)
-        got = cpp.lead_advantages(correct, lengths, wrong, extra, group, floats, ints)
+        table = Outcomes(correct, lengths, wrong, extra).table()
+        want = lead_advantages_reference(table, group, o)
+        got = cpp.lead_advantages(table, group, o.encode())
         for mine, theirs in zip(got, want, strict=True):
             torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-6)
+
+
+def test_advantages_refuse_what_does_not_fit():
+    table, encoded = torch.zeros(6, 4), AdvantageOptions().encode()
+    for args, says in (((table, 4, encoded), "multiple of the group size 4"), ((table[:, :3], 3, encoded), "give .S"),
+                       ((table, 3, encoded[:-1]), "13 options")):  # fmt: skip
+        with pytest.raises(ValueError, match=says):
+            cpp.lead_advantages(*args)
 
 
 # ------------------------------------------------------------------------------------------------------------ the build

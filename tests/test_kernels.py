@@ -1,5 +1,6 @@
 """The kernels against fp64: golden vectors of the released code, every loss mode, hard shapes and values."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -7,8 +8,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lead_kernels import lead_advantages, linear_logprobs, linear_policy_loss, loss_weights, policy_loss
-from lead_kernels.linear_policy_loss import add_in_slices_
+from lead_kernels import (
+    AdvantageOptions,
+    Groups,
+    LeadAdvantages,
+    LossOptions,
+    Outcomes,
+    Sequences,
+    Tokens,
+    lead_advantages,
+    linear_logprobs,
+    linear_policy_loss,
+    loss_weights,
+    policy_loss,
+)
+from lead_kernels._head import add_in_slices_
+from lead_kernels._rows import cpu_extension
 
 pytestmark = pytest.mark.quick
 
@@ -38,11 +53,15 @@ GOLDEN = {
 }  # fmt: skip
 
 
+def lead(correct, lengths, group_size, wrong_reward=None, bonus=None, **options) -> LeadAdvantages:
+    return lead_advantages(Outcomes(correct, lengths, wrong_reward, bonus), group_size, AdvantageOptions(**options))
+
+
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden_vectors(name):
     right, wrong, options, reward, advantage = GOLDEN[name]
     correct = torch.tensor([1] * len(right) + [0] * len(wrong))
-    got = lead_advantages(correct, torch.tensor(right + wrong), 8, **options)
+    got = lead(correct, torch.tensor(right + wrong), 8, **options)
     torch.testing.assert_close(got.reward, torch.tensor(reward, dtype=torch.float32), atol=2e-6, rtol=0)
     torch.testing.assert_close(got.advantage, torch.tensor(advantage, dtype=torch.float32), atol=4e-6, rtol=0)
     assert got.solve_rate.tolist() == [len(right) / 8] and got.kept.tolist() == [True]
@@ -53,68 +72,70 @@ def test_difficulty_weights():
     expected = [1.499392, 1.497881, 1.492638, 1.474725, 1.416556, 1.255030, 0.950000, 0.644970, 0.483444]
     for n in range(1, 8):
         correct = torch.tensor([1] * n + [0] * (8 - n))
-        on, off = (lead_advantages(correct, torch.full((8,), 100), 8, difficulty=d).advantage for d in (True, False))
+        on, off = (lead(correct, torch.full((8,), 100), 8, difficulty=d).advantage for d in (True, False))
         assert abs(on[0] / off[0] - expected[n]) < 2e-6 and abs(on[-1] / off[-1] - expected[8 - n]) < 2e-6
+        told = [lead(correct, torch.full((8,), 100), 8, difficulty=d).weight.item() for d in (True, False)]
+        assert told == [pytest.approx(expected[n], abs=1e-6), 1]
 
 
 def test_several_groups_are_independent():
     correct = torch.tensor([1, 0, 1, 1, 0, 0, 0, 1])
     lengths = torch.tensor([5, 9, 7, 6, 14_000, 13_999, 3, 4])
-    both = lead_advantages(correct, lengths, 4)
+    both = lead(correct, lengths, 4)
     for i in range(2):
-        one = lead_advantages(correct[4 * i : 4 * i + 4], lengths[4 * i : 4 * i + 4], 4)
+        one = lead(correct[4 * i : 4 * i + 4], lengths[4 * i : 4 * i + 4], 4)
         assert torch.equal(both.advantage[4 * i : 4 * i + 4], one.advantage)
 
 
 def test_lengths_near_14000_keep_their_digits():
     lengths = torch.tensor([14_000, 14_001, 14_002, 14_003])
-    got = lead_advantages(torch.ones(4), lengths, 4).reward.double()
+    got = lead(torch.ones(4), lengths, 4).reward.double()
     z = (lengths.double() - 14_001.5) / (lengths.double().std() + 1e-6)
     torch.testing.assert_close(got, torch.exp(-0.05 * z), atol=1e-7, rtol=0)
-    same = lead_advantages(torch.ones(4), torch.full((4,), 14_001), 4)
+    same = lead(torch.ones(4), torch.full((4,), 14_001), 4)
     assert same.reward.tolist() == [1.0] * 4 and same.advantage.tolist() == [0.0] * 4
 
 
 def test_switches():
     correct, lengths = torch.tensor([1, 1, 1, 1]), torch.tensor([10, 20, 30, 40])
-    assert lead_advantages(correct, lengths, 4).advantage.min() < 0
-    assert lead_advantages(correct, lengths, 4, nonnegative_correct=True).advantage.min() == 0
-    assert lead_advantages(correct, lengths, 4, length_reward=False).advantage.abs().max() == 0
+    assert lead(correct, lengths, 4).advantage.min() < 0
+    assert lead(correct, lengths, 4, nonnegative_correct=True).advantage.min() == 0
+    assert lead(correct, lengths, 4, length_reward=False).advantage.abs().max() == 0
     mixed = torch.tensor([1, 1, 0, 0])
-    assert lead_advantages(mixed, lengths, 4, length_min_solve_rate=0.6).reward.tolist() == [1, 1, -1, -1]
-    assert lead_advantages(mixed, lengths, 4, length_min_solve_rate=0.4).reward[0] > 1
-    plain = lead_advantages(mixed, lengths, 4, length_reward=False, difficulty=False, std="none", wrong_reward=0.0)
+    assert lead(mixed, lengths, 4, length_min_solve_rate=0.6).reward.tolist() == [1, 1, -1, -1]
+    assert lead(mixed, lengths, 4, length_min_solve_rate=0.4).reward[0] > 1
+    plain = lead(mixed, lengths, 4, length_reward=False, difficulty=False, std="none", wrong_reward=0.0)
     assert plain.advantage.tolist() == [0.5, 0.5, -0.5, -0.5]
-    mad = lead_advantages(mixed, lengths, 4, length_reward=False, difficulty=False, std="mad")
+    mad = lead(mixed, lengths, 4, length_reward=False, difficulty=False, std="mad")
     torch.testing.assert_close(mad.advantage, torch.tensor([1.0, 1.0, -1.0, -1.0]), atol=1e-5, rtol=0)
-    each = lead_advantages(mixed, lengths, 4, wrong_reward=torch.tensor([0.0, 0.0, -1.5, 0.0]), length_reward=False)
+    each = lead(mixed, lengths, 4, wrong_reward=torch.tensor([0.0, 0.0, -1.5, 0.0]), length_reward=False)
     assert each.reward.tolist() == [1, 1, -1.5, 0]
-    penal = lead_advantages(mixed, lengths, 4, penalty=torch.tensor([0.0, -0.5, 0.0, -0.5]), length_reward=False)
+    penal = lead(mixed, lengths, 4, bonus=torch.tensor([0.0, -0.5, 0.0, -0.5]), length_reward=False)
     assert penal.reward.tolist() == [1, 0.5, -1, -1.5]
-    positive = lead_advantages(mixed, lengths, 4, penalty=torch.tensor([0.0, -1.5, 0, 0]), rate="positive")
+    positive = lead(mixed, lengths, 4, bonus=torch.tensor([0.0, -1.5, 0, 0]), rate="positive")
     assert positive.solve_rate.tolist() == [0.25]
     for filters, outcome, kept in (("official", [0, 0], False), ("official", [1, 1], True), ("uniform", [1, 1], False),
                                    ("uniform", [1, 0], True), ("none", [0, 0], True)):  # fmt: skip
-        got = lead_advantages(torch.tensor(outcome), torch.tensor([4, 8]), 2, group_filter=filters)
+        got = lead(torch.tensor(outcome), torch.tensor([4, 8]), 2, group_filter=filters)
         assert got.kept.tolist() == [kept]
-    unshaped = lead_advantages(torch.ones(2), torch.tensor([4, 8]), 2, group_filter="official", length_reward=False)
+    unshaped = lead(torch.ones(2), torch.tensor([4, 8]), 2, group_filter="official", length_reward=False)
     assert unshaped.kept.tolist() == [False] and unshaped.advantage.tolist() == [0, 0]
 
 
 def test_a_group_of_one_has_mean_0_and_std_1():
-    got = lead_advantages(torch.tensor([1, 0]), torch.tensor([10, 10]), 1, difficulty=False)
+    got = lead(torch.tensor([1, 0]), torch.tensor([10, 10]), 1, difficulty=False)
     assert got.advantage.tolist() == [1, -1]
 
 
 @pytest.mark.parametrize("size", [0, -1, 1025])
 def test_group_sizes_out_of_range(size):
     with pytest.raises(ValueError, match=f"group_size is {size}"):
-        lead_advantages(torch.ones(4), torch.ones(4), size)
+        lead(torch.ones(4), torch.ones(4), size)
 
 
 def test_shapes_that_do_not_fit():
     with pytest.raises(ValueError, match="multiple of group_size 3"):
-        lead_advantages(torch.ones(4), torch.ones(4), 3)
+        lead(torch.ones(4), torch.ones(4), 3)
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 20_000)), min_size=2, max_size=40), st.randoms())
@@ -125,7 +146,7 @@ def test_permuting_a_group_permutes_its_advantages(members, rng):
 
     def run(rows):
         c, n = zip(*rows, strict=True)
-        return lead_advantages(torch.tensor(c), torch.tensor(n), len(rows), wrong_reward=torch.tensor(-1.0).double())
+        return lead(torch.tensor(c), torch.tensor(n), len(rows), wrong_reward=torch.tensor(-1.0).double())
 
     a, b = run(members), run([members[i] for i in order])
     torch.testing.assert_close(a.advantage[order], b.advantage, atol=1e-5, rtol=1e-5)
@@ -186,12 +207,16 @@ def specification(x, *, ratio, entropy, kl, dual, cap, level, old, temperature=0
 
 
 def arguments(x, *, ratio, entropy, kl, dual, cap, level, old):
-    return {
-        "sequence_ids": x["ids"], "weights": x["weights"], "advantages": x["advantages"],
-        "behavior_logprobs": x["behavior"], "old_logprobs": x["behavior"] if old else None,
-        "reference_logprobs": x["reference"], "temperature": 0.7, "ratio": ratio, "dual_clip": dual,
-        "importance_cap": cap, "importance_level": level, "kl": kl, "kl_coef": 0.1, "entropy_coef": entropy,
-    }  # fmt: skip
+    """What the losses take after logits, or after hidden and head; and their keywords."""
+    tokens = Tokens(x["targets"], x["ids"], x["behavior"], x["behavior"] if old else None, x["reference"])
+    options = LossOptions(
+        ratio=ratio, dual_clip=dual, importance_cap=cap, importance_level=level, kl=kl, kl_coef=0.1,
+        entropy_coef=entropy,
+    )  # fmt: skip
+    return tokens, Sequences(x["weights"], x["advantages"]), options
+
+
+HOT = {"temperature": 0.7}
 
 
 def test_every_mode_equals_its_formula_with_gradients():
@@ -202,13 +227,13 @@ def test_every_mode_equals_its_formula_with_gradients():
         loss, d_hidden, d_head = specification(x, **mode)
         for rows in (None, 7):
             hidden, head = (x[k].clone().requires_grad_() for k in ("hidden", "head"))
-            out = linear_policy_loss(hidden, head, x["targets"], chunk_rows=rows, **arguments(x, **mode))
+            out = linear_policy_loss(hidden, head, *arguments(x, **mode), chunk_rows=rows, **HOT)
             (3 * out.loss).backward()
             torch.testing.assert_close(out.loss.detach(), loss, atol=1e-12, rtol=1e-10)
             torch.testing.assert_close(hidden.grad, 3 * d_hidden, atol=1e-10, rtol=1e-9)
             torch.testing.assert_close(head.grad, 3 * d_head, atol=1e-10, rtol=1e-9)
         logits = (x["hidden"] @ x["head"].T).requires_grad_()
-        again = policy_loss(logits, x["targets"], **arguments(x, **mode))
+        again = policy_loss(logits, *arguments(x, **mode), **HOT)
         again.loss.backward()
         torch.testing.assert_close(again.loss.detach(), loss, atol=1e-12, rtol=1e-10)
         torch.testing.assert_close(logits.grad @ x["head"], d_hidden, atol=1e-10, rtol=1e-9)
@@ -218,7 +243,7 @@ def test_a_sequence_ratio_refuses_a_token_weight():
     x = inputs()
     mode = dict(ratio="sequence", entropy=0.0, kl="k3", dual=None, cap=2.0, level="token", old=True)
     with pytest.raises(ValueError, match="importance_level is 'token'"):
-        linear_policy_loss(x["hidden"], x["head"], x["targets"], **arguments(x, **mode))
+        linear_policy_loss(x["hidden"], x["head"], *arguments(x, **mode), **HOT)
 
 
 BASIC = dict(ratio="token", entropy=0.05, kl="k3", dual=None, cap=None, level="token", old=True)
@@ -229,7 +254,7 @@ def test_gradient_for_one_alone(train):
     x = inputs()
     _, d_hidden, d_head = specification(x, **BASIC)
     given = {k: x[k].clone().requires_grad_(k == train) for k in ("hidden", "head")}
-    linear_policy_loss(given["hidden"], given["head"], x["targets"], **arguments(x, **BASIC)).loss.backward()
+    linear_policy_loss(given["hidden"], given["head"], *arguments(x, **BASIC), **HOT).loss.backward()
     torch.testing.assert_close(given[train].grad, d_hidden if train == "hidden" else d_head, atol=1e-10, rtol=1e-9)
     assert next(v for k, v in given.items() if k != train).grad is None
 
@@ -244,11 +269,11 @@ def test_half_precision_is_as_good_as_torch_from_the_same_rounded_logits(dtype, 
     logits = (3 * torch.randn(37, vocabulary, generator=g) + offset).to(dtype)
     targets = torch.randint(vocabulary, (37,), generator=g)
     ids = torch.zeros(37, dtype=torch.int32)
-    common = dict(sequence_ids=ids, weights=torch.ones(1), advantages=torch.ones(1), entropy_coef=0.1)
+    common = Tokens(targets, ids), Sequences(torch.ones(1), torch.ones(1)), LossOptions(entropy_coef=0.1)
 
     def run(x):
         x = x.clone().requires_grad_()
-        out = policy_loss(x, targets, **common)
+        out = policy_loss(x, *common)
         out.loss.backward()
         return out.logprobs.double(), x.grad.double()
 
@@ -264,8 +289,8 @@ def test_hard_rows():
     inf = float("inf")
     logits = torch.tensor([[0.0, -inf, 1.0], [-inf, -inf, 0.0], [80.0, -80.0, 0.0], [float("nan"), 0.0, 0.0]])
     logits.requires_grad_()
-    out = policy_loss(logits, torch.tensor([0, 2, 0, 1]), sequence_ids=torch.arange(4), weights=torch.ones(4),
-                      advantages=torch.ones(4), entropy_coef=0.1)  # fmt: skip
+    out = policy_loss(logits, Tokens(torch.tensor([0, 2, 0, 1]), torch.arange(4)),
+                      Sequences(torch.ones(4), torch.ones(4)), LossOptions(entropy_coef=0.1))  # fmt: skip
     out.loss.backward()
     assert torch.isfinite(logits.grad[:3]).all() and torch.isfinite(out.logprobs[:3]).all()
     assert torch.isnan(out.logprobs[3]) and out.logprobs[1] == 0 and (out.entropy[:3] >= 0).all()
@@ -277,7 +302,7 @@ def test_targets_out_of_range_are_an_error(target):
     x = inputs()
     x["targets"][3] = target
     with pytest.raises(ValueError, match=f"target {target} is outside the vocabulary of 17"):
-        linear_policy_loss(x["hidden"], x["head"], x["targets"], **arguments(x, **BASIC))
+        linear_policy_loss(x["hidden"], x["head"], *arguments(x, **BASIC), **HOT)
     with pytest.raises(ValueError, match="outside the vocabulary"):
         linear_logprobs(x["hidden"], x["head"], x["targets"])
 
@@ -285,7 +310,7 @@ def test_targets_out_of_range_are_an_error(target):
 def test_no_rows_at_all():
     hidden, head = torch.zeros(0, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
     none = torch.zeros(0, dtype=torch.int64)
-    out = linear_policy_loss(hidden, head, none, sequence_ids=none, weights=torch.ones(1), advantages=torch.ones(1))
+    out = linear_policy_loss(hidden, head, Tokens(none, none), Sequences(torch.ones(1), torch.ones(1)))
     out.loss.backward()
     assert out.loss == 0 and head.grad.abs().max() == 0 and out.metrics["tokens"] == 0
 
@@ -297,7 +322,7 @@ def test_strided_hidden_and_the_same_bits_every_time():
     runs = []
     for hidden in (x["hidden"].clone(), wide[:, ::2], x["hidden"].clone()):
         h, w = hidden.detach().requires_grad_(), x["head"].clone().requires_grad_()
-        linear_policy_loss(h, w, x["targets"], chunk_rows=5, **arguments(x, **BASIC)).loss.backward()
+        linear_policy_loss(h, w, *arguments(x, **BASIC), chunk_rows=5, **HOT).loss.backward()
         runs.append((h.grad, w.grad))
     assert torch.equal(runs[0][0], runs[2][0]) and torch.equal(runs[0][1], runs[2][1])
     torch.testing.assert_close(runs[0], runs[1])
@@ -348,8 +373,8 @@ def test_loss_weights_make_the_means_they_name():
 def test_metrics_add_up_over_cuts():
     x = inputs()
     mode = arguments(x, **{**BASIC, "cap": 1.5})
-    whole = linear_policy_loss(x["hidden"], x["head"], x["targets"], **mode).metrics
-    cut = linear_policy_loss(x["hidden"], x["head"], x["targets"], chunk_rows=4, **mode).metrics
+    whole = linear_policy_loss(x["hidden"], x["head"], *mode, **HOT).metrics
+    cut = linear_policy_loss(x["hidden"], x["head"], *mode, chunk_rows=4, **HOT).metrics
     for k in whole:
         torch.testing.assert_close(whole[k].double(), cut[k].double())
     assert whole["tokens"] == T and whole["importance_truncated"] == 0 and whole["max_logprob"] <= 0
@@ -372,7 +397,120 @@ def test_any_shape_and_any_chunk_equals_torch(T, V, S, chunk, rng):
     logp = (h.double() @ w.double().T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
     loss = -(weights[ids] * advantages[ids] * (logp - logp.detach()).exp()).sum()
     exact = torch.autograd.grad(loss, (h, w))
-    out = linear_policy_loss(h, w, targets, sequence_ids=ids, weights=weights, advantages=advantages, chunk_rows=chunk)
+    out = linear_policy_loss(h, w, Tokens(targets, ids), Sequences(weights, advantages), chunk_rows=chunk)
     torch.testing.assert_close(out.loss, loss.float(), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(out.logprobs, logp.detach().float(), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(torch.autograd.grad(out.loss, (h, w)), exact, atol=1e-4, rtol=1e-3)
+
+
+# ------------------------------------------------------------------------ advantages from the groups' outcomes, options
+
+
+@pytest.mark.parametrize("backend", ["C++", "plain torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "options", [{}, {"rate": "positive", "group_filter": "official"}, {"std": "mad", "nonnegative_correct": True}]
+)
+def test_outcomes_give_the_bits_of_advantages_computed_beforehand(backend, dtype, options, monkeypatch):
+    """On a CPU; test_kernels_triton.py does the same for Triton's row kernel."""
+    if backend == "plain torch":
+        for module in ("_rows", "advantage"):
+            monkeypatch.setattr(f"lead_kernels.{module}.cpu_extension", lambda: None)
+    elif cpu_extension() is None:
+        pytest.skip("the extension is not built")
+    x, g = inputs(), torch.Generator().manual_seed(5)
+    found = Outcomes(torch.tensor([1, 0, 1, 1, 0, 0]), torch.randint(1, 14_000, (6,), generator=g),
+                     -torch.rand(6, generator=g), -torch.rand(6, generator=g))  # fmt: skip
+    before = lead_advantages(found, 3, AdvantageOptions(**options)).advantage
+    tokens = Tokens(x["targets"], torch.arange(T) % 6, x["behavior"], x["behavior"], x["reference"])
+    weights = torch.tensor([0.2, 0.0, 0.3, 0.1, 0.4, 0.5])
+    results = []
+    for given_ in (before, Groups(found, 3, AdvantageOptions(**options)),
+                   Groups(found.table(), 3, AdvantageOptions(**options))):  # fmt: skip
+        hidden, head = (x[k].to(dtype, copy=True).requires_grad_() for k in ("hidden", "head"))
+        out = linear_policy_loss(hidden, head, tokens, Sequences(weights, given_), chunk_rows=5)
+        logits = (x["hidden"] @ x["head"].T).to(dtype, copy=True).requires_grad_()
+        direct = policy_loss(logits, tokens, Sequences(weights, given_))
+        (out.loss + direct.loss).backward()
+        results.append([out.loss, direct.loss, hidden.grad, head.grad, logits.grad, *out.metrics.values()])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    # A row of ratio 1 and weight 1 in each sequence: its loss is the advantage, less the sign.
+    one = Tokens(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+    for i in range(6):
+        at = one._replace(sequence_ids=torch.tensor([i]))
+        loss = policy_loss(
+            torch.zeros(1, 3), at, Sequences(torch.ones(6), Groups(found, 3, AdvantageOptions(**options)))
+        )
+        assert torch.equal(-loss.loss, before[i])
+
+
+EVERY_LOSS = LossOptions("cispo", 0.1, 0.3, 2.5, 1.5, "mask", "sequence", "k2", 0.25, -0.5)
+EVERY_ADVANTAGE = AdvantageOptions(False, 0.5, False, 0.25, 2.0, 3.0, 0.5, 1e-3, "mad", 4000, 0.125, True, "positive",
+                                   "uniform")  # fmt: skip
+
+
+def test_options_survive_their_list_of_numbers():
+    for options in (LossOptions(), EVERY_LOSS):
+        assert LossOptions.decode(options.encode(0.75)) == (options, 0.75)
+    for options in (AdvantageOptions(), EVERY_ADVANTAGE):
+        assert AdvantageOptions.decode(options.encode()) == options
+        groups = Groups.decode(*Groups(torch.zeros(6, 4), 3, options).encode())
+        assert groups[1:] == (3, options)
+    for every, default in ((EVERY_LOSS, LossOptions()), (EVERY_ADVANTAGE, AdvantageOptions())):
+        same = [f.name for f in dataclasses.fields(default) if getattr(every, f.name) == getattr(default, f.name)]
+        assert not same, f"no other value of {same} is tried"
+
+
+def test_a_subclass_with_further_fields_travels_as_the_options_it_inherits():
+    @dataclasses.dataclass(frozen=True)
+    class Section(LossOptions):
+        mean: str = "token"
+
+    assert LossOptions.decode(Section(kl_coef=0.5).encode(1.0)) == (LossOptions(kl_coef=0.5), 1.0)
+
+
+WRONG_VALUES = [
+    (LossOptions, {"ratio": "tokens"}, "ratio is 'tokens': give one of token, sequence, cispo."),
+    (LossOptions, {"clip_low": -0.1}, "clip_low is -0.1: give 0 or more."),
+    (LossOptions, {"clip_high": float("nan")}, "clip_high is nan: give a finite number."),
+    (LossOptions, {"dual_clip": 1.0}, "dual_clip is 1.0: give a value above 1."),
+    (LossOptions, {"importance_cap": 0.0}, "importance_cap is 0.0: give a value above 0."),
+    (AdvantageOptions, {"std": "max"}, "std is 'max': give one of sample, none, mad."),
+    (AdvantageOptions, {"length_gate": -1}, "length_gate is -1: give 0 (off) or more."),
+    (AdvantageOptions, {"length_min_solve_rate": 2}, "length_min_solve_rate is 2: give a share between 0 and 1."),
+    (AdvantageOptions, {"slope": float("inf")}, "slope is inf: give a finite number."),
+]
+
+
+@pytest.mark.parametrize(
+    "record, values, says", WRONG_VALUES, ids=lambda x: next(iter(x)) if isinstance(x, dict) else ""
+)
+def test_a_wrong_value_is_named_with_a_remedy(record, values, says):
+    with pytest.raises(ValueError) as e:
+        record(**values)
+    assert str(e.value) == says
+
+
+def test_a_temperature_of_0_is_refused():
+    x = inputs()
+    with pytest.raises(ValueError, match="temperature is 0.0: give a value above 0"):
+        linear_policy_loss(x["hidden"], x["head"], *arguments(x, **BASIC), temperature=0.0)
+
+
+def test_shapes_of_outcomes_and_sequences_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"bonus is \[3\]"):
+        Outcomes(torch.ones(4), torch.ones(4), bonus=torch.ones(3)).table()
+    with pytest.raises(ValueError, match=r"lengths \[3\]"):
+        Outcomes(torch.ones(4), torch.ones(3)).table()
+    x = inputs()
+    tokens, (weights, advantages), options = arguments(x, **BASIC)
+    for wrong in (Sequences(weights, advantages[:-1]), Sequences(weights, Groups(torch.zeros(4, 4), 2))):
+        with pytest.raises(ValueError, match="one weight and one advantage for each sequence"):
+            linear_policy_loss(x["hidden"], x["head"], tokens, wrong, options)
+
+
+def test_no_operator_takes_more_than_13_parameters():
+    for name in ("lead_advantages", "policy_loss", "linear_policy_loss", "linear_logprobs", "linear_logprobs_backward"):
+        schema = getattr(torch.ops.lead_kernels, name).default._schema
+        assert len(schema.arguments) <= 13, schema

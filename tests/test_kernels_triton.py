@@ -4,18 +4,32 @@ The interpreter must be chosen before triton is imported: one test runs the rest
 """
 
 import os
+import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
+DOCUMENT = Path(__file__).parent.parent / "docs" / "kernels.md"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 inside = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that test_under_the_interpreter starts")
 
-from lead_kernels import GroupTable, lead_advantages, linear_logprobs, linear_policy_loss, policy_loss, testing  # noqa: E402, I001
+from lead_kernels import (  # noqa: E402
+    Groups,
+    LossOptions,
+    Outcomes,
+    Sequences,
+    Tokens,
+    lead_advantages,
+    linear_logprobs,
+    linear_policy_loss,
+    policy_loss,
+)
+from lead_kernels.testing import mutants, oracle, resources  # noqa: E402
 
 
 @pytest.mark.skipif(INTERPRETED, reason="starts the interpreter")
@@ -31,51 +45,65 @@ def test_under_the_interpreter():
 @inside
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_the_oracle_accepts_the_kernels():
-    from lead_kernels import triton_rows
+    from lead_kernels import _triton_rows
 
-    testing.check_advantages(triton_rows)
-    testing.check_rows(triton_rows)
+    oracle.check_advantages(_triton_rows)
+    oracle.check_rows(_triton_rows)
 
 
 @inside
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("name", testing.WRONG)
+def test_the_row_kernel_computes_the_advantages_of_lead_advantages_bit_for_bit():
+    from lead_kernels import _triton_rows
+
+    oracle.check_fused_advantages(_triton_rows)
+
+
+def test_the_documents_give_the_number_of_wrong_kernels():
+    assert f"{len(mutants.WRONG)} kernels with one plausible mistake each" in DOCUMENT.read_text(encoding="utf-8")
+
+
+@inside
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("name", mutants.WRONG)
 def test_the_oracle_rejects(name: str, tmp_path: Path):
-    wrong = testing.wrong_module(name, tmp_path)
-    check = testing.check_advantages if testing.WRONG[name][0] == "triton_advantage.py" else testing.check_rows
+    wrong = mutants.wrong_module(name, tmp_path)
+    check = oracle.check_advantages if mutants.WRONG[name][0] == mutants.GROUPS else oracle.check_rows
     with pytest.raises(AssertionError):
         check(wrong)
 
 
-def case(T: int = 11, V: int = 37, S: int = 4) -> dict[str, torch.Tensor]:
+def case(T: int = 11, V: int = 37, S: int = 4) -> tuple[torch.Tensor, torch.Tensor, Tokens, torch.Tensor]:
+    """hidden, head, tokens, weights."""
     g = torch.Generator().manual_seed(T)
-    return {
-        "hidden": torch.randn(T, 8, generator=g), "head": torch.randn(V, 8, generator=g),
-        "targets": torch.randint(V, (T,), generator=g), "sequence_ids": torch.arange(T) % S,
-        "weights": torch.rand(S, generator=g), "old_logprobs": -torch.rand(T, generator=g) - 3,
-    }  # fmt: skip
+    hidden, head = torch.randn(T, 8, generator=g), torch.randn(V, 8, generator=g)
+    targets, weights = torch.randint(V, (T,), generator=g), torch.rand(S, generator=g)
+    return hidden, head, Tokens(targets, torch.arange(T) % S, old=-torch.rand(T, generator=g) - 3), weights
+
+
+OUTCOMES = Outcomes(torch.tensor([1, 0, 1, 1]), torch.tensor([5, 9, 7, 6]))
+GROUPS = Groups(OUTCOMES, 2)
 
 
 @inside
 def test_the_public_functions_run_the_kernels(monkeypatch: pytest.MonkeyPatch):
-    from lead_kernels import triton_rows
+    from lead_kernels import _triton_rows
 
     launched = []
     for name in ("policy_rows_triton", "row_stats_triton", "row_gradient_triton_", "lead_advantages_triton"):
-        real = getattr(triton_rows, name)
+        real = getattr(_triton_rows, name)
         monkeypatch.setattr(
-            triton_rows, name, lambda *a, real=real, name=name, **k: (launched.append(name), real(*a, **k))[1]
+            _triton_rows, name, lambda *a, real=real, name=name, **k: (launched.append(name), real(*a, **k))[1]
         )
-    x = case()
-    groups = GroupTable(torch.tensor([1, 0, 1, 1]), torch.tensor([5, 9, 7, 6]), 2)
-    common = {k: x[k] for k in ("sequence_ids", "weights", "old_logprobs")}
+    hidden, head, tokens, weights = case()
+    sequences, ratio = Sequences(weights, GROUPS), LossOptions(ratio="sequence")
     results = []
     for dtype in (torch.float32, torch.float64):  # float64 is the specification, not Triton
-        h, w = (x[k].to(dtype, copy=True).requires_grad_() for k in ("hidden", "head"))
-        out = linear_policy_loss(h, w, x["targets"], advantages=groups, ratio="sequence", chunk_rows=4, **common)
-        (out.loss + linear_logprobs(h, w, x["targets"], chunk_rows=5)[0].sum()).backward()
-        z = (x["hidden"] @ x["head"].T).to(dtype, copy=True).requires_grad_()
-        direct = policy_loss(z, x["targets"], advantages=groups, **common)
+        h, w = (x.to(dtype, copy=True).requires_grad_() for x in (hidden, head))
+        out = linear_policy_loss(h, w, tokens, sequences, ratio, chunk_rows=4)
+        (out.loss + linear_logprobs(h, w, tokens.targets, chunk_rows=5)[0].sum()).backward()
+        z = (hidden @ head.T).to(dtype, copy=True).requires_grad_()
+        direct = policy_loss(z, tokens, sequences)
         direct.loss.backward()
         assert h.grad is not None and w.grad is not None and z.grad is not None
         results.append([out.loss.detach(), h.grad, w.grad, z.grad, direct.loss.detach(), *direct.metrics.values()])
@@ -84,14 +112,28 @@ def test_the_public_functions_run_the_kernels(monkeypatch: pytest.MonkeyPatch):
         torch.testing.assert_close(a.double(), b.double(), atol=2e-4, rtol=2e-5)
 
 
+@inside
+def test_the_row_kernel_needs_no_launch_for_its_advantages(monkeypatch: pytest.MonkeyPatch):
+    from lead_kernels import _triton_rows
+
+    hidden, head, tokens, weights = case()
+    apart = Sequences(weights, lead_advantages(*GROUPS).advantage)
+    monkeypatch.setattr(_triton_rows, "lead_advantages_triton", lambda *_: pytest.fail("a launch of its own"))
+    grads = []
+    for sequences in (apart, Sequences(weights, GROUPS)):
+        h, w = (x.clone().requires_grad_() for x in (hidden, head))
+        linear_policy_loss(h, w, tokens, sequences, chunk_rows=4).loss.backward()
+        grads.append((h.grad, w.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
 def test_in_place_gives_the_same_gradient_over_the_logits():
-    x = case()
-    common = {k: x[k] for k in ("sequence_ids", "weights", "old_logprobs")} | {"advantages": torch.ones(4)}
+    hidden, head, tokens, weights = case()
     grads = []
     for inplace in (False, True):
-        leaf = (x["hidden"] @ x["head"].T).requires_grad_()
+        leaf = (hidden @ head.T).requires_grad_()
         z = leaf * 1.0
-        out = policy_loss(z, x["targets"], inplace=inplace, **common)
+        out = policy_loss(z, tokens, Sequences(weights, torch.ones(4)), inplace=inplace)
         (2 * out.loss).backward()
         grads.append(leaf.grad)
         if inplace:  # on a GPU the factor 2 is written over them too
@@ -102,19 +144,17 @@ def test_in_place_gives_the_same_gradient_over_the_logits():
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("factor", [1.0, 0.5])
 def test_backward_again_gives_the_same_again(factor: float, keep: bool):
-    x = case()
-    common = {k: x[k] for k in ("sequence_ids", "weights", "old_logprobs")} | {"advantages": torch.ones(4)}
-    h, w = (x[k].clone().requires_grad_() for k in ("hidden", "head"))
-    loss = linear_policy_loss(h, w, x["targets"], **common).loss * factor
+    hidden, head, tokens, weights = case()
+    common = tokens, Sequences(weights, torch.ones(4))
+    h, w = (x.clone().requires_grad_() for x in (hidden, head))
+    loss = linear_policy_loss(h, w, *common).loss * factor
     first = torch.autograd.grad(loss, (h, w), retain_graph=keep)
     if keep:
         kept = [g.clone() for g in first]
         for g in first:
             g.zero_()  # what a caller does with a gradient is his affair
         torch.testing.assert_close(torch.autograd.grad(loss, (h, w)), tuple(kept))
-    exact = torch.autograd.grad(
-        linear_policy_loss(h.double(), w.double(), x["targets"], **common).loss * factor, (h, w)
-    )
+    exact = torch.autograd.grad(linear_policy_loss(h.double(), w.double(), *common).loss * factor, (h, w))
     torch.testing.assert_close(kept if keep else list(first), list(exact), atol=1e-5, rtol=1e-4)
 
 
@@ -124,10 +164,9 @@ def test_offsets_past_2_to_the_31():
     V, apart = 300, 2**30
     wide = torch.empty(2 * apart + V, dtype=torch.bfloat16).as_strided((3, V), (apart, 1))
     wide.copy_(torch.randn(3, V))
-    x = {"targets": torch.tensor([1, 2, 299]), "sequence_ids": torch.arange(3), "weights": torch.ones(3)}
+    common = Tokens(torch.tensor([1, 2, 299]), torch.arange(3)), Sequences(torch.ones(3), torch.ones(3))
     far, near = (
-        policy_loss(z, **x, advantages=torch.ones(3), inplace=True)
-        for z in (wide, wide.clone(memory_format=torch.contiguous_format))
+        policy_loss(z, *common, inplace=True) for z in (wide, wide.clone(memory_format=torch.contiguous_format))
     )
     assert torch.equal(far.logprobs, near.logprobs)
 
@@ -135,87 +174,81 @@ def test_offsets_past_2_to_the_31():
 @pytest.mark.skipif(INTERPRETED, reason="one process is enough")
 @pytest.mark.parametrize("mode", [{}, {"ratio": "cispo"}, {"kl": "k2", "kl_coef": 0.3}, {"ratio": "sequence"}])
 def test_gradcheck(mode: dict):
-    x = case(T=6, V=5, S=2)
-    h, w = (x[k].double().requires_grad_() for k in ("hidden", "head"))
-    logp = linear_logprobs(h, w, x["targets"])[0].detach()
-    common = {"sequence_ids": x["sequence_ids"], "weights": x["weights"], "advantages": torch.tensor([1.0, -0.5]),
-              "behavior_logprobs": logp, "reference_logprobs": logp + 0.1, "old_logprobs": logp + 0.05,
-              "entropy_coef": 0.1} | mode  # fmt: skip
-    if "kl" not in mode:
-        del common["reference_logprobs"]
-    if mode.get("ratio") == "cispo":  # its weight is detached: ratio exactly 1 where it is
-        common["old_logprobs"] = None
+    hidden, head, tokens, weights = case(T=6, V=5, S=2)
+    h, w = (x.double().requires_grad_() for x in (hidden, head))
+    logp = linear_logprobs(h, w, tokens.targets)[0].detach()
+    # CISPO's weight is detached: ratio exactly 1 where it is
+    tokens = tokens._replace(behavior=logp, old=None if mode.get("ratio") == "cispo" else logp + 0.05,
+                             reference=logp + 0.1 if "kl" in mode else None)  # fmt: skip
+    common = tokens, Sequences(weights, torch.tensor([1.0, -0.5])), LossOptions(entropy_coef=0.1, **mode)
 
     def of_hidden(h, w):
-        return linear_policy_loss(h, w, x["targets"], chunk_rows=4, **common).loss
+        return linear_policy_loss(h, w, *common, chunk_rows=4).loss
 
     def of_logits(z):
-        return policy_loss(z, x["targets"], **common).loss
+        return policy_loss(z, *common).loss
 
     assert torch.autograd.gradcheck(of_hidden, (h, w))
     assert torch.autograd.gradcheck(of_logits, ((h @ w.T).detach().requires_grad_(),))
-    assert torch.autograd.gradcheck(lambda h, w: linear_logprobs(h, w, x["targets"], temperature=0.7), (h, w))
+    assert torch.autograd.gradcheck(lambda h, w: linear_logprobs(h, w, tokens.targets, temperature=0.7), (h, w))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="one process is enough")
 def test_activation_checkpointing_around_the_operators():
     from torch.utils.checkpoint import checkpoint
 
-    x = case()
-    common = {k: x[k] for k in ("sequence_ids", "weights", "old_logprobs")} | {"advantages": torch.ones(4)}
+    hidden, head, tokens, weights = case()
 
     def step(h, w):
         h = (h @ h.new_ones(8, 8)).tanh()
-        return linear_policy_loss(h, w, x["targets"], **common).loss + linear_logprobs(h, w, x["targets"])[1].mean()
+        loss = linear_policy_loss(h, w, tokens, Sequences(weights, torch.ones(4))).loss
+        return loss + linear_logprobs(h, w, tokens.targets)[1].mean()
 
     grads = []
     for f in (step, lambda *a: checkpoint(step, *a, use_reentrant=False)):
-        h, w = (x[k].clone().requires_grad_() for k in ("hidden", "head"))
+        h, w = (x.clone().requires_grad_() for x in (hidden, head))
         f(h, w).backward()
         grads.append((h.grad, w.grad))
     torch.testing.assert_close(*grads)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="one process is enough")
-def test_compile_sees_one_operator():
-    x = case()
-    common = {k: x[k] for k in ("sequence_ids", "weights", "old_logprobs")}
+@pytest.mark.parametrize("fused", [False, True])
+def test_compile_sees_one_operator(fused: bool):
+    hidden, head, tokens, weights = case()
+    options = LossOptions(entropy_coef=0.1)
 
     def step(h, w, lengths):
-        a = lead_advantages(lengths > 5, lengths, 2).advantage
-        out = linear_policy_loss(h, w, x["targets"], advantages=a, entropy_coef=0.1, **common)
-        return out.loss + linear_logprobs(h, w, x["targets"])[1].mean() + out.metrics["entropy"]
+        groups = Groups(Outcomes(lengths > 5, lengths), 2)
+        given = groups if fused else lead_advantages(*groups).advantage
+        out = linear_policy_loss(h, w, tokens, Sequences(weights, given), options)
+        logits = policy_loss(h @ w.T, tokens, Sequences(weights, given), options)
+        return out.loss + logits.loss + linear_logprobs(h, w, tokens.targets)[1].mean() + out.metrics["entropy"]
 
     grads = []
     for f in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
-        h, w = (x[k].clone().requires_grad_() for k in ("hidden", "head"))
+        h, w = (x.clone().requires_grad_() for x in (hidden, head))
         f(h, w, torch.tensor([5, 9, 7, 6])).backward()
         grads.append((h.grad, w.grad))
     torch.testing.assert_close(*grads)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="one process is enough")
-@pytest.mark.parametrize("train", [(True, True), (True, False), (False, True)])
-def test_opcheck(train: tuple[bool, bool]):
-    x = case()
-    h, w = (x[k].clone().requires_grad_(t) for k, t in zip(("hidden", "head"), train, strict=True))
-    z = (x["hidden"] @ x["head"].T).requires_grad_()
-    a, u, ids, t = torch.ones(4), x["weights"], x["sequence_ids"], x["targets"]
-    mode = (0.7, "token", 0.2, 0.2, None, 1.5, "truncate", "token", "k3", 0.0, 0.1)
-    per_token = (x["old_logprobs"], None, None)
-    torch.library.opcheck(
-        torch.ops.lead_kernels.linear_policy_loss.default, (h, w, t, ids, u, a, *per_token, *mode, 4, *train)
-    )
-    torch.library.opcheck(torch.ops.lead_kernels.linear_logprobs.default, (h, w, t, 0.7, 4))
-    groups = (torch.tensor([1, 0, 1, 1]), torch.tensor([5, 9, 7, 6]), None, None, 2)
-    options = ([0.05, 1.0, -1.0, 0.4, 1.5, 10.0, 0.75, 1e-6, 0.0, 0.0], [1, 1, 1, 0, 0, 0])
-    torch.library.opcheck(torch.ops.lead_kernels.lead_advantages.default, (*groups, *options))
-    args = (z, t, ids, u, None, *groups, *options, *per_token, *mode, True)
-    torch.library.opcheck(torch.ops.lead_kernels.policy_loss.default, args)
+@pytest.mark.parametrize("train", [[True, True], [True, False], [False, True]])
+def test_opcheck(train: list[bool]):
+    hidden, head, tokens, weights = case()
+    h, w = (x.clone().requires_grad_(t) for x, t in zip((hidden, head), train, strict=True))
+    z = (hidden @ head.T).requires_grad_()
+    ops, options = torch.ops.lead_kernels, LossOptions(importance_cap=1.5, entropy_coef=0.1).encode(0.7)
+    for sequences in ((weights, torch.ones(4), []), (weights, *GROUPS.encode())):
+        torch.library.opcheck(ops.linear_policy_loss.default, (h, w, *tokens, *sequences, options, 4, train))
+        torch.library.opcheck(ops.policy_loss.default, (z, *tokens, *sequences, options, True))
+    torch.library.opcheck(ops.linear_logprobs.default, (h, w, tokens.targets, 0.7, 4))
+    torch.library.opcheck(ops.lead_advantages.default, GROUPS.encode())
 
 
 # The committed table has every row; compiling a few of them again shows that it is of these kernels.
-TABLE = Path(__file__).parent.parent / "docs" / "kernel_resources.md"
+TABLE = DOCUMENT.parent / "kernel_resources.md"
 
 
 def committed() -> list[dict[str, str]]:
@@ -225,7 +258,7 @@ def committed() -> list[dict[str, str]]:
 
 def test_the_table_has_every_row_without_spills_and_with_wide_loads():
     rows = committed()
-    assert [(r["kernel"], r["dtype"], r["target"]) for r in rows] == list(testing.every_row())
+    assert [(r["kernel"], r["dtype"], r["target"]) for r in rows] == list(resources.every_row())
     for r in rows:
         assert int(r["spills"]) == 0, r
         if r["kernel"] != "lead_advantages_kernel":
@@ -234,29 +267,36 @@ def test_the_table_has_every_row_without_spills_and_with_wide_loads():
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs the compiler")
-@pytest.mark.parametrize("target", testing.TARGETS)
+@pytest.mark.parametrize("target", resources.TARGETS)
 def test_cross_compiled_again(target: str):
-    made = testing.compiled("policy_rows_kernel", "bf16", target)
+    made = resources.compiled("policy_rows_kernel", "bf16", target)
     assert made["spills"] == 0 and made["load_bytes"] == 16 and made["store_bytes"] == 16
 
 
 # What the interpreter cannot see: pointers that are absent, and integer arguments of 1, which the compiler takes for
 # constants.
-OPTIONAL = ("behavior_ptr", "old_ptr", "reference_ptr", "log_ratio_ptr", "importance_ptr")
-GROUPS = ("correct_ptr", "length_ptr", "wrong_ptr", "penalty_ptr")
-PLAIN = {"LENGTH_REWARD": 0, "DIFFICULTY": 0, "STD": 0, "NONNEGATIVE": 0, "POSITIVE": 0, "FILTER": 0}
-FULL = {"LENGTH_REWARD": 1, "DIFFICULTY": 1, "STD": 2, "NONNEGATIVE": 1, "POSITIVE": 1, "FILTER": 2}
-SMALL = {"BLOCK": 128, "BLOCK_G": 16, "CISPO": False, "IMPORTANCE": 0, "KL": 0}
+OPTIONAL = dict.fromkeys(("behavior_ptr", "old_ptr", "reference_ptr", "log_ratio_ptr", "importance_ptr"))
+GIVEN, FUSED = {"table_ptr": None}, {"advantage_ptr": None}  # advantages, or outcomes
+ONE = {"V": 1, "stride": 1, "grad_stride": 1, "T": 1}
+
+
+def variant(loss: dict | None = None, groups: dict | None = None, **constants) -> dict:
+    options = {"loss_options": resources.loss(**(loss or {})), "group_options": resources.advantage(**(groups or {}))}
+    return {"BLOCK": 128, "BLOCK_G": 16} | options | constants
+
+
+PLAIN = {"length_reward": False, "difficulty": False, "std": "none"}
+FULL = {"std": "mad", "nonnegative_correct": True, "rate": "positive", "group_filter": "uniform"}
 VARIANTS = {
-    "forward only": ("policy_rows_kernel", SMALL | PLAIN | dict.fromkeys((*GROUPS, *OPTIONAL, "grad_ptr"))),
-    "no old log-probs": ("policy_rows_kernel", SMALL | PLAIN | dict.fromkeys(GROUPS + OPTIONAL)),
-    "cispo": ("policy_rows_kernel", SMALL | PLAIN | dict.fromkeys(GROUPS) | {"CISPO": True, "IMPORTANCE": 2, "KL": 1}),
-    "one row of one": ("policy_rows_kernel", SMALL | PLAIN | dict.fromkeys(GROUPS)
-                       | {"V": 1, "stride": 1, "grad_stride": 1, "T": 1, "KL": 2}),
-    "groups": ("policy_rows_kernel", SMALL | PLAIN | dict.fromkeys(("advantage_ptr", "wrong_ptr", "penalty_ptr"))),
-    "groups of one": ("policy_rows_kernel", SMALL | FULL | {"advantage_ptr": None, "size": 1}),
-    "advantages of one": ("lead_advantages_kernel", FULL | {"BLOCK": 16, "size": 1}),
-    "advantages": ("lead_advantages_kernel", PLAIN | {"BLOCK": 16, "wrong_ptr": None, "penalty_ptr": None}),
+    "forward only": ("policy_rows_kernel", variant(**GIVEN, **OPTIONAL, grad_ptr=None)),
+    "no old log-probs": ("policy_rows_kernel", variant(**GIVEN, **OPTIONAL)),
+    "cispo": ("policy_rows_kernel", variant({"ratio": "cispo", "importance_cap": 2.0, "importance_mode": "mask",
+                                             "kl": "k1"}, **GIVEN)),
+    "one row of one": ("policy_rows_kernel", variant({"kl": "k2", "dual_clip": 3.0}, **GIVEN, **ONE)),
+    "groups": ("policy_rows_kernel", variant({}, PLAIN, **FUSED)),
+    "groups of one": ("policy_rows_kernel", variant({}, FULL, **FUSED, size=1)),
+    "advantages of one": ("lead_advantages_kernel", variant({}, FULL, BLOCK=16, size=1)),
+    "advantages": ("lead_advantages_kernel", variant({}, PLAIN, BLOCK=16)),
     "statistics of one": ("row_stats_kernel", {"BLOCK": 128, "V": 1, "stride": 1}),
     "scale": ("scale_kernel", {"BLOCK": 4096}),
     "gradient of one": ("row_gradient_kernel", {"BLOCK": 128, "V": 1, "stride": 1}),
@@ -267,5 +307,27 @@ VARIANTS = {
 @pytest.mark.parametrize("name", VARIANTS)
 def test_compiles_with_options_absent(name: str):
     kernel, constants = VARIANTS[name]
-    made = testing.build(kernel, "bf16", ("cuda", 90, 32), constants, 1, True)
+    made = resources.build(kernel, "bf16", ("cuda", 90, 32), constants, 1, True)
     assert "ld.global" in made.asm["ptx"]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs the compiler")
+@pytest.mark.parametrize("groups", [resources.ALL_GROUPS, {"std": "mad", "length_gate": 4000}])
+def test_the_compiler_has_no_product_of_a_groups_advantages_to_fuse(groups: dict, tmp_path: Path):
+    """With and without fused multiply-adds the same arithmetic: the row kernel runs with them, lead_advantages without.
+
+    That sums do not depend on the warps is `total`'s part, which the interpreter cannot show either.
+    """
+    import triton
+
+    disassemble = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    if not disassemble.exists():
+        pytest.skip("this Triton has no disassembler")
+    counts = []
+    for fusion in (True, False):
+        constants = variant({}, groups, BLOCK=64)
+        made = resources.build("lead_advantages_kernel", "fp32", ("cuda", 90, 32), constants, 4, fusion)
+        (tmp_path / "a.cubin").write_bytes(made.asm["cubin"])
+        said = subprocess.run([disassemble, "-c", tmp_path / "a.cubin"], capture_output=True, text=True, check=True)
+        counts.append(Counter(re.findall(r"\b(FFMA|FADD|FMUL|MUFU)\b", said.stdout)))
+    assert counts[0] == counts[1] and counts[0]["FADD"] > 0

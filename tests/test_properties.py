@@ -18,7 +18,7 @@ from lead_fast.records import Score
 from lead_fast.reward.extraction import extract_boxed, graded_text, is_degenerate
 from lead_fast.reward.terms import soft_overlong_penalty, wrong_reward
 from lead_fast.reward.verifier import normalize, quick
-from lead_kernels import lead_advantages
+from lead_kernels import AdvantageOptions, Outcomes, lead_advantages
 
 pytestmark = pytest.mark.quick
 
@@ -39,9 +39,10 @@ SETTINGS = st.fixed_dictionaries(
 )
 
 
-def lead(group, **kw):
+def lead(group, size=None, wrong_reward=None, **options):
     correct, lengths = zip(*group, strict=True)
-    return lead_advantages(torch.tensor(correct), torch.tensor(lengths), len(group), **kw)
+    outcomes = Outcomes(torch.tensor(correct), torch.tensor(lengths), wrong_reward)
+    return lead_advantages(outcomes, size or len(group), AdvantageOptions(**options))
 
 
 # ------------------------------------------------------------------------------------------------- rewards, advantages
@@ -100,20 +101,19 @@ def test_a_group_of_equals_has_no_gradient_and_is_finite(n, correct, length, kw)
 def test_a_group_knows_nothing_of_the_others(a, b, kw):
     n = min(len(a), len(b))
     a, b = a[:n], b[:n]
-    correct, lengths = zip(*a, *b, strict=True)
-    both = lead_advantages(torch.tensor(correct), torch.tensor(lengths), n, **kw)
+    both = lead(a + b, n, **kw)
     torch.testing.assert_close(both.advantage[:n], lead(a, **kw).advantage, atol=0, rtol=0)
     torch.testing.assert_close(both.advantage[n:], lead(b, **kw).advantage, atol=0, rtol=0)
 
 
 def test_no_group_at_all():
-    out = lead_advantages(torch.empty(0, dtype=torch.bool), torch.empty(0), 4)
+    out = lead_advantages(Outcomes(torch.empty(0, dtype=torch.bool), torch.empty(0)), 4)
     assert out.reward.shape == out.advantage.shape == (0,) and out.solve_rate.shape == out.kept.shape == (0,)
 
 
 def test_a_reward_that_is_no_number_stays_in_its_group():
     wrong = torch.tensor([math.nan, -1.0, -1.0, -1.0])
-    out = lead_advantages(torch.tensor([0, 1, 0, 1]), torch.tensor([5, 6, 7, 8]), 2, wrong_reward=wrong)
+    out = lead_advantages(Outcomes(torch.tensor([0, 1, 0, 1]), torch.tensor([5, 6, 7, 8]), wrong), 2)
     assert out.advantage[:2].isnan().any() and out.advantage[2:].isfinite().all()
 
 
@@ -248,15 +248,16 @@ def test_repetition_does_not_depend_on_the_spaces(text, width):
 
 PEAK = """
 import resource, torch
-from lead_kernels import linear_policy_loss
+from lead_kernels import Sequences, Tokens, linear_policy_loss
 torch.set_num_threads(1)
 T, V, D = 4096, 40_000, 8
 hidden, head = torch.randn(T, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
-row = dict(sequence_ids=torch.zeros(T, dtype=torch.int32), weights=torch.ones(1) / T, advantages=torch.ones(1))
-few = linear_policy_loss(hidden[:8], head, torch.arange(8), **row | {"sequence_ids": row["sequence_ids"][:8]})
+ids, targets = torch.zeros(T, dtype=torch.int32), torch.arange(T)
+sequences = Sequences(torch.ones(1) / T, torch.ones(1))
+few = linear_policy_loss(hidden[:8], head, Tokens(targets[:8], ids[:8]), sequences)
 few.loss.backward()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-out = linear_policy_loss(hidden, head, torch.arange(T), **row)
+out = linear_policy_loss(hidden, head, Tokens(targets, ids), sequences)
 out.loss.backward()
 kept = [x.requires_grad for x in (out.logprobs, out.entropy, *out.metrics.values())]
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / (T * V * 4), any(kept))

@@ -86,19 +86,29 @@ def sample() -> dict[str, list]:
     return {k: [row for n in sorted(chosen) for row in chosen[n][k]] for k in BATCH}
 
 
+def recorded_batch(t: SimpleNamespace, record: dict[str, list]) -> Any:
+    """The batch as the trainer has it after grading."""
+    scores = [t.Score(ok, None, cut, False) for ok, cut in zip(record["correct"], record["truncated"], strict=True)]
+    groups = []
+    for i in range(0, len(scores), GROUP_SIZE):
+        rows = zip(*(record[k][i : i + GROUP_SIZE] for k in ("responses", "logprobs", "truncated")), strict=True)
+        responses = [t.Response(ids, logp, "length" if cut else "stop", "", 0) for ids, logp, cut in rows]
+        samples = [t.Sample(*both) for both in zip(responses, scores[i : i + GROUP_SIZE], strict=True)]
+        groups.append(t.Group(t.Problem(str(i), "", ""), record["prompts"][i], samples))
+    return t.Batch(groups)
+
+
+def new_learner(t: SimpleNamespace, c: Any, ranks: Any) -> Any:
+    """A learner that nobody watches."""
+    return t.Learner(c, ranks, SimpleNamespace(phase=t.PhaseTimer(), progress=lambda *where: None))
+
+
 def compute(record: dict[str, list]) -> dict[str, list]:
     """Rewards and advantages of the recorded batch, and what each of several updates on it gives."""
     with job() as (t, c, ranks):
-        scores = [t.Score(ok, None, cut, False) for ok, cut in zip(record["correct"], record["truncated"], strict=True)]
-        groups = []
-        for i in range(0, len(scores), GROUP_SIZE):
-            rows = zip(*(record[k][i : i + GROUP_SIZE] for k in ("responses", "logprobs", "truncated")), strict=True)
-            responses = [t.Response(ids, logp, "length" if cut else "stop", "", 0) for ids, logp, cut in rows]
-            samples = [t.Sample(*both) for both in zip(responses, scores[i : i + GROUP_SIZE], strict=True)]
-            groups.append(t.Group(t.Problem(str(i), "", ""), record["prompts"][i], samples))
-        batch = t.Batch(groups)
-        lead = t.advantages(scores, batch.lengths, c, ranks.device)
-        learner = t.Learner(c, ranks, SimpleNamespace(phase=t.PhaseTimer(), progress=lambda *where: None))
+        batch = recorded_batch(t, record)
+        lead = t.advantages(batch.scores, batch.lengths, c, ranks.device)
+        learner = new_learner(t, c, ranks)
         policy = learner.policy
         out: dict[str, list] = {"reward": lead.reward.tolist(), "advantage": lead.advantage.tolist(), "updates": []}
         first = parameters(policy)
@@ -130,6 +140,30 @@ def test_a_recorded_batch_gives_the_recorded_numbers():
     for n, (a, b) in enumerate(zip(now["updates"], record["updates"], strict=True), 1):
         for key in b:
             assert a[key] == close_to(b[key]), f"{key} of update {n}"
+
+
+def test_a_step_hands_the_outcomes_to_the_loss_and_not_the_advantages():
+    """Advantages computed beforehand say what is trained, no more: with other nonzero numbers the same weights."""
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    few = {k: v[:8] for k, v in record.items() if k in BATCH}
+    seen, weights = [], []
+    from lead_fast.learner import loss
+
+    def watched(hidden: Any, head: Any, tokens: Any, sequences: Any, *args: Any, **kw: Any) -> Any:
+        seen.append(type(sequences.advantages).__name__)
+        return real(hidden, head, tokens, sequences, *args, **kw)
+
+    real = loss.linear_policy_loss
+    for change in (False, True):
+        with job() as (t, c, ranks), mock.patch.object(loss, "linear_policy_loss", watched):
+            batch = recorded_batch(t, few)
+            lead = t.advantages(batch.scores, batch.lengths, c, ranks.device)
+            if change:
+                lead = lead._replace(advantage=torch.where(lead.advantage == 0, 0.0, 7.0))
+            learner = new_learner(t, c, ranks)
+            learner.step(batch, lead, 0)
+            weights.append(parameters(learner.policy))
+    assert set(seen) == {"Groups"} and torch.equal(*weights)
 
 
 def close_to(expected: Any) -> Any:

@@ -95,7 +95,7 @@ def test_packs_hold_everything_once_within_the_budget_and_ranks_get_the_same_num
 
 GRADIENT = """
 import json, sys, torch
-from lead_fast.learner.advantage import advantages
+from lead_fast.learner import advantage
 from lead_fast.cli import load_config
 from lead_fast.runtime.ranks import start, stop
 from lead_fast.learner.loss import needs_gradient, objective, policy_loss
@@ -126,8 +126,9 @@ def gradient(args, reshard, prune, shuffle, packs, checkpointing, sequence=1, re
         policies[kind] = ranks, load_policy(c.model, c.parallel, ranks)
     ranks, policy = policies[kind]
     policy.zero_grad(set_to_none=True)
-    lead = advantages([Score(bool(o), None, False, False) for o in outcomes], lengths, c, ranks.device)
-    o = objective(lead.advantage, lengths, lead.kept.repeat_interleave(4), c)
+    scored = [Score(bool(o), None, False, False) for o in outcomes], lengths, c, ranks.device
+    lead = advantage.advantages(*scored)
+    o = objective(lead.advantage, lengths, lead.kept.repeat_interleave(4), c, advantage.outcomes(*scored))
     live = [i for i, moves in enumerate(needs_gradient(o, c)) if moves or not prune]
     if shuffle:
         live = live[::-1]

@@ -2,8 +2,13 @@
 
     z = hidden head^T / temperature      logp = z_t - lse(z)      H = lse - sum p z
 
-For behaviour and reference passes (forward only, one GEMM, 2 T D V FLOPs) and for SFT (with gradients; the backward
-makes each chunk's logits again, so that any function of log-probs and entropy can follow: four GEMMs).
+For behaviour and reference passes (forward only) and for SFT (with gradients; the backward makes each chunk's logits
+again, so that any function of log-probs and entropy can follow).
+
+dtypes: hidden and head of one float dtype; log-probs and entropy fp32 (fp64 for fp64), rounded from logits of the
+inputs' dtype; d(head) accumulated in fp32 (fp64). Refuses targets outside 0..V-1 and a sharded head.
+
+Floor: one GEMM forward, 2 T D V FLOPs; four with the backward.
 
 Legend: T rows, D hidden, V vocabulary, C rows of a chunk.
 """
@@ -12,9 +17,9 @@ from typing import Any
 
 import torch
 
-from .linear_policy_loss import _accumulate, add_product_, check_shapes, chunk_size, computable, local
+from ._head import accumulate, add_product_, check_shapes, chunk_size, computable, local
+from ._rows import RowStats, row_gradient_, row_stats
 from .policy_loss import check_targets
-from .rows import row_gradient_, row_stats
 
 
 @torch.library.custom_op("lead_kernels::linear_logprobs", mutates_args=())
@@ -29,7 +34,8 @@ def linear_logprobs_op(
         h = hidden[i : i + step]
         parts.append(row_stats(torch.mm(h, head.T, out=buffer[: len(h)]), targets[i : i + step], temperature))
     stats = torch.cat(parts)
-    return stats[:, 2].clone(), stats[:, 3].clone(), stats
+    row = RowStats(*stats.unbind(1))
+    return row.logprob.clone(), row.entropy.clone(), stats
 
 
 @linear_logprobs_op.register_fake
@@ -48,7 +54,7 @@ def linear_logprobs_backward_op(
     dtypes = hidden.dtype, head.dtype
     hidden, head = computable(hidden), computable(head)
     grad_hidden = torch.empty(hidden.shape if train_hidden else (0,), dtype=hidden.dtype, device=hidden.device)
-    grad_head = torch.empty(head.shape if train_head else (0,), dtype=_accumulate(head.dtype), device=head.device)
+    grad_head = torch.empty(head.shape if train_head else (0,), dtype=accumulate(head.dtype), device=head.device)
     buffer = torch.empty(step, head.shape[0], dtype=head.dtype, device=head.device)
     for i in range(0, max(1, hidden.shape[0]), step):
         at = slice(i, i + step)
@@ -72,16 +78,17 @@ def _(hidden, head, targets, stats, grad_logprob, grad_entropy, temperature, ste
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     hidden, head, targets, ctx.temperature, ctx.step = inputs
-    ctx.save_for_backward(hidden, head, targets, output[2])
+    _, _, stats = output
+    ctx.save_for_backward(hidden, head, targets, stats)
 
 
 def _backward(ctx: Any, grad_logprob: torch.Tensor, grad_entropy: torch.Tensor, grad_stats: Any) -> tuple:
     hidden, head, targets, stats = ctx.saved_tensors
-    want = ctx.needs_input_grad
+    train_hidden, train_head, *others = ctx.needs_input_grad
     d_hidden, d_head = torch.ops.lead_kernels.linear_logprobs_backward(
-        hidden, head, targets, stats, grad_logprob, grad_entropy, ctx.temperature, ctx.step, want[0], want[1]
+        hidden, head, targets, stats, grad_logprob, grad_entropy, ctx.temperature, ctx.step, train_hidden, train_head
     )
-    return d_hidden if want[0] else None, d_head if want[1] else None, None, None, None
+    return d_hidden if train_hidden else None, d_head if train_head else None, *[None] * len(others)
 
 
 linear_logprobs_op.register_autograd(_backward, setup_context=_save)
@@ -95,7 +102,7 @@ def linear_logprobs(
     temperature: float = 1.0,
     chunk_rows: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs of the targets and entropy under softmax(hidden @ head_weight.T / temperature).
+    """Compute log-probs of the targets and entropy under softmax(hidden @ head_weight.T / temperature).
 
     Args:
         hidden: [T, D], any float dtype.

@@ -6,7 +6,7 @@ For a row with logits z / temperature, target t, sequence s, advantage A, token 
     r    = exp(min(logp - old, 20))                     old: given, or logp itself, detached (ratio 1)
     w    = min(exp(old - behavior), cap)                truncated importance weight, detached; or 0 above cap (mask)
     l    = -w min(r A, clip(r, 1 - low, 1 + high) A)    GRPO; dual clip: for A < 0 at most -w c A
-    l    = -w A sg(min(r, 1 + high)) logp               CISPO
+    l    = -w A sg(clip(r, 1 - low, 1 + high)) logp     CISPO
     GSPO: r = exp(mean over the sequence of logp - old), one ratio for all its tokens
     loss = sum u (l + kl_coef KL - entropy_coef H)
 
@@ -15,7 +15,12 @@ and d loss / d z = [ g (onehot_t - p) - h p (log p + H) ] / temperature, with g 
 dtypes: logits bf16, fp16, fp32 or fp64; accumulated in fp32 (fp64 for fp64); loss, log-probs, entropy fp32 (fp64);
 gradient in the logits' dtype, scaled before rounding. Refuses targets outside 0..V-1.
 
-Floor per row: one read and one write of V logits; everything else is O(1) a row.
+The advantages are given, or follow from the outcomes of whole groups (Groups). Triton's row kernel then computes those
+of a row's group itself. The C++ and the plain torch form call `lead_advantages` once per call, before their first row:
+on a CPU a group's arithmetic in every row would cost more than a vector of S numbers. Either way it is the device
+function of `lead_advantages`, and the advantages have its bits.
+
+Floor per row: one read and one write of V logits; everything else is O(1) per row.
 
 Legend: T rows, V vocabulary, S sequences.
 """
@@ -25,12 +30,69 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from .lead_advantage import GroupTable
-from .rows import Ready, in_triton, row_gradient_, row_stats
+from ._rows import Ready, RowStats, in_triton, row_gradient_, row_stats
+from .advantage import Groups, lead_advantages
+from .options import LossOptions
 
 LOG_RATIO_CAP = 20.0
-METRICS = ("tokens", "entropy", "kl_behavior", "clip_low", "clip_high", "ratio", "ratio_capped", "importance_truncated",
-           "logprob_diff", "kl_reference", "max_logprob", "max_logprob_diff")  # fmt: skip
+DEFAULT = LossOptions()
+
+
+class Tokens(NamedTuple):
+    """What is known of each row's token, [T] each.
+
+    targets: the sampled tokens, int64, each in 0..V-1.
+    sequence_ids: index of the row's sequence into the [S] tensors, any integer type. Where ratio or importance_level
+        is `sequence`, all rows of a sequence are in one call.
+    behavior: log-probs under the policy that sampled.
+    old: log-probs in the denominator of the ratio; None: the policy itself, detached.
+    reference: log-probs of the reference model, for the KL term.
+    """
+
+    targets: torch.Tensor
+    sequence_ids: torch.Tensor
+    behavior: torch.Tensor | None = None
+    old: torch.Tensor | None = None
+    reference: torch.Tensor | None = None
+
+
+class Sequences(NamedTuple):
+    """What is known of each sequence.
+
+    weights: weight of each of its tokens, [S]; see `loss_weights`.
+    advantages: [S], or the Groups of S responses that they follow from.
+    """
+
+    weights: torch.Tensor
+    advantages: torch.Tensor | Groups
+
+
+class SequenceTerms(NamedTuple):
+    """What the sequence modes know from a first pass, back on the rows, [T]; None where the mode is `token`.
+
+    log_ratio: mean of logp - old over the row's sequence.
+    importance: sum of old - behavior over the row's sequence.
+    """
+
+    log_ratio: torch.Tensor | None = None
+    importance: torch.Tensor | None = None
+
+
+class RowMetrics(NamedTuple):
+    """Metrics that every row has and that are added up over rows; the order in which kernels write them."""
+
+    kl_behavior: torch.Tensor
+    clip_low: torch.Tensor
+    clip_high: torch.Tensor
+    ratio: torch.Tensor
+    ratio_capped: torch.Tensor
+    importance_truncated: torch.Tensor
+    logprob_diff: torch.Tensor
+    kl_reference: torch.Tensor
+
+
+MAXIMA = ("max_logprob", "max_logprob_diff")
+METRICS = ("tokens", "entropy", *RowMetrics._fields, *MAXIMA)
 
 
 class PolicyLoss(NamedTuple):
@@ -69,6 +131,8 @@ def loss_weights(
         constant: tokens, for `constant`.
     Returns:
         float32 [S].
+    Raises:
+        ValueError: `constant` without a positive number of tokens.
     """
     lengths = lengths.float()
     if mean == "response":
@@ -81,7 +145,7 @@ def loss_weights(
 
 
 def check_targets(targets: torch.Tensor, vocabulary: int) -> None:
-    """Raises ValueError if a target is no column of the logits; on a GPU the error is asynchronous, without a wait."""
+    """Raise ValueError if a target is no column of the logits; on a GPU the error is asynchronous, without a wait."""
     if targets.is_cuda:
         inside = ((targets >= 0) & (targets < vocabulary)).all()
         return torch._assert_async(inside, f"a target is outside the vocabulary of {vocabulary}")  # type: ignore
@@ -90,90 +154,83 @@ def check_targets(targets: torch.Tensor, vocabulary: int) -> None:
         raise ValueError(f"target {int(bad)} is outside the vocabulary of {vocabulary}: check tokenizer and head.")
 
 
-def check_levels(ratio: str, importance_level: str, importance_cap: float | None) -> None:
-    """Raises ValueError for a weight per token beside one ratio for the whole sequence."""
-    if ratio == "sequence" and importance_cap is not None and importance_level == "token":
-        raise ValueError("ratio is 'sequence' and importance_level is 'token': give importance_level='sequence'.")
-
-
 def rows_loss(
     logprob_T: torch.Tensor,
     entropy_T: torch.Tensor,
     advantage_T: torch.Tensor,
     weight_T: torch.Tensor,
-    *,
-    behavior_T: torch.Tensor | None,
-    old_T: torch.Tensor | None,
-    reference_T: torch.Tensor | None,
-    sequence_ratio_T: torch.Tensor | None,
-    importance_T: torch.Tensor | None,
-    ratio: str,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    importance_cap: float | None,
-    importance_mode: str,
-    kl: str,
-    kl_coef: float,
-    entropy_coef: float,
+    tokens: Tokens,
+    terms: SequenceTerms,
+    o: LossOptions,
 ) -> Rows:
-    """The loss of every row and its derivative with respect to the row's log-prob and entropy (all O(T))."""
-    old_T = logprob_T if old_T is None else old_T.to(logprob_T.dtype)
-    log_r = logprob_T - old_T if sequence_ratio_T is None else sequence_ratio_T
+    """The specification: each row's loss and its derivative by the row's log-prob and entropy, all O(T).
+
+    Computed in the dtype of `logprob_T`; log-probs of `tokens` are cast to it.
+    """
+
+    def cast(x: torch.Tensor | None) -> torch.Tensor | None:
+        return None if x is None else x.to(logprob_T.dtype)
+
+    behavior_T, old_T, reference_T = cast(tokens.behavior), cast(tokens.old), cast(tokens.reference)
+    old_T = logprob_T if old_T is None else old_T
+    log_r = logprob_T - old_T if terms.log_ratio is None else terms.log_ratio
     r = log_r.clamp(max=LOG_RATIO_CAP).exp()
-    below, above = r < 1 - clip_low, r > 1 + clip_high
+    below, above = r < 1 - o.clip_low, r > 1 + o.clip_high
     a = advantage_T
     live = torch.where(a > 0, ~above, ~below)  # where the unclipped branch gives the smaller objective
-    if ratio == "cispo":
+    if o.ratio == "cispo":
         # The clipped ratio is a constant weight on log p.
-        weight = r.clamp(1 - clip_low, 1 + clip_high)
+        weight = r.clamp(1 - o.clip_low, 1 + o.clip_high)
         loss, grad = -weight * a * logprob_T, -weight * a
     else:
-        objective = torch.minimum(r * a, r.clamp(1 - clip_low, 1 + clip_high) * a)
+        objective = torch.minimum(r * a, r.clamp(1 - o.clip_low, 1 + o.clip_high) * a)
         loss, grad = -objective, torch.where(live, -r * a, 0.0)
-        if dual_clip is not None:
-            bounded = (a < 0) & (loss > -dual_clip * a)
-            loss, grad = torch.where(bounded, -dual_clip * a, loss), torch.where(bounded, 0.0, grad)
+        if o.dual_clip is not None:
+            bounded = (a < 0) & (loss > -o.dual_clip * a)
+            loss, grad = torch.where(bounded, -o.dual_clip * a, loss), torch.where(bounded, 0.0, grad)
         grad = torch.where(log_r > LOG_RATIO_CAP, 0.0, grad)
     truncated = torch.zeros_like(r, dtype=torch.bool)
-    if importance_cap is not None and behavior_T is not None:
-        log_w = (old_T - behavior_T if importance_T is None else importance_T).clamp(max=LOG_RATIO_CAP)
+    if o.importance_cap is not None and behavior_T is not None:
+        log_w = (old_T - behavior_T if terms.importance is None else terms.importance).clamp(max=LOG_RATIO_CAP)
         w = log_w.exp()
-        truncated = w > importance_cap
-        w = torch.where(truncated, 0.0, w) if importance_mode == "mask" else w.clamp(max=importance_cap)
+        truncated = w > o.importance_cap
+        w = torch.where(truncated, 0.0, w) if o.importance_mode == "mask" else w.clamp(max=o.importance_cap)
         loss, grad = loss * w, grad * w
     kl_T = torch.zeros_like(r)
-    if reference_T is not None and kl_coef:
+    if reference_T is not None and o.kl_coef:
         d = reference_T - logprob_T
-        if kl == "k1":
+        if o.kl == "k1":
             kl_T, dkl = -d, torch.ones_like(d)
-        elif kl == "k2":
+        elif o.kl == "k2":
             kl_T, dkl = 0.5 * d * d, -d
         else:
             e = d.clamp(max=LOG_RATIO_CAP).exp()
             kl_T, dkl = e - 1 - d, 1 - torch.where(d > LOG_RATIO_CAP, 0.0, e)
-        loss, grad = loss + kl_coef * kl_T, grad + kl_coef * dkl
-    loss = loss - entropy_coef * entropy_T
+        loss, grad = loss + o.kl_coef * kl_T, grad + o.kl_coef * dkl
+    loss = loss - o.entropy_coef * entropy_T
 
     zero = torch.zeros((), dtype=r.dtype, device=r.device)
     diff = zero[None] if behavior_T is None else (logprob_T - behavior_T)
     d = diff.neg().clamp(-LOG_RATIO_CAP, LOG_RATIO_CAP)
     clipped = weight_T != 0
+    sums = RowMetrics(
+        kl_behavior=(d.neg().exp() - 1 + d).sum(),  # k3 of behaviour || policy, sampled from the behaviour policy
+        clip_low=(below & (a < 0) & clipped).sum().float(),
+        clip_high=(above & (a > 0) & clipped).sum().float(),
+        ratio=r.sum(),
+        ratio_capped=(log_r > LOG_RATIO_CAP).sum().float(),
+        importance_truncated=truncated.sum().float(),
+        logprob_diff=diff.abs().sum(),
+        kl_reference=kl_T.sum(),
+    )
     metrics = {
         "tokens": torch.tensor(float(r.numel()), device=r.device),
         "entropy": entropy_T.sum(),
-        "kl_behavior": (d.neg().exp() - 1 + d).sum(),  # k3 of behaviour || policy, sampled from the behaviour policy
-        "clip_low": (below & (a < 0) & clipped).sum().float(),
-        "clip_high": (above & (a > 0) & clipped).sum().float(),
-        "ratio": r.sum(),
-        "ratio_capped": (log_r > LOG_RATIO_CAP).sum().float(),
-        "importance_truncated": truncated.sum().float(),
-        "logprob_diff": diff.abs().sum(),
-        "kl_reference": kl_T.sum(),
+        **sums._asdict(),
         "max_logprob": logprob_T.amax() if logprob_T.numel() else zero - float("inf"),
         "max_logprob_diff": diff.abs().amax() if diff.numel() else zero,
     }
-    return Rows(weight_T * loss, weight_T * grad, torch.full_like(weight_T, -entropy_coef) * weight_T, metrics)
+    return Rows(weight_T * loss, weight_T * grad, torch.full_like(weight_T, -o.entropy_coef) * weight_T, metrics)
 
 
 def sequence_mean(x_T: torch.Tensor, sequence_ids: torch.Tensor, n: int, mean: bool = True) -> torch.Tensor:
@@ -185,225 +242,146 @@ def sequence_mean(x_T: torch.Tensor, sequence_ids: torch.Tensor, n: int, mean: b
     return total[index]
 
 
+def needs_first_pass(o: LossOptions) -> bool:
+    """Whether every row's log-prob must be known before the first row's loss is."""
+    return o.ratio == "sequence" or o.importance_level == "sequence"
+
+
+def sequence_terms(logprob_T: torch.Tensor, tokens: Tokens, n_sequences: int, o: LossOptions) -> SequenceTerms:
+    """What the sequence modes need of the log-probs of a first pass."""
+    old = logprob_T if tokens.old is None else tokens.old.to(logprob_T.dtype)
+    log_ratio = importance = None
+    if o.ratio == "sequence":
+        log_ratio = sequence_mean(logprob_T - old, tokens.sequence_ids, n_sequences)
+    if o.importance_level == "sequence" and tokens.behavior is not None:
+        difference = old - tokens.behavior.to(old.dtype)
+        importance = sequence_mean(difference, tokens.sequence_ids, n_sequences, mean=False)
+    return SequenceTerms(log_ratio, importance)
+
+
+def for_row_kernel(sequences: Sequences, logits: torch.Tensor) -> Sequences:
+    """Sequences as the row kernel of these logits takes them.
+
+    Triton's takes Groups and computes their advantages itself, in float32; for every other kernel, and for outcomes in
+    float64, `lead_advantages` does it here, once for all rows.
+    """
+    groups = sequences.advantages
+    if isinstance(groups, Groups):
+        table = groups.table()
+        if not in_triton(logits) or table.dtype == torch.float64:
+            return sequences._replace(advantages=lead_advantages(table, groups.group_size, groups.options).advantage)
+    return sequences
+
+
 def policy_rows_(
     logits: torch.Tensor,
-    targets: torch.Tensor,
-    *,
-    sequence_ids: torch.Tensor,
-    weights: torch.Tensor,
-    advantages: torch.Tensor | GroupTable,
-    behavior_logprobs: torch.Tensor | None,
-    old_logprobs: torch.Tensor | None,
-    reference_logprobs: torch.Tensor | None,
-    sequence_log_ratio: torch.Tensor | None,
-    sequence_importance: torch.Tensor | None,
+    tokens: Tokens,
+    sequences: Sequences,
+    terms: SequenceTerms,
+    options: LossOptions,
     temperature: float,
     gradient: torch.Tensor | None,
-    **loss: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """loss [T], log-probs [T], entropy [T] and metrics [12] in the order of METRICS.
+    """loss [T], log-probs [T], entropy [T] and metrics [12] in the order of METRICS; `sequences` by `for_row_kernel`.
 
     The logits' gradient is written to `gradient`, which may be the logits themselves; None: forward only.
     """
     if kernels := in_triton(logits):
-        table = isinstance(advantages, GroupTable)
         loss_T, logprob_T, entropy_T, sums = kernels.policy_rows_triton(
-            logits,
-            targets,
-            sequence_ids,
-            weights,
-            None if table else advantages,
-            advantages.packed() if table else NO_GROUPS,
-            behavior_T=behavior_logprobs,
-            old_T=old_logprobs,
-            reference_T=reference_logprobs,
-            sequence_ratio_T=sequence_log_ratio,
-            importance_T=sequence_importance,
-            temperature=temperature,
-            gradient=gradient,
-            **loss,
+            logits, tokens, sequences, terms, options, temperature, gradient
         )
-        tokens = torch.full((1,), float(loss_T.numel()), device=logits.device)
-        most = logprob_T.amax() if loss_T.numel() else tokens[0] - float("inf")
-        diff = sums[6].amax() if loss_T.numel() else torch.zeros_like(most)
-        metrics = torch.cat([tokens, entropy_T.sum()[None], sums.sum(1), torch.stack([most, diff])])
+        count = torch.full((1,), float(loss_T.numel()), device=logits.device)
+        most = logprob_T.amax() if loss_T.numel() else count[0] - float("inf")
+        diff = RowMetrics(*sums).logprob_diff.amax() if loss_T.numel() else torch.zeros_like(most)
+        metrics = torch.cat([count, entropy_T.sum()[None], sums.sum(1), torch.stack([most, diff])])
         return loss_T, logprob_T, entropy_T, metrics
-    if isinstance(advantages, GroupTable):
-        advantages = advantages.advantages()
-    stats = row_stats(logits, targets, temperature)
-    logprob_T, entropy_T = stats[:, 2], stats[:, 3]
-    dtype, index = stats.dtype, sequence_ids.long()
-    rows = rows_loss(
-        logprob_T,
-        entropy_T,
-        advantages.to(dtype)[index],
-        weights.to(dtype)[index],
-        behavior_T=None if behavior_logprobs is None else behavior_logprobs.to(dtype),
-        old_T=old_logprobs,
-        reference_T=None if reference_logprobs is None else reference_logprobs.to(dtype),
-        sequence_ratio_T=sequence_log_ratio,
-        importance_T=sequence_importance,
-        **loss,
-    )
+    assert isinstance(sequences.advantages, torch.Tensor)
+    stats = row_stats(logits, tokens.targets, temperature)
+    row, index = RowStats(*stats.unbind(1)), tokens.sequence_ids.long()
+    advantage_T, weight_T = (x.to(stats.dtype)[index] for x in (sequences.advantages, sequences.weights))
+    rows = rows_loss(row.logprob, row.entropy, advantage_T, weight_T, tokens, terms, options)
     if gradient is not None:
-        row_gradient_(logits, targets, stats, rows.grad_logprob_T, rows.grad_entropy_T, temperature, gradient)
-    metrics = torch.stack([rows.metrics[k].to(dtype) for k in METRICS])
-    return rows.loss_T, logprob_T.clone(), entropy_T.clone(), metrics
+        grads = rows.grad_logprob_T, rows.grad_entropy_T
+        row_gradient_(logits, tokens.targets, stats, *grads, temperature, gradient)
+    metrics = torch.stack([rows.metrics[k].to(stats.dtype) for k in METRICS])
+    return rows.loss_T, row.logprob.clone(), row.entropy.clone(), metrics
 
 
-def _logits_loss(
-    logits: torch.Tensor, targets: torch.Tensor, advantages: torch.Tensor | GroupTable, out: torch.Tensor | None,
-    *, temperature: float, ratio: str, importance_level: str, sequence_ids: torch.Tensor,
-    behavior_logprobs: torch.Tensor | None, old_logprobs: torch.Tensor | None, n_sequences: int, **rest: Any,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    check_targets(targets, logits.shape[1])
-    log_ratio = importance = None
-    if ratio == "sequence" or importance_level == "sequence":
-        log_ratio, importance = sequence_terms(
-            row_stats(logits, targets, temperature)[:, 2],
-            sequence_ids,
-            n_sequences,
-            behavior_logprobs,
-            old_logprobs,
-            ratio,
-            importance_level,
-        )
-    loss_T, logprobs, entropy, metrics = policy_rows_(
-        logits,
-        targets,
-        sequence_ids=sequence_ids,
-        advantages=advantages,
-        behavior_logprobs=behavior_logprobs,
-        old_logprobs=old_logprobs,
-        sequence_log_ratio=log_ratio,
-        sequence_importance=importance,
-        temperature=temperature,
-        gradient=out,
-        ratio=ratio,
-        **rest,
-    )
+def logits_loss_(
+    logits: torch.Tensor,
+    tokens: Tokens,
+    sequences: Sequences,
+    options: LossOptions,
+    temperature: float,
+    gradient: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """loss, log-probs [T], entropy [T], metrics [12]; the gradient as in `policy_rows_`."""
+    check_targets(tokens.targets, logits.shape[1])
+    terms = SequenceTerms()
+    if needs_first_pass(options):
+        row = RowStats(*row_stats(logits, tokens.targets, temperature).unbind(1))
+        terms = sequence_terms(row.logprob, tokens, sequences.weights.numel(), options)
+    sequences = for_row_kernel(sequences, logits)
+    rows = policy_rows_(logits, tokens, sequences, terms, options, temperature, gradient)
+    loss_T, logprobs, entropy, metrics = rows
     return loss_T.sum(), logprobs, entropy, metrics
+
+
+def decode_sequences(weights: torch.Tensor, advantages: torch.Tensor, groups: list[float]) -> Sequences:
+    """The sequences that `encode_sequences` was called on."""
+    return Sequences(weights, Groups.decode(advantages, groups) if groups else advantages)
+
+
+def encode_sequences(sequences: Sequences) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
+    """weights [S], advantages [S] or outcomes [S, 4], and what the outcomes' groups are (empty: none).
+
+    Raises:
+        ValueError: weights and advantages of different sizes.
+    """
+    weights, advantages = sequences
+    table, groups = advantages.encode() if isinstance(advantages, Groups) else (advantages, [])
+    if weights.shape != table.shape[:1] or table.dim() != (2 if groups else 1):
+        raise ValueError(f"weights are {list(weights.shape)} and advantages or outcomes {list(table.shape)}: "
+                         "give one weight and one advantage for each sequence.")  # fmt: skip
+    return weights, table, groups
 
 
 @torch.library.custom_op("lead_kernels::policy_loss", mutates_args=())
 def policy_loss_op(
-    logits: torch.Tensor, targets: torch.Tensor, sequence_ids: torch.Tensor, weights: torch.Tensor,
-    advantages: torch.Tensor | None, correct: torch.Tensor | None, lengths: torch.Tensor | None,
-    wrong: torch.Tensor | None, penalty: torch.Tensor | None, group_size: int, floats: list[float], ints: list[int],
-    behavior: torch.Tensor | None, old: torch.Tensor | None, reference: torch.Tensor | None, temperature: float,
-    ratio: str, clip_low: float, clip_high: float, dual_clip: float | None, importance_cap: float | None,
-    importance_mode: str, importance_level: str, kl: str, kl_coef: float, entropy_coef: float, gradient: bool,
+    logits: torch.Tensor, targets: torch.Tensor, sequence_ids: torch.Tensor, behavior: torch.Tensor | None,
+    old: torch.Tensor | None, reference: torch.Tensor | None, weights: torch.Tensor, advantages: torch.Tensor,
+    groups: list[float], options: list[float], train: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """loss, log-probs [T], entropy [T], metrics [12], d logits [T, V] (empty if `gradient` is False)."""
-    out = torch.empty(logits.shape if gradient else (0,), dtype=logits.dtype, device=logits.device)
-    if advantages is None:
-        assert correct is not None and lengths is not None
-        given: torch.Tensor | GroupTable = GroupTable.unpacked(
-            (correct, lengths, wrong, penalty, group_size, floats, ints)
-        )
-    else:
-        given = advantages
-    values = _logits_loss(
-        logits, targets, given, out if gradient else None, sequence_ids=sequence_ids, weights=weights,
-        behavior_logprobs=behavior, old_logprobs=old, reference_logprobs=reference, n_sequences=weights.numel(),
-        temperature=temperature, ratio=ratio, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip,
-        importance_cap=importance_cap, importance_mode=importance_mode, importance_level=importance_level, kl=kl,
-        kl_coef=kl_coef, entropy_coef=entropy_coef,
-    )  # fmt: skip
-    return *values, out
+    """loss, log-probs [T], entropy [T], metrics [12], d logits [T, V] (empty if `train` is False).
+
+    Args: `Tokens`, `encode_sequences` and `LossOptions.encode` of the public function's arguments.
+    """
+    tokens = Tokens(targets, sequence_ids, behavior, old, reference)
+    sequences = decode_sequences(weights, advantages, groups)
+    out = torch.empty(logits.shape if train else (0,), dtype=logits.dtype, device=logits.device)
+    return *logits_loss_(logits, tokens, sequences, *LossOptions.decode(options), out if train else None), out
 
 
 @policy_loss_op.register_fake
-def _(logits, targets, *rest):
+def _(logits, targets, sequence_ids, behavior, old, reference, weights, advantages, groups, options, train):
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    rows = [logits.new_empty(targets.shape, dtype=dtype) for _ in range(2)]
-    small = [logits.new_empty(s, dtype=dtype) for s in ((), (len(METRICS),))]
-    return small[0], *rows, small[1], logits.new_empty(logits.shape if rest[-1] else (0,))
+    logprobs, entropy = (logits.new_empty(targets.shape, dtype=dtype) for _ in range(2))
+    loss, metrics = (logits.new_empty(shape, dtype=dtype) for shape in ((), (len(METRICS),)))
+    return loss, logprobs, entropy, metrics, logits.new_empty(logits.shape if train else (0,))
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
-    ctx.save_for_backward(output[4])
+    *_, grad = output
+    ctx.save_for_backward(grad)
 
 
 def _scale(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple:
-    """The gradient was taken in the forward: the backward only scales it."""
+    """Scale the gradient, which was taken in the forward; inputs but the logits have none."""
     (grad,) = ctx.saved_tensors
-    return grad * grad_loss.to(grad.dtype) if grad.dim() == 2 else None, *[None] * 26
+    return grad * grad_loss.to(grad.dtype) if grad.dim() == 2 else None, *[None] * (len(ctx.needs_input_grad) - 1)
 
 
 policy_loss_op.register_autograd(_scale, setup_context=_save)
-
-
-def policy_loss(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    *,
-    sequence_ids: torch.Tensor,
-    weights: torch.Tensor,
-    advantages: torch.Tensor | GroupTable,
-    behavior_logprobs: torch.Tensor | None = None,
-    old_logprobs: torch.Tensor | None = None,
-    reference_logprobs: torch.Tensor | None = None,
-    temperature: float = 1.0,
-    ratio: Literal["token", "sequence", "cispo"] = "token",
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    dual_clip: float | None = None,
-    importance_cap: float | None = None,
-    importance_mode: Literal["truncate", "mask"] = "truncate",
-    importance_level: Literal["token", "sequence"] = "token",
-    kl: Literal["k1", "k2", "k3"] = "k3",
-    kl_coef: float = 0.0,
-    entropy_coef: float = 0.0,
-    inplace: bool = False,
-) -> PolicyLoss:
-    """Policy loss of packed rows of logits.
-
-    Args:
-        logits: [T, V], bf16, fp16, fp32 or fp64.
-        targets: the sampled tokens, int64 [T], each in 0..V-1.
-        sequence_ids: each row's index into the [S] tensors, any integer type, [T]. Sequences are whole: all response
-            rows of a sequence are in this call where ratio or importance_level is `sequence`.
-        weights: weight of each token of a sequence, [S]; see `loss_weights`.
-        advantages: [S], or the GroupTable they follow from: on a GPU the same kernel then computes them.
-        inplace: write the gradient over the logits, which are lost (not under torch.compile).
-        behavior_logprobs: log-probs under the policy that sampled, [T].
-        old_logprobs: denominator of the ratio, [T]; None: the policy itself, detached.
-        reference_logprobs: of the reference model, [T], for the KL term.
-        temperature: divides the logits, as it did when the tokens were sampled.
-        ratio, clip_low, clip_high, dual_clip, importance_*, kl, kl_coef, entropy_coef: see the formulas above.
-    Returns:
-        PolicyLoss.
-    Raises:
-        ValueError: a target outside the vocabulary, or a token-level importance weight beside a sequence ratio.
-    """
-    check_levels(ratio, importance_level, importance_cap)
-    options: dict[str, Any] = {
-        "temperature": temperature, "ratio": ratio, "clip_low": clip_low, "clip_high": clip_high,
-        "dual_clip": dual_clip, "importance_cap": importance_cap, "importance_mode": importance_mode,
-        "importance_level": importance_level, "kl": kl, "kl_coef": kl_coef, "entropy_coef": entropy_coef,
-    }  # fmt: skip
-    train = logits.requires_grad and torch.is_grad_enabled()
-    if inplace:
-        with torch.no_grad():
-            grad = logits.detach()
-            loss, logprobs, entropy, metrics = _logits_loss(
-                grad, targets, advantages, grad if train else None, sequence_ids=sequence_ids,
-                weights=weights, behavior_logprobs=behavior_logprobs, old_logprobs=old_logprobs,
-                reference_logprobs=reference_logprobs, n_sequences=weights.numel(), **options,
-            )  # fmt: skip
-    else:
-        table = isinstance(advantages, GroupTable)
-        with compiled_or_no_grad():
-            loss, logprobs, entropy, metrics, grad = torch.ops.lead_kernels.policy_loss(
-                logits, targets, sequence_ids, weights, None if table else advantages,
-                *(advantages.packed() if table else NO_GROUPS), behavior_logprobs, old_logprobs, reference_logprobs,
-                **options, gradient=train,
-            )  # fmt: skip
-    if train and not torch.compiler.is_compiling():
-        loss = Ready.apply(loss, [grad], logits)
-        del grad
-    return PolicyLoss(loss, logprobs.detach(), entropy.detach(), named(metrics.detach()))
 
 
 def compiled_or_no_grad() -> contextlib.AbstractContextManager:
@@ -412,25 +390,48 @@ def compiled_or_no_grad() -> contextlib.AbstractContextManager:
 
 
 def named(metrics: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Metrics [12] by their names."""
     return dict(zip(METRICS, metrics.unbind(), strict=True))
 
 
-NO_GROUPS = (None, None, None, None, 1, [0.0] * 10, [0] * 6)
+def policy_loss(
+    logits: torch.Tensor,
+    tokens: Tokens,
+    sequences: Sequences,
+    options: LossOptions = DEFAULT,
+    *,
+    temperature: float = 1.0,
+    inplace: bool = False,
+) -> PolicyLoss:
+    """Policy loss of packed rows of logits.
 
-
-def sequence_terms(
-    logprob_T: torch.Tensor,
-    sequence_ids: torch.Tensor,
-    n: int,
-    behavior: torch.Tensor | None,
-    old: torch.Tensor | None,
-    ratio: str,
-    importance_level: str,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """What the sequence modes need from a first pass: mean log-ratio and summed log importance weight, on the rows."""
-    old = logprob_T if old is None else old.to(logprob_T.dtype)
-    log_ratio = sequence_mean(logprob_T - old, sequence_ids, n) if ratio == "sequence" else None
-    importance = None
-    if importance_level == "sequence" and behavior is not None:
-        importance = sequence_mean(old - behavior.to(old.dtype), sequence_ids, n, mean=False)
-    return log_ratio, importance
+    Args:
+        logits: [T, V], bf16, fp16, fp32 or fp64.
+        tokens: of each row, [T].
+        sequences: of each sequence, [S]; its advantages may be the Groups they follow from.
+        options: of the loss; formulas at the top of this file.
+        temperature: divides the logits, as it did when the tokens were sampled.
+        inplace: write the gradient over the logits, which are lost (not under torch.compile).
+    Returns:
+        PolicyLoss: fp32, or fp64 for fp64 logits.
+    Raises:
+        ValueError: a target outside the vocabulary, shapes or options that do not fit.
+    """
+    train = logits.requires_grad and torch.is_grad_enabled()
+    if inplace:
+        with torch.no_grad():
+            grad = logits.detach()
+            encode_sequences(sequences)  # refuses what does not fit
+            options.encode(temperature)
+            loss, logprobs, entropy, metrics = logits_loss_(
+                grad, tokens, sequences, options, temperature, grad if train else None
+            )
+    else:
+        with compiled_or_no_grad():
+            loss, logprobs, entropy, metrics, grad = torch.ops.lead_kernels.policy_loss(
+                logits, *tokens, *encode_sequences(sequences), options.encode(temperature), train
+            )
+    if train and not torch.compiler.is_compiling():
+        loss = Ready.apply(loss, [grad], logits)
+        del grad
+    return PolicyLoss(loss, logprobs.detach(), entropy.detach(), named(metrics.detach()))

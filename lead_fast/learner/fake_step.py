@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from transformers import AttentionInterface, AutoModelForCausalLM
 
-from lead_kernels.linear_policy_loss import CHUNK_BYTES
+from lead_kernels._head import CHUNK_BYTES
 
 from ..config import Config
 from ..runtime.ranks import Ranks

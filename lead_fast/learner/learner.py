@@ -20,7 +20,7 @@ from ..runtime.health import must_be_finite
 from ..runtime.journal import Journal
 from ..runtime.ranks import Ranks
 from . import checkpoint
-from .advantage import difficulty_weight
+from .advantage import outcomes
 from .loss import Objective, check_agreement, needs_gradient, objective, pack_logprobs, policy_loss, reduce_metrics
 from .memory import rehearse
 from .optimizer import learning_rate, make_optimizer, update
@@ -70,12 +70,13 @@ class Learner:
         tokens = [len(p) + n - 1 for p, n in zip(batch.prompts, batch.lengths, strict=True)]
         kept_S = credit.kept.repeat_interleave(c.rollout.group_size)
         size = len(tokens) // c.optim.updates
+        groups = outcomes(batch.scores, batch.lengths, c, ranks.device)
         parts, norms, balance, trained, passes = [], [], [], set(), 0
         for first in range(0, len(tokens), size):
             with self.journal.phase("pack"):
                 in_update_S = torch.zeros_like(kept_S)
                 in_update_S[first : first + size] = True
-                o = objective(credit.advantage, batch.lengths, kept_S & in_update_S, c)
+                o = objective(credit.advantage, batch.lengths, kept_S & in_update_S, c, groups)
                 live = [i for i, moves in enumerate(needs_gradient(o, c)) if moves]
                 plan = assign([tokens[i] for i in live], c.parallel.pack_tokens, ranks.teams, flops)
                 balance.append(efficiency(plan, [tokens[i] for i in live], flops))
@@ -98,7 +99,6 @@ class Learner:
         }
         record = means(sums, len(norms), reference=self.reference is not None) | skipped
         record |= {"grad_norm": sum(norms) / len(norms), "learning_rate": lr, "packs": passes}
-        record["difficulty_weight_mean"] = difficulty_weight(credit.solve_rate, c).mean().item()
         record |= {"packing_efficiency": sum(balance) / len(balance), "groups_dropped": int((~credit.kept).sum())}
         if not self.checked:
             check_agreement(record["logprob_diff_mean"], c)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lead_kernels import PolicyLoss, linear_logprobs, linear_policy_loss, loss_weights
+from lead_kernels import Groups, PolicyLoss, Sequences, Tokens, linear_logprobs, linear_policy_loss, loss_weights
 
 from ..config import Config
 from ..runtime.ranks import Ranks
@@ -19,14 +19,36 @@ from .policy import Policy
 
 @dataclass(frozen=True)
 class Objective:
-    """What the loss needs to know of the whole batch: float32 [S] each, equal on every rank."""
+    """What the loss needs to know of the whole batch, equal on every rank.
+
+    advantage_S: float32 [S], computed beforehand: says which sequences have a gradient (`needs_gradient`).
+    weight_S: float32 [S], weight of every token of a sequence; 0 for dropped groups and for other updates' sequences.
+    groups: the outcomes of all S responses, from which the loss kernel computes the advantages itself, with the bits of
+        advantage_S; None: it takes advantage_S (a rehearsal and a benchmark have advantages without outcomes).
+    """
 
     advantage_S: torch.Tensor
     weight_S: torch.Tensor
+    groups: Groups | None = None
+
+    @property
+    def sequences(self) -> Sequences:
+        """What the loss kernel is given of the sequences."""
+        return Sequences(self.weight_S, self.advantage_S if self.groups is None else self.groups)
 
 
-def objective(advantage_S: torch.Tensor, lengths: list[int], kept_S: torch.Tensor, c: Config) -> Objective:
-    """Weights of every token of every sequence; dropped sequences are in no denominator."""
+def objective(
+    advantage_S: torch.Tensor, lengths: list[int], kept_S: torch.Tensor, c: Config, groups: Groups | None = None
+) -> Objective:
+    """Weights of every token of every sequence; dropped sequences are in no denominator.
+
+    Args:
+        advantage_S: advantages of the whole batch, [S].
+        lengths: response tokens of every sequence, [S].
+        kept_S: bool [S], True for the sequences of this update whose groups were not dropped.
+        c: loss.mean and rollout.max_tokens are used.
+        groups: the outcomes that advantage_S follows from, of the whole batch.
+    """
     lengths_S = torch.tensor(lengths, dtype=torch.float32, device=advantage_S.device)
     weight_S = loss_weights(
         lengths_S,
@@ -35,7 +57,7 @@ def objective(advantage_S: torch.Tensor, lengths: list[int], kept_S: torch.Tenso
         n_tokens=max(1, int(lengths_S[kept_S].sum())),
         constant=c.rollout.max_tokens,
     )
-    return Objective(advantage_S, torch.where(kept_S, weight_S, 0.0))
+    return Objective(advantage_S, torch.where(kept_S, weight_S, 0.0), groups)
 
 
 def needs_gradient(o: Objective, c: Config) -> list[bool]:
@@ -55,30 +77,12 @@ def policy_loss(
     reference_R: torch.Tensor | None = None,
 ) -> PolicyLoss:
     """The pack's share of the batch's loss, with metrics that add up over packs and ranks."""
-    x = c.loss
+    old_R = pack.behavior_R if c.loss.old_logprobs == "engine" else old_R
+    tokens = Tokens(pack.targets_R, pack.sequence_ids_R, pack.behavior_R, old_R, reference_R)
     return policy(
         pack,
         lambda hidden_RD, head_VD: linear_policy_loss(
-            hidden_RD,
-            head_VD,
-            pack.targets_R,
-            sequence_ids=pack.sequence_ids_R,
-            weights=o.weight_S,
-            advantages=o.advantage_S,
-            behavior_logprobs=pack.behavior_R,
-            old_logprobs=pack.behavior_R if x.old_logprobs == "engine" else old_R,
-            reference_logprobs=reference_R,
-            temperature=c.rollout.temperature,
-            ratio=x.ratio,
-            clip_low=x.clip_low,
-            clip_high=x.clip_high,
-            dual_clip=x.dual_clip,
-            importance_cap=x.importance_cap,
-            importance_mode=x.importance_mode,
-            importance_level=x.importance_level,
-            kl=x.kl,
-            kl_coef=x.kl_coef,
-            entropy_coef=x.entropy_coef,
+            hidden_RD, head_VD, tokens, o.sequences, c.loss, temperature=c.rollout.temperature
         ),
     )
 

@@ -113,6 +113,7 @@ def describe(batch: Batch, credit: LeadAdvantages, group_size: int) -> dict[str,
 
     return {
         "reward_mean": credit.reward.mean().item(),
+        "difficulty_weight_mean": credit.weight.mean().item(),
         "accuracy": correct.mean().item(),
         "solve_rate_histogram": torch.bincount(solved.long(), minlength=group_size + 1).tolist(),
         "solve_none": (solved == 0).sum().item() / groups,

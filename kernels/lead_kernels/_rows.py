@@ -4,7 +4,7 @@
     d z = (g (onehot_t - p) - h p (log p + H)) / temperature         g = d loss / d logp, h = d loss / d H
 
 Everything between the two, from log-prob to g and h, is O(1) a row and lives in policy_loss.py. On a CPU it runs in C++
-(csrc/rows.cpp), on a GPU in Triton (triton_rows.py; float64 excepted); a machine without those runs the plain torch
+(csrc/rows.cpp), on a GPU in Triton (_triton_rows.py; float64 excepted); a machine without those runs the plain torch
 below, which is the specification. Logits of half precision are exact inputs: log-sum-exp and gather are float32 from
 the same rounded values, so log-probs are never above 0.
 
@@ -17,9 +17,21 @@ import functools
 import importlib
 import os
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+
+
+class RowStats(NamedTuple):
+    """What is known of every row: max of the raw logits, log_norm, log-prob of the target, entropy.
+
+    [T] each, the columns of a [T, 4] tensor that `row_stats` makes: RowStats(*stats.unbind(1)).
+    """
+
+    top: torch.Tensor
+    log_norm: torch.Tensor
+    logprob: torch.Tensor
+    entropy: torch.Tensor
 
 
 @functools.cache
@@ -46,9 +58,9 @@ def in_cpp(logits: torch.Tensor) -> Any | None:
 
 @functools.cache
 def triton_kernels() -> Any | None:
-    """triton_rows, or None; says once what is lost without Triton."""
+    """_triton_rows, or None; says once what is lost without Triton."""
     try:
-        return importlib.import_module("lead_kernels.triton_rows")
+        return importlib.import_module("lead_kernels._triton_rows")
     except ImportError as e:
         warnings.warn(f"lead_kernels runs without Triton, slower on a GPU ({e}); pip install triton.", stacklevel=2)
         return None

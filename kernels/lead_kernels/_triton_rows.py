@@ -1,11 +1,12 @@
 """Triton form of the row kernels: a program per row of logits.
 
 `policy_rows_kernel` is one kernel from logits to gradient: log-sum-exp (online, fp32), gather, entropy, advantage
-(given, or computed here from the group's outcomes and lengths), ratio, clip, importance weight, KL, loss, metrics, and
-the gradient written where the caller says, over the logits if that is the same tensor. `row_stats_kernel` and
-`row_gradient_kernel` are its two halves for linear_logprobs, whose loss is not known here.
+(given, or computed here from the outcomes of the row's group, with the bits of `lead_advantages`), ratio, clip,
+importance weight, KL, loss, metrics, and the gradient written where the caller says, over the logits if that is the
+same tensor. `row_stats_kernel` and `row_gradient_kernel` are its two halves for linear_logprobs, whose loss is not
+known here.
 
-Formulas: rows.py and policy_loss.py, whose plain torch is the specification. dtypes: logits and gradient bf16, fp16 or
+Formulas: _rows.py and policy_loss.py, whose plain torch is the specification. dtypes: logits and gradient bf16, fp16 or
 fp32 (last dimension contiguous, any row stride); arithmetic and results fp32; the gradient is rounded once, after
 scaling. A target outside 0..V-1 or a sequence outside 0..S-1 is never read: its log-prob or its loss is NaN. Rows
 without gradient get zeros and are not read again.
@@ -21,11 +22,28 @@ import triton
 import triton.language as tl
 
 from ._device import tile
-from .triton_advantage import group_advantage, group_block, lead_advantages_triton, load_group  # noqa: F401
+from ._triton_advantage import group_advantage, group_block, in_kernel, lead_advantages_triton  # noqa: F401
+from .advantage import Groups
+from .options import AdvantageOptions, LossOptions
+from .policy_loss import LOG_RATIO_CAP as CAP
+from .policy_loss import RowMetrics, Sequences, SequenceTerms, Tokens
 
-LOG_RATIO_CAP = tl.constexpr(20.0)
-SUMS = ("kl_behavior", "clip_low", "clip_high", "ratio", "ratio_capped", "importance_truncated", "logprob_diff",
-        "kl_reference")  # fmt: skip
+LOG_RATIO_CAP = tl.constexpr(CAP)
+
+
+def place(name: str) -> tl.constexpr:
+    """The row of the metrics' buffer that holds RowMetrics' field `name`."""
+    return tl.constexpr(RowMetrics._fields.index(name))
+
+
+KL_BEHAVIOR = place("kl_behavior")
+CLIP_LOW = place("clip_low")
+CLIP_HIGH = place("clip_high")
+RATIO = place("ratio")
+RATIO_CAPPED = place("ratio_capped")
+IMPORTANCE_TRUNCATED = place("importance_truncated")
+LOGPROB_DIFF = place("logprob_diff")
+KL_REFERENCE = place("kl_reference")
 
 
 @triton.jit
@@ -103,16 +121,11 @@ def row_gradient_kernel(
 
 @triton.jit
 def policy_rows_kernel(
-    logits_ptr, stride, grad_ptr, grad_stride, target_ptr, sequence_ptr, weight_ptr, advantage_ptr,
+    logits_ptr, stride, grad_ptr, grad_stride, target_ptr, sequence_ptr, weight_ptr,
+    advantage_ptr, table_ptr, size, group_options,  # [S], or None and the outcomes [S, 4] of groups of `size`
     behavior_ptr, old_ptr, reference_ptr, log_ratio_ptr, importance_ptr,  # [T], each may be None
-    correct_ptr, length_ptr, wrong_ptr, penalty_ptr, size,  # the groups, where advantage_ptr is None
-    alpha, correct_reward, wrong_reward, weight_low, weight_high, slope, midpoint, eps, length_gate,
-    length_min_solve_rate,
-    loss_ptr, logp_ptr, entropy_ptr, sums_ptr, T, S, V, inverse,
-    clip_low, clip_high, dual_clip, importance_cap, kl_coef, entropy_coef,
-    CISPO: tl.constexpr, IMPORTANCE: tl.constexpr, KL: tl.constexpr,
-    LENGTH_REWARD: tl.constexpr, DIFFICULTY: tl.constexpr, STD: tl.constexpr, NONNEGATIVE: tl.constexpr,
-    POSITIVE: tl.constexpr, FILTER: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK: tl.constexpr,
+    loss_ptr, logp_ptr, entropy_ptr, sums_ptr, T, S, V, inverse, loss_options,
+    BLOCK_G: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride
@@ -124,17 +137,9 @@ def policy_rows_kernel(
     if advantage_ptr is not None:
         a = tl.load(advantage_ptr + sequence)
     else:
-        cols = tl.arange(0, BLOCK_G)
         first = sequence // size * size
-        right, length, wrong, penalty = load_group(
-            correct_ptr, length_ptr, wrong_ptr, wrong_reward, penalty_ptr, first, cols, size
-        )
-        _, every, _, _ = group_advantage(
-            right, length, wrong, penalty, cols, size, alpha, correct_reward, weight_low, weight_high, slope, midpoint,
-            eps, length_gate, length_min_solve_rate, LENGTH_REWARD, DIFFICULTY, STD, NONNEGATIVE, POSITIVE, FILTER,
-            BLOCK_G,
-        )  # fmt: skip
-        a = tl.sum(tl.where(cols == sequence - first, every, 0.0), 0)
+        _, every, _, _, _ = group_advantage(table_ptr, first, size, group_options, BLOCK_G)
+        a = tl.sum(tl.where(tl.arange(0, BLOCK_G) == sequence - first, every, 0.0), 0)
 
     top, log_norm, logp, entropy = row_statistics(row_ptr, target, V, inverse, BLOCK)
 
@@ -147,10 +152,10 @@ def policy_rows_kernel(
         log_r = tl.load(log_ratio_ptr + row)
     capped = log_r > LOG_RATIO_CAP
     r = tl.exp(tl.where(capped, LOG_RATIO_CAP, log_r))
-    low, high = 1 - clip_low, 1 + clip_high
+    low, high = 1 - loss_options.clip_low, 1 + loss_options.clip_high
     below, above = r < low, r > high
     clipped = tl.where(below, low, tl.where(above, high, r))
-    if CISPO:
+    if loss_options.ratio == "cispo":
         loss = -clipped * a * logp
         g = -clipped * a
     else:
@@ -158,30 +163,34 @@ def policy_rows_kernel(
         loss = -tl.where(bound < free, bound, free)
         live = ((a > 0) & (above == 0)) | ((a <= 0) & (below == 0))
         g = tl.where(live, -free, 0.0)
-        dual = (a < 0) & (loss > -dual_clip * a)
-        loss = tl.where(dual, -dual_clip * a, loss)
-        g = tl.where(dual | capped, 0.0, g)
+        g = tl.where(capped, 0.0, g)
+        if loss_options.dual_clip is not None:
+            dual = (a < 0) & (loss > -loss_options.dual_clip * a)
+            loss = tl.where(dual, -loss_options.dual_clip * a, loss)
+            g = tl.where(dual, 0.0, g)
     diff = 0.0
     truncated = False
     if behavior_ptr is not None:
         behavior = tl.load(behavior_ptr + row)
         diff = logp - behavior
-        if IMPORTANCE > 0:
+        if loss_options.importance_cap is not None:
             log_w = old - behavior
             if importance_ptr is not None:
                 log_w = tl.load(importance_ptr + row)
             w = tl.exp(tl.where(log_w > LOG_RATIO_CAP, LOG_RATIO_CAP, log_w))
-            truncated = w > importance_cap
-            w = tl.where(truncated, importance_cap if IMPORTANCE == 1 else 0.0, w)
+            truncated = w > loss_options.importance_cap
+            w = tl.where(
+                truncated, loss_options.importance_cap if loss_options.importance_mode == "truncate" else 0.0, w
+            )
             loss = loss * w
             g = g * w
     kl = 0.0
-    if KL > 0:
+    if reference_ptr is not None:
         d = tl.load(reference_ptr + row) - logp
-        if KL == 1:
+        if loss_options.kl == "k1":
             kl = -d
             slope_kl = 1.0
-        elif KL == 2:
+        elif loss_options.kl == "k2":
             kl = 0.5 * d * d
             slope_kl = -d
         else:
@@ -189,26 +198,27 @@ def policy_rows_kernel(
             e = tl.exp(tl.where(far, LOG_RATIO_CAP, d))
             kl = e - 1 - d
             slope_kl = 1 - tl.where(far, 0.0, e)
-        loss = loss + kl_coef * kl
-        g = g + kl_coef * slope_kl
-    loss = u * (loss - entropy_coef * entropy)
+        loss = loss + loss_options.kl_coef * kl
+        g = g + loss_options.kl_coef * slope_kl
+    loss = u * (loss - loss_options.entropy_coef * entropy)
 
     tl.store(loss_ptr + row, loss)
     tl.store(logp_ptr + row, logp)
     tl.store(entropy_ptr + row, entropy)
     near = tl.where(diff > LOG_RATIO_CAP, LOG_RATIO_CAP, tl.where(diff < -LOG_RATIO_CAP, -LOG_RATIO_CAP, diff))
     live = u != 0
-    tl.store(sums_ptr + row, tl.exp(near) - 1 - near)
-    tl.store(sums_ptr + T + row, (below & (a < 0) & live).to(tl.float32))
-    tl.store(sums_ptr + 2 * T + row, (above & (a > 0) & live).to(tl.float32))
-    tl.store(sums_ptr + 3 * T + row, r)
-    tl.store(sums_ptr + 4 * T + row, capped.to(tl.float32))
-    tl.store(sums_ptr + 5 * T + row, tl.where(truncated, 1.0, 0.0))
-    tl.store(sums_ptr + 6 * T + row, tl.abs(diff))
-    tl.store(sums_ptr + 7 * T + row, kl)
+    tl.store(sums_ptr + KL_BEHAVIOR * T + row, tl.exp(near) - 1 - near)
+    tl.store(sums_ptr + CLIP_LOW * T + row, (below & (a < 0) & live).to(tl.float32))
+    tl.store(sums_ptr + CLIP_HIGH * T + row, (above & (a > 0) & live).to(tl.float32))
+    tl.store(sums_ptr + RATIO * T + row, r)
+    tl.store(sums_ptr + RATIO_CAPPED * T + row, capped.to(tl.float32))
+    tl.store(sums_ptr + IMPORTANCE_TRUNCATED * T + row, tl.where(truncated, 1.0, 0.0))
+    tl.store(sums_ptr + LOGPROB_DIFF * T + row, tl.abs(diff))
+    tl.store(sums_ptr + KL_REFERENCE * T + row, kl)
     if grad_ptr is not None:
         out_ptr = grad_ptr + row * grad_stride
-        write_gradient(row_ptr, out_ptr, target, V, inverse, top, log_norm, entropy, u * g, -u * entropy_coef, BLOCK)
+        h = -u * loss_options.entropy_coef
+        write_gradient(row_ptr, out_ptr, target, V, inverse, top, log_norm, entropy, u * g, h, BLOCK)
 
 
 @triton.jit
@@ -268,63 +278,43 @@ def row_gradient_triton_(
 
 def policy_rows_triton(
     logits: torch.Tensor,
-    targets: torch.Tensor,
-    sequence_ids: torch.Tensor,
-    weights: torch.Tensor,
-    advantages: torch.Tensor | None,
-    groups: tuple,
-    *,
-    behavior_T: torch.Tensor | None,
-    old_T: torch.Tensor | None,
-    reference_T: torch.Tensor | None,
-    sequence_ratio_T: torch.Tensor | None,
-    importance_T: torch.Tensor | None,
+    tokens: Tokens,
+    sequences: Sequences,
+    terms: SequenceTerms,
+    options: LossOptions,
     temperature: float,
-    ratio: str,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    importance_cap: float | None,
-    importance_mode: str,
-    kl: str,
-    kl_coef: float,
-    entropy_coef: float,
     gradient: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """loss, logp, entropy: float32 [T]; sums float32 [8, T] in the order of SUMS; `gradient` is written.
+    """loss, logp, entropy: float32 [T]; sums float32 [8, T] in the order of RowMetrics; `gradient` is written.
 
-    `groups`: correct, lengths, wrong, penalty, group size, floats, ints (lead_advantage.options) where advantages is
-    None, else NO_GROUPS. `gradient`: the logits' shape and dtype, may be the logits; None: forward only.
+    `gradient`: the logits' shape and dtype, may be the logits; None: forward only.
     """
-    (T, V), S = logits.shape, weights.numel()
-    per_token = (targets, sequence_ids, behavior_T, old_T, reference_T, sequence_ratio_T, importance_T)
-    assert all(x is None or x.shape == (T,) for x in per_token)
-    per_sequence = (advantages, groups[0], groups[1])
-    assert all(x is None or x.shape == (S,) for x in per_sequence)
+    (T, V), S = logits.shape, sequences.weights.numel()
+    assert all(x is None or x.shape == (T,) for x in (*tokens, *terms))
     loss, logp, entropy = (torch.empty(T, dtype=torch.float32, device=logits.device) for _ in range(3))
-    sums = torch.empty(len(SUMS), T, dtype=torch.float32, device=logits.device)
-    correct, lengths, wrong, penalty, size, floats, ints = groups
-    off = float("inf")
+    sums = torch.empty(len(RowMetrics._fields), T, dtype=torch.float32, device=logits.device)
 
     def flat(x: torch.Tensor | None) -> torch.Tensor | None:
         return None if x is None else x.float().contiguous()
 
-    def each(x: torch.Tensor | None) -> torch.Tensor | None:
-        return None if x is None else x.float().expand(S).contiguous()
-
+    if isinstance(sequences.advantages, Groups):
+        _, size, group_options = sequences.advantages
+        advantages, table = None, flat(sequences.advantages.table())
+        assert table.shape == (S, 4)
+    else:
+        size, group_options = 1, AdvantageOptions()
+        advantages, table = flat(sequences.advantages), None
+        assert advantages.shape == (S,)
+    reference = tokens.reference if options.kl_coef else None
     if T:
         block, warps = tile(logits.dtype, V)
         with torch.cuda.device_of(logits):
             policy_rows_kernel[(T,)](
-                logits, logits.stride(0), gradient, 0 if gradient is None else gradient.stride(0), targets.contiguous(),
-                sequence_ids.contiguous(), flat(weights), flat(advantages), flat(behavior_T), flat(old_T),
-                flat(reference_T), flat(sequence_ratio_T), flat(importance_T),
-                None if correct is None else correct.contiguous(), None if lengths is None else lengths.contiguous(),
-                each(wrong), each(penalty), size, *floats, loss, logp, entropy, sums, T, S, V, 1.0 / temperature,
-                float(clip_low), float(clip_high), off if dual_clip is None else float(dual_clip),
-                off if importance_cap is None else float(importance_cap), float(kl_coef), float(entropy_coef),
-                ratio == "cispo", 0 if importance_cap is None else 1 + (importance_mode == "mask"),
-                int(kl[1]) if reference_T is not None and kl_coef else 0, *ints, BLOCK_G=group_block(size), BLOCK=block,
-                num_warps=warps, enable_fp_fusion=True,
+                logits, logits.stride(0), gradient, 0 if gradient is None else gradient.stride(0),
+                tokens.targets.contiguous(), tokens.sequence_ids.contiguous(), flat(sequences.weights),
+                advantages, table, size, in_kernel(group_options, AdvantageOptions),
+                flat(tokens.behavior), flat(tokens.old), flat(reference), flat(terms.log_ratio), flat(terms.importance),
+                loss, logp, entropy, sums, T, S, V, 1.0 / temperature, in_kernel(options, LossOptions),
+                BLOCK_G=group_block(size), BLOCK=block, num_warps=warps, enable_fp_fusion=True,
             )  # fmt: skip
     return loss, logp, entropy, sums

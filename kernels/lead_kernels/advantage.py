@@ -1,0 +1,213 @@
+"""Outcomes and lengths of whole groups -> shaped rewards, GRPO-LEAD advantages, solve rates and difficulty weights.
+
+For a group of G responses with lengths |o| (tokens), C the correct ones (arXiv 2504.09696):
+
+    z      = (|o| - mean_C) / (std_C + eps)                 sample std over C; one correct response: z = 0
+    R      = exp(-alpha z) if correct, else wrong_reward; + bonus
+    A      = (R - mean(R)) / (std(R) + eps)                  over the whole group
+    w(r)   = low + (high - low) / (1 + exp(slope (r - midpoint)))
+    A'     = A w(rho) if A > 0 else A w(1 - rho)             rho the solve rate
+
+dtypes: correct bool or 0/1, lengths any integer or float, exact below 2^24 tokens; all arithmetic fp32 (fp64 where one
+of the tensors given is float64; the C++ of csrc computes in fp64 in any case); out fp32. Means and deviations take two
+passes, so lengths near 14,000 that differ by a token keep their digits. Refuses groups over 1,024 and sizes that are no
+multiple of the group size.
+
+On CUDA Triton runs (_triton_advantage.py), on a CPU the C++ of csrc/lead_advantages.cpp. The policy loss takes the same
+outcomes and computes its advantages by the same device function, so that both have the same bits (policy_loss.py).
+
+Floor: S x (16 + 8) bytes, a few microseconds at any batch size: one launch.
+
+Legend: P problems, G responses in a group, S = P x G sequences, a group's responses side by side.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from ._rows import cpu_extension, in_triton
+from .options import AdvantageOptions
+
+MAX_GROUP = 1024
+DEFAULT = AdvantageOptions()
+
+
+class LeadAdvantages(NamedTuple):
+    """What whole groups of responses are worth.
+
+    reward, advantage: float32 [S].
+    solve_rate: float32 [P], rho.
+    kept: bool [P], False for groups that the filter drops, whose advantages are 0.
+    weight: float32 [P], the difficulty weight w(rho); 1 where AD is off.
+    """
+
+    reward: torch.Tensor
+    advantage: torch.Tensor
+    solve_rate: torch.Tensor
+    kept: torch.Tensor
+    weight: torch.Tensor
+
+
+class Outcomes(NamedTuple):
+    """What the reward and advantage of a response follow from.
+
+    correct: bool or 0/1, [S].
+    lengths: tokens, [S].
+    wrong_reward: of an incorrect response, a number or [S]; None: -1.
+    bonus: added to the reward of every response, [S]; None: nothing (a soft overlong penalty is a negative bonus).
+    """
+
+    correct: torch.Tensor
+    lengths: torch.Tensor
+    wrong_reward: float | torch.Tensor | None = None
+    bonus: torch.Tensor | None = None
+
+    def table(self) -> torch.Tensor:
+        """The four columns side by side, [S, 4]: float64 if one of the tensors is, else float32.
+
+        Raises:
+            ValueError: columns of different sizes.
+        """
+        S = self.correct.shape
+        if len(S) != 1 or self.lengths.shape != S:
+            raise ValueError(
+                f"correct is {list(S)} and lengths {list(self.lengths.shape)}: give two vectors of the same size."
+            )
+        given = [x for x in self if isinstance(x, torch.Tensor)]
+        dtype = torch.float64 if any(x.dtype == torch.float64 for x in given) else torch.float32
+        columns = [self.correct != 0, self.lengths]
+        for name, x, default in (("wrong_reward", self.wrong_reward, -1.0), ("bonus", self.bonus, 0.0)):
+            if not isinstance(x, torch.Tensor):
+                x = self.lengths.new_full(S, default if x is None else x, dtype=dtype)
+            if x.shape not in ((), S):
+                raise ValueError(f"{name} is {list(x.shape)} and correct {list(S)}: give one number for each response.")
+            columns.append(x.expand(S))
+        return torch.stack([x.to(dtype) for x in columns], 1)
+
+
+class Groups(NamedTuple):
+    """Outcomes of whole groups, for a loss that computes its advantages itself: `Sequences.advantages`.
+
+    outcomes: Outcomes, or their `table()`, [S, 4], which saves the copy in every call.
+    group_size: G, 1 to 1024.
+    """
+
+    outcomes: Outcomes | torch.Tensor
+    group_size: int
+    options: AdvantageOptions = DEFAULT
+
+    def table(self) -> torch.Tensor:
+        """The outcomes as one tensor, [S, 4]. Raises ValueError for shapes or a group size that do not fit."""
+        table = self.outcomes.table() if isinstance(self.outcomes, Outcomes) else self.outcomes
+        if not 1 <= self.group_size <= MAX_GROUP:
+            raise ValueError(f"group_size is {self.group_size}: give 1 to {MAX_GROUP}.")
+        if table.dim() != 2 or table.shape[1] != 4 or table.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"The outcomes are {table.dtype} {list(table.shape)}: give Outcomes(...).table().")
+        if table.shape[0] % self.group_size:
+            raise ValueError(
+                f"There are outcomes of {table.shape[0]} responses: give a multiple of group_size {self.group_size}."
+            )
+        return table
+
+    def encode(self) -> tuple[torch.Tensor, list[float]]:
+        """The table of outcomes, and group size and options as numbers: how groups travel to an operator."""
+        return self.table(), [float(self.group_size), *self.options.encode()]
+
+    @staticmethod
+    def decode(table: torch.Tensor, encoded: list[float]) -> "Groups":
+        """The groups that `encode` was called on, with the table for outcomes."""
+        return Groups(table, int(encoded[0]), AdvantageOptions.decode(encoded[1:]))
+
+
+def difficulty_weight(rho: torch.Tensor, o: AdvantageOptions) -> torch.Tensor:
+    """AD's weight w(rho); 1 where AD is off."""
+    if not o.difficulty:
+        return torch.ones_like(rho)
+    return o.weight_low + (o.weight_high - o.weight_low) / (1 + torch.exp(o.slope * (rho - o.midpoint)))
+
+
+def lead_advantages_reference(table: torch.Tensor, group_size: int, o: AdvantageOptions) -> LeadAdvantages:
+    """The specification, in plain torch and in the dtype of `table` (Outcomes.table)."""
+    correct, length, wrong, bonus = (x.view(-1, group_size) for x in table.unbind(1))
+    right = correct != 0
+    n = right.sum(1, keepdim=True)
+    share = n.to(table.dtype) / group_size
+
+    # L: z over the correct responses only.
+    mean = (length * right).sum(1, keepdim=True) / n.clamp(min=1)
+    off = (length - mean) * right
+    sigma = torch.where(n > 1, ((off * off).sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt(), 1.0)
+    z = off / (sigma + o.eps)
+    shaped = torch.full_like(n, float(o.length_reward), dtype=torch.bool)
+    if o.length_gate > 0 and group_size >= 3:
+        shaped = shaped & (length.sort(1).values[:, :3].mean(1, keepdim=True) > o.length_gate)
+    if o.length_min_solve_rate > 0:
+        shaped = shaped & (share > o.length_min_solve_rate)
+    reward = torch.where(right, torch.where(shaped, torch.exp(-o.alpha * z), 1.0), wrong) + bonus
+
+    # Group-relative normalisation. Equal rewards have spread exactly 0.
+    first = reward[:, :1]
+    same = (reward == first).all(1, keepdim=True)
+    center = torch.where(same, first, reward.mean(1, keepdim=True))
+    off = reward - center if group_size > 1 else reward
+    if group_size == 1 or o.std == "none":
+        advantage = off.clone()
+    elif o.std == "mad":
+        advantage = off / (off.abs().mean(1, keepdim=True) + o.eps)
+    else:
+        advantage = off / (((off * off).sum(1, keepdim=True) / (group_size - 1)).sqrt() + o.eps)
+
+    # AD: the weight's argument turns with the sign of the advantage.
+    rho = share if o.rate == "correct" else (reward > 0).to(table.dtype).mean(1, keepdim=True)
+    weight = difficulty_weight(rho, o)
+    advantage = advantage * torch.where(advantage > 0, weight, difficulty_weight(1 - rho, o))
+    if o.nonnegative_correct:
+        advantage = torch.where(right, advantage.clamp(min=0), advantage)
+    kept = torch.ones_like(n, dtype=torch.bool)
+    if o.group_filter == "official":
+        kept = ~((reward <= 0).all(1, keepdim=True) | (reward == 1).all(1, keepdim=True))
+    elif o.group_filter == "uniform":
+        kept = (n > 0) & (n < group_size)
+    advantage = torch.where(kept, advantage, 0.0)
+    return LeadAdvantages(
+        reward.flatten().float(), advantage.flatten().float(), rho[:, 0].float(), kept[:, 0], weight[:, 0].float()
+    )  # fmt: skip
+
+
+@torch.library.custom_op("lead_kernels::lead_advantages", mutates_args=())
+def lead_advantages_op(
+    outcomes: torch.Tensor, groups: list[float]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """reward [S], advantage [S], solve rate [P], kept [P], weight [P]; arguments as Groups.encode gives them."""
+    table, group_size, options = Groups.decode(outcomes.contiguous(), groups)
+    assert isinstance(table, torch.Tensor)
+    if kernels := in_triton(table):  # not for float64
+        return kernels.lead_advantages_triton(table, group_size, options)
+    if table.device.type == "cpu" and (cpp := cpu_extension()):
+        return cpp.lead_advantages(table, group_size, options.encode())
+    return lead_advantages_reference(table, group_size, options)
+
+
+@lead_advantages_op.register_fake
+def _(outcomes, groups):
+    S = outcomes.shape[0]
+    P = S // int(groups[0])
+    reward, advantage, rate, weight = (outcomes.new_empty((n,), dtype=torch.float32) for n in (S, S, P, P))
+    return reward, advantage, rate, outcomes.new_empty((P,), dtype=torch.bool), weight
+
+
+def lead_advantages(
+    outcomes: Outcomes | torch.Tensor, group_size: int, options: AdvantageOptions = DEFAULT
+) -> LeadAdvantages:
+    """Compute GRPO-LEAD's rewards and advantages.
+
+    Args:
+        outcomes: of S = P x group_size responses, a group's side by side; or their `table()`, [S, 4].
+        group_size: G, 1 to 1024.
+        options: what is shaped, normalised, weighted and dropped.
+    Returns:
+        LeadAdvantages, float32 and bool on the outcomes' device, not differentiable.
+    Raises:
+        ValueError: shapes that do not fit, or a group size outside 1 to 1024.
+    """
+    return LeadAdvantages(*torch.ops.lead_kernels.lead_advantages(*Groups(outcomes, group_size, options).encode()))

@@ -1,0 +1,177 @@
+"""Options of the loss and of the advantages: names, defaults, documentation, permitted values, and their wire form.
+
+Each record is the one home of its options. The trainer's configuration inherits both, so that the docstring under a
+field is also the help text of a configuration key. A torch.library operator takes no records: on the way to one an
+instance is a list of numbers, written by `encode` and read by `decode` here, and by AdvantageOptions::decode in
+csrc/rows.h. Triton's kernels read the fields by name (_triton_advantage.py).
+
+How a field is encoded: a float or int as itself, False and True as 0 and 1, a choice as its place among the choices,
+and None, where a field may be None, as infinity.
+"""
+
+import math
+from dataclasses import dataclass, fields
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
+
+Kinds = dict[str, Any]  # name of a field -> bool, int, float, "float or None", or a tuple of choices
+FLOAT_OR_NONE = "float or None"
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """The clipped policy loss; formulas in policy_loss.py.
+
+    The temperature is no field. It says how the tokens were sampled and not what is made of them: the trainer's key is
+    rollout.temperature, and a field here would become a second key, loss.temperature, that could contradict it. The
+    public functions take it as a keyword, as `linear_logprobs` does, and it travels as the last number of the list.
+
+    Raises:
+        ValueError: a value out of range, or a ratio per sequence with importance weights per token.
+    """
+
+    ratio: Literal["token", "sequence", "cispo"] = "token"
+    """Importance ratio per token (GRPO), per sequence (GSPO), or clipped as a detached weight (CISPO)."""
+    clip_low: float = 0.2
+    """Ratio is clipped below at 1 - clip_low."""
+    clip_high: float = 0.2
+    """Ratio is clipped above at 1 + clip_high."""
+    dual_clip: float | None = None
+    """Bound c > 1 on the loss of negative advantages (dual clip)."""
+    importance_cap: float | None = None
+    """Cap on the importance weight of trainer against engine; none: no such weight."""
+    importance_mode: Literal["truncate", "mask"] = "truncate"
+    """Weights above the cap are cut to it, or their tokens dropped."""
+    importance_level: Literal["token", "sequence"] = "token"
+    """Importance weight per token or per sequence."""
+    kl: Literal["k1", "k2", "k3"] = "k3"
+    """Estimator of the KL divergence to the reference model."""
+    kl_coef: float = 0.0
+    """Weight of the KL term; 0 loads no reference model."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, LOSS)
+        for name in ("clip_low", "clip_high", "kl_coef"):
+            check(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
+        if self.dual_clip is not None:
+            check("dual_clip", self.dual_clip, self.dual_clip > 1, "a value above 1")
+        if self.importance_cap is not None:
+            check("importance_cap", self.importance_cap, self.importance_cap > 0, "a value above 0")
+            if self.ratio == "sequence" and self.importance_level == "token":
+                raise ValueError("importance_level is 'token' and ratio 'sequence': give importance_level=sequence.")
+
+    def encode(self, temperature: float) -> list[float]:
+        """These options and the sampling temperature as numbers. Raises ValueError for a temperature of 0 or less."""
+        check("temperature", temperature, temperature > 0, "a value above 0")
+        return [*numbers(self, LOSS), float(temperature)]
+
+    @staticmethod
+    def decode(encoded: list[float]) -> tuple["LossOptions", float]:
+        """The options and the temperature that `encode` was given."""
+        return LossOptions(**values(encoded[:-1], LOSS)), encoded[-1]
+
+
+@dataclass(frozen=True)
+class AdvantageOptions:
+    """Rewards and advantages of a group; formulas in advantage.py. Raises ValueError for a value out of range."""
+
+    length_reward: bool = True
+    """L: shorter correct responses are rewarded more, exp(-alpha z)."""
+    alpha: float = 0.05
+    """Strength of L."""
+    difficulty: bool = True
+    """AD: weight the advantage by the group's solve rate."""
+    weight_low: float = 0.4
+    """A: the weight's lower end."""
+    weight_high: float = 1.5
+    """B: the weight's upper end."""
+    slope: float = 10.0
+    """k: steepness of the weight."""
+    midpoint: float = 0.75
+    """rho0: solve rate at which the weight is halfway."""
+    eps: float = 1e-6
+    """Added to standard deviations."""
+    std: Literal["sample", "none", "mad"] = "sample"
+    """Normalise by the sample standard deviation, by nothing (Dr. GRPO) or by the mean absolute deviation (DGPO)."""
+    length_gate: int = 0
+    """Tokens; groups whose three shortest responses average at most this keep reward 1 (official: 4000); 0: off."""
+    length_min_solve_rate: float = 0.0
+    """L only in groups whose solve rate is above this (GRPO-lambda)."""
+    nonnegative_correct: bool = False
+    """Never give a correct response a negative advantage (DRPO)."""
+    rate: Literal["correct", "positive"] = "correct"
+    """Solve rate: share of correct responses, or share with a reward above 0 (released code)."""
+    group_filter: Literal["none", "official", "uniform"] = "none"
+    """Drop groups: all rewards <= 0 or all exactly 1 (`official`), or solve rate 0 or 1 (`uniform`, DAPO)."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, ADVANTAGE)
+        check("eps", self.eps, self.eps >= 0, "0 or more")
+        check("length_gate", self.length_gate, self.length_gate >= 0, "0 (off) or more")
+        rate = self.length_min_solve_rate
+        check("length_min_solve_rate", rate, 0 <= rate <= 1, "a share between 0 and 1")
+
+    def encode(self) -> list[float]:
+        """These options as numbers, in the order of the fields."""
+        return numbers(self, ADVANTAGE)
+
+    @staticmethod
+    def decode(encoded: list[float]) -> "AdvantageOptions":
+        """The options that `encode` was given."""
+        return AdvantageOptions(**values(encoded, ADVANTAGE))
+
+
+def kinds(record: type) -> Kinds:
+    """What each field of a record may hold."""
+    out: Kinds = {}
+    for f in fields(record):
+        choices = get_args(f.type)
+        if get_origin(f.type) is not Literal:
+            choices = FLOAT_OR_NONE if NoneType in choices else f.type
+        out[f.name] = choices
+    return out
+
+
+LOSS, ADVANTAGE = kinds(LossOptions), kinds(AdvantageOptions)
+
+
+def check(name: str, value: Any, fits: bool, remedy: str) -> None:
+    """Raise ValueError, one sentence with name, value and remedy, unless the value fits."""
+    if not fits:
+        raise ValueError(f"{name} is {value!r}: give {remedy}.")
+
+
+def check_fields(record: Any, kinds: Kinds) -> None:
+    """Raise ValueError for a choice that does not exist or a number that is not finite."""
+    for name, kind in kinds.items():
+        value = getattr(record, name)
+        if isinstance(kind, tuple):
+            check(name, value, value in kind, f"one of {', '.join(kind)}")
+        elif value is not None or kind != FLOAT_OR_NONE:
+            check(name, value, isinstance(value, (bool, int, float)) and math.isfinite(value), "a finite number")
+
+
+def numbers(record: Any, kinds: Kinds) -> list[float]:
+    """The fields of a record that `kinds` names, encoded."""
+    out = []
+    for name, kind in kinds.items():
+        value = getattr(record, name)
+        if isinstance(kind, tuple):
+            value = kind.index(value)
+        out.append(math.inf if value is None else float(value))
+    return out
+
+
+def values(encoded: list[float], kinds: Kinds) -> dict[str, Any]:
+    """The fields that `numbers` encoded. Raises ValueError for a list of another length."""
+    out = {}
+    for (name, kind), number in zip(kinds.items(), encoded, strict=True):
+        if isinstance(kind, tuple):
+            out[name] = kind[int(number)]
+        elif kind == FLOAT_OR_NONE:
+            out[name] = None if number == math.inf else number
+        else:
+            out[name] = kind(number)
+    return out

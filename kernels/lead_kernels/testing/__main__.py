@@ -1,0 +1,22 @@
+"""`python -m lead_kernels.testing resources [--out docs/kernel_resources.md]`: the table in docs; no GPU needed."""
+
+import argparse
+from pathlib import Path
+
+from .resources import resource_table
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description="What the compiler makes of the Triton kernels.")
+    p.add_argument("command", choices=["resources"])
+    p.add_argument("--out", type=Path, help="a file; default: the terminal")
+    a = p.parse_args()
+    table = resource_table()
+    if a.out:
+        a.out.write_text(table, encoding="utf-8")
+    else:
+        print(table)
+
+
+if __name__ == "__main__":
+    main()

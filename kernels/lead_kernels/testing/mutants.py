@@ -1,0 +1,165 @@
+"""Kernels that the oracle must reject.
+
+`WRONG` lists edits of the Triton kernels' source, each of which makes a plausible mistake; `wrong_module` loads one.
+"""
+
+import importlib
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+HERE = Path(__file__).parent.parent
+ROWS, GROUPS = "_triton_rows.py", "_triton_advantage.py"
+
+# what is wrong -> (file, what the right one says, what the wrong one says)
+WRONG: dict[str, tuple[str, str, str]] = {
+    "log-prob of the column before": (
+        ROWS,
+        "row_ptr + target, mask=inside",
+        "row_ptr + tl.maximum(target - 1, 0), mask=inside",
+    ),
+    "one-hot a column late": (
+        ROWS,
+        "at == target, g",
+        "at == target + 1, g",
+    ),
+    "no temperature in the sum": (
+        ROWS,
+        "x = (z - higher) * inverse",
+        "x = z - higher",
+    ),
+    "no temperature in the gradient": (
+        ROWS,
+        "(d * inverse)",
+        "d",
+    ),
+    "tail not masked": (
+        ROWS,
+        "other=-inf)",
+        "other=0.0)",
+    ),
+    "sums kept when the maximum moves": (
+        ROWS,
+        "keep = tl.exp(-shift)",
+        "keep = 1.0",
+    ),
+    "entropy not shifted when the maximum moves": (
+        ROWS,
+        "dot_B - shift * sum_B",
+        "dot_B",
+    ),
+    "half-precision accumulation": (
+        ROWS,
+        "sum_B = sum_B * keep + e",
+        "sum_B = (sum_B * keep + e).to(tl.float16).to(tl.float32)",
+    ),
+    "sign of the entropy gradient": (
+        ROWS,
+        "-g - h * inner",
+        "-g + h * inner",
+    ),
+    "gradient rounded before it is scaled": (
+        ROWS,
+        "(d * inverse).to(out",
+        "(((d * 1e-6).to(out_ptr.dtype.element_ty)).to(tl.float32) * 1e6 * inverse).to(out",
+    ),
+    "rows without gradient left as they were": (
+        ROWS,
+        "tl.zeros([BLOCK], out_ptr.dtype.element_ty), mask=at < V)",
+        "tl.zeros([BLOCK], out_ptr.dtype.element_ty), mask=at < 0)",
+    ),
+    "clip bounds exchanged": (
+        ROWS,
+        "1 - loss_options.clip_low, 1 + loss_options.clip_high",
+        "1 - loss_options.clip_high, 1 + loss_options.clip_low",
+    ),
+    "gradient through a clipped ratio": (
+        ROWS,
+        "(a > 0) & (above == 0)",
+        "(a > 0) & (above == above)",
+    ),
+    "dual clip on good answers": (
+        ROWS,
+        "dual = (a < 0)",
+        "dual = (a > 0)",
+    ),
+    "importance weight on the loss alone": (
+        ROWS,
+        "g = g * w",
+        "g = g * 1.0",
+    ),
+    "mask taken for truncation": (
+        ROWS,
+        'if loss_options.importance_mode == "truncate" else 0.0',
+        'if loss_options.importance_mode != "" else 0.0',
+    ),
+    "sign of the k3 gradient": (
+        ROWS,
+        "1 - tl.where(far, 0.0, e)",
+        "tl.where(far, 0.0, e) - 1",
+    ),
+    "weight of the first sequence for all": (
+        ROWS,
+        "weight_ptr + sequence",
+        "weight_ptr + 0 * sequence",
+    ),
+    "next member's advantage": (
+        ROWS,
+        "BLOCK_G) == sequence - first",
+        "BLOCK_G) == (sequence - first + 1) % size",
+    ),
+    "w(rho) and w(1 - rho) exchanged": (
+        GROUPS,
+        "advantage > 0, weight, difficulty_weight(1 - rho, options)",
+        "advantage > 0, difficulty_weight(1 - rho, options), weight",
+    ),
+    "variance over n": (
+        GROUPS,
+        "count - 1)) + options.eps",
+        "count)) + options.eps",
+    ),
+    "wrong answers' lengths in the spread": (
+        GROUPS,
+        "correct, moved - mean",
+        "member, moved - mean",
+    ),
+    "fp32 sum of squared lengths": (
+        GROUPS,
+        "total(product(off, off)), tl.maximum(n - 1, 1.0)",
+        "total(tl.where(correct, length * length, 0.0)) - n * (mean + shortest) * (mean + shortest), "
+        "tl.maximum(n - 1, 1.0)",
+    ),
+    "length gate the wrong way": (
+        GROUPS,
+        "<= options.length_gate",
+        "> options.length_gate",
+    ),
+    "correct answers' floor for all": (
+        GROUPS,
+        "right & (advantage < 0)",
+        "(advantage < 0)",
+    ),
+}
+
+
+def wrong_module(name: str, folder: Path) -> ModuleType:
+    """The launchers with the mistake `name`, written to and loaded from `folder`; name '' : none."""
+    package = "wrong_" + re.sub(r"\W", "_", name)
+    at = folder / package
+    at.mkdir()
+    (at / "__init__.py").touch()
+    for file in (ROWS, GROUPS):
+        text = (HERE / file).read_text(encoding="utf-8")
+        if name and WRONG[name][0] == file:
+            _, right, wrong = WRONG[name]
+            assert text.count(right) == 1, f"{right!r} stands {text.count(right)} times in {file}"
+            text = text.replace(right, wrong)
+        text = re.sub(r"^from \.(?!_triton_)", "from lead_kernels.", text, flags=re.M)  # all else is the right one
+        (at / file).write_text(text, encoding="utf-8")
+    sys.path.insert(0, str(folder))
+    importlib.invalidate_caches()
+    try:
+        return importlib.import_module(package + "._triton_rows")
+    finally:
+        sys.path.remove(str(folder))

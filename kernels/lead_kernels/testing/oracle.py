@@ -1,0 +1,247 @@
+"""The kernels' oracle: Triton launchers against fp64 runs of the plain torch specification.
+
+`check_rows` and `check_advantages` run a module of Triton launchers (under TRITON_INTERPRET=1 on a CPU, else on a GPU)
+against fp64 runs of the plain torch specification on the same rounded inputs: an error of at most twice that of plain
+torch in the launcher's own dtype, plus 2e-6. Fresh memory is NaN, so whatever a kernel fails to write is seen.
+`check_fused_advantages` compares bits: advantages that the row kernel computes itself with those of a launch of their
+own. The oracle is itself tested: it must reject every kernel of mutants.py.
+
+Legend: T rows, V vocabulary, S sequences.
+"""
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+
+from .._rows import RowStats, row_gradient_reference, row_stats_reference
+from ..advantage import Groups, LeadAdvantages, Outcomes, lead_advantages_reference
+from ..options import AdvantageOptions, LossOptions
+from ..policy_loss import RowMetrics, Sequences, SequenceTerms, Tokens, rows_loss
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Make torch.empty give NaN (or the largest integer) inside."""
+    settings: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    settings.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        settings.fill_uninitialized_memory = before[1]
+
+
+def close(
+    name: str, got: torch.Tensor, exact: torch.Tensor, base: torch.Tensor, atol: float = 2e-6, rtol: float = 5e-6
+) -> None:
+    """Raise AssertionError unless `got` is as near to `exact` as twice `base` is; NaN must stand where NaN stands."""
+    got, exact, base = (x.detach().double().cpu() for x in (got, exact, base))
+    assert torch.equal(got.isnan(), exact.isnan()), f"{name}: NaN in the wrong places"
+
+    def worst(x: torch.Tensor, forgiven: float) -> float:
+        beyond = (x - exact).abs() - forgiven * exact.abs()
+        return beyond.nan_to_num(0.0).max().item() if x.numel() else 0.0
+
+    error, allowed = worst(got, rtol), worst(base, 0.0)
+    assert error <= 2 * allowed + atol, f"{name}: error {error:.3g}, torch in the same dtype {allowed:.3g}"
+
+
+MODES: list[LossOptions] = [
+    LossOptions(),
+    LossOptions(clip_low=0.1, clip_high=0.4, entropy_coef=0.05),
+    LossOptions(dual_clip=1.5, importance_cap=1.2),
+    LossOptions(ratio="cispo", importance_cap=1.2, importance_mode="mask", clip_high=0.5),
+    LossOptions(kl="k1", kl_coef=0.1),
+    LossOptions(kl="k2", kl_coef=0.1),
+    LossOptions(kl="k3", kl_coef=0.1, entropy_coef=-0.02),
+    LossOptions(ratio="sequence", importance_cap=1.2, importance_level="sequence"),
+]
+TEMPERATURES = {2: 0.6, 5: 2.0}  # of the modes that are not run at 1
+GROUP_OPTIONS: list[AdvantageOptions] = [
+    AdvantageOptions(),
+    AdvantageOptions(length_gate=5500, rate="positive", group_filter="official"),
+    AdvantageOptions(std="none", difficulty=False),
+    AdvantageOptions(std="mad", nonnegative_correct=True, length_min_solve_rate=0.4, group_filter="uniform"),
+    AdvantageOptions(length_reward=False, midpoint=0.5),
+]
+
+
+class Case(NamedTuple):
+    """Arguments of `policy_rows_` but for `gradient`."""
+
+    logits: torch.Tensor
+    tokens: Tokens
+    sequences: Sequences
+    terms: SequenceTerms
+    options: LossOptions
+    temperature: float
+
+
+def row_case(
+    seed: int, T: int, V: int, dtype: torch.dtype, options: LossOptions, temperature: float, groups: bool
+) -> Case:
+    """A case of T rows in 6 sequences; the first has weight 0, the second no advantage."""
+    g = torch.Generator().manual_seed(seed)
+    S = 6
+    ids = torch.arange(T) % S
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g)
+
+    logits = (3 * draw(T, V)).to(dtype)
+    targets = torch.randint(V, (T,), generator=g)
+    logp = RowStats(*row_stats_reference(logits, targets, temperature).unbind(1)).logprob
+    weights, advantages = draw(S).abs() + 0.2, draw(S)
+    weights[0], advantages[1] = 0.0, 0.0
+    given: torch.Tensor | Groups = advantages
+    if groups:
+        found = Outcomes(torch.tensor([1, 0, 1, 1, 0, 0]), 1000 * torch.arange(4, 10))
+        given = Groups(found.table(), 3, AdvantageOptions(std="mad"))
+    tokens = Tokens(targets, ids, *(logp + 0.4 * draw(T) for _ in range(3)))
+    by_sequence = options.ratio == "sequence"
+    terms = SequenceTerms(*((0.2 * draw(S)[ids] if by_sequence else None) for _ in range(2)))
+    return Case(logits, tokens, Sequences(weights, given), terms, options, temperature)
+
+
+def specification(case: Case, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """loss, log-probs, entropy, metrics, gradient by the plain torch form in float64 or float32."""
+    logits, targets, ids = case.logits.to(dtype), case.tokens.targets, case.tokens.sequence_ids
+    given = case.sequences.advantages
+    if isinstance(given, Groups):
+        given = lead_advantages_reference(given.table(), given.group_size, given.options).advantage
+    stats = row_stats_reference(logits, targets, case.temperature)
+    row = RowStats(*stats.unbind(1))
+    terms = SequenceTerms(*(None if x is None else x.to(dtype) for x in case.terms))
+    advantage_T, weight_T = (x.to(dtype)[ids] for x in (given, case.sequences.weights))
+    rows = rows_loss(row.logprob, row.entropy, advantage_T, weight_T, case.tokens, terms, case.options)
+    grad = row_gradient_reference(logits, targets, stats, rows.grad_logprob_T, rows.grad_entropy_T, case.temperature)
+    metrics = torch.stack([rows.metrics[k].to(dtype) for k in RowMetrics._fields])
+    return rows.loss_T, row.logprob, row.entropy, metrics, grad
+
+
+def on(device: str, x: Any) -> Any:
+    """A record with its tensors on a device, in records inside it too."""
+    if isinstance(x, torch.Tensor):
+        return x.to(device)
+    return type(x)(*(on(device, y) for y in x)) if isinstance(x, tuple) else x
+
+
+def launch(kernels: ModuleType, case: Case, in_place: bool, device: str) -> tuple[torch.Tensor, ...]:
+    """What the launchers of `kernels` make of a case: loss, log-probs, entropy, sums, gradient."""
+    case = on(device, case._replace(logits=case.logits.clone()))
+    with poisoned_memory():
+        gradient = case.logits if in_place else torch.empty_like(case.logits)
+        out = kernels.policy_rows_triton(*case, gradient)
+    return *out, gradient
+
+
+def check_rows(kernels: ModuleType, device: str = "cpu", cases: Iterator[Case] | None = None) -> None:
+    """Raise AssertionError if a launcher of `kernels` is further from fp64 than twice plain torch."""
+    for i, case in enumerate(cases or row_cases()):
+        logits = case.logits
+        exact, base = specification(case, torch.float64), specification(case, torch.float32)
+        loss, logp, entropy, sums, grad = launch(kernels, case, bool(i % 2), device)
+        rounding = torch.finfo(logits.dtype).eps * exact[4].nan_to_num(0.0).abs().max().item() if logits.numel() else 0
+        assert not (logp > 0).any(), "a log-prob above 0"
+        close("log-probs", logp, exact[1], base[1])
+        close("entropy", entropy, exact[2], base[2])
+        close("loss", loss, exact[0], base[0], 1e-5)
+        close("gradient", grad, exact[4], base[4], 5e-6 + rounding)
+        close("metrics", sums.sum(1), exact[3], base[3], 2e-5 * max(1, logits.shape[0]))
+        if i < 3:
+            again = launch(kernels, case, not i % 2, device)
+            for one, other in zip((loss, logp, entropy, sums, grad), again, strict=True):
+                assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0)), "in place and not, or twice, differ"
+    check_halves(kernels, device)
+
+
+def row_cases() -> Iterator[Case]:
+    """Every mode, dtypes, vocabularies around the tile's edges, offsets, masked logits, a NaN row."""
+    entropy = LossOptions(entropy_coef=0.1)
+    for V, dtype in ((1, torch.float32), (7, torch.bfloat16), (9001, torch.float32), (20_001, torch.bfloat16)):
+        yield row_case(V, 3, V, dtype, entropy, 0.3, groups=False)
+    for i, mode in enumerate(MODES):
+        dtype = (torch.float32, torch.bfloat16, torch.float16)[i % 3]
+        yield row_case(i, 13, 500, dtype, mode, TEMPERATURES.get(i, 1.0), groups=i % 2 == 1)
+    for offset in (1e4, -1e4):
+        case = row_case(3, 7, 600, torch.float32, entropy, 1.0, groups=False)
+        yield case._replace(logits=case.logits + offset)
+    case = row_case(4, 7, 9000, torch.float32, entropy, 1.0, groups=False)
+    logits, targets = case.logits, case.tokens.targets
+    logits[0, :8500] = -torch.inf  # whole tiles of -inf, the target among the rest
+    targets[0] = 8600
+    logits[1], logits[1, 5] = -torch.inf, 0.0  # one possible token
+    targets[1] = 5
+    logits[2, 77] = torch.nan
+    logits[3, 99] = 1e30
+    targets[3] = 99
+    yield case
+    yield row_case(5, 1, 33, torch.float32, LossOptions(), 1.0, groups=True)
+    yield row_case(6, 0, 33, torch.float32, LossOptions(), 1.0, groups=False)
+
+
+def check_halves(kernels: ModuleType, device: str = "cpu") -> None:
+    """The kernels of linear_logprobs, with rows further apart than they are long."""
+    for V, dtype in ((1, torch.float32), (300, torch.bfloat16), (5000, torch.float32)):
+        g = torch.Generator().manual_seed(V)
+        wide = (3 * torch.randn(6, V + 40, generator=g)).to(dtype).to(device)
+        logits = wide[:, 8 : 8 + V]
+        beside = wide[:, 8 + V :].clone()
+        targets = torch.randint(V, (6,), generator=g)
+        u, h = torch.randn(2, 6, generator=g)
+        cpu = logits.cpu().clone()
+        exact, base = (row_stats_reference(cpu.to(t), targets, 0.7) for t in (torch.float64, torch.float32))
+        with poisoned_memory():
+            stats = kernels.row_stats_triton(logits, targets.to(device), 0.7)
+        close("statistics", stats, exact, base)
+        exact_grad = row_gradient_reference(cpu.double(), targets, exact, u.double(), h.double(), 0.7)
+        base_grad = row_gradient_reference(cpu.float(), targets, base, u, h, 0.7)
+        kernels.row_gradient_triton_(logits, targets.to(device), stats, u.to(device), h.to(device), 0.7, logits)
+        close("gradient", logits, exact_grad, base_grad, 5e-6 + torch.finfo(dtype).eps * exact_grad.abs().max().item())
+        assert torch.equal(wide[:, 8 + V :], beside), "written past the end of a row"
+
+
+def check_advantages(kernels: ModuleType, device: str = "cpu") -> None:
+    """Raise AssertionError if `lead_advantages_triton` differs from the specification in fp64."""
+    for seed, (options, size) in enumerate(itertools.product(GROUP_OPTIONS, (1, 8, 37))):
+        g = torch.Generator().manual_seed(seed)
+        correct = torch.rand(3 * size, generator=g) < 0.5
+        correct[:size] = seed % 3 == 0
+        lengths = torch.randint(13_990, 14_010, (3 * size,), generator=g)
+        lengths[size : 2 * size] = torch.randint(1, 20_000, (size,), generator=g)
+        wrong = torch.where(torch.rand(3 * size, generator=g) < 0.3, -2.0, -1.0)
+        bonus = -torch.rand(3 * size, generator=g) if seed % 2 else None
+        table = Outcomes(correct, lengths, wrong, bonus).table()
+        exact, base = (lead_advantages_reference(x, size, options) for x in (table.double(), table))
+        with poisoned_memory():
+            got = LeadAdvantages(*kernels.lead_advantages_triton(table.to(device), size, options))
+        for name in ("reward", "advantage", "solve_rate", "weight"):
+            close(name, getattr(got, name), getattr(exact, name), getattr(base, name), 1e-5)
+        assert torch.equal(got.kept.cpu(), exact.kept), "kept"
+
+
+def check_fused_advantages(kernels: ModuleType, device: str = "cpu") -> None:
+    """Raise AssertionError unless the row kernel's own advantages have the bits of `lead_advantages_triton`."""
+    for seed, (options, size) in enumerate(itertools.product(GROUP_OPTIONS, (1, 7))):
+        g = torch.Generator().manual_seed(seed)
+        S = 2 * size
+        found = Outcomes(
+            torch.rand(S, generator=g) < 0.6, torch.randint(1, 14_000, (S,), generator=g), -torch.rand(S, generator=g),
+            -torch.rand(S, generator=g),
+        )  # fmt: skip
+        groups = Groups(found.table().to(device), size, options)
+        given = LeadAdvantages(*kernels.lead_advantages_triton(groups.table(), size, options)).advantage
+        case = on(device, row_case(seed, S, 40, torch.bfloat16, LossOptions(), 1.0, groups=False))
+        tokens = case.tokens._replace(sequence_ids=torch.arange(S, device=device), old=None, behavior=None)
+        case = case._replace(tokens=tokens, sequences=Sequences(torch.ones(S, device=device), groups))
+        loss, *fused = launch(kernels, case, False, device)
+        assert torch.equal(-loss, given), "the row kernel's advantages are not those of lead_advantages"
+        _, *apart = launch(kernels, case._replace(sequences=Sequences(torch.ones_like(given), given)), False, device)
+        for name, a, b in zip(("log-probs", "entropy", "metrics", "gradient"), fused, apart, strict=True):
+            assert torch.equal(a, b), f"{name} differ between advantages given and computed in the row kernel"
