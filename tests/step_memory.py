@@ -1,6 +1,6 @@
 """Memory of a training step of 25 million parameters, measured on each rank, in every setting; for test_plan.py.
 
-torchrun --nproc_per_node 2 tests/step_memory.py FOUND.json
+torchrun --nproc_per_node 2 tests/step_memory.py FILE.json
 """
 
 import ctypes

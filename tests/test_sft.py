@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_training import ROOT, torchrun
+from jobs import ROOT, torchrun
 
 from lead_fast.checks import check, check_sft
 from lead_fast.cli import load_config
