@@ -1,6 +1,6 @@
 """The whole configuration: one tree of frozen dataclasses. cli.py fills it, checks.py refuses what cannot work.
 
-The options of the advantages and of the loss are those of kernels/lead_kernels/options.py, which also checks their values.
+The options of the advantages and of the loss are those of kernels/lead_kernels/options.py, which checks their values.
 """
 
 from dataclasses import dataclass, field

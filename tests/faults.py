@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 
 from lead_fast import train
-from lead_fast.learner import checkpoint
+from lead_fast.learner import checkpoint, learner
 from lead_fast.rollout.engine import EngineFailure
 from lead_fast.rollout.transformers_engine import TransformersEngine
-from lead_fast.runtime import watchdog
+from lead_fast.runtime import journal, watchdog
 from lead_fast.runtime.ranks import complaint
 
 FAULTS = json.loads(sys.argv[1])
@@ -58,7 +58,7 @@ class Watchdog(watchdog.Watchdog):
             strike(phase)
 
 
-policy_loss, backward, dcp_save = train.policy_loss, train.backward, checkpoint.dcp_save
+policy_loss, dcp_save = learner.policy_loss, checkpoint.dcp_save
 write_atomic, rename = checkpoint.write_atomic, Path.rename
 generate = TransformersEngine.generate
 
@@ -70,12 +70,8 @@ def faulty_loss(*args):
     if kind == "above0":
         return out._replace(logprobs=out.logprobs + 1.0)
     factor, plus = {"nan": (torch.nan, 0), "inf": (1, torch.inf), "spike": (1e4, 0), "": (1, 0)}[kind]
+    out.loss.register_hook(lambda gradient: strike("backward"))
     return out._replace(loss=out.loss * factor + plus)
-
-
-def faulty_backward(*args):
-    strike("backward")
-    return backward(*args)
 
 
 def faulty_save(*args, **kw):
@@ -102,7 +98,7 @@ def faulty_rename(self: Path, target: Path):
     return out
 
 
-train.Watchdog, train.policy_loss, train.backward = Watchdog, faulty_loss, faulty_backward
+journal.Watchdog, learner.policy_loss = Watchdog, faulty_loss
 checkpoint.dcp_save, checkpoint.write_atomic, Path.rename = faulty_save, faulty_write, faulty_rename
 TransformersEngine.generate = faulty_generate
 

@@ -309,7 +309,11 @@ def test_what_is_not_finite_is_skipped_on_all_ranks_counted_kept_and_stops_the_r
     assert [r["grad_norm"] is None for r in steps] == [False, True, False, True, True]
     for step in (2, 4, 5):
         kept = json.loads((run / "nonfinite" / f"step-{step}.json").read_text())
-        assert len(kept["groups"]) == 4 and len(kept["advantage"]) == 16 and kept["groups"][0]["responses"][0]["text"]
+        assert len(kept["groups"]) == 4 and len(kept["advantage"]) == 16
+        assert (
+            kept["groups"][0]["samples"][0]["response"]["text"]
+            and "correct" in kept["groups"][0]["samples"][0]["score"]
+        )
     # The engine had the ranks' weights at every step: had one rank taken its step and not the other, they would differ.
     assert max(r["logprob_diff_max"] for r in steps) < 1e-3
 

@@ -42,7 +42,9 @@ def test_what_looks_like_a_file_is_not_asked_for_at_the_hub(source, no_hub, tmp_
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("source, says", [("owner/data", "is a folder: give a"), ("notes", "is neither .jsonl")])
+@pytest.mark.parametrize(
+    "source, says", [("owner/data", "is a folder without data files: give a"), ("notes", "is neither .jsonl")]
+)
 def test_a_folder_or_another_file_is_refused_by_its_name(source, says, no_hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner" / "data").mkdir(parents=True)
@@ -146,8 +148,9 @@ def test_a_run_measures_its_packs_rehearses_and_writes_to_every_sink(tmp_path):
     """parallel.pack_tokens=0, which a CPU cannot measure, is 16,384 there, as in training."""
     run = tmp_path / "run"
     (tmp_path / "wandb.py").write_text(WANDB)
+    path = os.pathsep.join(map(str, (tmp_path, ROOT, ROOT / "kernels")))
     done = torchrun(2, "-m", "lead_fast.sft", *SMALL, "--steps=3", "--validate_every=2", "--parallel.pack_tokens=0",
-                    "--parallel.rehearse=always", "--wandb=mine", f"--output={run}", cwd=tmp_path)  # fmt: skip
+                    "--parallel.rehearse=always", "--wandb=mine", f"--output={run}", PYTHONPATH=path)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("Rehearsal: a pack of 16,384 tokens fits") == 1
     rows = records(run)

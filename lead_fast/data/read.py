@@ -131,7 +131,7 @@ def _read(source: str, split: str, called: str = "") -> tuple[list[dict], list[s
             raise ValueError(f"{source} is not understood: give arithmetic:train?n=4000&seed=1, or arithmetic:test?...")
         n = int(given.get("n", 4000 if part == "train" else 256))
         rows: list[dict] = make_problems(n, seed=int(given.get("seed", 0)), split=part)
-    elif looks_local(source):
+    elif looks_local(source) and not _holds_a_dataset(source):
         path = Path(source)
         _must_be_a_file(source)
         if source.endswith((".jsonl", ".json")):
@@ -225,8 +225,16 @@ def _read_hub(name: str, split: str, called: str) -> list[dict]:
     )
 
 
+def _holds_a_dataset(source: str) -> bool:
+    """Whether a source is a folder that `datasets` reads by itself: not named like a file, with data files in it."""
+    folder = Path(source)
+    if source.lower().endswith(SUFFIXES) or not folder.is_dir():
+        return False
+    return any(p.suffix in SUFFIXES for p in folder.rglob("*"))
+
+
 def _must_be_a_file(source: str) -> None:
     if Path(source).is_dir():
-        raise ValueError(f"{source} is a folder: give a .jsonl, .json or .parquet file in it.")
+        raise ValueError(f"{source} is a folder without data files: give a .jsonl, .json or .parquet file.")
     if not Path(source).is_file():
         raise ValueError(f"{source} does not exist: give a .jsonl, .json or .parquet file, or a hub dataset's name.")
