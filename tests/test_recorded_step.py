@@ -7,6 +7,7 @@ is missing, the embedded model samples a new one.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import sys
@@ -164,6 +165,18 @@ def test_a_step_hands_the_outcomes_to_the_loss_and_not_the_advantages():
             learner.step(batch, lead, 0)
             weights.append(parameters(learner.policy))
     assert set(seen) == {"Groups"} and torch.equal(*weights)
+
+
+def test_recomputed_log_probs_are_those_before_the_first_of_several_updates():
+    """Were they taken before each update, every ratio would be 1 and nothing would ever be clipped."""
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    few = {k: v[:16] for k, v in record.items() if k in BATCH}
+    with job() as (t, c, ranks):
+        optim = dataclasses.replace(c.optim, updates=2, lr=1e-3)
+        c = dataclasses.replace(c, optim=optim, loss=dataclasses.replace(c.loss, old_logprobs="recompute"))
+        batch = recorded_batch(t, few)
+        update = new_learner(t, c, ranks).step(batch, t.advantages(batch.scores, batch.lengths, c, ranks.device), 0)
+    assert abs(update["ratio_mean"] - 1) > 1e-4
 
 
 def close_to(expected: Any) -> Any:

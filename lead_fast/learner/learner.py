@@ -71,24 +71,27 @@ class Learner:
         kept_S = credit.kept.repeat_interleave(c.rollout.group_size)
         size = len(tokens) // c.optim.updates
         groups = outcomes(batch.scores, batch.lengths, c, ranks.device)
-        parts, norms, balance, trained, passes = [], [], [], set(), 0
-        for first in range(0, len(tokens), size):
-            with self.journal.phase("pack"):
+        updates, parts, norms, balance, trained = [], [], [], [], set()
+        with self.journal.phase("pack"):
+            for first in range(0, len(tokens), size):
                 in_update_S = torch.zeros_like(kept_S)
                 in_update_S[first : first + size] = True
                 o = objective(credit.advantage, batch.lengths, kept_S & in_update_S, c, groups)
                 live = [i for i, moves in enumerate(needs_gradient(o, c)) if moves]
                 plan = assign([tokens[i] for i in live], c.parallel.pack_tokens, ranks.teams, flops)
                 balance.append(efficiency(plan, [tokens[i] for i in live], flops))
-                packs = [self._pack([live[i] for i in members], batch) for members in plan[ranks.team]]
+                updates.append((o, [self._pack([live[i] for i in members], batch) for members in plan[ranks.team]]))
                 trained.update(live)
+        with self.journal.phase("train"):  # old log-probs are the policy's before the first of the updates
+            old = [[self._old_logprobs(pack) for pack in packs] for _, packs in updates]
+        for (o, packs), old_R in zip(updates, old, strict=True):
             with self.journal.phase("train"):
-                losses = self._backward(packs, o, step)
+                losses = self._backward(packs, old_R, o, step)
                 parts += losses
-                passes += len(packs)
             with self.journal.phase("optim"):
                 loss = ranks.all_sum(torch.stack([p["loss"] for p in losses]).sum())
                 norms.append(update(self.policy, self.optimizer, lr, c.optim.grad_clip, loss.item()))
+        passes = len(parts)
         sums = reduce_metrics(parts, ranks)
         skipped = {
             "sequences_skipped": len(tokens) - len(trained),
@@ -109,11 +112,17 @@ class Learner:
         part = (self.ranks.member, self.ranks.sequence)
         return make_pack(members, batch.prompts, batch.responses, batch.logprobs, self.ranks.device, part)
 
-    def _backward(self, packs: list[Pack], o: Objective, step: int) -> list[dict[str, torch.Tensor]]:
-        """The gradient of all packs, summed into the shards; returns each pack's metrics and loss."""
+    def _old_logprobs(self, pack: Pack) -> torch.Tensor | None:
+        """Log-probs of the response tokens for the ratio's denominator, where a pass of their own is asked for."""
+        if self.c.loss.old_logprobs != "recompute":
+            return None
+        return pack_logprobs(self.policy, pack, self.c.rollout.temperature)
+
+    def _backward(
+        self, packs: list[Pack], old: list[torch.Tensor | None], o: Objective, step: int
+    ) -> list[dict[str, torch.Tensor]]:
+        """Sum the gradient of all packs into the shards; return each pack's metrics and loss."""
         c, out = self.c, []
-        recompute = c.loss.old_logprobs == "recompute"
-        old = [pack_logprobs(self.policy, p, c.rollout.temperature) if recompute else None for p in packs]
         progress = partial(self.journal.progress, "train", step + 1)
         for i, (pack, old_R) in enumerate(zip(packs, old, strict=True)):
             progress(i, len(packs))
