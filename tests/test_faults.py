@@ -336,7 +336,7 @@ def test_an_engine_that_dies_in_an_evaluation_costs_no_step(tiny_run):
     said = (
         "In the evaluation after step 2 the engine of rank 1 died (RuntimeError: out of patience): saved after step 2"
     )
-    assert job.code != 0 and said in out and f"go on with --output={run} --resume" in out, out[-3000:]
+    assert job.code != 0 and said in out and f"resume with --output={run} --resume" in out, out[-3000:]
     assert (run / "checkpoints" / "latest").read_text() == "step-2"
 
 
