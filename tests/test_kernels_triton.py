@@ -19,6 +19,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 inside = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that test_under_the_interpreter starts")
 
 from lead_kernels import (  # noqa: E402
+    AdvantageOptions,
     Groups,
     LossOptions,
     Outcomes,
@@ -216,10 +217,10 @@ def test_activation_checkpointing_around_the_operators():
 @pytest.mark.parametrize("fused", [False, True])
 def test_compile_sees_one_operator(fused: bool):
     hidden, head, tokens, weights = case()
-    options = LossOptions(entropy_coef=0.1)
+    options, advantage_options = LossOptions(entropy_coef=0.1), AdvantageOptions()
 
     def step(h, w, lengths):
-        groups = Groups(Outcomes(lengths > 5, lengths), 2)
+        groups = Groups(Outcomes(lengths > 5, lengths), 2, advantage_options)  # torch 2.11 traces no default of a tuple
         given = groups if fused else lead_advantages(*groups).advantage
         out = linear_policy_loss(h, w, tokens, Sequences(weights, given), options)
         logits = policy_loss(h @ w.T, tokens, Sequences(weights, given), options)

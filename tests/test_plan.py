@@ -75,7 +75,7 @@ def test_flops_of_a_pack_are_the_closed_form():
     assert numbers(config("none"), 4, T)["gemm_flops"] - 6 * T * (blocks + head) in (0, rope)
     full = numbers(config("full"), 4, T)
     last = 512 * 1280  # recomputing stops before a block's last product, whose result nobody needs
-    assert full["gemm_flops"] == T * (8 * blocks - 2 * 4 * last + 6 * head)
+    assert full["gemm_flops"] - T * (8 * blocks - 2 * 4 * last + 6 * head) in (0, rope)
     assert full["attention_forward_calls"] == 8 and full["attention_backward_calls"] == 4
 
 

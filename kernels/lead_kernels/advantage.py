@@ -90,6 +90,7 @@ class Groups(NamedTuple):
 
     outcomes: Outcomes, or their `table()`, [S, 4], which saves the copy in every call.
     group_size: G, 1 to 1024.
+    options: of the advantages; inside a function that torch 2.11 compiles, give them (its tracer wraps no default).
     """
 
     outcomes: Outcomes | torch.Tensor
