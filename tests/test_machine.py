@@ -235,7 +235,7 @@ def pretend_gpus(monkeypatch, n: int, gib: float = 79.1, capability=(9, 0)) -> N
 def test_gpus_that_torch_cannot_use_stop_the_run(tmp_path, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     for driver, cuda, says in (("550.54.14", "13.0", "it needs driver 580 or newer; update the driver"),
-                               ("580.95.05", "13.0", "collect_env tells; mend it"),
+                               ("580.95.05", "13.0", "collect_env tells why; mend it"),
                                ("580.95.05", None, "it is a build for the CPU; run make install")):  # fmt: skip
         monkeypatch.setenv("PATH", eight_h100(tmp_path, driver)["PATH"])
         monkeypatch.setattr(torch.version, "cuda", cuda)
@@ -439,12 +439,20 @@ def test_fa4_is_known_by_its_distribution_and_its_files(packages, monkeypatch):
     assert attention.choose((9, 0), 128).name == "torch's varlen_attn by FA4 (flash-attn-4 4.0.0b36)"
     assert activated == ["FA4"]
     for capability, head_dim in (((8, 0), 128), ((12, 0), 128), ((9, 0), 512), ((10, 0), 192), ((9, 0), 100)):
-        assert attention.choose(capability, head_dim) == Attention("torch's varlen_attn")
+        unfit = f"not for compute capability {capability[0]}.{capability[1]} with a head dim of {head_dim}"
+        said = f"torch's varlen_attn; FA4 is installed and cannot be used ({unfit})"
+        assert attention.choose(capability, head_dim) == Attention(said)
+    assert activated == ["FA4"]
     attention.choose.cache_clear()
     monkeypatch.setattr(torch, "__version__", "2.13.0+cu130")  # unpacks two of the five values that FA4 returns
-    assert attention.choose((9, 0), 128) == Attention("torch's varlen_attn")
+    said = "torch's varlen_attn; FA4 is installed and cannot be used (it needs torch 2.14)"
+    assert attention.choose((9, 0), 128) == Attention(said)
     (packages / "flash_attn" / "cute" / "interface.py").write_text("# of the old archive, installed over it\n")
     assert attention.fa4_version() is None
+    attention.choose.cache_clear()
+    chosen = attention.choose((9, 0), 128)
+    assert "cannot be used (another package has overwritten its files" in chosen.name and chosen.fa2 is None
+    assert activated == ["FA4"]
 
 
 def test_an_implementation_that_cannot_be_activated_is_named_with_the_reason(packages, monkeypatch):

@@ -72,41 +72,57 @@ def fits_fa4(capability: tuple[int, int], head_dim: int) -> bool:
 def choose(capability: tuple[int, int], head_dim: int) -> Attention:
     """The best installed implementation: FA3 (Hopper), FA4 (Hopper, Blackwell), FA2, torch's own (which is FA2's code).
 
-    FA3 and FA4 are activated behind torch's operator, once per process. One that is installed and cannot be activated
-    is named with the reason.
+    FA3 and FA4 are activated behind torch's operator, once per process. One that is installed and not used is named
+    with the reason.
     """
     refused = ""
-    for name, wanted in (("FA3", _fa3(capability, head_dim)), ("FA4", _fa4(capability, head_dim))):
-        if wanted is None:
+    for name, version, reason in (("FA3", *_fa3(capability, head_dim)), ("FA4", *_fa4(capability, head_dim))):
+        if not version:
             continue
-        try:
-            importlib.import_module("torch.nn.attention").activate_flash_attention_impl(name)
-            return Attention(f"torch's varlen_attn by {name} ({wanted})")
-        except Exception as e:  # whatever another project's package raises when it is imported
-            reason = next(iter(str(e).strip().splitlines()), "no reason given")
-            refused += f"; {name} is installed and cannot be used ({type(e).__name__}: {reason})"
+        if not reason:
+            try:
+                importlib.import_module("torch.nn.attention").activate_flash_attention_impl(name)
+                return Attention(f"torch's varlen_attn by {name} ({version})")
+            except Exception as e:  # whatever another project's package raises when it is imported
+                reason = _first_line(e)
+        refused += f"; {name} is installed and cannot be used ({reason})"
     spec = importlib.util.find_spec("flash_attn")
     if spec and spec.origin:  # a package with a file of its own: flash-attn-4 alone makes a namespace
         try:
             own = importlib.import_module("flash_attn")
             return Attention(f"flash-attn, FA2 ({own.__version__}){refused}", own.flash_attn_varlen_func)
         except (ImportError, AttributeError, OSError) as e:
-            reason = next(iter(str(e).strip().splitlines()), "no reason given")
-            refused += f"; FA2 is installed and cannot be used ({type(e).__name__}: {reason})"
+            refused += f"; FA2 is installed and cannot be used ({_first_line(e)})"
     return Attention(f"torch's varlen_attn{refused}")
 
 
-def _fa3(capability: tuple[int, int], head_dim: int) -> str | None:
-    found = importlib.util.find_spec("flash_attn_interface")
-    return "flash_attn_interface" if found and capability[0] == 9 and head_dim <= 256 else None
+def _first_line(e: Exception) -> str:
+    return f"{type(e).__name__}: {next(iter(str(e).strip().splitlines()), 'no reason given')}"
 
 
-def _fa4(capability: tuple[int, int], head_dim: int) -> str | None:
-    version = fa4_version()
+def _fa3(capability: tuple[int, int], head_dim: int) -> tuple[str, str]:
+    """What to call FA3, empty where it is not installed, and why it does not fit, empty where it does."""
+    found = importlib.util.find_spec("flash_attn_interface") is not None
+    fits = capability[0] == 9 and head_dim <= 256
+    return "flash_attn_interface" * found, "" if fits else _unfit(capability, head_dim)
+
+
+def _fa4(capability: tuple[int, int], head_dim: int) -> tuple[str, str]:
+    """The same of FA4."""
+    try:
+        name = f"flash-attn-4 {importlib.metadata.version('flash-attn-4')}"
+    except importlib.metadata.PackageNotFoundError:
+        return "", ""
     release = tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2])
-    if version is None or not fits_fa4(capability, head_dim):
-        return None
-    return f"flash-attn-4 {version}" if release >= FA4_TORCH else None
+    if fa4_version() is None:
+        return name, "another package has overwritten its files: install it again"
+    if release < FA4_TORCH:
+        return name, f"it needs torch {FA4_TORCH[0]}.{FA4_TORCH[1]}"
+    return name, "" if fits_fa4(capability, head_dim) else _unfit(capability, head_dim)
+
+
+def _unfit(capability: tuple[int, int], head_dim: int) -> str:
+    return f"not for compute capability {capability[0]}.{capability[1]} with a head dim of {head_dim}"
 
 
 @functools.cache

@@ -56,7 +56,7 @@ def check_python(version: tuple[int, ...] = sys.version_info[:3]) -> None:
 
 def check_driver(driver: str) -> None:
     """Raise ValueError for an NVIDIA driver that is older than CUDA 13.0."""
-    if driver and int(driver.split(".")[0]) < DRIVER:
+    if _older(driver):
         raise ValueError(
             f"The NVIDIA driver is {driver}, and CUDA 13.0 needs {DRIVER} or newer: update the driver, or install for "
             "the CPU with make install CUDA=."
@@ -132,10 +132,9 @@ def use_cuda(local_rank: int, local_ranks: int) -> bool:
         either = "or set CUDA_VISIBLE_DEVICES= (to nothing) to train on the CPU."
         if not torch.version.cuda:
             raise ValueError(f"{found}it is a build for the CPU; run make install, {either}")
-        check_cuda = (
-            f"it needs driver {DRIVER} or newer" if _older(driver) else "python -m torch.utils.collect_env tells"
-        )
-        raise ValueError(f"{found}{check_cuda}; {'update the driver' if _older(driver) else 'mend it'}, {either}")
+        if _older(driver):
+            raise ValueError(f"{found}it needs driver {DRIVER} or newer; update the driver, {either}")
+        raise ValueError(f"{found}python -m torch.utils.collect_env tells why; mend it, {either}")
     n = torch.cuda.device_count()
     if local_ranks > n:
         seen = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -155,6 +154,7 @@ def use_cuda(local_rank: int, local_ranks: int) -> bool:
 
 
 def _older(driver: str) -> bool:
+    """Whether a driver is older than CUDA 13.0; False where its version is not known."""
     return driver.split(".")[0].isdigit() and int(driver.split(".")[0]) < DRIVER
 
 
