@@ -4,11 +4,14 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..config import Config
+from ..config import Config, DataConfig
 from ..records import Problem
 from .read import load_problems, say
 
 # ------------------------------------------------------------------------------------------------------------- prompts
+
+
+Prompts = tuple[list[Problem], list[list[int]]]  # problems, and the token ids of each one's prompt
 
 
 def tokenize_prompts(
@@ -79,22 +82,28 @@ def encode_plain(text: str, control: dict[str, int], encode: Callable[[str], lis
     return [t for ids in pieces for t in ids if t not in control.values()]
 
 
-def load_train(c: Config, tokenizer) -> tuple[list, list[list[int]]]:
+def load_prompts(c: DataConfig, tokenizer: Any, source: str, split: str, **more: Any) -> Prompts:
+    """Problems of a source and their prompts; `more` goes to load_problems."""
     problems = load_problems(
-        c.data.train,
-        split="train",
-        problem_column=c.data.problem_column,
-        answer_column=c.data.answer_column,
-        difficulty_column=c.data.difficulty_column,
-        min_difficulty=c.data.min_difficulty,
+        source,
+        split=split,
+        problem_column=c.problem_column,
+        answer_column=c.answer_column,
+        difficulty_column=c.difficulty_column,
+        **more,
     )
-    problems, prompts = tokenize_prompts(
+    return tokenize_prompts(
         problems,
         tokenizer,
-        instruction=c.data.instruction,
-        max_prompt_tokens=c.data.max_prompt_tokens,
-        drop_long=c.data.drop_long_prompts,
+        instruction=c.instruction,
+        max_prompt_tokens=c.max_prompt_tokens,
+        drop_long=c.drop_long_prompts,
     )
+
+
+def load_train(c: Config, tokenizer: Any) -> Prompts:
+    """Training problems and their prompts. Raises ValueError for fewer problems than a step needs."""
+    problems, prompts = load_prompts(c.data, tokenizer, c.data.train, "train", min_difficulty=c.data.min_difficulty)
     if len(problems) < c.rollout.problems:
         raise ValueError(
             f"{c.data.train} has {len(problems)} problems and rollout.problems is {c.rollout.problems}: "
@@ -103,20 +112,6 @@ def load_train(c: Config, tokenizer) -> tuple[list, list[list[int]]]:
     return problems, prompts
 
 
-def load_test(c: Config, tokenizer) -> tuple[list[Problem], list[list[int]]]:
+def load_test(c: Config, tokenizer: Any) -> Prompts:
     """Held-out problems and their prompts; those over the prompt limit are refused as in training."""
-    problems = load_problems(
-        c.data.test,
-        split="test",
-        problem_column=c.data.problem_column,
-        answer_column=c.data.answer_column,
-        difficulty_column=c.data.difficulty_column,
-        limit=c.evaluate.problems or None,
-    )
-    return tokenize_prompts(
-        problems,
-        tokenizer,
-        instruction=c.data.instruction,
-        max_prompt_tokens=c.data.max_prompt_tokens,
-        drop_long=c.data.drop_long_prompts,
-    )
+    return load_prompts(c.data, tokenizer, c.data.test, "test", limit=c.evaluate.problems or None)

@@ -1,4 +1,4 @@
-"""Who computes attention over packed sequences on a GPU, and the one call of it.
+"""Attention over packed sequences: SDPA by groups of similar length, Ulysses over ranks, and on a GPU who computes it.
 
 torch's `varlen_attn` is an operator, so selective checkpointing and fake tensors see it; flash-attn's FA3 and FA4
 replace the kernels behind it where they are installed and fit GPU and model. FA2 is called by its own function where it
@@ -23,9 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from transformers import (
-    AttentionInterface,
-)
+from transformers import AttentionInterface
 
 FA4_TORCH = (2, 14)  # the first torch that takes what flash-attn-4 4.0.0b36 returns
 
