@@ -37,7 +37,7 @@ class DataConfig:
     """Held-out problems, in the same forms, or AIME24, AIME25, MATH500, AMC23, Minerva, OlympiadBench."""
     problem_column: str = "problem"
     """Column with the question."""
-    answer_column: str = "answer"
+    reference_column: str = "answer"
     """Column with the reference answer."""
     difficulty_column: str = "difficulty"
     """Column with the difficulty; may be absent."""

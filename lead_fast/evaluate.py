@@ -96,7 +96,7 @@ def answered(batch: Batch, votes: dict[int, float | None], *, texts: bool) -> li
         Answered(
             g.problem.id,
             g.problem.problem,
-            g.problem.answer,
+            g.problem.reference,
             g.problem.difficulty,
             [s.score.correct for s in g.samples],
             [s.response.length for s in g.samples],
@@ -188,7 +188,7 @@ def own_settings(args: list[str]) -> list[str]:
 
 def asked(c: Config, problems: list[Problem]) -> dict:
     """All that answers depend on, for Samples."""
-    text = json.dumps([[p.id, p.problem, p.answer] for p in problems])
+    text = json.dumps([[p.id, p.problem, p.reference] for p in problems])
     return {
         "model.path": c.model.path,
         "weights": weights(c.model.path),

@@ -5,18 +5,18 @@ from dataclasses import dataclass, field, replace
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A question with its reference answer; `solution` is a worked one, for SFT."""
+    """A question, and the reference that answers are compared with; `solution` is a worked one, for SFT."""
 
     id: str
     problem: str
-    answer: str
+    reference: str
     difficulty: float | None = None
     solution: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """One sampled answer.
+    """One sampled response.
 
     logprobs: log-prob of each of token_ids at the sampling temperature, by the engine that sampled it.
     finish_reason: `stop` (end of sequence or stop string), `length`, `repetition`, or `unfinished` (goes on in the next

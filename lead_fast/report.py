@@ -345,7 +345,7 @@ def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
     """Write report.html and its pictures.
 
     Args:
-        run_dir: folder with metrics.jsonl and, where there are, config.toml (or config.json) and answers.jsonl.
+        run_dir: folder with metrics.jsonl and, where there are, config.toml (or config.json) and responses.jsonl.
         out: where to write; run_dir when None.
     Returns:
         the path of report.html, which needs no other file.
@@ -371,7 +371,7 @@ def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
 {summary_table(run)}
 <h2>Pictures</h2>
 <div class="pictures">{images}</div>
-{answers_section(run)}
+{responses_section(run)}
 {configuration_section(run)}
 </body></html>
 """
@@ -443,9 +443,9 @@ def change(a: float | None, b: float | None, show: Callable[[float], str]) -> st
     return f"{100 * (b / a - 1):+.1f} %" if a else "–"
 
 
-def answers_section(run: Run, most: int = 6) -> str:
-    """Answers of the first and of the last sampled step, those to the same problem side by side."""
-    path = run.folder / "answers.jsonl"
+def responses_section(run: Run, most: int = 6) -> str:
+    """Responses of the first and of the last sampled step, those to the same problem side by side."""
+    path = run.folder / "responses.jsonl"
     rows = read_jsonl(path) if path.is_file() else []
     rows = [r for r in rows if r.get("split") == "test"] or rows
     if not rows:
@@ -455,16 +455,16 @@ def answers_section(run: Run, most: int = 6) -> str:
     for r in rows:
         if r["step"] in shown:  # a step sampled twice, before and after a resume, is shown once
             by_problem.setdefault(str(r.get("problem")), {})[r["step"], str(r.get("response"))] = r
-    out = '<h2 id="answers">Sample of answers</h2>\n'
+    out = '<h2 id="responses">Sample of responses</h2>\n'
     for problem, answers in list(by_problem.items())[:most]:
-        cards = "".join(answer_card(r) for r in answers.values())
+        cards = "".join(response_card(r) for r in answers.values())
         out += f'<pre><b>{html.escape(problem)}</b></pre>\n<div class="answers">{cards}</div>\n'
     return out
 
 
-def answer_card(r: Record) -> str:
+def response_card(r: Record) -> str:
     verdict = '<span class="right">correct</span>' if r.get("correct") else '<span class="wrong">wrong</span>'
-    said = [f"step {r['step']}", f"read: {r.get('extracted')}", f"reference: {r.get('answer')}"]
+    said = [f"step {r['step']}", f"read: {r.get('extracted')}", f"reference: {r.get('reference')}"]
     said += [f"{r['tokens']} tokens"] if r.get("tokens") is not None else []
     said += [f"reward {r['reward']:.3f}"] if isinstance(r.get("reward"), (int, float)) else []
     said += ["truncated"] if r.get("finish_reason") == "length" else []

@@ -63,11 +63,11 @@ def load_examples(c: SftConfig, tokenizer, source: str, split: str) -> Examples:
         source,
         split=split,
         problem_column=c.data.problem_column,
-        answer_column=c.data.answer_column,
+        reference_column=c.data.reference_column,
         difficulty_column=c.data.difficulty_column,
         solution_column=c.solution_column,
         min_difficulty=c.data.min_difficulty if split == "train" else None,
-        answers=False,
+        references=False,
     )
     missing = next((p.id for p in problems if not p.solution), None)
     if missing is not None:

@@ -4,7 +4,7 @@
 
 OLD defaults to HEAD, NEW to the working tree with its uncommitted and untracked files. Each side is checked out into a
 temporary folder, gets its C++ extension built there, and runs every job by its command line alone, on two CPU ranks.
-Compared are metrics.jsonl less the values that differ between any two runs (CLOCKS), answers.jsonl and the final
+Compared are metrics.jsonl less the values that differ between any two runs (CLOCKS), responses.jsonl and the final
 weights. A key that only NEW has is reported and allowed; a key that only OLD has, or another value, gives exit code 1.
 """
 
@@ -136,8 +136,8 @@ def compare_runs(old: Path, new: Path) -> str:
     """Compare metrics, answers and weights of two runs; returns what was compared and equal."""
     added: set[str] = set()
     records = compare_lines(old / "metrics.jsonl", new / "metrics.jsonl", added)
-    if (old / "answers.jsonl").exists():  # SFT has none
-        compare_lines(old / "answers.jsonl", new / "answers.jsonl", added)
+    if (old / "responses.jsonl").exists():  # SFT has none
+        compare_lines(old / "responses.jsonl", new / "responses.jsonl", added)
     a, b = (load_file(run / "final" / "model.safetensors") for run in (old, new))
     for name in sorted(a.keys() | b.keys()):
         x, y = (weights.get(name, torch.empty(0)) for weights in (a, b))

@@ -27,7 +27,7 @@ def test_jsonl_and_parquet_give_the_same_problems(tmp_path):
     a = load_problems(jsonl(tmp_path / "a.jsonl", rows))
     Dataset.from_list([{**r, "answer": str(r["answer"])} for r in rows]).to_parquet(str(tmp_path / "a.parquet"))
     b = load_problems(str(tmp_path / "a.parquet"))
-    assert a == b and a[0].difficulty == 3.0 and a[1].answer == "4" and a[1].difficulty is None
+    assert a == b and a[0].difficulty == 3.0 and a[1].reference == "4" and a[1].difficulty is None
 
 
 def test_a_json_array_is_read_like_lines(tmp_path):
@@ -48,17 +48,17 @@ def test_solutions_are_enough_where_no_answer_is_needed(tmp_path):
     source = jsonl(tmp_path / "a.jsonl", [{"problem": "P", "solution": "S"}])
     with pytest.raises(ValueError, match="no column answer, only problem, solution"):
         load_problems(source)
-    (found,) = load_problems(source, answers=False)
-    assert (found.answer, found.solution) == ("", "S")
+    (found,) = load_problems(source, references=False)
+    assert (found.reference, found.solution) == ("", "S")
     with pytest.raises(ValueError, match="no column answer, only problem"):
-        load_problems(jsonl(tmp_path / "b.jsonl", [{"problem": "P"}]), answers=False)
+        load_problems(jsonl(tmp_path / "b.jsonl", [{"problem": "P"}]), references=False)
 
 
 def test_columns_are_renamed_and_difficulty_filters(tmp_path):
     rows = [{"q": f"{i}?", "a": str(i), "d": i} for i in range(5)]
-    found = load_problems(jsonl(tmp_path / "a.jsonl", rows), problem_column="q", answer_column="a",
+    found = load_problems(jsonl(tmp_path / "a.jsonl", rows), problem_column="q", reference_column="a",
                           difficulty_column="d", min_difficulty=2)  # fmt: skip
-    assert [p.answer for p in found] == ["3", "4"]
+    assert [p.reference for p in found] == ["3", "4"]
     assert len(load_problems(jsonl(tmp_path / "b.jsonl", [ROW] * 5), limit=2)) == 2
 
 

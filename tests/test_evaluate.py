@@ -216,16 +216,16 @@ def test_benchmarks_by_name_read_each_sets_own_columns(name, tmp_path, monkeypat
     hub(tmp_path / "set", split, [row, row])
     monkeypatch.setitem(BENCHMARKS, name, (str(tmp_path / "set"), split))
     found = load_problems(name.lower(), split="test")
-    assert [(p.problem, p.answer) for p in found] == [("P", answer)] * 2
+    assert [(p.problem, p.reference) for p in found] == [("P", answer)] * 2
     assert found[0].difficulty == (2.0 if name == "MATH500" else None)
 
 
 def test_the_named_split_or_the_only_one(tmp_path, capsys):
     hub(tmp_path / "one", "train", [{"problem": "P", "answer": "1"}])
-    assert load_problems(str(tmp_path / "one"), split="test")[0].answer == "1"
+    assert load_problems(str(tmp_path / "one"), split="test")[0].reference == "1"
     assert "has no split test: its only one, train, is taken" in capsys.readouterr().out
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     (tmp_path / "two" / "validation.jsonl").write_text('{"problem": "P", "answer": "2"}\n')
-    assert load_problems(str(tmp_path / "two"), split="validation")[0].answer == "2"
+    assert load_problems(str(tmp_path / "two"), split="validation")[0].reference == "2"
     with pytest.raises(ValueError, match="has no split test, only train, validation"):
         load_problems(str(tmp_path / "two"), split="test")

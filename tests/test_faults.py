@@ -95,7 +95,7 @@ def test_a_two_rank_checkpoint_resumes_on_four_at_the_same_place_in_the_data(tin
     assert job.code == 0 and not job.alive(), out[-3000:]
     assert [r["step"] for r in records(run, "train")] == [*range(1, STEPS + 1)]
     mine, theirs = (
-        {r["problem"] for r in read_jsonl(folder / "answers.jsonl") if (r["step"], r["split"]) == (STEPS, "train")}
+        {r["problem"] for r in read_jsonl(folder / "responses.jsonl") if (r["step"], r["split"]) == (STEPS, "train")}
         for folder in (run, tiny_run)
     )
     assert mine == theirs and len(mine) == 4

@@ -145,8 +145,8 @@ def test_the_report_shows_hostile_text_as_text(tmp_path):
         m.train(step, numbers)
     texts = ATTACKS + [text[:500] for text, _ in hostile.cases(100, "m")][::40]
     for text in texts:
-        row = {"problem": text, "answer": text, "response": text, "extracted": text, "correct": False, "tokens": 1}
-        m.answers(1, [row | {"split": "test", "finish_reason": text}])
+        row = {"problem": text, "reference": text, "response": text, "extracted": text, "correct": False, "tokens": 1}
+        m.responses(1, [row | {"split": "test", "finish_reason": text}])
     m.close()
     (run / "config.toml").write_text(dump(load_config([f"--recipe={'tiny'}", "--wandb=<script>alert(2)</script>"])))
     shown = write_report(run).read_text(encoding="utf-8")
@@ -165,6 +165,6 @@ def test_hostile_problems_go_through_files_and_records_unharmed(tmp_path):
     path.write_text("".join(json.dumps({"problem": t[:5000], "answer": "1"}) + "\n" for t in texts), encoding="utf-8")
     assert [p.problem for p in load_problems(str(path))] == [t[:5000].strip() for t in texts]
     m = Metrics(tmp_path, total_steps=1, tensorboard=False)
-    m.answers(1, [{"response": t} for t in [*texts, "\ud800"]])
-    back = read_jsonl(tmp_path / "answers.jsonl")
+    m.responses(1, [{"response": t} for t in [*texts, "\ud800"]])
+    back = read_jsonl(tmp_path / "responses.jsonl")
     assert [r["response"] for r in back] == [*texts, "\ud800"]

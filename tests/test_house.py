@@ -186,7 +186,7 @@ GENERATED = {
     "final/",
     "table.md",
     "metrics.jsonl",
-    "answers.jsonl",
+    "responses.jsonl",
     "config.toml",
     "report.html",
     "evaluation.json",

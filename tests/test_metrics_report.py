@@ -169,7 +169,7 @@ def test_other_ranks_are_silent(tmp_path, capsys):
     m.progress("rollout", 1, 0, 1)
     m.train(1, train_record(1))
     m.eval(1, eval_record(1, 0.5))
-    m.answers(1, [{"problem": "p"}])
+    m.responses(1, [{"problem": "p"}])
     m.close()
     assert capsys.readouterr().out == "" and not (tmp_path / "run").exists()
 
@@ -179,7 +179,7 @@ def test_a_resumed_run_goes_on_after_its_checkpoint(tmp_path, capsys):
     m.eval(0, eval_record(0, 0.4))
     for step in range(1, 6):
         m.train(step, train_record(step, run=1))
-        m.answers(step, [{"problem": f"{step}"}])
+        m.responses(step, [{"problem": f"{step}"}])
     m.eval(4, eval_record(4, 0.6))
     m.close()
     with open(tmp_path / "metrics.jsonl", "a") as f:
@@ -188,23 +188,23 @@ def test_a_resumed_run_goes_on_after_its_checkpoint(tmp_path, capsys):
     m.truncate_after(3)
     m.train(4, train_record(4, run=2))
     m.eval(4, eval_record(4, 0.55))
-    m.answers(4, [{"problem": "again"}])
+    m.responses(4, [{"problem": "again"}])
     m.close()
     records = strict_lines(tmp_path / "metrics.jsonl")
     assert [(r["kind"], r["step"], r.get("run")) for r in records] == [
         ("eval", 0, None), ("train", 1, 1), ("train", 2, 1), ("train", 3, 1), ("train", 4, 2), ("eval", 4, None),
     ]  # fmt: skip
-    assert [r["problem"] for r in strict_lines(tmp_path / "answers.jsonl")] == ["1", "2", "3", "again"]
+    assert [r["problem"] for r in strict_lines(tmp_path / "responses.jsonl")] == ["1", "2", "3", "again"]
     assert "+15.0 since step 0" in capsys.readouterr().out.splitlines()[-1]  # knows the first part's first evaluation
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["answers.jsonl", "metrics.jsonl"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["responses.jsonl", "metrics.jsonl"]
 
 
 def test_answers_keep_any_text(tmp_path):
     m = Metrics(tmp_path, total_steps=1, tensorboard=False)
     text = 'a\nb\r "q" \\boxed{½} \u2028 \ud800 终'
-    m.answers(3, [{"response": text, "reward": math.nan}, {"response": ""}])
-    m.answers(4, [{"response": "x"}])
-    rows = strict_lines(tmp_path / "answers.jsonl")
+    m.responses(3, [{"response": text, "reward": math.nan}, {"response": ""}])
+    m.responses(4, [{"response": "x"}])
+    rows = strict_lines(tmp_path / "responses.jsonl")
     assert [r["step"] for r in rows] == [3, 3, 4]
     assert rows[0] == {"step": 3, "response": text, "reward": None}
 
@@ -304,7 +304,7 @@ class Page(html.parser.HTMLParser):
 ANSWER = {
     "split": "test",
     "problem": "<script>alert(1)</script> 3 < 4 & 5",
-    "answer": "7",
+    "reference": "7",
     "response": "so </pre><img src=http://example.com/x> \\boxed{7} \ud800",
     "extracted": "7",
     "correct": True,
@@ -318,9 +318,9 @@ def report(tmp_path_factory) -> Path:
     """The page of a whole run, written beside it, with whatever could break out of it."""
     run = write_run(tmp_path_factory.mktemp("a<b>"))
     m = Metrics(run, total_steps=STEPS, tensorboard=False)
-    m.answers(0, [ANSWER | {"response": "before", "correct": False}])
-    m.answers(3, [ANSWER | {"response": "halfway"}])
-    m.answers(STEPS, [ANSWER, {"split": "train", "problem": "of training"}])
+    m.responses(0, [ANSWER | {"response": "before", "correct": False}])
+    m.responses(3, [ANSWER | {"response": "halfway"}])
+    m.responses(STEPS, [ANSWER, {"split": "train", "problem": "of training"}])
     (run / "config.toml").write_text('seed = 7\ninstruction = "<b>box</b>"\n')
     with open(run / "metrics.jsonl", "a") as f:
         f.write('{"step": 7, "ki')

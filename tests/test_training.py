@@ -249,7 +249,7 @@ def test_two_ranks_end_to_end(tiny_run):
     assert any(r["grad_norm"] > 0 for r in steps) and sum(steps[0]["solve_rate_histogram"]) == 4
     # At step 1 engine and policy hold the same weights: their log-probs agree.
     assert steps[0]["logprob_diff_max"] is None or steps[0]["logprob_diff_max"] < 1e-3
-    for name in ("config.toml", "answers.jsonl", "report.html", "accuracy.png", "length.png", "difficulty.png"):
+    for name in ("config.toml", "responses.jsonl", "report.html", "accuracy.png", "length.png", "difficulty.png"):
         assert (tiny_run / name).stat().st_size > 0
     assert list((tiny_run / "tensorboard").glob("events*"))
 

@@ -60,7 +60,7 @@ def columns(a: argparse.Namespace) -> dict[str, Any]:
 
 
 def row(p: Problem, source: str) -> dict:
-    return {"problem": p.problem, "answer": p.answer, "difficulty": p.difficulty, "solution": p.solution,
+    return {"problem": p.problem, "answer": p.reference, "difficulty": p.difficulty, "solution": p.solution,
             "source": source}  # fmt: skip
 
 
@@ -87,7 +87,7 @@ def origin(source: str) -> dict[str, Any]:
 
 def deepscaler(a: argparse.Namespace) -> None:
     """DeepScaleR-like rows above a difficulty, answers that the verifier cannot read dropped, duplicates too."""
-    problems = load_problems(a.source, answers=False, **columns(a))
+    problems = load_problems(a.source, references=False, **columns(a))
     graded = [p for p in problems if p.difficulty is not None]
     if not graded and a.above is not None:
         raise ValueError(
@@ -97,7 +97,7 @@ def deepscaler(a: argparse.Namespace) -> None:
     hard = [p for p in graded if p.difficulty > a.above] if a.above is not None else problems  # type: ignore[operator]
     unique = list({p.problem: p for p in reversed(hard)}.values())[::-1]
     with Verifier() as verifier:
-        kept = [p for p in unique if p.answer and verifier.parses(p.answer)]
+        kept = [p for p in unique if p.reference and verifier.parses(p.reference)]
     counts = {"read": len(problems), "without difficulty": len(problems) - len(graded), "above": len(hard),
               "duplicates": len(hard) - len(unique), "unparseable answers": len(unique) - len(kept)}  # fmt: skip
     filters = {"difficulty_above": a.above, "answer_parses": True, "unique_problem": True}
@@ -146,8 +146,8 @@ def mix(a: argparse.Namespace) -> None:
     seen: set[str] = set()
     rows, counts = [], {}
     for source in a.sources:
-        problems = load_problems(source, answers=False, **columns(a))
-        known = [p for p in problems if p.answer or p.solution]
+        problems = load_problems(source, references=False, **columns(a))
+        known = [p for p in problems if p.reference or p.solution]
         new = list({p.problem: p for p in reversed(known) if p.problem not in seen}.values())[::-1]
         seen |= {p.problem for p in new}
         rows += [row(p, source) for p in new]
@@ -170,7 +170,7 @@ def stats(a: argparse.Namespace) -> None:
 
     from ..report import BLUE, STYLE, figure
 
-    problems = load_problems(a.source, answers=False, **columns(a))
+    problems = load_problems(a.source, references=False, **columns(a))
     levels = [p.difficulty for p in problems if p.difficulty is not None]
     unit = "characters"
     sizes = [len(p.problem) for p in problems]
@@ -187,7 +187,7 @@ def stats(a: argparse.Namespace) -> None:
         "unique problems": len({p.problem for p in problems}),
         "with difficulty": len(levels),
         "with solution": sum(p.solution is not None for p in problems),
-        "integer answers": sum(re.fullmatch(r"-?\d+", p.answer) is not None for p in problems),
+        "integer answers": sum(re.fullmatch(r"-?\d+", p.reference) is not None for p in problems),
         f"prompt length, {unit}: median, 95 %, longest": [int(x) for x in np.quantile(sizes, [0.5, 0.95, 1])],
         "difficulty: 5 %, median, 95 %": [float(x) for x in np.quantile(levels, [0.05, 0.5, 0.95])] if levels else None,
     }
@@ -226,8 +226,9 @@ def main(args: list[str] | None = None) -> None:
     def command(run: Any) -> argparse.ArgumentParser:
         found = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
         found.set_defaults(run=run)
-        for column in ("problem", "answer", "difficulty", "solution"):
-            found.add_argument(f"--{column}_column", default=column, metavar="NAME", help=f"where the {column} is")
+        for name, column in {"problem": "problem", "reference": "answer", "difficulty": "difficulty",
+                             "solution": "solution"}.items():  # fmt: skip
+            found.add_argument(f"--{name}_column", default=column, metavar="NAME", help=f"column with the {name}")
         return found
 
     c = command(deepscaler)

@@ -88,7 +88,7 @@ def load_prompts(c: DataConfig, tokenizer: Any, source: str, split: str, **more:
         source,
         split=split,
         problem_column=c.problem_column,
-        answer_column=c.answer_column,
+        reference_column=c.reference_column,
         difficulty_column=c.difficulty_column,
         **more,
     )

@@ -27,12 +27,12 @@ def load_problems(
     *,
     split: str = "train",
     problem_column: str = "problem",
-    answer_column: str = "answer",
+    reference_column: str = "answer",
     difficulty_column: str = "difficulty",
     solution_column: str = "solution",
     min_difficulty: float | None = None,
     limit: int | None = None,
-    answers: bool = True,
+    references: bool = True,
 ) -> list[Problem]:
     """Rows of a source as problems.
 
@@ -41,14 +41,14 @@ def load_problems(
             (`BENCHMARKS`); a hub dataset's name, or `name:configuration`; or `arithmetic:train?n=4000&seed=1`, made
             here.
         split: of a hub dataset; one that has a single split gives that one.
-        problem_column, answer_column: must be there, the latter only if `answers`.
+        problem_column, reference_column: must be there, the latter only if `references`.
         difficulty_column, solution_column: may be there.
         min_difficulty: keep only problems above this.
         limit: keep only the first so many.
-        answers: every row must have one; if not, a row without one has the answer "" (worked solutions are enough for
-            SFT), but there must be a column of answers or of solutions.
+        references: every row must have one; if not, a row without one has the reference "" (worked solutions are enough
+            for SFT), but there must be a column of references or of solutions.
     Raises:
-        ValueError: no such file or dataset, a row that is no JSON, a missing column, an empty question or answer, no
+        ValueError: no such file or dataset, a row that is no JSON, a missing column, an empty question or reference, no
             problem left.
     """
     name = next((n for n in BENCHMARKS if n.lower() == source.lower()), None)
@@ -58,12 +58,14 @@ def load_problems(
     else:
         rows, columns = _read(source, split)
     if name is not None:  # the sets differ in their columns' names; those the user gave go first
-        problem_column, answer_column, difficulty_column = (
+        problem_column, reference_column, difficulty_column = (
             next((c for c in (given, *usual) if c in columns), given)
-            for given, usual in zip((problem_column, answer_column, difficulty_column), BENCHMARK_COLUMNS, strict=True)
+            for given, usual in zip(
+                (problem_column, reference_column, difficulty_column), BENCHMARK_COLUMNS, strict=True
+            )
         )
-    needed = [(problem_column, "data.problem_column"), (answer_column, "data.answer_column")]
-    for wanted, key in needed[: 2 if answers or solution_column not in columns else 1]:
+    needed = [(problem_column, "data.problem_column"), (reference_column, "data.reference_column")]
+    for wanted, key in needed[: 2 if references or solution_column not in columns else 1]:
         if wanted not in columns:
             raise ValueError(
                 f"{source} has no column {wanted}, only {', '.join(columns)}: name the right one with --{key} "
@@ -76,13 +78,13 @@ def load_problems(
         )
     problems = []
     for i, row in enumerate(rows):
-        question, answer = (_text(row.get(c)) for c in (problem_column, answer_column))
+        question, reference = (_text(row.get(c)) for c in (problem_column, reference_column))
         if not question:
             raise ValueError(f"{source}, row {i + 1}: column {problem_column} is empty; fill it in or remove the row.")
-        if not answer and answers:
+        if not reference and references:
             raise ValueError(
-                f"{source}, row {i + 1}: column {answer_column} is empty; fill it in, or make a set without such rows "
-                "with python -m lead_fast.data mix."
+                f"{source}, row {i + 1}: column {reference_column} is empty; fill it in, or make a set without such "
+                "rows with python -m lead_fast.data mix."
             )
         difficulty = row.get(difficulty_column)
         try:
@@ -94,7 +96,7 @@ def load_problems(
                 ) from e
             level = None  # OlympiadBench has a word there
         if min_difficulty is None or (level is not None and level > min_difficulty):
-            problems.append(Problem(str(i + 1), question, answer, level, _text(row.get(solution_column)) or None))
+            problems.append(Problem(str(i + 1), question, reference, level, _text(row.get(solution_column)) or None))
         if limit and len(problems) == limit:
             break
     if not problems:

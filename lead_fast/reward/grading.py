@@ -53,7 +53,7 @@ def grade(
     longest = 120 if c.degenerate is not None else None  # the released code's rule; stage 2's is n-grams alone
     scores = score(
         [r for _, r in flat],
-        [problems[i].answer for i, _ in flat],
+        [problems[i].reference for i, _ in flat],
         verifier,
         where=c.grade,
         degenerate=watched,

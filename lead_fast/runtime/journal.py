@@ -85,14 +85,14 @@ class Journal:
             kept = self.health.keep(done, spoilt(batch, credit, record))
             self.metrics.warn(f"step {done}: loss or gradient not finite, update skipped; its batch is in {kept}.")
         self.health.count(done, record["updates_skipped"], kept)
-        self.metrics.answers(done, sample_of_responses(batch, "train", credit.reward.tolist()))
+        self.metrics.responses(done, sample_of_responses(batch, "train", credit.reward.tolist()))
         self.metrics.solved(done, batch.solve_rates)
         self.phase.reset()
 
     def evaluation(self, step: int, record: dict[str, Any], batch: Batch) -> None:
         """Write down an evaluation after `step` steps; 0 is before the first."""
         self.metrics.eval(step, record | {"elapsed_s": self.elapsed_s})
-        self.metrics.answers(step, sample_of_responses(batch, "test"))
+        self.metrics.responses(step, sample_of_responses(batch, "test"))
 
     def close(self) -> None:
         """Flush what is buffered, and watch no longer."""
@@ -147,7 +147,7 @@ def sample_of_responses(batch: Batch, split: str, rewards: list[float] | None = 
         row = {
             "split": split,
             "problem": problem.problem,
-            "answer": problem.answer,
+            "reference": problem.reference,
             "response": sample.response.text,
             "extracted": sample.score.extracted,
             "correct": sample.score.correct,

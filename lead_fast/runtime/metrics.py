@@ -1,7 +1,7 @@
 """Every step's numbers: to the console in short, to metrics.jsonl in full, to TensorBoard, and to W&B if asked.
 
 RUN_DIR/metrics.jsonl   one JSON object a line; `kind` is train, eval or sft, `step` counts finished steps; NaN is null
-RUN_DIR/answers.jsonl   a sample of answers with their scores
+RUN_DIR/responses.jsonl   a sample of responses with their scores
 RUN_DIR/tensorboard/    the same numbers as scalars, train/*, eval/* and sft/*
 """
 
@@ -89,7 +89,7 @@ class Metrics:
         if not self.enabled:
             return
         self._first_step, self._began = step, time.monotonic()
-        for name in ("metrics.jsonl", "answers.jsonl", "solved.jsonl"):
+        for name in ("metrics.jsonl", "responses.jsonl", "solved.jsonl"):
             path = self.run_dir / name
             if path.exists():
                 kept = [r for r in read_jsonl(path) if r["step"] <= step]
@@ -122,10 +122,10 @@ class Metrics:
             if "validation_loss" in record or self._console.quiet_s() >= SFT_EVERY_S:
                 self._console.line(sft_line(record, self.total_steps, self._left_s(step)))
 
-    def answers(self, step: int, rows: list[dict[str, Any]]) -> None:
-        """A sample of answers with their scores, appended to answers.jsonl."""
+    def responses(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """Append a sample of responses with their scores to responses.jsonl."""
         if self.enabled:
-            self._keep("answers.jsonl", [plain({"step": step} | row) for row in rows])
+            self._keep("responses.jsonl", [plain({"step": step} | row) for row in rows])
 
     def solved(self, step: int, rows: list[dict[str, Any]]) -> None:
         """How often each problem of the step was solved, appended to solved.jsonl."""
