@@ -28,10 +28,10 @@ from .data.prompts import tokenize_prompts
 from .data.read import load_problems, say
 from .learner import checkpoint
 from .learner.memory import rehearse_pack, worst_pack
-from .learner.model import load_model, load_tokenizer
+from .learner.model import load_tokenizer
 from .learner.optimizer import learning_rate, make_optimizer, update
 from .learner.packing import Pack, assign, make_pack
-from .learner.policy import Policy, make_policy
+from .learner.policy import Policy, load_policy, make_policy
 from .machine import look_at_machine
 from .release import release
 from .runtime.health import Health
@@ -157,8 +157,10 @@ def sft(c: SftConfig, ranks: Ranks, run: Path) -> None:
     schedule = batches(lengths, c)
     metrics = Metrics(run, total_steps=c.steps, wandb_project=c.wandb or None, enabled=ranks.main)
 
-    model = new_model(c.seed, len(tokenizer)) if c.from_scratch else load_model(c.model)
-    policy = make_policy(model, c.model, c.parallel, ranks)
+    if c.from_scratch:
+        policy = make_policy(new_model(c.seed, len(tokenizer)), None, c.model, c.parallel, ranks)
+    else:
+        policy = load_policy(c.model, c.parallel, ranks)
     optimizer = make_optimizer(policy, c.optim)
     c = rehearse(policy, optimizer, c, max(lengths + test.lengths()), ranks)
     found = (c.resume and checkpoint.load(run, policy, optimizer, ranks)) or {}
@@ -167,6 +169,7 @@ def sft(c: SftConfig, ranks: Ranks, run: Path) -> None:
     health = Health(run, c.optim.max_skipped, found.get("updates_skipped", 0))
     dog = Watchdog(c.watchdog_s, ranks)
     timer = PhaseTimer(dog.beat)
+    saver = checkpoint.Checkpoints(run, ranks, lambda step, *_: dog.beat("save", step))
 
     with contextlib.closing(metrics), contextlib.closing(dog):
         for step in range(first, c.steps):
@@ -193,7 +196,7 @@ def sft(c: SftConfig, ranks: Ranks, run: Path) -> None:
             record |= {"updates_skipped": int(not math.isfinite(norm)), "alerts": health.look(done, record)}
             record |= {"elapsed_s": time.monotonic() - began, "seconds": timer.seconds}
             metrics.sft(done, record)
-            for alert in record["alerts"]:
+            for alert in [*record["alerts"], *saver.failures()]:
                 metrics.warn(alert)
             if record["updates_skipped"]:
                 metrics.warn(f"step {done}: loss or gradient not finite, update skipped.")
@@ -203,9 +206,12 @@ def sft(c: SftConfig, ranks: Ranks, run: Path) -> None:
             if leaving or (c.checkpoint_every and done % c.checkpoint_every == 0):
                 with timer("save"):  # its seconds are in the next step's record
                     extra = {"elapsed_s": time.monotonic() - began, "updates_skipped": health.skipped}
-                    saved = checkpoint.save(run, done, policy, optimizer, extra, ranks)
+                    saved = saver.save(done, policy, optimizer, extra, wait=leaving)
+                for sentence in saver.failures() if leaving else []:
+                    metrics.warn(sentence)
                 if leaving:
                     return say_stopped(run, done, saved, ranks)
+        saver.finish()
         dog.beat("export")
         checkpoint.export(run / "final", policy, tokenizer, getattr(torch, c.export_dtype), ranks)
     if ranks.main:
@@ -225,7 +231,9 @@ def main(args: list[str] | None = None) -> None:
         return stop()
     stamp = ranks.gather_objects(time.strftime("%Y%m%d-%H%M%S"))[0]
     run = Path(c.output or f"runs/sft-{Path(c.recipe).stem}-{stamp}")
+    ranks.check_same(dump(c))
     lock = checkpoint.claim(run, c.resume) if ranks.main else None
+    checkpoint.check_shared(run, ranks)
     if lock:
         checkpoint.check_room(run, shape, c.checkpoint_every)
         checkpoint.write_atomic(run / "config.toml", dump(dataclasses.replace(c, resume=False)))

@@ -45,8 +45,8 @@ def train(c: Config, ranks: Ranks, folder: Path) -> None:
     journal = Journal(folder, c, ranks)
     learner = Learner(c, ranks, journal)
     c = learner.c  # with the measured size of a pack
+    state = learner.resume() if c.resume else {}  # before an engine shares the GPU
     engine = make_engine(c, tokenizer, ranks)
-    state = learner.resume(folder) if c.resume else {}
     first = state.get("step", 0)
     publish(learner.policy, engine, first, c, ranks)
     canary(learner.policy, engine, prompts[0], c, ranks)
@@ -77,7 +77,7 @@ def train(c: Config, ranks: Ranks, folder: Path) -> None:
             journal.step(done, batch, credit, update, synced)
             leaving = any_rank_caught(asked_to_stop, ranks)
             due = c.checkpoint_every and done % c.checkpoint_every == 0
-            saved = bool(leaving or due) and run.save(done)  # its seconds are told with the next step
+            saved = bool(leaving or due) and run.save(done, wait=leaving)  # its seconds are told with the next step
             if leaving:
                 return say_stopped(folder, done, saved, ranks)
         journal.progress("export", c.steps, 0, 1)
@@ -98,10 +98,10 @@ class Run:
     first: int
     """Steps that were finished when this process began."""
 
-    def save(self, step: int) -> bool:
-        """Write a checkpoint after `step` steps; returns whether it was written."""
+    def save(self, step: int, *, wait: bool = True) -> bool:
+        """Write a checkpoint after `step` steps; returns whether it was written, without `wait` whether it began."""
         with self.journal.phase("save"):
-            return self.learner.save(self.folder, step, self.journal.state() | self.sampler.state())
+            return self.learner.save(step, self.journal.state() | self.sampler.state(), wait=wait)
 
     @contextlib.contextmanager
     def saved_on_failure(self, when: str, step: int) -> Iterator[None]:
@@ -133,7 +133,9 @@ def main(args: list[str] | None = None) -> None:
         return stop()
     stamp = ranks.gather_objects(time.strftime("%Y%m%d-%H%M%S"))[0]
     folder = Path(c.output or f"runs/{Path(c.recipe).stem}-{stamp}")
+    ranks.check_same(dump(c))
     lock = checkpoint.claim(folder, c.resume) if ranks.main else None
+    checkpoint.check_shared(folder, ranks)
     if lock:
         checkpoint.check_room(folder, shape, c.checkpoint_every)
         checkpoint.write_atomic(folder / "config.toml", dump(dataclasses.replace(c, resume=False)))

@@ -4,8 +4,9 @@
 
 do: kill (SIGKILL to itself), hang, nan (the loss of one pack), inf (the same, its gradient finite), spike (its loss and
 gradient times 1e4), above0 (a kernel that gives log-probs above 0), engine (it dies while it generates). at: a phase of
-the loop, or forward, backward, written, listed, renamed (the stages of a save), any for nan and its like. rank: the one
-it happens to. restart: happens only in the life of the job that torchrun counts so (0 the first).
+the loop, or forward, backward, any for nan and its like, or a stage of a checkpoint's write, which the steps do not
+wait for: writing, written, listed, renamed. step: of the loop, or the one whose checkpoint is written. rank: the one it
+happens to. restart: happens only in the life of the job that torchrun counts so (0 the first).
 """
 
 import json
@@ -29,17 +30,17 @@ RANK, LIFE = int(os.environ.get("RANK", 0)), int(os.environ.get("TORCHELASTIC_RE
 step, phase = 0, ""
 
 
-def here(at: str, *kinds: str) -> str:
+def here(at: str, *kinds: str, at_step: int | None = None) -> str:
     for f in FAULTS:
-        if f["do"] in kinds and f.get("at", at) == at and f["step"] == step:
+        if f["do"] in kinds and f.get("at", at) == at and f["step"] == (step if at_step is None else at_step):
             if f.get("rank", RANK) == RANK and f.get("restart", LIFE) == LIFE:
                 return f["do"]
     return ""
 
 
-def strike(at: str) -> None:
-    if kind := here(at, "kill", "hang"):
-        print(f"fault: {kind} at {at}, step {step}, rank {RANK}", flush=True)
+def strike(at: str, at_step: int | None = None) -> None:
+    if kind := here(at, "kill", "hang", at_step=at_step):
+        print(f"fault: {kind} at {at}, step {step if at_step is None else at_step}, rank {RANK}", flush=True)
         if kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         hang()
@@ -60,7 +61,7 @@ class Watchdog(watchdog.Watchdog):
 
 policy_loss, dcp_save = learner.policy_loss, checkpoint.dcp_save
 write_atomic, rename = checkpoint.write_atomic, Path.rename
-generate = TransformersEngine.generate
+generate, write = TransformersEngine.generate, checkpoint._HashedStream.write
 
 
 def faulty_loss(*args):
@@ -74,9 +75,20 @@ def faulty_loss(*args):
     return out._replace(loss=out.loss * factor + plus)
 
 
+def step_of(path) -> int:
+    """The step whose checkpoint a path belongs to."""
+    return next(checkpoint.number(Path(part)) for part in Path(path).parts if part.startswith("step-"))
+
+
+def faulty_stream(self, data):
+    if self.hashes.bytes > 1 << 20:  # in the middle of the tensors
+        strike("writing", step_of(self.raw.name))
+    return write(self, data)
+
+
 def faulty_save(*args, **kw):
     dcp_save(*args, **kw)
-    strike("written")
+    strike("written", step_of(kw["storage_writer"].path))
 
 
 def faulty_generate(*args):
@@ -88,19 +100,19 @@ def faulty_generate(*args):
 def faulty_write(path: Path, text: str) -> None:
     write_atomic(path, text)
     if path.name == "extra.json":
-        strike("listed")
+        strike("listed", step_of(path))
 
 
 def faulty_rename(self: Path, target: Path):
     out = rename(self, target)
     if "step-" in target.name:
-        strike("renamed")
+        strike("renamed", step_of(target))
     return out
 
 
 journal.Watchdog, learner.policy_loss = Watchdog, faulty_loss
 checkpoint.dcp_save, checkpoint.write_atomic, Path.rename = faulty_save, faulty_write, faulty_rename
-TransformersEngine.generate = faulty_generate
+TransformersEngine.generate, checkpoint._HashedStream.write = faulty_generate, faulty_stream
 
 if __name__ == "__main__":
     try:

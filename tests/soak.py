@@ -1,4 +1,4 @@
-"""The long part of the tests: many steps, kills and gradings. `make soak` writes what it found to docs/soak.json.
+"""The long part of the tests: many steps, kills and gradings. `make soak` writes what it measured to docs/soak.json.
 
     python tests/soak.py [--steps 500] [--kills 25] [--gradings 100000] [--out docs/soak.json]
 
@@ -39,6 +39,7 @@ PHASES = [
     "optim",
     "sync",
     "save",
+    "writing",
     "written",
     "listed",
     "renamed",
@@ -114,7 +115,7 @@ def many_steps(steps: int, folder: Path) -> tuple[dict, list[str]]:
         broken.append(f"the run ended with {job.code} after {len(records)} steps")
     if slow[1:]:  # the first step of a process warms up
         broken.append(f"steps slower than 5 times the median: {slow}")
-    found = {
+    measured = {
         "steps": len(records),
         "median_step_s": round(median, 3),
         "slowest_over_median": round(max(seconds) / median, 2),
@@ -122,7 +123,7 @@ def many_steps(steps: int, folder: Path) -> tuple[dict, list[str]]:
         "load_average_max": round(max(load), 1),
         "processes": processes,
     }
-    return found, broken
+    return measured, broken
 
 
 def many_kills(kills: int, folder: Path, rng: random.Random) -> tuple[dict, list[str]]:
@@ -180,14 +181,14 @@ def many_kills(kills: int, folder: Path, rng: random.Random) -> tuple[dict, list
     compared += 1
     if job.code or not same(weights(run), wanted):
         broken.append("the last run's weights are not those of the unbroken run")
-    found = {
+    measured = {
         "kills": len(log),
         "at_a_phase": min(len(log), len(PHASES)),
         "runs_compared_bit_for_bit": compared,
         "where": log,
         "seconds_from_kill_to_exit_max": max(ends, default=None),
     }
-    return found, broken
+    return measured, broken
 
 
 def many_gradings(n: int, folder: Path, rng: random.Random) -> tuple[dict, list[str]]:
@@ -195,7 +196,7 @@ def many_gradings(n: int, folder: Path, rng: random.Random) -> tuple[dict, list[
     mark = folder / "mark"
     harm = hostile.generated(n // 100 + 1, seed=1)
     mistakes: list[str] = []
-    mine, checker = [], []
+    grader_mb, checker = [], []
     with Verifier(timeout_s=20.0) as v:
         v.grade([("x+1", "1+x")])
         v.timeout_s = 2.0
@@ -211,26 +212,28 @@ def many_gradings(n: int, folder: Path, rng: random.Random) -> tuple[dict, list[
             if s.correct != right:
                 mistakes.append(f"{text[:100]!r} against {gold!r}: {s.correct}")
             if i % max(1, n // 100) == 0:
-                mine.append(resident_mb(os.getpid()))
+                grader_mb.append(resident_mb(os.getpid()))
                 if v.worker.process:
                     checker.append(resident_mb(v.worker.process.pid))
             if i % max(1, n // 10) == 0:
                 print(f"gradings {i}/{n}, {v.kills} checkers replaced", flush=True)
         kills = v.kills
-    warm = mine[len(mine) // 5 :]
-    found = {
+    warm = grader_mb[len(grader_mb) // 5 :]
+    measured = {
         "gradings": n,
         "mistakes": len(mistakes),
         "false_correct": sum(": True" in m for m in mistakes),
         "checkers_replaced": kills,
-        "resident_mb_first_warm_last_max": [round(x, 1) for x in (mine[0], warm[0], mine[-1], max(mine))],
+        "resident_mb_first_warm_last_max": [
+            round(x, 1) for x in (grader_mb[0], warm[0], grader_mb[-1], max(grader_mb))
+        ],
         "checker_resident_mb_min_max": [round(min(checker), 1), round(max(checker), 1)],
         "slope_mb_per_10000": round(slope(list(range(len(warm))), warm) / (n / 100) * 10_000, 3),
     }
     broken = [f"graded wrong: {m}" for m in mistakes[:5]] + (["code in an answer was run"] if mark.exists() else [])
-    if max(mine) - warm[0] > 150 or max(checker) > 1500:
-        broken.append(f"memory of gradings grows: {found}")
-    return found, broken
+    if max(grader_mb) - warm[0] > 150 or max(checker) > 1500:
+        broken.append(f"memory of gradings grows: {measured}")
+    return measured, broken
 
 
 def main() -> None:
@@ -249,7 +252,7 @@ def main() -> None:
     for part, run in parts.items():
         if n := getattr(asked, part):
             began = time.monotonic()
-            found, broken = run(n)
+            measured, broken = run(n)
             failed += broken
             result[part] = {
                 "date": time.strftime("%Y-%m-%d"),
@@ -258,7 +261,7 @@ def main() -> None:
                 "cores": os.cpu_count(),
                 "took_s": round(time.monotonic() - began),
                 "broken": broken,
-                **found,
+                **measured,
             }
             asked.out.write_text(json.dumps(result, indent=1) + "\n")
             print(json.dumps({part: result[part]}, indent=1), flush=True)

@@ -56,7 +56,7 @@ def test_killed_in_rollout_backward_and_save_the_job_goes_on_to_the_same_weights
     said = [killed.first_out.count(f"fault: kill at {f['at']}, step {f['step']}") for f in KILLS]
     assert said == [1, 1, 1], killed.first_out[-3000:]
     assert "checkpoint step-4.partial is passed over (it was cut short" in killed.out
-    assert "going on from step-3" in killed.out
+    assert "resuming from step-3" in killed.out
     assert same(weights(killed.run), weights(tiny_run))
     mine, theirs = records(killed.run, "train"), records(tiny_run, "train")
     assert [r["step"] for r in mine] == [*range(1, STEPS + 1)]
@@ -152,7 +152,7 @@ SPOILT = {
     "metadata": (lambda f: os.truncate(f / ".metadata", 50), "has 50 bytes of"),
     "half a list": (lambda f: os.truncate(f / "extra.json", 20), "list of files cannot be read"),
     "no list": (lambda f: (f / "extra.json").unlink(), "list of files cannot be read"),
-    "empty list": (lambda f: (f / "extra.json").write_text('{"files": {}}'), "list of files is not whole"),
+    "empty list": (lambda f: (f / "extra.json").write_text('{"files": {}}'), "list of files is incomplete"),
     "cut short": (lambda f: f.rename(f.with_suffix(".partial")), "cut short while it was written"),
 }
 
@@ -169,13 +169,13 @@ def test_a_spoilt_checkpoint_is_passed_over_for_the_last_whole_one(kind, alone, 
     found, state = reload(tmp_path, alone)
     assert found and found["step"] == 2 and found["mark"] == 22 and same(state, states[1])
     said = capsys.readouterr().out
-    assert said.count("Warning") == 1 and why in said and "step-3" in said and "going on from step-2" in said
+    assert said.count("Warning") == 1 and why in said and "step-3" in said and "resuming from step-2" in said
 
 
 def test_where_no_checkpoint_is_whole_the_run_stops_with_a_sentence(alone, tmp_path):
     saved(tmp_path, alone, steps=1)
     flip(shard_of(tmp_path / "checkpoints" / "step-1"))
-    with pytest.raises(ValueError, match="No checkpoint in .* is whole .*step-1"):
+    with pytest.raises(ValueError, match="No checkpoint in .* is complete .*step-1"):
         reload(tmp_path, alone)
     shutil.rmtree(tmp_path / "checkpoints")
     assert reload(tmp_path, alone)[0] is None
@@ -279,6 +279,7 @@ class Busy:  # always inside the store's C++, so also when the interpreter ends
         until = time.monotonic() + 1.5
         while time.monotonic() < until:
             self.store.check(keys)
+    def add(self, key, n): return self.store.add(key, n)
 
 dog = watchdog.Watchdog(5.0, start())
 dog._store = Busy(dog._store)

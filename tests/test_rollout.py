@@ -2,19 +2,23 @@
 
 import random
 import threading
+import weakref
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lead_fast.cli import load_config
 from lead_fast.learner.loss import check_agreement
 from lead_fast.learner.model import load_model, load_tokenizer
 from lead_fast.records import Batch, Group, Problem, Response, Sample, Score
+from lead_fast.rollout import engine as engine_module
 from lead_fast.rollout.collect import Backlog
 from lead_fast.rollout.engine import Sampling, Work, fingerprint
 from lead_fast.rollout.sync import compare
 from lead_fast.rollout.transformers_engine import TransformersEngine
+from lead_fast.rollout.vllm_engine import VllmEngine, start_fault
 from lead_fast.runtime.ranks import Ranks
 
 pytestmark = pytest.mark.quick
@@ -45,7 +49,7 @@ def test_engines_that_take_at_once_get_every_prompt_once(most):
     for t in threads:
         t.join()
     assert sorted(i for g in got for i in g) == list(range(50))
-    assert works[0].share == 13 and works[0].take(most) == []
+    assert works[0].prompts_per_engine == 13 and works[0].take(most) == []
 
 
 def test_ranks_that_share_an_engine_take_the_same_prompts():
@@ -129,3 +133,111 @@ def test_a_difference_at_the_first_step_stops_the_run_and_names_the_usual_causes
     check_agreement(1.0, load_config(["--rollout.top_p=0.9"]))
     with pytest.raises(ValueError, match=r"0\.02 nats.*limit 0\.001 in float32.*rollout\.temperature.*logprobs_mode"):
         check_agreement(0.02, c)
+
+
+def test_checksums_take_a_slice_of_memory_in_fp64_however_large_a_tensor_is(monkeypatch):
+    monkeypatch.setattr(engine_module, "SLICE", 1 << 12)
+    flat = torch.randn(1 << 18).bfloat16()
+    turned = torch.randn(96, 1 << 11).t()  # not contiguous
+    small = torch.ones(3, 1)
+    live = {t.untyped_storage()._cdata: 0 for t in (flat, turned, small)}
+    peak = 0
+
+    class Peak(TorchDispatchMode):
+        def __torch_dispatch__(self, f, types, a=(), k=None):
+            nonlocal peak
+            out = f(*a, **(k or {}))
+            for t in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in live:
+                    storage = t.untyped_storage()
+                    live[storage._cdata] = storage.nbytes()
+                    weakref.finalize(storage, live.pop, storage._cdata, None)
+            peak = max(peak, sum(live.values()))
+            return out
+
+    with Peak():
+        values = fingerprint([flat, turned, small])
+    assert peak <= 4 * 8 * (1 << 12), f"{peak} bytes beside tensors of {flat.numel()} elements"
+    for t, (total, squares, size) in zip([flat, turned, small], values, strict=True):
+        x = t.double()
+        assert size == t.numel() and total == pytest.approx(x.sum().item(), abs=1e-6)
+        assert squares == pytest.approx(x.square().sum().item(), rel=1e-12)
+
+
+class StubLLM:
+    """Records what it is asked, in order; `answers` are what vLLM's calls return."""
+
+    def __init__(self, **answers: bool):
+        self.asked: list[str] = []
+        self.answers = {"weights": False, "kv_cache": True, "reset": True} | answers
+        self.llm_engine = self
+        self.model = torch.nn.Linear(2, 2, bias=False)
+        self.model.load_weights = lambda bucket: self.asked.append("load")  # type: ignore[attr-defined]
+
+    def wake_up(self, tags: list[str]) -> bool:
+        self.asked += tags
+        return self.answers[tags[0]]
+
+    def apply_model(self, function: Any) -> list[Any]:
+        out = function(self.model)
+        if out is not None:
+            self.asked.append("checksums")
+        return [out]
+
+    def reset_prefix_cache(self) -> bool:
+        self.asked.append("reset")
+        return self.answers["reset"]
+
+
+def sleeping(llm: StubLLM) -> VllmEngine:
+    out = object.__new__(VllmEngine)
+    out.llm, out.cpu, out.asleep = llm, False, True
+    return out
+
+
+def test_vllm_is_checked_before_its_cache_takes_the_memory_and_its_answers_are_asserted():
+    llm = StubLLM()
+    vllm = sleeping(llm)
+    vllm.load_weights(iter([[("weight", torch.ones(2, 2))]]), 3)
+    assert llm.asked == ["weights", "load", "checksums", "kv_cache", "reset"] and vllm.version == 3
+    assert [x.names for x in vllm.checksums()] == [("weight",)] and llm.asked[-1] == "reset"
+    for answers, words in [({"weights": True}, "no room"), ({"kv_cache": False}, "did not wake"),
+                           ({"reset": False}, "prefix cache")]:  # fmt: skip
+        with pytest.raises(AssertionError, match=words):
+            sleeping(StubLLM(**answers)).load_weights(iter([]), 1)
+
+
+def test_vllms_reason_and_a_remedy_that_is_not_the_engine_in_use():
+    c = load_config([])
+    memory = ValueError(
+        "Free memory on device cuda:3 (10/79 GiB) on startup is less than desired GPU memory utilization"
+    )
+    sentence = start_fault(memory, c, 3)
+    assert sentence.startswith("On rank 3 vLLM did not start with model.path tiny (ValueError: Free memory on device")
+    assert sentence.endswith("lower rollout.gpu_memory.") and "transformers" not in sentence
+    assert "raise rollout.tensor_parallel" in start_fault(torch.OutOfMemoryError("CUDA out of memory. Tried"), c, 0)
+    try:
+        try:
+            raise OSError("no such symbol: cuFoo")
+        except OSError as e:
+            raise RuntimeError("Engine core initialization failed. See root cause above.") from e
+    except RuntimeError as e:
+        wrapped = start_fault(e, c, 0)
+    assert "OSError: no such symbol: cuFoo; RuntimeError: Engine core" in wrapped and "give --debug" in wrapped
+    pydantic = ValueError(
+        "1 validation error for ModelConfig\n  Value error, Model architectures ['X'] are not supported"
+    )
+    assert "Value error, Model architectures ['X']" in start_fault(pydantic, c, 0)
+    assert "rollout.engine=transformers, which is many times slower" in start_fault(pydantic, c, 0)
+
+
+def test_a_sync_that_failed_does_not_advise_the_engine_in_use(engine, monkeypatch):
+    from lead_fast.rollout import sync
+
+    ranks = type("Ranks", (), {"gather_objects": lambda self, x: ["", x, x], "device": torch.device("cpu")})()
+    monkeypatch.setattr(sync, "gathered_weights", lambda *a: iter([]))
+    monkeypatch.setattr(sync, "compare", lambda *a: "After sync w differs")
+    monkeypatch.setattr(engine, "load_weights", lambda buckets, version: None)
+    for name, said in (("transformers", "report this"), ("vllm", "give --rollout.engine=transformers, or report this")):
+        with pytest.raises(ValueError, match=f"w differs .rank 1.: {said}"):
+            sync.publish(None, engine, 1, load_config([f"--rollout.engine={name}"]), ranks)  # type: ignore[arg-type]

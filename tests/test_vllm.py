@@ -5,12 +5,15 @@ A process holds one engine, so each set of ranks is a torchrun that writes what 
 
 import importlib.util
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from jobs import torchrun
+
+from lead_fast.learner.model import resolve as resolve_model
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vllm is not installed: make test-vllm installs it and runs this"
@@ -52,10 +55,10 @@ policy = load_policy(c.model, c.parallel, ranks)
 optimizer = make_optimizer(policy, c.optim)
 engine = VllmEngine(c, tokenizer, ranks)
 
-def together(share, asked=range(12)):
+def together(sampled, asked=range(12)):
     # every rank's groups, ungraded
-    samples = {i: [Sample(r, None) for r in rs] for i, rs in share.responses.items()}
-    return gather(share, samples, [problems[i] for i in asked], [prompts[i] for i in asked], ranks)
+    samples = {i: [Sample(r, None) for r in rs] for i, rs in sampled.responses.items()}
+    return gather(sampled, samples, [problems[i] for i in asked], [prompts[i] for i in asked], ranks)
 
 def responses(group):
     return [s.response for s in group.samples]
@@ -129,19 +132,19 @@ for name, s in {"string": Sampling(64, 0.0, stop=("these steps",)), "length": Sa
 from vllm.sampling_params import RepetitionDetectionParams
 engine.repeats = RepetitionDetectionParams(max_pattern_size=4, min_pattern_size=1, min_count=2)
 for name, ends in {"repeated": True, "left alone": False}.items():
-    found = generate(engine, 4, Sampling(64, 1.0, end_repetition=ends))
-    out[name] = [(r.token_ids, r.finish_reason) for g in found.values() for r in g]
+    drawn = generate(engine, 4, Sampling(64, 1.0, end_repetition=ends))
+    out[name] = [(r.token_ids, r.finish_reason) for g in drawn.values() for r in g]
 
 # Over-sampling with an early cut, over several steps.
 log = []
 backlog = Backlog(lambda at: at % 12, 3, 2, 0)
 for step in range(3):
     asked = backlog.ask()
-    share = rollout(engine, [prompts[p] for p in asked], 4, Sampling(64, 0.8),
+    sampled = rollout(engine, [prompts[p] for p in asked], 4, Sampling(64, 0.8),
                     100 + step, ranks, begun=backlog.begun, want=3)
     begun = {asked[i]: [r.token_ids for r in g] for i, g in backlog.begun.items()}
     assert asked == backlog.waiting
-    batch = backlog.settle(together(share, asked))
+    batch = backlog.settle(together(sampled, asked))
     trained = {problems.index(g.problem): responses(g) for g in batch.groups}
     log.append({"asked": asked, "begun": begun, "trained": tokens(trained), "waiting": backlog.waiting,
                 "finish": [r.finish_reason for g in trained.values() for r in g],
@@ -154,14 +157,14 @@ out["stale"] = differences(generate(engine, 4, Sampling(64, 0.8)), 0.8)
 publish(policy, engine, 1, c, ranks)
 moved = generate(engine, 4, Sampling(64, 0.8))
 out["synced"], out["version"] = differences(moved, 0.8), moved[0][0].policy_version
-whole = syncing.whole_weights
+gathered = syncing.gathered_weights
 for name in ("model.layers.1.self_attn.k_proj.weight", "model.embed_tokens.weight", "model.norm.weight"):
     def without(*a, name=name):
-        for bucket in whole(*a):
+        for bucket in gathered(*a):
             yield [(n, t) for n, t in bucket if n != name]
-    syncing.whole_weights = without
+    syncing.gathered_weights = without
     out[f"unsent {name}"] = message(lambda: publish(policy, engine, 2, c, ranks))
-    syncing.whole_weights = whole
+    syncing.gathered_weights = gathered
     optimiser_step()
     load = engine.load_weights
     engine.load_weights = lambda buckets, v: load(([(n, t) for n, t in b if n != name] for b in buckets), v)
@@ -186,24 +189,24 @@ calm = rollout(engine, prompts, 4, Sampling(64, 0.8), 9, ranks)
 calm = together(calm)
 step = engine._step
 if ranks.rank == 1:
-    def slow(whole):
+    def slow(complete):
         time.sleep(0.15)
-        return step(whole)
+        return step(complete)
     engine._step = slow
-share = rollout(engine, prompts, 4, Sampling(64, 0.8), 9, ranks)
-out["taken"] = ranks.gather_objects(list(share.responses))
-batch = together(share)
+sampled = rollout(engine, prompts, 4, Sampling(64, 0.8), 9, ranks)
+out["taken"] = ranks.gather_objects(list(sampled.responses))
+batch = together(sampled)
 out["problems"] = [g.problem.id for g in batch.groups] == [p.id for p in problems]
 out["tokens"] = calm.responses, batch.responses
 out["idle"] = batch.idle_share
 out["difference"] = differences({i: responses(batch.groups[i]) for i in range(12)}, 0.8)
 optimiser_step()
 publish(policy, engine, 1, c, ranks)
-share = rollout(engine, prompts, 4, Sampling(64, 0.8), 10, ranks)
-batch = together(share)
+sampled = rollout(engine, prompts, 4, Sampling(64, 0.8), 10, ranks)
+batch = together(sampled)
 out["synced"] = differences({i: responses(batch.groups[i]) for i in range(12)}, 0.8)
 
-# One rank's engine dies: the other goes on to the end, then both know.
+# One rank's engine dies: the other continues to the end, then both know.
 if ranks.rank == 1:
     steps = iter(range(10))
     def dying():
@@ -212,9 +215,9 @@ if ranks.rank == 1:
         return alive()
     engine._step = step
     alive, engine.llm.llm_engine.step = engine.llm.llm_engine.step, dying
-share = rollout(engine, prompts, 4, Sampling(64, 0.8), 11, ranks)
-said = message(lambda: together(share), EngineFailure)
-out["died"] = ranks.gather_objects((share.failure, said))
+sampled = rollout(engine, prompts, 4, Sampling(64, 0.8), 11, ranks)
+said = message(lambda: together(sampled), EngineFailure)
+out["died"] = ranks.gather_objects((sampled.failure, said))
 if ranks.main:
     torch.save(out, sys.argv[1])
 stop()
@@ -226,20 +229,36 @@ SHARED = (
     + """
 publish(policy, engine, 0, c, ranks)
 out["canary"] = canary(policy, engine, prompts[0], c, ranks)
-share = rollout(engine, prompts, 2, Sampling(64, 0.8), 9, ranks, shared_by=2)
-out["taken"] = ranks.gather_objects(list(share.responses))
-batch = together(share)
+sampled = rollout(engine, prompts, 2, Sampling(64, 0.8), 9, ranks, shared_by=2)
+out["taken"] = ranks.gather_objects(list(sampled.responses))
+batch = together(sampled)
 out["difference"] = differences({i: responses(batch.groups[i]) for i in range(12)}, 0.8)
 optimiser_step()
 publish(policy, engine, 1, c, ranks)
-share = rollout(engine, prompts, 2, Sampling(64, 0.8), 10, ranks, shared_by=2)
-batch = together(share)
+sampled = rollout(engine, prompts, 2, Sampling(64, 0.8), 10, ranks, shared_by=2)
+batch = together(sampled)
 out["synced"] = differences({i: responses(batch.groups[i]) for i in range(12)}, 0.8)
 if ranks.main:
     torch.save(out, sys.argv[1])
 stop()
 """
 )
+
+
+FAILING = """
+import sys
+from lead_fast.cli import load_config
+from lead_fast.learner.model import load_tokenizer
+from lead_fast.rollout.vllm_engine import VllmEngine
+from lead_fast.runtime.ranks import complaint, start
+
+ranks = start()
+c = load_config([f"--model={sys.argv[1 + ranks.rank]}", "--rollout.engine=vllm", "--rollout.max_tokens=64", "--debug"])
+try:
+    VllmEngine(c, load_tokenizer(c.model), ranks)
+except ValueError as e:
+    sys.exit(complaint(e))
+"""
 
 
 def saw(folder: Path, ranks: int, script: str, *args: str) -> dict:
@@ -254,8 +273,8 @@ def both(tmp_path_factory) -> dict[str, dict]:
     """What one rank saw in either precision, the two at the same time."""
     with ThreadPoolExecutor() as pool:
         folders = {dtype: tmp_path_factory.mktemp(dtype) for dtype in NATS}
-        found = {d: pool.submit(saw, f, 1, ONE, f"--model.dtype={d}") for d, f in folders.items()}
-        return {dtype: f.result() for dtype, f in found.items()}
+        futures = {d: pool.submit(saw, f, 1, ONE, f"--model.dtype={d}") for d, f in folders.items()}
+        return {dtype: f.result() for dtype, f in futures.items()}
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
@@ -345,8 +364,8 @@ def test_cut_off_answers_go_on_and_every_problem_is_trained_once(one):
         assert set(step["trained"]) | set(step["waiting"]) == set(step["asked"])
         trained += step["trained"]
         for problem, answers in step["trained"].items():  # what was begun is the beginning of what came of it
-            for start, whole in zip(step["begun"].get(problem, [[]] * 4), answers, strict=True):
-                assert whole[: len(start)] == start
+            for start, response in zip(step["begun"].get(problem, [[]] * 4), answers, strict=True):
+                assert response[: len(start)] == start
         assert step["difference"][0] < NATS[dtype]
     assert len(set(trained)) == len(trained) == 9
     assert any(any(answers) for step in out["steps"] for answers in step["begun"].values())
@@ -371,6 +390,21 @@ def test_an_engine_that_dies_stops_every_rank_with_its_reason(two):
     (alive, first), (dead, second) = two["died"]
     assert alive is None and dead == "RuntimeError: CUDA error: out of patience"
     assert first == second == "the engine of rank 1 died (RuntimeError: CUDA error: out of patience)"
+
+
+def test_where_vllm_does_not_start_on_one_rank_all_leave_and_the_reason_is_that_ranks(tmp_path):
+    tiny = Path(resolve_model("tiny"))
+    shutil.copytree(tiny, tmp_path / "empty", ignore=shutil.ignore_patterns("*.safetensors"))
+    (tmp_path / "script.py").write_text(FAILING)
+    done = torchrun(2, str(tmp_path / "script.py"), str(tiny), str(tmp_path / "empty"), timeout=240)
+    assert done.returncode != 0
+    errors = {line for line in done.stderr.splitlines() if line.startswith("error: ")}
+    (sentence,) = errors
+    assert sentence.startswith(
+        f"error: On rank 1 vLLM did not start with model.path {tmp_path / 'empty'} (RuntimeError: "
+    )
+    assert "weights" in sentence and "traceback above" in sentence and "transformers" not in sentence
+    assert "Traceback (most recent call last)" in done.stderr and "vllm_engine.py" in done.stderr
 
 
 def test_two_ranks_share_an_engine(tmp_path):
@@ -402,15 +436,15 @@ def test_training_with_more_problems_asked_than_needed(trained):
 
 
 def test_evaluation_by_vllm_and_by_transformers_reads_the_same_greedy_answers(trained, tmp_path):
-    found = []
+    evaluated = []
     for engine in ("vllm", "transformers"):
         done = torchrun(2, "-m", "lead_fast.evaluate", f"--model={trained}", f"--rollout.engine={engine}",
                         "--evaluate.problems=12", "--evaluate.samples=2", "--evaluate.temperature=0",
                         "--rollout.max_tokens=64", f"--output={tmp_path}/{engine}")  # fmt: skip
         assert done.returncode == 0, done.stderr[-4000:]
-        found.append([json.loads(x) for x in (tmp_path / engine / "samples.jsonl").read_text().splitlines()[1:]])
-    assert len(found[0]) == 12 and all(len(a["texts"]) == 2 for a in found[0])
-    assert sorted(found[0], key=lambda a: int(a["id"])) == sorted(found[1], key=lambda a: int(a["id"]))
+        evaluated.append([json.loads(x) for x in (tmp_path / engine / "samples.jsonl").read_text().splitlines()[1:]])
+    assert len(evaluated[0]) == 12 and all(len(a["texts"]) == 2 for a in evaluated[0])
+    assert sorted(evaluated[0], key=lambda a: int(a["id"])) == sorted(evaluated[1], key=lambda a: int(a["id"]))
 
 
 RELEASED = """

@@ -1,14 +1,15 @@
-"""Distributed checkpoints that are whole or passed over, and the final model in Hugging Face layout.
+"""Distributed checkpoints that are complete or passed over, and the final model in Hugging Face layout.
 
-A checkpoint is written to `<run>/checkpoints/step-N.partial`; every rank sums up the files that it wrote (SHA-256),
-`extra.json` lists them all, and only then the folder is renamed to `step-N` and named in `latest`. Reading goes from
-the newest to the oldest and takes the first whose files are all there, whole and unchanged. Nothing in a checkpoint
-is ever executed: DCP's own reader unpickles freely, ours takes tensors, numbers and DCP's records only.
+A checkpoint is written to `<run>/checkpoints/step-N.partial`; every rank hashes its files while it writes them
+(SHA-256), `extra.json` lists them all, and only then the folder is renamed to `step-N` and named in `latest`. Reading
+goes from the newest to the oldest and takes the first whose files are all there, complete and unchanged. Nothing in a
+checkpoint is ever executed: DCP's own reader unpickles freely, ours takes tensors, numbers and DCP's records only.
 
 All random draws are functions of (seed, step, rank) and the data position is the step, so the step number is the
 random state.
 """
 
+import concurrent.futures
 import contextlib
 import enum
 import fcntl
@@ -18,15 +19,21 @@ import json
 import os
 import pickle
 import shutil
+import socket
+import time
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -35,62 +42,309 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from ..runtime.hardware import GIB, check_disk
-from ..runtime.ranks import Ranks
+from ..runtime.ranks import Ranks, at_stop
 from .policy import Policy
 
 KEEP = 2
+SPARE = 1.01  # of the tensors' bytes: what a checkpoint's files hold besides
+COPY_AHEAD = 10_000_000  # bytes on their way from the GPU while a checkpoint that is not staged is written
+SEEN_S = 15.0  # until a file written on one machine must be seen on another; NFS keeps what it knows for a few seconds
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
+class Checkpoints:
+    """Writes a run's checkpoints while the run continues: staged to host memory, then written by a thread.
+
+    One write is under way at a time; the next one waits for it. The threads' collectives (DCP's plan, the list of
+    hashes) use a gloo group of their own and come in the order of the writes, the same on every rank: they never stand
+    between the trainer's collectives, whose order stays as it is without checkpoints. A torch.distributed.checkpoint
+    `async_save` would end before hashes and rename, which then needed a second thread.
+
+    Host memory: a rank's part of a checkpoint (12 bytes per parameter, over all ranks), pinned on a GPU machine and
+    kept from one checkpoint to the next. Where it is not free, the run waits until the checkpoint is written.
+
+    Args:
+        run: the run directory.
+        ranks: of this job.
+        progress: called with (step, MiB written, MiB in all) on this rank, while something waits for a write.
+    """
+
+    def __init__(self, run: Path, ranks: Ranks, progress: Callable[[int, int, int], None] = lambda *_: None):
+        self.run, self.ranks, self.progress = run, ranks, progress
+        self._group = dist.new_group(backend="gloo")
+        cuda = ranks.device.type == "cuda"
+        options = {"use_pinned_memory": cuda, "use_non_blocking_copy": cuda}
+        self._stager = DefaultStager(StagingOptions(use_async_staging=False, use_shared_memory=False, **options))
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint", self._enter_thread)
+        self._pending: tuple[int, _Hashes, int, concurrent.futures.Future[str]] | None = None
+        self._newest = -1  # the step that was written last
+        self._failures: list[str] = []
+        at_stop.append(self.close)
+
+    def _enter_thread(self) -> None:
+        if self.ranks.device.type == "cuda":
+            torch.cuda.set_device(self.ranks.device)  # a new thread's is GPU 0
+
+    def save(self, step: int, policy: Policy, optimizer: torch.optim.Optimizer, extra: dict, *, wait: bool) -> bool:
+        """Stage model, optimiser and `extra` (JSON) after `step` steps, and begin to write them. A collective.
+
+        Args:
+            wait: return only when the checkpoint is written.
+        Returns:
+            whether the write was begun, with `wait` whether it succeeded; the same on every rank. Why it did not is
+            among `failures`.
+        """
+        self.finish()
+        if self._newest == step:
+            return True
+        if fault := _prepare(self.run, step, state := _state(policy, optimizer), self.ranks):
+            self._failures.append(_not_written(self.run, step, fault))
+            return False
+        hashes = _Hashes()
+        args = (self.run, step, extra, hashes, self.ranks)
+        if _fits_host(state, self.ranks):
+            staged: Any = self._stager.stage(state)
+            if self.ranks.device.type == "cuda":
+                torch.cuda.synchronize(self.ranks.device)
+            future = self._thread.submit(_write, *args, staged, self._group)
+        else:
+            future = concurrent.futures.Future()
+            future.set_result(_write(*args, state, None))
+        self._pending = (step, hashes, _size(state)[1], future)
+        return self.finish() if wait else True
+
+    def finish(self) -> bool:
+        """Wait for the write that is under way. Returns whether there was none or it succeeded. A collective."""
+        if self._pending is None:
+            return True
+        step, hashes, size, future = self._pending
+        with self.ranks.waiting("the checkpoint's write"):
+            before = -1
+            while not concurrent.futures.wait([future], timeout=0.5).done:
+                if hashes.bytes > before:  # only what is written counts as progress: a disk that hangs ends the job
+                    before = hashes.bytes
+                    self.progress(step, min(before, size) >> 20, size >> 20)
+        return self._collect()
+
+    def _collect(self) -> bool:
+        """Note how the write that has ended went."""
+        assert self._pending
+        step, _, _, future = self._pending
+        self._pending = None
+        if fault := future.result():
+            self._failures.append(_not_written(self.run, step, fault))
+        else:
+            self._newest = step
+        return not fault
+
+    def failures(self) -> list[str]:
+        """Sentences on checkpoints that could not be written, each given once; a write under way is not waited for."""
+        if self._pending and self._pending[-1].done():
+            self._collect()
+        failures, self._failures = self._failures, []
+        return failures
+
+    def close(self) -> None:
+        """Wait for the write that is under way and free what was staged; failures that nobody asked for are printed."""
+        self.finish()
+        for sentence in self.failures() if self.ranks.main else []:
+            print(f"Warning: {sentence}", flush=True)
+        self._thread.shutdown()
+        self._stager.close()
+
+
 def save(run: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer, extra: dict, ranks: Ranks) -> bool:
-    """Model, optimiser and `extra` (JSON) after `step` steps. A collective.
+    """Write model, optimiser and `extra` (JSON) after `step` steps, and wait for it. A collective.
 
     Returns:
-        whether it was written, the same on every rank. If not (a full disk), the reason is printed, nothing of it is
+        whether it was written, the same on every rank. If not (a full disk), the reason is printed, no part of it is
         left, and older checkpoints stay as they are.
     """
-    folder = run / "checkpoints" / f"step-{step}"
-    partial = folder.with_suffix(".partial")
-    fault, mine = "", {}
-    if ranks.main:
-        for old in folder.parent.glob("*.partial"):
-            shutil.rmtree(old, ignore_errors=True)
-        with contextlib.suppress(OSError):  # then writing fails too, on every rank
-            partial.mkdir(parents=True)
-    ranks.barrier()
+    state = _state(policy, optimizer)
+    fault = _prepare(run, step, state, ranks) or _write(run, step, extra, _Hashes(), ranks, state, None)
+    if fault and ranks.main:
+        print(f"Warning: {_not_written(run, step, fault)}", flush=True)
+    return not fault
+
+
+def _state(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What a checkpoint holds, by reference; a collective."""
     model, optim = get_state_dict(policy, optimizer)
+    return {"model": model, "optim": optim}
+
+
+def _partial(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step}.partial"
+
+
+def _not_written(run: Path, step: int, fault: str) -> str:
+    kept = next((p.name for p in finished(run)), "none")
+    return f"the checkpoint of step {step} was not written ({fault}): newest one kept: {kept}."
+
+
+def _prepare(run: Path, step: int, state: dict[str, Any], ranks: Ranks) -> str:
+    """Make the folder to write into, if there is room; returns what stands in the way, or "". A collective."""
+    fault = ""
+    if ranks.main:
+        partial = _partial(run, step)
+        for old in partial.parent.glob("*.partial"):
+            shutil.rmtree(old, ignore_errors=True)
+        try:
+            partial.mkdir(parents=True)
+            free, needed = shutil.disk_usage(partial).free, SPARE * _size(state)[0]
+            if free < needed:
+                fault = f"the disk has {free / GIB:.3g} GiB free and it takes {needed / GIB:.3g} GiB"
+                shutil.rmtree(partial, ignore_errors=True)
+        except OSError as e:
+            fault = _reason(e)
+    return ranks.gather_objects(fault)[0]
+
+
+def _tensors(state: Any) -> Iterator[torch.Tensor]:
+    if isinstance(state, torch.Tensor):
+        yield state
+    elif isinstance(state, dict):
+        for value in state.values():
+            yield from _tensors(value)
+
+
+def _size(state: dict[str, Any]) -> tuple[int, int]:
+    """Bytes of a checkpoint's tensors: over all ranks, and of this rank's shards."""
+    tensors = [*_tensors(state)]
+    shards = (t.to_local() if isinstance(t, DTensor) else t for t in tensors)
+    return sum(t.numel() * t.element_size() for t in tensors), sum(t.numel() * t.element_size() for t in shards)
+
+
+def _fits_host(state: dict[str, Any], ranks: Ranks) -> bool:
+    """Whether all ranks of this machine can hold a copy of their shards in free memory. A collective."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world))
+    fits = 1.1 * local * _size(state)[1] < available_bytes()
+    if not fits and ranks.rank % local == 0:
+        print("Warning: too little host memory is free to stage a checkpoint: the run waits for its write.", flush=True)
+    return all(ranks.gather_objects(fits))
+
+
+def available_bytes() -> float:
+    """Host memory that can be taken without swapping; infinite where the kernel does not say."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        rows = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+        return next(1024.0 * int(row[1]) for row in rows if row[0] == "MemAvailable:")
+    return float("inf")
+
+
+def _write(
+    run: Path, step: int, extra: dict, hashes: "_Hashes", ranks: Ranks, state: dict[str, Any], group: Any
+) -> str:
+    """Write a checkpoint, list its files, rename it. A collective of `group`; None: the default group.
+
+    Returns:
+        why it was not written, or ""; the same on every rank. Then no part of it is left.
+    """
+    partial = _partial(run, step)
+    folder = partial.with_suffix("")
+    fault, files = "", {}
     try:
-        dcp_save({"model": model, "optim": optim}, checkpoint_id=partial)
-        written = [*partial.glob(f"__{ranks.rank}_*"), *([partial / ".metadata"] if ranks.main else [])]
-        mine = {p.name: {"bytes": p.stat().st_size, "sha256": digest(p)} for p in written}
+        writer = _Writer(partial, hashes, copy_ahead=0 if group else COPY_AHEAD)
+        dcp_save(state, storage_writer=writer, process_group=group)
+        files = hashes.files()
     except (CheckpointException, OSError) as e:
         fault = _reason(e)
-    parts = ranks.gather_objects((fault, mine))
+    parts = ranks.gather_objects((fault, files), group)
     fault = next((f for f, _ in parts if f), "")
     if ranks.main and not fault:
         try:
-            files = {name: told for _, part in parts for name, told in part.items()}
-            write_atomic(partial / "extra.json", json.dumps({"step": step, **extra, "files": files}))
+            listed = {name: entry for _, part in parts for name, entry in part.items()}
+            write_atomic(partial / "extra.json", json.dumps({"step": step, **extra, "files": listed}))
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
         except OSError as e:
             fault = _reason(e)
-    fault = ranks.gather_objects(fault)[0]
+    fault = ranks.gather_objects(fault, group)[0]
     if ranks.main and fault:
         shutil.rmtree(partial, ignore_errors=True)
-        kept = ", ".join(p.name for p in finished(run)[:1]) or "none"
-        print(f"Warning: the checkpoint of step {step} was not written ({fault}): newest one kept: {kept}.", flush=True)
     elif ranks.main:
         with contextlib.suppress(OSError):
             write_atomic(run / "checkpoints" / "latest", folder.name)
         for old in finished(run)[KEEP:]:
             shutil.rmtree(old, ignore_errors=True)
-    return not fault
+    return fault
+
+
+class _Hashes:
+    """SHA-256 and size of the files that this rank writes, from the bytes on their way to the disk."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self.sha: dict[str, tuple[Any, list[int]]] = {}
+
+    def stream(self, name: str, raw: IO[bytes]) -> "_HashedStream":
+        self.sha[name] = (hashlib.sha256(), [0])
+        return _HashedStream(raw, self, *self.sha[name])
+
+    def files(self) -> dict[str, dict[str, Any]]:
+        return {name: {"bytes": size[0], "sha256": sha.hexdigest()} for name, (sha, size) in self.sha.items()}
+
+
+class _HashedStream(io.RawIOBase):
+    """A file that is written once, from its beginning to its end."""
+
+    def __init__(self, raw: IO[bytes], hashes: _Hashes, sha: Any, size: list[int]):
+        self.raw, self.hashes, self.sha, self.size = raw, hashes, sha, size
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        n = self.raw.write(data)
+        assert n == memoryview(data).nbytes, "a buffered file takes all bytes or raises"
+        self.sha.update(data)
+        self.size[0] += n
+        self.hashes.bytes += n
+        return n
+
+    def tell(self) -> int:
+        return self.size[0]
+
+    def flush(self) -> None:
+        if not self.raw.closed:
+            self.raw.flush()
+
+    def fileno(self) -> int:
+        self.raw.flush()  # fsync, which asks for it, writes what the kernel holds
+        return self.raw.fileno()
+
+    def close(self) -> None:
+        self.raw.close()
+        super().close()
+
+
+class _HashingFileSystem(FileSystem):
+    def __init__(self, hashes: _Hashes):
+        self.hashes = hashes
+
+    @contextlib.contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[io.IOBase]:
+        assert mode == "wb"
+        with Path(path).open("wb") as raw:
+            yield self.hashes.stream(Path(path).name, raw)
+
+    def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
+        super().rename(path, new_path)
+        self.hashes.sha[Path(new_path).name] = self.hashes.sha.pop(Path(path).name)
+
+
+class _Writer(FileSystemWriter):
+    """DCP's writer, with the files hashed on their way."""
+
+    def __init__(self, folder: Path, hashes: _Hashes, copy_ahead: int):
+        super().__init__(folder, per_thread_copy_ahead=copy_ahead)
+        self.fs = _HashingFileSystem(hashes)
 
 
 def check_room(run: Path, shape: PretrainedConfig, checkpoint_every: int) -> None:
@@ -101,14 +355,14 @@ def check_room(run: Path, shape: PretrainedConfig, checkpoint_every: int) -> Non
     with torch.device("meta"):
         parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(shape).parameters())
     each = 12 * parameters if checkpoint_every else 0
-    there = sum(p.stat().st_size for p in (run / "checkpoints").rglob("*") if p.is_file())
+    present = sum(p.stat().st_size for p in (run / "checkpoints").rglob("*") if p.is_file())
     remedy = "--output=FOLDER on another disk"
     one = f"a checkpoint of {each / GIB:.1f} GiB and the model" if each else "the model"
-    check_disk(run, max(0, each - there) + 2 * parameters, f"writing {one} there", remedy)
+    check_disk(run, max(0, each - present) + 2 * parameters, f"writing {one} there", remedy)
     if each:
         every = f"writing {KEEP + 1} checkpoints of {each / GIB:.1f} GiB and the model there"
         try:
-            check_disk(run, max(0, (KEEP + 1) * each - there) + 2 * parameters, every, remedy)
+            check_disk(run, max(0, (KEEP + 1) * each - present) + 2 * parameters, every, remedy)
         except ValueError as e:
             print(f"Warning: {e} A checkpoint that does not fit is left out.", flush=True)
 
@@ -139,62 +393,63 @@ def number(folder: Path) -> int:
 
 
 def load(run: Path, policy: Policy, optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict[str, Any] | None:
-    """Read the newest whole checkpoint into model and optimiser, on any number of ranks. A collective.
+    """Read the newest complete checkpoint into model and optimiser, on any number of ranks. A collective.
 
     The optimiser keeps its own groups (what is decayed, and how much): they are the configuration's.
 
     Returns:
         what was saved as `extra`, with `step`; None if no checkpoint was ever finished.
     Raises:
-        ValueError: there are checkpoints and none is whole, or one holds what no checkpoint of ours holds.
+        ValueError: there are checkpoints and none is complete, or one holds what no checkpoint of ours holds.
     """
-    passed = [(p, "it was cut short while it was written") for p in (run / "checkpoints").glob("*.partial")]
-    found = None
-    for folder in finished(run):
+    partial, folders = ranks.gather_objects(([*(run / "checkpoints").glob("*.partial")], finished(run)))[0]
+    passed = [(p, "it was cut short while it was written") for p in partial]
+    newest = None
+    for folder in folders:
         if fault := _fault(folder, ranks):
             passed.append((folder, fault))
         else:
-            found = folder
+            newest = folder
             break
-    passed = [(p, why) for p, why in passed if found is None or number(p) > number(found)]
-    if found is None and any(p.suffix != ".partial" for p, _ in passed):
-        told = "; ".join(f"{p.name}: {why}" for p, why in passed)
+    passed = [(p, why) for p, why in passed if newest is None or number(p) > number(newest)]
+    if newest is None and any(p.suffix != ".partial" for p, _ in passed):
+        reasons = "; ".join(f"{p.name}: {why}" for p, why in passed)
         raise ValueError(
-            f"No checkpoint in {run} is whole ({told}): remove them to begin anew, or give another --output."
+            f"No checkpoint in {run} is complete ({reasons}): remove them to begin anew, or give another --output."
         )
     for p, why in passed if ranks.main else []:
-        instead = f"going on from {found.name}" if found else "there is none before it, so the run begins anew"
+        instead = f"resuming from {newest.name}" if newest else "there is none before it, so the run begins anew"
         print(f"Warning: checkpoint {p.name} is passed over ({why}): {instead}.", flush=True)
-    if found is None:
+    if newest is None:
         return None
     model, optim = get_state_dict(policy, optimizer)
     state = {"model": model, "optim": {"state": optim["state"]}}
     try:
-        _Reader(found).read_metadata()  # DCP before torch 2.13 swallows what this raises
-        dcp_load(state, storage_reader=_Reader(found), planner=_Planner())
+        _Reader(newest).read_metadata()  # DCP before torch 2.13 swallows what this raises
+        dcp_load(state, storage_reader=_Reader(newest), planner=_Planner())
     except (CheckpointException, pickle.UnpicklingError) as e:
-        raise ValueError(f"Checkpoint {found} cannot be read ({_reason(e)}): was it made by another model?") from e
+        raise ValueError(f"Checkpoint {newest} cannot be read ({_reason(e)}): was it made by another model?") from e
     optim |= state["optim"]
     set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=optim)
-    return json.loads((found / "extra.json").read_text())
+    return json.loads((newest / "extra.json").read_text())
 
 
 def _fault(folder: Path, ranks: Ranks) -> str:
-    """What is wrong with a checkpoint, or "". A collective: every rank reads its share of the files."""
+    """What is wrong with a checkpoint, or "". A collective: every rank reads some of the files."""
     try:
         files = json.loads((folder / "extra.json").read_text())["files"]
-        mine = "" if ".metadata" in files else "its list of files is not whole"
-        for name, told in [*files.items()][ranks.rank :: ranks.world]:
+        fault = "" if ".metadata" in files else "its list of files is incomplete"
+        for name, listed in [*files.items()][ranks.rank :: ranks.world]:
             path = folder / name
             if not path.is_file():
-                mine = f"{name} is missing"
-            elif path.stat().st_size != told["bytes"]:
-                mine = f"{name} has {path.stat().st_size} bytes of {told['bytes']}"
-            elif digest(path) != told["sha256"]:
-                mine = f"{name} was changed after it was written"
+                fault = f"{name} is missing"
+            elif path.stat().st_size != listed["bytes"]:
+                fault = f"{name} has {path.stat().st_size} bytes of {listed['bytes']}"
+            elif digest(path) != listed["sha256"]:
+                fault = f"{name} was changed after it was written"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        mine = f"its list of files cannot be read: {type(e).__name__}"
-    return next((f for f in ranks.gather_objects(mine) if f), "")
+        fault = f"its list of files cannot be read: {type(e).__name__}"
+    return next((f for f in ranks.gather_objects(fault) if f), "")
 
 
 class _Reader(FileSystemReader):
@@ -254,13 +509,13 @@ class _Planner(DefaultLoadPlanner):
 
 
 def claim(run: Path, resume: bool) -> IO[str]:
-    """Take a run directory for this process and no other; it is let go when the process ends, however it ends.
+    """Take a run directory for this process and no other; it is released when the process ends, however it ends.
 
     Raises:
         ValueError: another process holds it, or it holds a run that is not to be resumed.
     """
     if not resume and any((run / name).exists() for name in ("config.toml", "metrics.jsonl", "checkpoints")):
-        raise ValueError(f"{run} holds a run already: go on with --resume, or give another --output.")
+        raise ValueError(f"{run} holds a run already: resume it with --resume, or give another --output.")
     run.mkdir(parents=True, exist_ok=True)
     lock = open(run / "lock", "a+", encoding="utf-8")  # held for as long as the process lives
     try:
@@ -276,6 +531,33 @@ def claim(run: Path, resume: bool) -> IO[str]:
     lock.write(f"{os.getpid()}\n")
     lock.flush()
     return lock
+
+
+def check_shared(run: Path, ranks: Ranks) -> None:
+    """Raise ValueError, on every rank, where not all machines of the job see the same run directory. A collective.
+
+    The first rank leaves a file with a mark in it, which a rank on each other machine must find.
+    """
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world))
+    if local == ranks.world:
+        return
+    name, mark = ranks.gather_objects((f".seen-{uuid.uuid4().hex[:12]}", uuid.uuid4().hex))[0]
+    if ranks.main:
+        write_atomic(run / name, mark)
+    ranks.barrier()
+    path, until = run / name, time.monotonic() + SEEN_S
+    while not (seen := path.is_file() and path.read_text() == mark) and time.monotonic() < until:
+        time.sleep(0.2)
+    where = f"{run.absolute()} on {socket.gethostname()} (rank {ranks.rank})"
+    places = ranks.gather_objects((seen, where))
+    if ranks.main:
+        path.unlink(missing_ok=True)
+    blind = next((place for seen, place in places if not seen), None)
+    if blind:
+        raise ValueError(
+            f"The machines of this job do not see the same run directory: what rank 0 wrote to {places[0][1]} is not "
+            f"in {blind}: give --output=FOLDER on a file system that all of them share, by the same path."
+        )
 
 
 # -------------------------------------------------------------------------------------------------------------- export
@@ -302,7 +584,7 @@ def export(folder: Path, policy: Policy, tokenizer: PreTrainedTokenizerBase, dty
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write a small file so that a reader sees the old one or the new one, never half."""
+    """Write a small file so that a reader sees the old one or the new one, never a part."""
     tmp = path.with_name(path.name + ".tmp")
     with tmp.open("w", encoding="utf-8") as f:
         f.write(text)

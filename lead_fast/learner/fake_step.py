@@ -39,7 +39,7 @@ from .loss import Objective, policy_loss
 from .optimizer import make_optimizer
 from .packing import Pack
 from .policy import Policy, shard
-from .weights import whole_weights
+from .weights import gathered_weights
 
 Numbers = dict[str, float]
 
@@ -263,7 +263,7 @@ def run_pack(c: Config, shape: Any, ranks: Ranks, lengths: Sequence[int], rows: 
         pack = KnownPack(long, long, cu, row, row, row.int(), row.float(), tuple(lengths))
         o = Objective(torch.zeros(S), torch.zeros(S))
         with Counter() as synced:
-            for _ in whole_weights(policy, getattr(torch, c.model.dtype), c.rollout.sync_bucket_mib << 20):
+            for _ in gathered_weights(policy, getattr(torch, c.model.dtype), c.rollout.sync_bucket_mib << 20):
                 pass
         tracker = Tracker(policy, optimizer, on_gpu)
         with tracker, Counter() as counter:

@@ -48,6 +48,7 @@ class Learner:
         self.reference = load_policy(c.model, sharded, ranks).eval() if c.loss.kl_coef else None
         self.optimizer = make_optimizer(self.policy, c.optim)
         self.c = rehearse(self.policy, self.reference, self.optimizer, c, ranks)
+        self.checkpoints = checkpoint.Checkpoints(journal.folder, ranks, partial(journal.progress, "save"))
         self.checked = c.optim.updates > 1  # engine and trainer are compared at the first step
 
     def step(self, batch: Batch, credit: LeadAdvantages, step: int) -> dict[str, Any]:
@@ -63,6 +64,8 @@ class Learner:
             ValueError: at the first step, the engine's log-probs differ from the policy's.
         """
         c, ranks, flops = self.c, self.ranks, self.policy.flops()
+        for sentence in self.checkpoints.failures():
+            self.journal.metrics.warn(sentence)
         if c.debug:
             must_be_finite("rollout's log-probs", *map(torch.tensor, batch.logprobs), most=ROUNDING)
             must_be_finite("rewards and advantages", credit.reward, credit.advantage)
@@ -136,16 +139,32 @@ class Learner:
             out.append(result.metrics | {"loss": result.loss.detach()})
         return out
 
-    def resume(self, folder: Path) -> dict[str, Any]:
-        """Read the newest complete checkpoint; returns what was saved beside it, nothing without one. A collective."""
-        return checkpoint.load(folder, self.policy, self.optimizer, self.ranks) or {}
+    def resume(self) -> dict[str, Any]:
+        """Read the newest complete checkpoint; returns what was saved beside it, nothing without one. A collective.
 
-    def save(self, folder: Path, step: int, state: dict[str, Any]) -> bool:
-        """Write a checkpoint after `step` steps; returns whether it was written. A collective."""
-        return checkpoint.save(folder, step, self.policy, self.optimizer, state, self.ranks)
+        An engine that shares the GPU must not exist yet, or sleep: reading takes memory of its own.
+        """
+        state = checkpoint.load(self.journal.folder, self.policy, self.optimizer, self.ranks) or {}
+        if self.ranks.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return state
+
+    def save(self, step: int, state: dict[str, Any], *, wait: bool) -> bool:
+        """Begin to write a checkpoint after `step` steps; with `wait`, until it is written. A collective.
+
+        Returns:
+            whether it was begun, or with `wait` written. A write that fails later is reported with the next step.
+        """
+        saved = self.checkpoints.save(step, self.policy, self.optimizer, state, wait=wait)
+        for sentence in self.checkpoints.failures():
+            self.journal.metrics.warn(sentence)
+        return saved
 
     def export(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Write the model in Hugging Face layout. A collective."""
+        """Write the model in Hugging Face layout, after a checkpoint that is still being written. A collective."""
+        self.checkpoints.finish()
+        for sentence in self.checkpoints.failures():
+            self.journal.metrics.warn(sentence)
         checkpoint.export(folder, self.policy, tokenizer, getattr(torch, self.c.model.dtype), self.ranks)
 
 

@@ -1,4 +1,4 @@
-"""Room for the largest pack: found, or found wanting, before the first step and not after hours.
+"""Room for the largest pack, measured before the first step, where out-of-memory costs minutes and not hours.
 
 Legend: T packed tokens.
 """
@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import torch
 
+from ..checks import chosen_engine
 from ..config import Config, SftConfig
 from ..runtime.ranks import Ranks
 from .loss import Objective, pack_logprobs, policy_loss
@@ -18,18 +19,21 @@ from .policy import Policy
 GRANULE = 512  # tokens; a budget that was measured is a multiple of it
 SPARE = 0.05  # of a GPU's memory, left to the allocator's gaps and to what NCCL takes
 PROBES = (2048, 6144)  # tokens of the two packs between which memory is a straight line
+SLEEPING_VLLM = (
+    3 << 30
+)  # bytes that vLLM keeps of a GPU while it sleeps: CUDA graphs, buffers of its collectives; guess
 SPARED_PACK = 16384  # the budget where there is no GPU to measure
 AnyConfig = TypeVar("AnyConfig", Config, SftConfig)
 
 
 def worst_pack(tokens: int, longest: int, ranks: Ranks) -> tuple[Pack, Objective]:
-    """A pack of `tokens` tokens, nearly all of answers, in sequences of at most `longest`, and its objective."""
+    """A pack of `tokens` tokens, nearly all of responses, in sequences of at most `longest`, and its objective."""
     lengths = [longest] * (tokens // longest) + ([tokens % longest] if tokens % longest > 1 else [])
     lengths = [max(2, n) for n in lengths]
-    answers = [[1] * n for n in lengths]
+    responses = [[1] * n for n in lengths]
     part = (ranks.member, ranks.sequence)
     pack = make_pack(
-        range(len(lengths)), [[0]] * len(lengths), answers, [[-1.0] * n for n in lengths], ranks.device, part
+        range(len(lengths)), [[0]] * len(lengths), responses, [[-1.0] * n for n in lengths], ranks.device, part
     )
     ones = torch.ones(len(lengths), device=ranks.device)
     return pack, Objective(ones, ones / tokens)
@@ -49,7 +53,20 @@ def rehearse(
 ) -> Config:
     """One worst-case step of GRPO, so that out-of-memory comes now; see rehearse_pack."""
     longest = c.data.max_prompt_tokens + c.rollout.max_tokens
-    return rehearse_pack(policy, optimizer, c, longest, lambda n: gradient(policy, reference, n, c, ranks), ranks)
+    aside = engine_bytes(policy, c, ranks.device.type)
+    return rehearse_pack(
+        policy, optimizer, c, longest, lambda n: gradient(policy, reference, n, c, ranks), ranks, aside
+    )
+
+
+def engine_bytes(policy: Policy, c: Config, device_type: str) -> int:
+    """Bytes of a GPU that the engine holds while the policy trains; it does not exist yet when packs are measured."""
+    if device_type != "cuda":
+        return 0
+    if chosen_engine(c, device_type) == "vllm":
+        return SLEEPING_VLLM
+    copy = sum(p.numel() for p in policy.parameters())  # transformers' engine keeps its weights
+    return copy * getattr(torch, c.model.dtype).itemsize
 
 
 def rehearse_pack(
@@ -59,12 +76,14 @@ def rehearse_pack(
     longest: int,
     gradient: Callable[[int], None],
     ranks: Ranks,
+    aside: int = 0,
 ) -> AnyConfig:
     """One worst-case step, so that out-of-memory comes now. Weights and optimiser are afterwards what they were.
 
     Args:
         longest: tokens of the longest sequence that can come.
         gradient: forward and backward of a pack of so many tokens, twice: the second pass finds gradients in memory.
+        aside: bytes that must stay free besides, held while the packs run.
     Returns:
         the configuration, with the measured parallel.pack_tokens where it was 0.
     Raises:
@@ -78,7 +97,9 @@ def rehearse_pack(
     if tokens and (asked == "never" or (asked == "auto" and not cuda)):
         return dataclasses.replace(c, parallel=dataclasses.replace(c.parallel, pack_tokens=tokens))
     fresh = not optimizer.state
+    held = None
     try:
+        held = torch.empty(aside, dtype=torch.uint8, device=ranks.device)
         if fresh:  # the optimiser's state, by a step that moves nothing
             _still(policy, optimizer)
         if not tokens:
@@ -88,14 +109,12 @@ def rehearse_pack(
     except (torch.OutOfMemoryError, RuntimeError) as e:
         if not isinstance(e, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(e):
             raise
-        sentence = (
+        raise ValueError(
             f"Out of memory in the largest pack a step can meet ({max(tokens, 1):,} tokens budget, longest sequence "
             f"{longest:,}) on rank {ranks.rank}: {remedy(c, tokens, longest, ranks)}."
-        )
-        if not ranks.main:  # another rank's ValueError is not printed
-            print(f"error: {sentence}", flush=True)
-        raise ValueError(sentence) from e
+        ) from e
     finally:
+        del held
         optimizer.zero_grad(set_to_none=True)
         if fresh:
             optimizer.state.clear()

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -78,9 +79,14 @@ def load_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> nn.Mo
         raise ValueError(
             f"model.path {config.path} cannot be loaded: give a local folder or a hub name ({reason})"
         ) from e
+    require_blocks_and_head(model, config)
+    return model
+
+
+def require_blocks_and_head(model: Any, config: ModelConfig) -> None:
+    """Raise ValueError for a model whose parts have other names than Llama's."""
     if not (hasattr(model, "lm_head") and hasattr(getattr(model, "model", None), "layers")):
         raise ValueError(
             f"model.path {config.path} is of type {model.config.model_type}, whose blocks and head are not where the "
             "trainer looks: give a model of the Llama kind (Llama, Qwen2, Qwen3, Mistral, ...)."
         )
-    return model

@@ -1,11 +1,14 @@
 """AdamW, its schedule and gradient clipping."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from ..config import OptimConfig
+from ..runtime.ranks import host_threads
 from .policy import Policy
 
 
@@ -37,10 +40,29 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, lr: float, clip: fl
     policy.to_shards()
     for group in optimizer.param_groups:
         group["lr"] = lr
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), clip)
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    value = float(norm) if math.isfinite(loss) else math.nan
-    if math.isfinite(value):
-        optimizer.step()
+    with threads_for(policy):
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), clip)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        value = float(norm) if math.isfinite(loss) else math.nan
+        if math.isfinite(value):
+            optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return value
+
+
+@contextlib.contextmanager
+def threads_for(policy: Policy) -> Iterator[None]:
+    """Use this rank's part of the cores for what is computed on shards in host memory: torchrun leaves one thread."""
+    before = torch.get_num_threads()
+    in_host_memory = all(_on_cpu(p) for p in policy.parameters())
+    if in_host_memory:
+        torch.set_num_threads(host_threads())
+    try:
+        yield
+    finally:
+        if in_host_memory:
+            torch.set_num_threads(before)
+
+
+def _on_cpu(p: torch.Tensor) -> bool:
+    return (p.to_local() if isinstance(p, DTensor) else p).device.type == "cpu"

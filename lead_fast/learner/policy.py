@@ -20,7 +20,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from ..config import ModelConfig, ParallelConfig
 from ..runtime.ranks import Ranks
 from .attention import Attention, choose, sdpa_index
-from .model import head_dim, load_model
+from .load import Fill, open_model
+from .model import head_dim
 from .packing import Pack, flops_per_sequence
 
 # ------------------------------------------------------------------------------------------------------------- policy
@@ -105,16 +106,24 @@ def _keep(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if op in KEPT or attention else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def shard(policy: Policy, ranks: Ranks, model: ModelConfig, parallel: ParallelConfig) -> Policy:
+def shard(
+    policy: Policy,
+    ranks: Ranks,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    fill: Fill | None = None,
+) -> Policy:
     """FSDP2 around every block and the whole: fp32 masters, compute in `dtype`, reduction in fp32, sums not means.
 
     Gradients are summed over ranks, not averaged: the loss already carries its global denominators. The order is
     compilation, checkpointing, sharding. Embedding, last norm and head are the outermost unit: gathered once a pack (or
-    once a step without reshard) and there for all chunks of the head.
+    once a step without reshard) and there for all chunks of the head. `fill` gives a unit that is on the meta device
+    its weights just before it is sharded.
     """
     in_host_memory = parallel.offload in ("optimizer", "both")
-    if not in_host_memory:
+    if not in_host_memory and not fill:
         policy.to(ranks.device)
+    fill = fill or (lambda module: None)
     blocks = prepare_blocks(policy, model, ranks.device)
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)  # outputs stay as they are
     precision = half if model.dtype == "bfloat16" else MixedPrecisionPolicy()
@@ -122,15 +131,16 @@ def shard(policy: Policy, ranks: Ranks, model: ModelConfig, parallel: ParallelCo
     pin = ranks.device.type == "cuda"
     where["offload_policy"] = CPUOffloadPolicy(pin_memory=pin) if in_host_memory else OffloadPolicy()
     for block in blocks:
+        fill(block)
         fully_shard(block, reshard_after_forward=parallel.reshard, **where)
+    fill(policy)
     fully_shard(policy, reshard_after_forward=False, **where)
     for block, following in zip(blocks, blocks[1:], strict=False):
         block.set_modules_to_forward_prefetch([following])
     for module in policy.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
-            if ranks.device.type == "cpu":
-                module.set_force_sum_reduction_for_comms(True)
+            module.set_force_sum_reduction_for_comms(True)  # NVLS refuses NCCL's PREMUL_SUM, gloo has none
             module.set_reshard_after_backward(parallel.reshard)
     return policy
 
@@ -179,18 +189,19 @@ def load_policy(model: ModelConfig, parallel: ParallelConfig, ranks: Ranks) -> P
     Raises:
         ValueError: the model cannot be loaded, or has heads that parallel.sequence ranks cannot share.
     """
-    return make_policy(load_model(model), model, parallel, ranks)
+    device = torch.device("cpu") if parallel.offload in ("optimizer", "both") else ranks.device
+    return make_policy(*open_model(model, ranks, device), model, parallel, ranks)
 
 
-def make_policy(whole: Any, model: ModelConfig, parallel: ParallelConfig, ranks: Ranks) -> Policy:
-    """The same from a causal language model that is at hand, whole and in float32."""
-    heads, n = whole.config.num_attention_heads, parallel.sequence
+def make_policy(network: Any, fill: Fill | None, model: ModelConfig, parallel: ParallelConfig, ranks: Ranks) -> Policy:
+    """The same from a causal language model in float32: at hand, or on the meta device with what fills it."""
+    heads, n = network.config.num_attention_heads, parallel.sequence
     if heads % n:
         raise ValueError(f"parallel.sequence is {n}, and {model.path} has {heads} attention heads: give a divisor.")
     offload = parallel.offload in ("activations", "both")
     attention = None
     if ranks.device.type == "cuda" and model.dtype != "float32":
-        attention = choose(torch.cuda.get_device_capability(ranks.device), head_dim(whole.config))
+        attention = choose(torch.cuda.get_device_capability(ranks.device), head_dim(network.config))
     group = ranks.sequence_group if n > 1 else None
-    policy = Policy(whole, sequence_group=group, offload=offload, attention=attention)
-    return shard(policy, ranks, model, parallel)
+    policy = Policy(network, sequence_group=group, offload=offload, attention=attention)
+    return shard(policy, ranks, model, parallel, fill)

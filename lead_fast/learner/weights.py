@@ -1,4 +1,4 @@
-"""Weights out of FSDP's shards, a bucket of whole tensors at a time.
+"""Weights out of FSDP's shards, a bucket of unsharded tensors at a time.
 
 A bucket is one collective over all the tensors in it; no file, no bounce through host memory.
 """
@@ -15,8 +15,8 @@ all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # 
 
 
 @torch.no_grad()
-def whole_weights(policy: Policy, dtype: torch.dtype, bucket_bytes: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    """Every parameter in `dtype`, whole, under its Hugging Face name, in lists of at most `bucket_bytes` (or one).
+def gathered_weights(policy: Policy, dtype: torch.dtype, bucket_bytes: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """Every parameter in `dtype`, unsharded, under its Hugging Face name, in lists of at most `bucket_bytes` (or one).
 
     A collective: every rank must consume the whole iterator.
     """
@@ -39,23 +39,23 @@ def _gather(bucket: list[tuple[str, torch.Tensor]], dtype: torch.dtype) -> list[
     if not shards:
         return [(name, p.to(dtype)) for name, p in bucket]
     mesh = shards[0].device_mesh
-    world = mesh.size(-1)  # a copy of the model is whole within its last dimension
+    world = mesh.size(-1)  # a copy of the model is complete within its last dimension
     shape = (Replicate(), Shard(0)) if mesh.ndim == 2 else (Shard(0),)
     assert all(p.placements == shape for p in shards)
     rows = [-(-p.shape[0] // world) for p in shards]
     sizes = [r * p.shape[1:].numel() for r, p in zip(rows, shards, strict=True)]
-    mine = torch.zeros(sum(sizes), dtype=dtype, device=mesh.device_type)
-    for p, at in zip(shards, mine.split(sizes), strict=True):
-        local = p.to_local()
-        at[: local.numel()].copy_(local.reshape(-1))
-    every = torch.empty(world * mine.numel(), dtype=dtype, device=mine.device)
-    all_gather(every, mine, group=mesh.get_group(mesh.ndim - 1))
+    local = torch.zeros(sum(sizes), dtype=dtype, device=mesh.device_type)
+    for p, at in zip(shards, local.split(sizes), strict=True):
+        rows_here = p.to_local()
+        at[: rows_here.numel()].copy_(rows_here.reshape(-1))
+    every = torch.empty(world * local.numel(), dtype=dtype, device=local.device)
+    all_gather(every, local, group=mesh.get_group(mesh.ndim - 1))
     pieces = iter(every.view(world, -1).split(sizes, dim=1))
     out = []
     for name, p in bucket:
         if isinstance(p, DTensor):
-            whole = next(pieces).reshape(-1, *p.shape[1:])[: p.shape[0]]
+            tensor = next(pieces).reshape(-1, *p.shape[1:])[: p.shape[0]]
         else:
-            whole = p.to(dtype)
-        out.append((name, whole))
+            tensor = p.to(dtype)
+        out.append((name, tensor))
     return out

@@ -16,8 +16,8 @@ def sampling_seed(*parts: int) -> int:
 
 
 @dataclass(frozen=True)
-class Share:
-    """What one rank brought home; responses by the place of their prompt among those that were asked.
+class Rollout:
+    """What one rank sampled: responses by the place of their prompt among those that were asked.
 
     seconds: that it took; failure: what its engine died of, if it did; leftover: responses that were cut off.
     """
@@ -40,16 +40,16 @@ def rollout(
     shared_by: int = 1,
     begun: dict[int, list[Response]] | None = None,
     want: int | None = None,
-) -> Share:
-    """Sample this rank's share of the responses. Engines take prompts as they drain, so no rank waits for another's.
+) -> Rollout:
+    """Sample responses to the prompts that this rank takes, as its engine drains, so that no rank waits for another's.
 
     Args:
         prompts: of the step, the same on every rank.
         n: responses to each prompt.
         seed: of the step; every prompt has its own from it, so the result does not depend on who took the prompt.
         shared_by: neighbouring ranks that share an engine.
-        begun: by prompt, responses to go on with.
-        want: stop when so many groups are whole; the rest comes back unfinished, as `leftover`.
+        begun: by prompt, responses to continue.
+        want: stop when so many groups are complete; the rest comes back unfinished, as `leftover`.
     """
     began = time.perf_counter()
     work = Work(
@@ -68,16 +68,16 @@ def rollout(
     try:
         responses = engine.generate(work, s, progress)
     except EngineFailure as e:
-        responses, failure = e.whole, str(e)
+        responses, failure = e.complete, str(e)
     if work.member:  # the first of those that share an engine speaks for them
         responses = {}
     left = {i: r for i, r in responses.items() if any(x.finish_reason == "unfinished" for x in r)}
     complete = {i: responses[i] for i in sorted(responses) if i not in left}
-    return Share(complete, time.perf_counter() - began, failure, left)
+    return Rollout(complete, time.perf_counter() - began, failure, left)
 
 
 def gather(
-    share: Share,
+    rollout: Rollout,
     samples: dict[int, list[Sample]],
     problems: list[Problem],
     prompts: list[list[int]],
@@ -86,13 +86,13 @@ def gather(
     """Bring every rank's samples together as groups, in the order of the problems. A collective.
 
     Args:
-        share: of this rank.
+        rollout: of this rank.
         samples: its graded responses, by the place of their problem.
         problems, prompts: that were asked, the same on every rank.
     Raises:
         EngineFailure: on every rank, if any rank's engine died.
     """
-    parts = ranks.gather_objects((samples, share.leftover, share.seconds, share.failure))
+    parts = ranks.gather_objects((samples, rollout.leftover, rollout.seconds, rollout.failure))
     for rank, (_, _, _, failure) in enumerate(parts):
         if failure:
             raise EngineFailure(f"the engine of rank {rank} died ({failure})", {})
@@ -111,8 +111,8 @@ def gather(
 class Backlog:
     """Which problems a step asks, where more may be asked than a step needs: each is asked once, none is dropped.
 
-    A step asks `size + extra` problems, those waiting from earlier steps first, and trains on the `size` that are whole
-    first; the others wait, with what was sampled of them. With extra = 0 nothing ever waits.
+    A step asks `size + extra` problems, those waiting from earlier steps first, and trains on the `size` that are
+    complete first; the others wait, with what was sampled of them. With extra = 0 nothing ever waits.
 
     Args:
         stream: position in the data to problem.
@@ -140,11 +140,11 @@ class Backlog:
 
     @property
     def begun(self) -> dict[int, list[Response]]:
-        """By place in the step: responses to go on with."""
+        """By place in the step: responses to continue."""
         return {i: responses for i, (_, responses) in enumerate(self.entries) if responses}
 
     def settle(self, batch: Batch) -> Batch:
-        """The first `size` whole groups, those asked earliest first; what is left waits."""
+        """The first `size` complete groups, those asked earliest first; what is left waits."""
         complete = dict(zip(batch.indices, batch.groups, strict=True))
         kept = batch.indices[: self.size]
         left = {**batch.leftover, **{i: [s.response for s in g.samples] for i, g in complete.items()}}

@@ -4,7 +4,7 @@ An engine holds its own copy of the weights. A step is: wake, generate, sleep; t
 load_weights brings the new weights.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -43,11 +43,11 @@ def silent(done: int, total: int) -> None:
 
 
 class EngineFailure(RuntimeError):
-    """An engine died in the middle of a step; `whole` are the groups that it had finished, by prompt."""
+    """An engine died in the middle of a step; `complete` are the groups that it had finished, by prompt."""
 
-    def __init__(self, reason: str, whole: dict[int, list[Response]]):
+    def __init__(self, reason: str, complete: dict[int, list[Response]]):
         super().__init__(reason)
-        self.whole = whole
+        self.complete = complete
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Work:
     prompts: token ids; n: responses to each; seeds: one a prompt, so that a result does not depend on who made it.
     store, name: the counter and its key, new for every step; engines: how many take from it.
     begun: by prompt, responses that an earlier step left unfinished.
-    want: stop as soon as so many groups are whole, over all engines; None: when all are.
+    want: stop as soon as so many groups are complete, over all engines; None: when all are.
     member: index in the group of ranks that share an engine; the first decides, the others follow.
     """
 
@@ -74,7 +74,7 @@ class Work:
     _turn: int = 0
 
     @property
-    def share(self) -> int:
+    def prompts_per_engine(self) -> int:
         """Prompts of an engine if all got the same number, rounded up."""
         return -(-len(self.prompts) // self.engines)
 
@@ -84,15 +84,15 @@ class Work:
         return list(range(min(end - most, len(self.prompts)), min(end, len(self.prompts))))
 
     def finish(self) -> None:
-        """Count one whole group."""
+        """Count one complete group."""
         if self.want is not None and self.member == 0:
-            self.store.add(f"{self.name}/whole", 1)
+            self.store.add(f"{self.name}/complete", 1)
 
     def enough(self) -> bool:
-        """As many groups are whole as are wanted."""
+        """As many groups are complete as are wanted."""
         if self.want is None:
             return False
-        return self._agree(lambda: self.store.add(f"{self.name}/whole", 0)) >= self.want
+        return self._agree(lambda: self.store.add(f"{self.name}/complete", 0)) >= self.want
 
     def _agree(self, decide: Callable[[], int]) -> int:
         """The first member's decision, for all that share its engine."""
@@ -117,14 +117,40 @@ class Checksum:
     size: int
 
 
+SLICE = 1 << 22  # elements that are in fp64 at once, 32 MiB
+
+
 def fingerprint(tensors: list[torch.Tensor]) -> list[tuple[float, float, int]]:
-    """Sum, sum of squares (both in fp64) and number of elements of each tensor; one copy from the device for all."""
+    """Sum, sum of squares (both in fp64) and number of elements of each tensor; one copy from the device for all.
+
+    Memory beside the tensors: SLICE elements in fp64, whatever their size.
+    """
     if not tensors:
         return []
-    sums = torch.stack([t.sum(dtype=torch.float64) for t in tensors])
-    norms = torch.stack([torch.linalg.vector_norm(t, dtype=torch.float64) for t in tensors])
-    values = torch.stack([sums, norms.square()], 1).tolist()
+    values = torch.stack([_sums(t) for t in tensors]).tolist()
     return [(total, squares, t.numel()) for (total, squares), t in zip(values, tensors, strict=True)]
+
+
+def _sums(t: torch.Tensor) -> torch.Tensor:
+    """Sum and sum of squares, [2] in fp64."""
+    sums = torch.zeros(2, dtype=torch.float64, device=t.device)
+    for piece in _slices(t):
+        x = piece.reshape(-1).double()
+        sums += torch.stack([x.sum(), torch.dot(x, x)])
+    return sums
+
+
+def _slices(t: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Views of all elements, SLICE at a time; of a tensor that is not contiguous, along its first dimensions."""
+    if t.is_contiguous():
+        yield from t.view(-1).split(SLICE)
+    elif t.numel() <= SLICE:
+        yield t
+    elif len(t) == 1:
+        yield from _slices(t[0])
+    else:
+        for half in t.tensor_split(2):
+            yield from _slices(half)
 
 
 class Engine(Protocol):
@@ -139,11 +165,11 @@ class Engine(Protocol):
         ...
 
     def load_weights(self, buckets: Iterable[list[tuple[str, torch.Tensor]]], version: int) -> None:
-        """Replace weights, given by Hugging Face names, whole tensors; they become policy version `version`."""
+        """Replace weights, given by Hugging Face names, unsharded; they become policy version `version`."""
         ...
 
     def checksums(self) -> list[Checksum]:
-        """Of every tensor that the engine computes with."""
+        """Of every tensor that the engine computes with, as it held them after the last load_weights."""
         ...
 
     def sleep(self) -> None:

@@ -89,7 +89,7 @@ class Sampler:
         problems, prompts = [self.problems[i] for i in asked], [self.prompts[i] for i in asked]
         with self.journal.phase("rollout"):
             self.engine.wake()
-            share = rollout(
+            sampled = rollout(
                 self.engine,
                 prompts,
                 c.rollout.group_size,
@@ -102,8 +102,8 @@ class Sampler:
                 want=want,
             )
         with self.journal.phase("reward"):
-            samples = grade(problems, share.responses, self.verifier, c.reward)
-            return gather(share, samples, problems, prompts, self.ranks)
+            samples = grade(problems, sampled.responses, self.verifier, c.reward)
+            return gather(sampled, samples, problems, prompts, self.ranks)
 
     def _replace_dropped(self, batch: Batch, asked: set[int], step: int) -> Batch:
         """DAPO's dynamic sampling: other problems in the place of groups that advantage.group_filter drops."""

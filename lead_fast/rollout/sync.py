@@ -8,11 +8,12 @@ from collections.abc import Iterator
 
 import torch
 
+from ..checks import chosen_engine
 from ..config import Config
 from ..learner.loss import pack_logprobs
 from ..learner.packing import make_pack
 from ..learner.policy import Policy
-from ..learner.weights import whole_weights
+from ..learner.weights import gathered_weights
 from ..runtime.ranks import Ranks
 from .engine import Engine, Sampling, Work, fingerprint
 
@@ -24,7 +25,7 @@ def publish(policy: Policy, engine: Engine, version: int, c: Config, ranks: Rank
     """Give the engine the policy's weights, which become policy version `version`. A collective.
 
     Returns:
-        what metrics.jsonl keeps: sync_s, sync_bytes (of whole tensors, a rank) and sync_gb_per_s.
+        what metrics.jsonl keeps: sync_s, sync_bytes (of unsharded tensors, per rank) and sync_gb_per_s.
     Raises:
         ValueError: an engine does not hold what was sent; on every rank, if on any.
     """
@@ -33,15 +34,19 @@ def publish(policy: Policy, engine: Engine, version: int, c: Config, ranks: Rank
     sent: dict[str, tuple[float, float, int]] = {}
 
     def watched() -> Iterator[list[tuple[str, torch.Tensor]]]:
-        for bucket in whole_weights(policy, dtype, c.rollout.sync_bucket_mib << 20):
+        for bucket in gathered_weights(policy, dtype, c.rollout.sync_bucket_mib << 20):
             values = fingerprint([t for _, t in bucket])
             sent.update(zip([name for name, _ in bucket], values, strict=True))
             yield bucket
 
     engine.load_weights(watched(), version)
-    complaint = next(filter(None, ranks.gather_objects(compare(sent, engine, c.rollout.tensor_parallel))), None)
-    if complaint:
-        raise ValueError(complaint)
+    faults = ranks.gather_objects(compare(sent, engine, c.rollout.tensor_parallel))
+    rank = next((rank for rank, fault in enumerate(faults) if fault), None)
+    if rank is not None:
+        remedy = "report this with the model's name"
+        if chosen_engine(c, ranks.device.type) == "vllm":
+            remedy = f"give --rollout.engine=transformers, or {remedy}"
+        raise ValueError(f"{faults[rank]} (rank {rank}): {remedy}.")
     size = sum(n for *_, n in sent.values()) * dtype.itemsize
     seconds = time.perf_counter() - began
     return {"sync_s": seconds, "sync_bytes": size, "sync_gb_per_s": size / seconds / 1e9}
@@ -54,7 +59,7 @@ def compare(sent: dict[str, tuple[float, float, int]], engine: Engine, tensor_pa
 
     Names of the engine that nobody sent are an error, unless there are sent names that it does not know either: then
     it calls them differently, and those tensors are not compared. An engine over several ranks holds parts: only what
-    it holds whole is compared.
+    it holds unsharded is compared.
     """
     held = engine.checksums()
     known = {name for x in held for name in x.names}
@@ -62,7 +67,7 @@ def compare(sent: dict[str, tuple[float, float, int]], engine: Engine, tensor_pa
     for x in held:
         missing = [name for name in x.names if name not in sent]
         if missing and not renamed:
-            return f"Sync left out {missing[0]}: the engine would generate with old weights."
+            return f"Sync left out {missing[0]}, and the engine would generate with old weights"
         if missing:
             continue
         total, squares, size = (sum(sent[name][k] for name in x.names) for k in range(3))
@@ -72,7 +77,7 @@ def compare(sent: dict[str, tuple[float, float, int]], engine: Engine, tensor_pa
         if not (abs(x.total - total) <= near and abs(x.squares - squares) <= 1e-9 * squares + 1e-30):
             return (
                 f"After sync the engine's {' + '.join(x.names)} differs from the policy's (sum {x.total:.9g}, sent "
-                f"{total:.9g}): the engine did not take these weights; give --rollout.engine=transformers."
+                f"{total:.9g}): the engine did not take these weights"
             )
     return None
 

@@ -72,11 +72,11 @@ class TransformersEngine:
 
     def generate(self, work: Work, sampling: Sampling, progress: Progress = silent) -> dict[int, list[Response]]:
         """Prompts come in the order of the work, a batch at a time; a batch's seed is its first prompt's."""
-        step = min(work.share, max(1, self.batch_size // work.n))
+        step = min(work.prompts_per_engine, max(1, self.batch_size // work.n))
         out: dict[int, list[Response]] = {}
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             while chunk := work.take(step):
-                progress(len(out), work.share)
+                progress(len(out), work.prompts_per_engine)
                 torch.manual_seed(work.seeds[chunk[0]])
                 out |= zip(chunk, self._batch([work.prompts[i] for i in chunk], work.n, sampling), strict=True)
         return out

@@ -1,4 +1,4 @@
-"""vLLM in the trainer's own process: one engine a rank, or one over a few neighbouring ranks, fed with live weights.
+"""vLLM in the trainer's own process: one engine per rank, or one over a few neighbouring ranks, with live weights.
 
 The engine of rank r sees only the prompts that rank r takes; nothing ties it to the others' pace. With
 `rollout.tensor_parallel` = t, ranks 0..t-1, t..2t-1, ... hold one engine each between them and step together.
@@ -8,6 +8,8 @@ vLLM 0.33's interface and has not been run on one.
 """
 
 import os
+import re
+import traceback
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -37,7 +39,8 @@ class VllmEngine:
     """Generation by vLLM. Weights are loaded in place, so every bucket of a sync goes straight to where it is used.
 
     Raises:
-        ValueError: vLLM is not installed, or cannot run this model.
+        ValueError: vLLM cannot be imported, or did not start on some rank; on every rank, with the reason of the first
+            that failed. With `debug` that rank prints its traceback.
     """
 
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, ranks: Ranks):
@@ -62,6 +65,7 @@ class VllmEngine:
         self.tokenizer = tokenizer
         self.version = 0
         self.asleep = False
+        self.sums: list[Checksum] = []
         self.sampling_params, self.output_kind = vllm.SamplingParams, RequestOutputKind
         self.repeats = RepetitionDetectionParams(**REPEATS)
         self.eos_ids = eos_ids(generation_config(path), tokenizer)
@@ -88,13 +92,13 @@ class VllmEngine:
                 seed=config.seed,
                 **special,
             )
+            fault = ""
         except Exception as e:  # whatever vLLM raises on a model or a machine that it cannot serve
-            reason = str(e).strip().split("\n")[0]
-            raise ValueError(
-                f"vLLM cannot serve model.path {config.model.path} ({type(e).__name__}: {reason}): "
-                "give --rollout.engine=transformers."
-            ) from e
+            fault = start_fault(e, config, ranks.rank)
+            if config.debug:
+                traceback.print_exc()
         torch.set_num_threads = set_num_threads
+        leave_together(fault, ranks)
         tokens = self.llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens
         if ranks.main and tokens:
             print(
@@ -118,25 +122,29 @@ class VllmEngine:
     def load_weights(self, buckets: Iterable[list[tuple[str, torch.Tensor]]], version: int) -> None:
         sleeps = self.asleep and not self.cpu
         if sleeps:  # first room for the weights alone: the key-value cache takes what the buckets leave
-            self.llm.wake_up(tags=["weights"])
+            awake = self.llm.wake_up(tags=["weights"])
+            assert not awake, "vLLM woke its key-value cache with its weights: no room was left for the buckets"
         for bucket in buckets:
             self.llm.apply_model(lambda model, bucket=bucket: _load(model, bucket))
+        self.sums = self.llm.apply_model(_checksums)[0]  # while the cache sleeps
         if sleeps:
-            self.llm.wake_up(tags=["kv_cache"])
+            awake = self.llm.wake_up(tags=["kv_cache"])
+            assert awake, "vLLM did not wake its key-value cache"
         self.asleep = False
-        self.llm.llm_engine.reset_prefix_cache()
+        reset = self.llm.llm_engine.reset_prefix_cache()
+        assert reset, "vLLM kept its prefix cache, whose keys and values are of old weights"
         self.version = version
 
     def checksums(self) -> list[Checksum]:
-        return self.llm.apply_model(_checksums)[0]
+        return self.sums
 
     # --------------------------------------------------------------------------------------------------- generation
 
     def generate(self, work: Work, sampling: Sampling, progress: Progress = silent) -> dict[int, list[Response]]:
         groups: dict[int, _Group] = {}
-        whole: dict[int, list[Response]] = {}
+        complete: dict[int, list[Response]] = {}
         engine = self.llm.llm_engine
-        room = max(work.n, min(self.batch_size, work.share * work.n))
+        room = max(work.n, min(self.batch_size, work.prompts_per_engine * work.n))
         more = True
         while True:
             while more and (not groups or engine.get_num_unfinished_requests() + work.n <= room):
@@ -144,31 +152,31 @@ class VllmEngine:
                 more = bool(taken)
                 for i in taken:
                     group = self._begin(i, work, sampling)
-                    if group.whole:  # an earlier step finished it
-                        whole[i] = self._responses(group)
+                    if group.complete:  # an earlier step finished it
+                        complete[i] = self._responses(group)
                         work.finish()
                     else:
                         groups[i] = group
             if not groups and not more:
-                return whole
-            for output in self._step(whole):
+                return complete
+            for output in self._step(complete):
                 i, _, j = output.request_id.partition(".")
                 group = groups[int(i)]
                 group.take(output, int(j) if j else None)
-                if group.whole:
-                    whole[int(i)] = self._responses(groups.pop(int(i)))
+                if group.complete:
+                    complete[int(i)] = self._responses(groups.pop(int(i)))
                     work.finish()
-            progress(len(whole), work.share)
+            progress(len(complete), work.prompts_per_engine)
             if work.enough():
                 engine.abort_request([name for g in groups.values() for name in g.requests])
-                return whole | {i: self._responses(g) for i, g in groups.items()}
+                return complete | {i: self._responses(g) for i, g in groups.items()}
 
-    def _step(self, whole: dict[int, list[Response]]) -> list[Any]:
+    def _step(self, complete: dict[int, list[Response]]) -> list[Any]:
         try:
             return self.llm.llm_engine.step()
-        except Exception as e:  # whatever vLLM raises in a step: the run ends, what is whole is handed back
+        except Exception as e:  # whatever vLLM raises in a step: the run ends, what is complete is handed back
             reason = next(iter(str(e).strip().splitlines()), "no reason given")
-            raise EngineFailure(f"{type(e).__name__}: {reason}", whole) from e
+            raise EngineFailure(f"{type(e).__name__}: {reason}", complete) from e
 
     def _begin(self, i: int, work: Work, s: Sampling) -> "_Group":
         """Hand prompt i to vLLM: one request for all n, or, where they may be cut off, one for each."""
@@ -179,7 +187,7 @@ class VllmEngine:
                 "lower data.max_prompt_tokens or give --data.drop_long_prompts."
             )
         group = _Group(work.begun.get(i) or [Response([], [], "unfinished", "", self.version) for _ in range(work.n)])
-        if s.temperature == 0:  # n greedy answers are n times the same, and vLLM takes only one
+        if s.temperature == 0:  # n greedy responses are n times the same, and vLLM takes only one
             group.copies = work.n
             self._add(group, i, 0, work, s)
         elif work.want is not None:
@@ -241,7 +249,7 @@ class _Group:
         self.copies = 1
 
     @property
-    def whole(self) -> bool:
+    def complete(self) -> bool:
         return bool(self.finished[0]) if self.copies > 1 else all(self.finished)
 
     def take(self, output: Any, j: int | None) -> None:
@@ -256,6 +264,47 @@ class _Group:
             if new.finish_reason in ("abort", "error"):
                 raise RuntimeError(f"vLLM ended request {output.request_id} with {new.finish_reason}")
             self.finished[k] = new.finish_reason
+
+
+# ------------------------------------------------------------------------------------------------------ start-up errors
+
+REMEDIES = {  # part of vLLM's message, lower case: what to change
+    "less than desired gpu memory utilization": "free the GPU of other processes, or lower rollout.gpu_memory",
+    "kv cache is needed": "raise rollout.gpu_memory or rollout.tensor_parallel, or lower rollout.max_tokens",
+    "no available memory for the cache blocks": "raise rollout.gpu_memory or rollout.tensor_parallel",
+    "out of memory": "lower rollout.gpu_memory or raise rollout.tensor_parallel",
+    "not supported": "give --rollout.engine=transformers, which is many times slower",
+}
+
+
+def start_fault(e: BaseException, config: Config, rank: int) -> str:
+    """One sentence on why vLLM did not start: its first cause and what to change."""
+    root = e
+    while root.__cause__ or (root.__context__ and not root.__suppress_context__):
+        root = root.__cause__ or root.__context__ or root
+    reasons = [f"{type(x).__name__}: {_first_line(x)}" for x in (root, e)]
+    text = f"{root} {e}".lower()
+    remedy = next((remedy for part, remedy in REMEDIES.items() if part in text), "")
+    remedy = remedy or f"give --debug for the traceback{' above' * config.debug}"
+    reason = "; ".join(dict.fromkeys(reasons))
+    return f"On rank {rank} vLLM did not start with model.path {config.model.path} ({reason}): {remedy}."
+
+
+def _first_line(e: BaseException) -> str:
+    """The first line that says something; pydantic's only counts errors."""
+    lines = [line.strip() for line in str(e).splitlines() if line.strip()]
+    said = [line for line in lines if not re.match(r"\d+ validation errors? for|\w+$", line)]
+    return next(iter([*said, *lines]), "no reason given")
+
+
+def leave_together(fault: str, ranks: Ranks) -> None:
+    """Raise ValueError on every rank with the first rank's fault, if any has one. A collective.
+
+    Where ranks share an engine, the others may hang in what failed here: after a minute this rank speaks for itself
+    and leaves, and the launcher ends them.
+    """
+    if first := ranks.first_fault(fault):
+        raise ValueError(first)
 
 
 # ------------------------------------------------------------------------------------------------------- inside vLLM

@@ -1,9 +1,12 @@
 """Ranks, devices and the few collectives that the loop needs beside FSDP's own."""
 
+import contextlib
+import datetime
 import itertools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +33,8 @@ class Ranks:
     """This rank's team, where it has more than one member."""
     tickets: Iterator[int] = field(default_factory=itertools.count, compare=False)
     """Numbers that come in the same order on every rank: names for what they share in the store."""
+    waits: list[str] = field(default_factory=list, compare=False)
+    """What this rank's main thread waits for other ranks in, the innermost last; the watchdog reads it."""
 
     @property
     def store(self) -> Store:
@@ -52,24 +57,70 @@ class Ranks:
     def main(self) -> bool:
         return self.rank == 0
 
+    @contextlib.contextmanager
+    def waiting(self, name: str) -> Iterator[None]:
+        """Mark that what follows ends when other ranks, or a thread, have done their part."""
+        self.waits.append(name)
+        try:
+            yield
+        finally:
+            self.waits.pop()
+
     def all_sum(self, x: torch.Tensor) -> torch.Tensor:
         """Sum of `x` over all ranks, in place."""
-        dist.all_reduce(x, op=dist.ReduceOp.SUM)
+        with self.waiting("all_sum"):
+            dist.all_reduce(x, op=dist.ReduceOp.SUM)
         return x
 
     def all_max(self, x: torch.Tensor) -> torch.Tensor:
         """Maximum of `x` over all ranks, in place."""
-        dist.all_reduce(x, op=dist.ReduceOp.MAX)
+        with self.waiting("all_max"):
+            dist.all_reduce(x, op=dist.ReduceOp.MAX)
         return x
 
-    def gather_objects(self, x: Any) -> list[Any]:
-        """Every rank's `x`, in the order of ranks, on every rank."""
+    def gather_objects(self, x: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+        """Every rank's `x`, in the order of ranks, on every rank; `group`: of all ranks, for a thread of its own."""
         out: list[Any] = [None] * self.world
-        dist.all_gather_object(out, x)
+        with self.waiting("gather_objects") if group is None else contextlib.nullcontext():
+            dist.all_gather_object(out, x, group=group)
         return out
 
     def barrier(self) -> None:
-        dist.barrier()
+        with self.waiting("barrier"):
+            dist.barrier()
+
+    def check_same(self, settings: str) -> None:
+        """Raise ValueError, on every rank, where ranks were started with other `settings` (lines) than the first."""
+        everyone = [text.splitlines() for text in self.gather_objects(settings)]
+        for rank, lines in enumerate(everyone):
+            if lines != everyone[0]:
+                pairs = itertools.zip_longest(everyone[0], lines, fillvalue="nothing")
+                first, other = next((a, b) for a, b in pairs if a != b)
+                raise ValueError(
+                    f"Rank {rank} was started with {other} and rank 0 with {first}: give all machines the same command."
+                )
+
+    def first_fault(self, fault: str, patience_s: float = 60.0) -> str:
+        """The first fault of any rank, or ""; a collective that a rank with a fault leaves though others never come.
+
+        Other ranks may hang in what failed here (an engine over several ranks), so one that has a fault waits for them
+        only so long, and they for one another until all have reported.
+
+        Args:
+            fault: what is wrong on this rank, or "".
+            patience_s: seconds that a rank with a fault waits for the others' reports.
+        """
+        ticket = f"fault-{next(self.tickets)}"
+        store, keys = self.store, [f"{ticket}/{rank}" for rank in range(self.world)]
+        store.set(keys[self.rank], fault)
+        with self.waiting("the other ranks' reports"):
+            for key in [keys[self.rank], *keys] if fault else keys:
+                patience = datetime.timedelta(seconds=patience_s) if fault else datetime.timedelta(days=1)
+                try:
+                    store.wait([key], patience)
+                except dist.DistStoreError:
+                    return fault
+        return next((text for text in (store.get(key).decode() for key in keys) if text), "")
 
 
 def start(parallel: ParallelConfig | None = None) -> Ranks:
@@ -105,8 +156,7 @@ def start(parallel: ParallelConfig | None = None) -> Ranks:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
     world = dist.get_world_size()
     if not cuda:
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
+        torch.set_num_threads(host_threads())
     for name, parts in (("replicate", parallel.replicate), ("sequence", parallel.sequence)):
         if parts < 1 or world % parts:
             raise ValueError(f"parallel.{name} is {parts}, which does not divide {world} ranks: give a divisor.")
@@ -117,6 +167,30 @@ def start(parallel: ParallelConfig | None = None) -> Ranks:
     team = dist.new_subgroups(parallel.sequence)[0] if parallel.sequence > 1 else None
     assert not isinstance(team, int)
     return Ranks(dist.get_rank(), world, device, mesh, parallel.sequence, team)
+
+
+def host_threads() -> int:
+    """Threads for this rank's work on the CPU: OMP_NUM_THREADS as the user set it, else its part of the cores.
+
+    torchrun sets OMP_NUM_THREADS=1 for its ranks where the user set nothing. What it was started with is in /proc.
+    """
+    value = os.environ.get("OMP_NUM_THREADS", "")
+    if value.isdigit() and int(value) > 0 and (value != "1" or _set_before_torchrun("OMP_NUM_THREADS")):
+        return int(value)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, (os.cpu_count() or 1) // local))
+
+
+def _set_before_torchrun(name: str) -> bool:
+    """Whether this process inherited the variable from beyond torchrun; True where there is no torchrun."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return True
+    try:
+        rows = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return any(row.startswith(f"{name}=".encode()) for row in rows)
 
 
 at_stop: list[Callable[[], None]] = []
@@ -132,6 +206,23 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+ALONE_S = 5.0  # that a rank with a mistake to report waits for the first rank to report it
+
+
 def complaint(e: ValueError) -> str | int:
-    """What a command exits with when its user made a mistake: one sentence, on the first rank alone."""
-    return f"error: {e}" if os.environ.get("RANK", "0") == "0" else 1
+    """What a command exits with when its user made a mistake: one sentence, on the first rank alone.
+
+    Another rank speaks where the first does not come to it: a file that one machine lacks, a GPU that is full.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        if dist.is_initialized():
+            dist.distributed_c10d._get_default_store().set("complaint", "1")
+        return f"error: {e}"
+    if not dist.is_initialized():
+        return 1  # before ranks meet all have read the same command
+    try:
+        dist.distributed_c10d._get_default_store().wait(["complaint"], datetime.timedelta(seconds=ALONE_S))
+    except dist.DistError:
+        return f"error: on rank {rank}: {e}"
+    return 1

@@ -6,6 +6,10 @@ Every rank has a thread that looks at the time of its last beat. The first to fi
 job's store; every rank's thread then prints its own phase and Python stacks, and the process ends with `EXIT`. Should
 Python itself stand still (code that keeps the interpreter's lock), faulthandler's own thread prints the stacks and
 ends the process a little later.
+
+A rank that waits for others (`Ranks.waiting`) does nothing that it could beat for: the ranks that work beat for it,
+through a counter in the store. So a rank may wait for a slow one as long as that one makes progress, and the job ends
+when a rank that does not wait stands still, or when all wait.
 """
 
 import atexit
@@ -22,7 +26,7 @@ from .ranks import Ranks
 
 EXIT = 75  # temporary failure: run again with --resume
 GRACE_S = 10.0  # for the other ranks to print theirs
-STILL, PRINTED = "watchdog/still", "watchdog/printed"
+STILL, PRINTED, BEATS = "watchdog/still", "watchdog/printed", "watchdog/beats"
 
 
 class Watchdog:
@@ -34,9 +38,10 @@ class Watchdog:
     """
 
     def __init__(self, limit_s: float, ranks: Ranks):
-        self.limit_s, self.rank, self.world = limit_s, ranks.rank, ranks.world
+        self.limit_s, self.ranks = limit_s, ranks
         self.phase, self.step, self.last_s = "start", 0, time.monotonic()
         self._armed_s = 0.0
+        self._counted_s, self._beats, self._others_s = 0.0, 0, self.last_s  # what the store was told and knew last
         self._closed = threading.Event()
         if limit_s > 0:
             store: Any = dist.distributed_c10d._get_default_store()
@@ -47,12 +52,12 @@ class Watchdog:
             atexit.register(self.close)
 
     def beat(self, phase: str | None = None, step: int | None = None) -> None:
-        """Something went on; `phase` and `step` stay as they were if not given. Cheap."""
+        """Note progress; `phase` and `step` stay as they were if not given. Cheap."""
         self.phase, self.step = phase or self.phase, self.step if step is None else step
         self.last_s = time.monotonic()
         if self.limit_s > 0 and self.last_s - self._armed_s > min(1.0, self.limit_s / 10):
             self._armed_s = self.last_s
-            faulthandler.dump_traceback_later(self.limit_s + min(self.limit_s, 30.0), exit=True)
+            self._arm()
 
     def close(self) -> None:
         """Watch no longer; also called when the process ends by itself. Waits for the thread: an interpreter that ends
@@ -66,10 +71,11 @@ class Watchdog:
         while not self._closed.wait(min(5.0, self.limit_s / 5)):
             idle_s = time.monotonic() - self.last_s
             try:
-                others = self._store.check([STILL])
-                if idle_s > self.limit_s or others:
-                    if not others:
-                        self._store.set(STILL, str(self.rank))
+                still = self._store.check([STILL])
+                self._count_beats()
+                if still or self._stands_still(idle_s):
+                    if not still:
+                        self._store.set(STILL, str(self.ranks.rank))
                     self._bark(idle_s)
                     self._wait_for_others()
                     os._exit(EXIT)
@@ -78,9 +84,31 @@ class Watchdog:
                     self._bark(idle_s)
                     os._exit(EXIT)
 
+    def _count_beats(self) -> None:
+        """Add this rank's beats to the job's, and note when another rank's were added."""
+        own = int(self.last_s > self._counted_s)
+        self._counted_s = self.last_s
+        beats = self._store.add(BEATS, own)
+        if beats > self._beats + own:
+            self._others_s = time.monotonic()
+        self._beats = beats
+
+    def _stands_still(self, idle_s: float) -> bool:
+        if idle_s <= self.limit_s:
+            return False
+        if not self.ranks.waits or time.monotonic() - self._others_s > self.limit_s:
+            return True
+        self._arm()  # others make progress
+        return False
+
+    def _arm(self) -> None:
+        faulthandler.dump_traceback_later(self.limit_s + min(self.limit_s, 30.0), exit=True)
+
     def _bark(self, idle_s: float) -> None:
-        told = f"rank {self.rank} made no progress for {idle_s:.0f} s: phase {self.phase}, step {self.step}"
-        print(f"Watchdog ({self.limit_s:g} s): {told}. Its stacks:", file=sys.stderr, flush=True)
+        where = f"phase {self.phase}, step {self.step}"
+        where += f", waiting in {self.ranks.waits[-1]}" if self.ranks.waits else ""
+        sentence = f"rank {self.ranks.rank} made no progress for {idle_s:.0f} s: {where}"
+        print(f"Watchdog ({self.limit_s:g} s): {sentence}. Its stacks:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         sys.stderr.flush()
 
@@ -88,5 +116,5 @@ class Watchdog:
         """So that no rank is killed by the launcher before it has printed."""
         self._store.add(PRINTED, 1)
         until = time.monotonic() + GRACE_S
-        while time.monotonic() < until and self._store.add(PRINTED, 0) < self.world:
+        while time.monotonic() < until and self._store.add(PRINTED, 0) < self.ranks.world:
             time.sleep(0.1)

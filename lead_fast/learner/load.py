@@ -1,0 +1,150 @@
+"""Weights from safetensors into FSDP's shards, a block at a time, so that no rank ever holds the model unsharded.
+
+A rank's peak while it loads: its shards, and the largest unit of FSDP in float32 (embedding, last norm and head, or a
+block), with one tensor of it in the file's dtype. The files are mapped, not read into memory.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.utils.hub import cached_file
+
+from ..config import ModelConfig
+from ..runtime.ranks import Ranks
+from .model import load_model, load_shape, require_blocks_and_head, resolve
+
+Fill = Callable[[nn.Module], None]
+
+
+def open_model(config: ModelConfig, ranks: Ranks, device: torch.device) -> tuple[Any, Fill | None]:
+    """The model in float32 without its weights, and what fills a part of it from its files, on `device`.
+
+    A model whose files name their tensors in another way than the model, or which computes buffers of its own, is
+    loaded by transformers, unsharded on every rank; then there is nothing left to fill. The first rank says so.
+
+    Raises:
+        ValueError: the model cannot be loaded.
+    """
+    path = resolve(config.path)
+    shape = load_shape(config)
+    try:
+        files = {} if getattr(shape, "quantization_config", None) else tensor_files(path)
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(
+                shape, dtype=torch.float32, trust_remote_code=config.trust_remote_code
+            )
+    except SafetensorError as e:
+        raise ValueError(f"model.path {config.path} cannot be loaded: model.safetensors is damaged ({e}).") from e
+    except (OSError, ValueError):
+        return load_model(config), None  # which says what is wrong
+    model.tie_weights()
+    if reason := _unlike(model, files):
+        if ranks.main and files:
+            print(f"Loading {config.path} unsharded on every rank ({reason}).", flush=True)
+        return load_model(config), None
+    require_blocks_and_head(model, config)
+    if (Path(path) / "generation_config.json").is_file() or not Path(path).is_dir():
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(path)
+        except OSError:  # a hub model without one: the model's own, which it has already
+            pass
+    return model.eval(), Filler(model, files, device, config.path)
+
+
+def tensor_files(path: str) -> dict[str, str]:
+    """Tensor name to the safetensors file that holds it, of a folder or hub name; empty where there are none.
+
+    Raises SafetensorError where the only file is damaged.
+    """
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    try:
+        if single := cached_file(path, "model.safetensors", **quiet):
+            with safe_open(single, "pt") as f:
+                return dict.fromkeys(f.keys(), single)
+        if index := cached_file(path, "model.safetensors.index.json", **quiet):
+            names = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+            places = {name: str(cached_file(path, name)) for name in set(names.values())}
+            return {tensor: places[name] for tensor, name in names.items()}
+    except (OSError, ValueError, KeyError):  # transformers says what is wrong with them
+        pass
+    return {}
+
+
+def _unlike(model: nn.Module, files: dict[str, str]) -> str:
+    """Why the model cannot be filled from these files tensor by tensor, or ""."""
+    aliases: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(id(p), []).append(name)
+    for names in aliases.values():
+        if not any(name in files for name in names):
+            return f"its files have no tensor {names[0]}"
+    for where, module in model.named_modules():
+        for name in module._buffers:
+            stored = f"{where}.{name}".removeprefix(".") in files and name not in module._non_persistent_buffers_set
+            if not stored and not _is_rotary(module):
+                return f"it computes the buffer {where}.{name}"
+    return ""
+
+
+def _is_rotary(module: nn.Module) -> bool:
+    """Whether transformers' `_init_weights` computes the module's buffers, which it does for its rotary embeddings."""
+    return "RotaryEmbedding" in type(module).__name__ and hasattr(module, "original_inv_freq")
+
+
+class Filler:
+    """Gives the parameters and buffers of a module that are on the meta device their values, on `device`.
+
+    Args:
+        model: the model that all modules belong to, nothing of it sharded yet.
+        files: of `tensor_files`.
+        source: model.path, named in errors.
+    """
+
+    def __init__(self, model: Any, files: dict[str, str], device: torch.device, source: str):
+        self.model, self.files, self.device, self.source = model, files, device, source
+        self.names: dict[int, tuple[nn.Parameter, str]] = {}  # the parameter too: its id must not be another's later
+        for name, p in model.named_parameters(remove_duplicate=False):
+            if name in files:
+                self.names.setdefault(id(p), (p, name))
+        self.paths = {module: name for name, module in model.named_modules()}
+
+    def __call__(self, part: nn.Module) -> None:
+        tied: dict[int, nn.Parameter] = {}
+        for module in part.modules():
+            for name, p in module._parameters.items():
+                if p is not None and p.is_meta:
+                    if id(p) not in tied:
+                        tied[id(p)] = nn.Parameter(self.read(self.names[id(p)][1], p.shape), p.requires_grad)
+                    module._parameters[name] = tied[id(p)]
+            self._buffers(module)
+
+    def _buffers(self, module: nn.Module) -> None:
+        blank = {name: b for name, b in module._buffers.items() if b is not None and b.is_meta}
+        if blank and _is_rotary(module):  # on the CPU, as from_pretrained does: a GPU's powers round differently
+            module._buffers.update({name: torch.empty_like(b, device="cpu") for name, b in blank.items()})
+            self.model._init_weights(module)
+            module._apply(lambda t: t.to(self.device))
+        else:
+            for name, b in blank.items():
+                module._buffers[name] = self.read(f"{self.paths[module]}.{name}", b.shape, b.dtype)
+
+    def read(self, name: str, shape: torch.Size, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """One tensor in `dtype`, in memory of its own. Raises ValueError where the file does not hold it so."""
+        try:
+            with safe_open(self.files[name], "pt") as f:
+                stored = f.get_tensor(name)
+        except (OSError, SafetensorError) as e:
+            raise ValueError(f"model.path {self.source} cannot be loaded: {self.files[name]}: {e}") from e
+        if stored.shape != shape:
+            raise ValueError(
+                f"model.path {self.source} cannot be loaded: {name} has shape {[*stored.shape]} in its files and "
+                f"{[*shape]} by its config.json."
+            )
+        out = torch.empty(shape, dtype=dtype, device=self.device)
+        return out.copy_(stored.to(self.device))
