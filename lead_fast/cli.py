@@ -16,9 +16,9 @@ import sys
 import textwrap
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from .config import Config, SftConfig
+from .config import Config, Range, SftConfig
 
 RECIPES = Path(__file__).parent / "recipes"
 PRESETS = Path(__file__).parent / "presets"
@@ -41,6 +41,27 @@ def keys(cls: Any = Config, prefix: str = "") -> list[str]:
         else:
             out.append(prefix + f.name)
     return out
+
+
+def ranges(cls: Any = Config) -> dict[str, Range]:
+    """The range of every number by dotted key, but for the sections that check themselves (loss, advantage)."""
+    return {key: allowed for key in keys(cls) if (allowed := range_of(type_of(key, cls)))}
+
+
+def range_of(kind: Any) -> Range | None:
+    return next((x for x in get_args(kind) if isinstance(x, Range)), None)
+
+
+def type_of(key: str, cls: Any = Config) -> Any:
+    """The declared type of a dotted key, such as Annotated[int, Range(...)]."""
+    for part in key.split("."):
+        cls = get_type_hints(cls, include_extras=True)[part]
+    return cls
+
+
+def bare(kind: Any) -> Any:
+    """A type without its range."""
+    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
 
 
 def unknown_key(key: str, where: str, cls: Any) -> ValueError:
@@ -86,14 +107,47 @@ def from_tree(tree: dict[str, Any], cls: Any = Config) -> Any:
     """Nested dicts to a Config, each value's type checked; a wrong one is named with its key."""
     import pydantic
 
+    for key in keys(cls):
+        *section, leaf = key.split(".")
+        value = (tree.get(section[0], {}) if section else tree).get(leaf)
+        if isinstance(value, bool) and is_number(kind := type_of(key, cls)):  # pydantic would take true for 1
+            raise ValueError(f"{key} is {json.dumps(value)}: give {wanted(key, kind)}.")
     try:
         return pydantic.TypeAdapter(cls).validate_python(tree)
     except pydantic.ValidationError as e:
         err = e.errors()[0]
-        key = ".".join(str(p) for p in err["loc"])
+        key = ".".join(str(p) for p in err["loc"] if isinstance(p, str))
         if refused := err.get("ctx", {}).get("error"):  # a section's own check; its sentence begins with the field
             raise ValueError(f"{key}.{refused}") from e
-        raise ValueError(f"Configuration key {key} = {err['input']!r} is not valid: {err['msg']}.") from e
+        kind = type_of(key, cls) if key in keys(cls) else dict
+        raise ValueError(f"{key} is {err['input']!r}: give {wanted(key, kind)}.") from e
+
+
+def wanted(key: str, kind: Any) -> str:
+    """What a key takes, in words."""
+    allowed, plain = range_of(kind), bare(kind)
+    if get_origin(plain) is Literal:
+        out = f"one of {', '.join(get_args(plain))}"
+    elif get_origin(plain) is tuple and allowed:
+        out = f"a list of {len(get_args(plain))} numbers, each {allowed}"
+    elif get_origin(plain) is tuple:
+        out = f"""a list of strings in quotes, as in --{key}='["a", "b"]'"""
+    elif is_number(plain):
+        out = f"a {'whole ' * (plain is int)}number {allowed or ''}".rstrip()
+        out += f" (0: {allowed.zero})" if allowed and allowed.zero else ""
+    else:
+        out = {bool: "true or false", dict: f"keys of section {key}"}.get(plain, "text")
+    return out + ", or none" * optional(plain)
+
+
+def optional(kind: Any) -> bool:
+    return type(None) in get_args(kind)
+
+
+def is_number(kind: Any) -> bool:
+    """Whether a key of this type holds a number, or several, or a number or nothing."""
+    plain = bare(kind)
+    return bool({int, float} & {plain, *get_args(plain)})
 
 
 SHORT = {"config": "recipe", "model": "model.path"}
@@ -126,7 +180,7 @@ def load_config(
             raise unknown_key(key, "the command line", cls)
         if args and not args[0].startswith("--"):
             given[key] = args.pop(0)
-        elif _type(key, cls) is bool:
+        elif bare(type_of(key, cls)) is bool:
             given[key] = "true"
         else:
             raise ValueError(f"{flag} needs a value, as in {flag}=VALUE.")
@@ -142,7 +196,7 @@ def load_config(
         raise SystemExit(0)
     for key, value in given.items():
         *section, leaf = key.split(".")
-        parsed = _value(value, _type(key, cls))
+        parsed = _value(key, value, type_of(key, cls))
         tree = merge(tree, {section[0]: {leaf: parsed}} if section else {leaf: parsed})
     return from_tree(tree, cls)
 
@@ -157,16 +211,16 @@ def _split(arg: str) -> list[str]:
     return arg.split("=", 1) if arg.startswith("--") and "=" in arg else [arg]
 
 
-def _type(key: str, cls: Any) -> Any:
-    for part in key.split("."):
-        cls = {f.name: f.type for f in dataclasses.fields(cls)}[part]
-    return cls
-
-
-def _value(text: str, kind: Any) -> Any:
-    if text.lower() == "none" and type(None) in get_args(kind):
+def _value(key: str, text: str, kind: Any) -> Any:
+    """The value that a command line gives to a key. Raises ValueError for a list that is not valid JSON."""
+    if text.lower() == "none" and optional(bare(kind)):
         return None
-    return json.loads(text) if text.startswith("[") else text
+    if get_origin(bare(kind)) is not tuple:
+        return text
+    try:
+        return json.loads(text)
+    except ValueError as e:
+        raise ValueError(f"{key} is {text}: give {wanted(key, kind)}.") from e
 
 
 def dump(c: Config | SftConfig) -> str:
@@ -205,7 +259,8 @@ def help_text(c: Config | SftConfig, about: str) -> str:
         for f in dataclasses.fields(values):
             if not dataclasses.is_dataclass(f.type):
                 shown = _shown(getattr(values, f.name))
-                lines += _entry(f"--{prefix}{f.name}={shown}", f"{docs[f.name]}{_choices(f.type)}")
+                kind = type_of(prefix + f.name, type(c))
+                lines += _entry(f"--{prefix}{f.name}={shown}", f"{docs[f.name]}{_choices(kind)}")
     return "\n".join(lines)
 
 
@@ -233,8 +288,11 @@ def _shown(value: Any) -> str:
 
 def _choices(kind: Any) -> str:
     """What a key can be, where its value does not show it."""
-    if get_origin(kind) is Literal:
-        return f" One of {', '.join(get_args(kind))}."
-    if kind is bool:
+    plain = bare(kind)
+    if get_origin(plain) is Literal:
+        return f" One of {', '.join(get_args(plain))}."
+    if plain is bool:
         return " Boolean; the flag alone means true."
-    return " Or none." if type(None) in get_args(kind) else ""
+    said = [f"{'each ' * (get_origin(plain) is tuple)}{allowed}"] if (allowed := range_of(kind)) else []
+    said += ["or none"] * optional(plain)
+    return f" {', '.join(said).capitalize()}." if said else ""

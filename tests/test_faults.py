@@ -340,6 +340,18 @@ def test_an_engine_that_dies_in_an_evaluation_costs_no_step(tiny_run):
     assert (run / "checkpoints" / "latest").read_text() == "step-2"
 
 
+def test_a_clip_of_0_is_off_and_a_norm_above_0_clips(alone):
+    _, policy, optimizer = alone
+    for clip, kept in ((0.0, 1.0), (1e9, 1.0), (0.5, None)):
+        optimizer.state.clear()
+        for p in policy.parameters():
+            p.grad = torch.full_like(p, 3.0)
+        norm = update(policy, optimizer, 0.0, clip)
+        first = torch.cat([s["exp_avg"].full_tensor().flatten() for s in optimizer.state.values()])
+        assert norm == pytest.approx(3.0 * first.numel() ** 0.5, rel=1e-5)
+        torch.testing.assert_close(first, torch.full_like(first, 0.3 * (kept or clip / norm)), rtol=1e-4, atol=0)
+
+
 def test_a_step_that_is_not_finite_leaves_weights_and_moments_as_they_were(alone):
     _, policy, optimizer = alone
     before = take_a_step(policy, optimizer)

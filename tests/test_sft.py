@@ -217,13 +217,12 @@ def test_the_remedy_for_too_little_memory_names_sfts_own_limit():
 @pytest.mark.parametrize(
     "args, says",
     [
-        (["--batch_tokens=0"], "batch_tokens is 0: give 1 or more."),
-        (["--steps=0"], "steps is 0: give 1 or more."),
-        (["--validate_every=-1"], "validate_every is -1: give 1 or more, or 0 for only after the last step."),
-        (["--checkpoint_every=-1"], "checkpoint_every is -1: give 1 or more, or 0 for no checkpoints."),
+        (["--batch_tokens=0"], "batch_tokens is 0: give a whole number from 1 to"),
+        (["--validate_every=-1"], "validate_every is -1: give a whole number from 0 to 1000000000 (0: after the last"),
+        (["--checkpoint_every=-1"], "checkpoint_every is -1: give a whole number from 0 to 1000000000 (0: never)."),
         (["--watchdog_s=-1"], "watchdog_s is -1.0: give"),
-        (["--optim.grad_clip=0"], "optim.grad_clip is 0.0: give a norm above 0"),
-        (["--optim.lr=-1"], "optim.lr is -1.0: give 0 or more."),
+        (["--optim.grad_clip=-1"], "optim.grad_clip is -1.0: give a number from 0 to 1000000000 (0: off)."),
+        (["--optim.lr=-1"], "optim.lr is -1.0: give a number from 0 to 1."),
         (["--optim.betas=[0.9,1.0]"], "optim.betas is [0.9, 1.0]"),
         (["--parallel.pack_tokens=-1"], "parallel.pack_tokens is -1"),
     ],
