@@ -102,6 +102,7 @@ def check(c: Config, world: int, *, trains: bool = True, device_type: str = "cpu
             f"reward.overlong_buffer is {c.reward.overlong_buffer} and rollout.max_tokens {r.max_tokens}: "
             "give a buffer within the limit."
         )
+    check_function(c)
     if world % r.tensor_parallel:
         raise ValueError(
             f"rollout.tensor_parallel is {r.tensor_parallel}, which does not divide {world} ranks: "
@@ -117,6 +118,17 @@ def check(c: Config, world: int, *, trains: bool = True, device_type: str = "cpu
             f"optim.updates is {c.optim.updates} with loss.old_logprobs=current: later updates need the ratio; "
             "give --loss.old_logprobs=engine or recompute."
         )
+
+
+def check_function(c: Config) -> None:
+    """Refuse rewards that a reward function in mode `replace` would silently leave unused. Raises ValueError."""
+    w = c.reward
+    for name in ("truncated", "degenerate", "repetition") if w.function and w.mode == "replace" else ():
+        if getattr(w, name) is not None:
+            raise ValueError(
+                f"reward.{name} is {getattr(w, name)} with reward.mode=replace, where the function's value is the "
+                f"reward of every response: give --reward.{name}=none, or --reward.mode=add."
+            )
 
 
 def check_parallel(model: ModelConfig, parallel: ParallelConfig) -> None:

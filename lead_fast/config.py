@@ -155,6 +155,16 @@ class RewardConfig:
     """Soft overlong penalty (DAPO): falls from 0 to -1 over this many tokens before rollout.max_tokens; 0 is off."""
     verifier_timeout_s: Seconds = 5.0
     """Time limit for checking one answer, seconds; beyond it the answer counts as wrong."""
+    function: str = ""
+    """Reward function of your own, `path/to/FILE.py:name` or `module:name` (docs/own-reward.md); empty: none."""
+    mode: Literal["replace", "add"] = "replace"
+    """What the function's value is: the reward, and whether the response is correct; or a bonus on the usual reward."""
+    correct_above: Reward = 0.0
+    """With mode `replace`: values above this count as correct, in the solve rate and for the length reward L."""
+    function_timeout_s: Seconds = 5.0
+    """Time limit of the function for one response, seconds."""
+    function_failed: Reward = 0.0
+    """Value of a response where the function raises, runs out of time or returns anything but finite numbers."""
 
 
 @dataclass(frozen=True)

@@ -71,11 +71,17 @@ class Ranks:
     def barrier(self) -> None:
         dist.barrier()
 
+    def say_once(self, what: str, text: str) -> None:
+        """Print `text` on the first rank that has something to say of `what`; the others stay silent. No collective."""
+        if self.store.add(f"said/{what}", 1) == 1:
+            print(text, flush=True)
+
 
 def start(parallel: ParallelConfig | None = None) -> Ranks:
     """Join the job that torchrun made, or make a job of one.
 
-    CUDA machines use NCCL (and gloo for objects and asynchronous checkpoints), others gloo. The mesh is ("shard",), or
+    CUDA machines use NCCL (and gloo for objects and asynchronous checkpoints), others gloo. On a CPU the ranks divide
+    the cores between them, unless OMP_NUM_THREADS says how many threads each should have. The mesh is ("shard",), or
     ("replicate", "shard") with parallel.replicate copies of the sharded model.
 
     Raises:
@@ -104,8 +110,9 @@ def start(parallel: ParallelConfig | None = None) -> Ranks:
             store = dist.PrefixStore(f"life-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # type: ignore
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
     world = dist.get_world_size()
-    if not cuda:
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if not cuda and not (given and (local == 1 or given != "1")):  # for several ranks, torchrun itself sets it to 1
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
     for name, parts in (("replicate", parallel.replicate), ("sequence", parallel.sequence)):
         if parts < 1 or world % parts:
