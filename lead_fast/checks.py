@@ -4,7 +4,7 @@ import os
 from operator import attrgetter
 from pathlib import Path
 
-from .cli import ranges, type_of, wanted
+from .cli import ranges, wanted
 from .config import Config, ModelConfig, ParallelConfig, SftConfig
 
 NEVER_EMPTY = ("model.path", "data.train", "data.test", "data.problem_column", "data.reference_column",
@@ -29,7 +29,7 @@ def check_values(c: Config | SftConfig) -> None:
         numbers = value if isinstance(value, tuple) else (value,)
         if not all(x is None or x in allowed for x in numbers):
             shown = list(value) if isinstance(value, tuple) else value
-            raise ValueError(f"{key} is {shown}: give {wanted(key, type_of(key, type(c)))}.")
+            raise ValueError(f"{key} is {shown}: give {wanted(key, type(c))}.")
     for key in NEVER_EMPTY:
         owner, _, name = key.rpartition(".")
         section = getattr(c, owner) if owner else c

@@ -44,12 +44,15 @@ def keys(cls: Any = Config, prefix: str = "") -> list[str]:
 
 
 def ranges(cls: Any = Config) -> dict[str, Range]:
-    """The range of every number by dotted key, but for the sections that check themselves (loss, advantage)."""
-    return {key: allowed for key in keys(cls) if (allowed := range_of(type_of(key, cls)))}
+    """The range of every number by dotted key."""
+    return {key: allowed for key in keys(cls) if (allowed := range_of(key, cls))}
 
 
-def range_of(kind: Any) -> Range | None:
-    return next((x for x in get_args(kind) if isinstance(x, Range)), None)
+def range_of(key: str, cls: Any = Config) -> Range | None:
+    """The range beside a key's type, or in its section's RANGES."""
+    section, _, name = key.rpartition(".")
+    inherited = getattr(type_of(section, cls), "RANGES", {}) if section else {}
+    return next((x for x in get_args(type_of(key, cls)) if isinstance(x, Range)), inherited.get(name))
 
 
 def type_of(key: str, cls: Any = Config) -> Any:
@@ -110,22 +113,24 @@ def from_tree(tree: dict[str, Any], cls: Any = Config) -> Any:
     for key in keys(cls):
         *section, leaf = key.split(".")
         value = (tree.get(section[0], {}) if section else tree).get(leaf)
-        if isinstance(value, bool) and is_number(kind := type_of(key, cls)):  # pydantic would take true for 1
-            raise ValueError(f"{key} is {json.dumps(value)}: give {wanted(key, kind)}.")
+        if isinstance(value, bool) and is_number(type_of(key, cls)):  # pydantic would take true for 1
+            raise ValueError(f"{key} is {json.dumps(value)}: give {wanted(key, cls)}.")
     try:
         return pydantic.TypeAdapter(cls).validate_python(tree)
     except pydantic.ValidationError as e:
         err = e.errors()[0]
         key = ".".join(str(p) for p in err["loc"] if isinstance(p, str))
         if refused := err.get("ctx", {}).get("error"):  # a section's own check; its sentence begins with the field
-            raise ValueError(f"{key}.{refused}") from e
-        kind = type_of(key, cls) if key in keys(cls) else dict
-        raise ValueError(f"{key} is {err['input']!r}: give {wanted(key, kind)}.") from e
+            said, _, _ = f"{key}.{refused}".partition(": give ")
+            name = said.split(" is ")[0]
+            raise ValueError(f"{said}: give {wanted(name, cls)}." if name in ranges(cls) else f"{key}.{refused}") from e
+        remedy = wanted(key, cls) if key in keys(cls) else f"keys of section {key}"
+        raise ValueError(f"{key} is {err['input']!r}: give {remedy}.") from e
 
 
-def wanted(key: str, kind: Any) -> str:
+def wanted(key: str, cls: Any = Config) -> str:
     """What a key takes, in words."""
-    allowed, plain = range_of(kind), bare(kind)
+    allowed, plain = range_of(key, cls), bare(type_of(key, cls))
     if get_origin(plain) is Literal:
         out = f"one of {', '.join(get_args(plain))}"
     elif get_origin(plain) is tuple and allowed:
@@ -136,7 +141,7 @@ def wanted(key: str, kind: Any) -> str:
         out = f"a {'whole ' * (plain is int)}number {allowed or ''}".rstrip()
         out += f" (0: {allowed.zero})" if allowed and allowed.zero else ""
     else:
-        out = {bool: "true or false", dict: f"keys of section {key}"}.get(plain, "text")
+        out = "true or false" if plain is bool else "text"
     return out + ", or none" * optional(plain)
 
 
@@ -196,7 +201,7 @@ def load_config(
         raise SystemExit(0)
     for key, value in given.items():
         *section, leaf = key.split(".")
-        parsed = _value(key, value, type_of(key, cls))
+        parsed = _value(key, value, cls)
         tree = merge(tree, {section[0]: {leaf: parsed}} if section else {leaf: parsed})
     return from_tree(tree, cls)
 
@@ -211,16 +216,17 @@ def _split(arg: str) -> list[str]:
     return arg.split("=", 1) if arg.startswith("--") and "=" in arg else [arg]
 
 
-def _value(key: str, text: str, kind: Any) -> Any:
+def _value(key: str, text: str, cls: Any) -> Any:
     """The value that a command line gives to a key. Raises ValueError for a list that is not valid JSON."""
-    if text.lower() == "none" and optional(bare(kind)):
+    plain = bare(type_of(key, cls))
+    if text.lower() == "none" and optional(plain):
         return None
-    if get_origin(bare(kind)) is not tuple:
+    if get_origin(plain) is not tuple:
         return text
     try:
         return json.loads(text)
     except ValueError as e:
-        raise ValueError(f"{key} is {text}: give {wanted(key, kind)}.") from e
+        raise ValueError(f"{key} is {text}: give {wanted(key, cls)}.") from e
 
 
 def dump(c: Config | SftConfig) -> str:
@@ -259,8 +265,8 @@ def help_text(c: Config | SftConfig, about: str) -> str:
         for f in dataclasses.fields(values):
             if not dataclasses.is_dataclass(f.type):
                 shown = _shown(getattr(values, f.name))
-                kind = type_of(prefix + f.name, type(c))
-                lines += _entry(f"--{prefix}{f.name}={shown}", f"{docs[f.name]}{_choices(kind)}")
+                choices = _choices(prefix + f.name, type(c))
+                lines += _entry(f"--{prefix}{f.name}={shown}", f"{docs[f.name]}{choices}")
     return "\n".join(lines)
 
 
@@ -286,13 +292,13 @@ def _shown(value: Any) -> str:
     return value if isinstance(value, str) else "none" if value is None else json.dumps(value)
 
 
-def _choices(kind: Any) -> str:
+def _choices(key: str, cls: Any) -> str:
     """What a key can be, where its value does not show it."""
-    plain = bare(kind)
+    plain = bare(type_of(key, cls))
     if get_origin(plain) is Literal:
         return f" One of {', '.join(get_args(plain))}."
     if plain is bool:
         return " Boolean; the flag alone means true."
-    said = [f"{'each ' * (get_origin(plain) is tuple)}{allowed}"] if (allowed := range_of(kind)) else []
+    said = [f"{'each ' * (get_origin(plain) is tuple)}{allowed}"] if (allowed := range_of(key, cls)) else []
     said += ["or none"] * optional(plain)
     return f" {', '.join(said).capitalize()}." if said else ""

@@ -1,11 +1,11 @@
 """The whole configuration: one tree of frozen dataclasses. cli.py fills it, checks.py refuses what cannot work.
 
-Every number says its range beside its type; checks.py holds the value to it and --help shows it. The options of the
-advantages and of the loss are those of kernels/lead_kernels/options.py, which checks their values.
+Every number has its range beside its type; checks.py holds the value to it and --help shows it. The options of the
+advantages and of the loss are those of kernels/lead_kernels/options.py; their ranges are in RANGES of the section.
 """
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from lead_kernels.options import AdvantageOptions, LossOptions
 
@@ -171,10 +171,32 @@ class RewardConfig:
 class AdvantageConfig(AdvantageOptions):
     """From rewards to advantages, over the responses to one problem; the keys of lead_kernels.AdvantageOptions."""
 
+    RANGES: ClassVar[dict[str, Range]] = {
+        "alpha": Range(0, 10, zero="off"),
+        "weight_low": Range(0, 1000),
+        "weight_high": Range(0, 1000),
+        "slope": Range(-1000, 1000),
+        "midpoint": Range(0, 1),
+        "eps": Range(0, 1),
+        "length_gate": Range(0, 2**24, zero="off"),
+        "length_min_solve_rate": Range(0, 1),
+    }
+    """Of the inherited numbers; a kernel takes any that it can compute with."""
+
 
 @dataclass(frozen=True)
 class LossConfig(LossOptions):
     """The clipped policy loss: the keys of lead_kernels.LossOptions, and what the trainer decides before calling it."""
+
+    RANGES: ClassVar[dict[str, Range]] = {
+        "clip_low": Range(0, MANY),
+        "clip_high": Range(0, MANY),
+        "dual_clip": Range(1, MANY, above=True),
+        "importance_cap": Range(0, MANY, above=True),
+        "kl_coef": Range(0, 1000, zero="no reference model"),
+        "entropy_coef": Range(-1000, 1000),
+    }
+    """Of the inherited numbers; a kernel takes any that it can compute with."""
 
     mean: Literal["response", "token", "constant"] = "response"
     """Per-response mean (paper), token mean over the whole batch (released code), or a constant length (Dr. GRPO)."""

@@ -253,15 +253,8 @@ def refuses(arg: str, cls: Any) -> str:
     return said
 
 
-CHECKED_BY_KERNELS = ("loss.", "advantage.")  # lead_kernels.options has their bounds, and its tests
-
-
 @pytest.mark.parametrize("cls, key", [(cls, key) for cls in (Config, SftConfig) for key in numeric_keys(cls)])
 def test_every_number_has_a_range_and_nothing_outside_it_is_accepted(cls, key):
-    if key.startswith(CHECKED_BY_KERNELS):
-        for x in ("nan", "inf", "-inf"):
-            assert x in refuses(f"--{key}={x}", cls)
-        return
     assert key in ranges(cls), f"{key} is a number without a range: declare one in config.py"
     allowed, whole = ranges(cls)[key], "int" in str(bare(type_of(key, cls)))
     step = 1 if whole else None
