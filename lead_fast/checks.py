@@ -1,6 +1,14 @@
 """What can be known wrong in a configuration before any model is loaded: ranges and combinations."""
 
-from .config import Config, ModelConfig, OptimConfig, ParallelConfig, SftConfig
+import os
+from operator import attrgetter
+from pathlib import Path
+
+from .cli import ranges, wanted
+from .config import Config, ModelConfig, ParallelConfig, SftConfig
+
+NEVER_EMPTY = ("model.path", "data.train", "data.test", "data.problem_column", "data.reference_column",
+               "solution_column")  # fmt: skip
 
 
 def chosen_engine(c: Config, device_type: str) -> str:
@@ -10,8 +18,43 @@ def chosen_engine(c: Config, device_type: str) -> str:
     return c.rollout.engine
 
 
+def check_values(c: Config | SftConfig) -> None:
+    """Refuse numbers outside their ranges (NaN and infinities always are), empty text, and an `output` that is a file.
+
+    Raises:
+        ValueError: one sentence that names key, value and range.
+    """
+    for key, allowed in ranges(type(c)).items():
+        value = attrgetter(key)(c)
+        numbers = value if isinstance(value, tuple) else (value,)
+        if not all(x is None or x in allowed for x in numbers):
+            shown = list(value) if isinstance(value, tuple) else value
+            raise ValueError(f"{key} is {shown}: give {wanted(key, type(c))}.")
+    for key in NEVER_EMPTY:
+        owner, _, name = key.rpartition(".")
+        section = getattr(c, owner) if owner else c
+        if not getattr(section, name, "absent").strip():
+            raise ValueError(f"{key} is empty: --help says what it takes.")
+    check_folder("output", c.output or "runs")
+
+
+def check_folder(key: str, folder: str | Path) -> None:
+    """Refuse a folder that cannot be written to or made, such as one with the name of a file.
+
+    Raises:
+        ValueError: one sentence that begins with `key`.
+    """
+    path = Path(folder).absolute()
+    there = next(p for p in (path, *path.parents) if os.path.lexists(p))
+    if not there.is_dir():
+        what = "is a file" if there.exists() else "is a link to nothing"
+        raise ValueError(f"{key} is {folder} and {there} {what}: give the path of a folder.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{key} is {folder} and {there} may not be written to: give another folder.")
+
+
 def check(c: Config, world: int, *, trains: bool = True, device_type: str = "cpu") -> None:
-    """What can be known wrong before any model is loaded.
+    """Refuse what can be known wrong before any model is loaded.
 
     Args:
         c: the configuration.
@@ -21,19 +64,9 @@ def check(c: Config, world: int, *, trains: bool = True, device_type: str = "cpu
     Raises:
         ValueError: one sentence that names the value and the remedy.
     """
+    check_values(c)
     r, a = c.rollout, c.advantage
-    for name, value in {"rollout.problems": r.problems, "rollout.group_size": r.group_size, "steps": c.steps,
-                        "rollout.max_tokens": r.max_tokens, "optim.updates": c.optim.updates,
-                        "evaluate.samples": c.evaluate.samples,
-                        "rollout.batch_size": r.batch_size, "rollout.tensor_parallel": r.tensor_parallel,
-                        "rollout.sync_bucket_mib": r.sync_bucket_mib}.items():  # fmt: skip
-        if value < 1:
-            raise ValueError(f"{name} is {value}: give 1 or more.")
     check_parallel(c.model, c.parallel)
-    check_optim(c.optim)
-    for name, count in {"checkpoint_every": c.checkpoint_every, "evaluate.every": c.evaluate.every}.items():
-        if count < 0:
-            raise ValueError(f"{name} is {count}: give 1 or more, or 0 for never.")
     by_sequence = c.loss.ratio == "sequence" or (
         c.loss.importance_cap is not None and c.loss.importance_level == "sequence"
     )
@@ -55,24 +88,21 @@ def check(c: Config, world: int, *, trains: bool = True, device_type: str = "cpu
             f"rollout.group_size is 1 and advantage.std is {a.std}: one response has no spread to normalise by; "
             "give a group size of 2 or more, or --advantage.std=none."
         )
-    if r.refill < 0 or (r.refill and a.group_filter == "none"):
+    if r.refill and a.group_filter == "none":
         raise ValueError(
             f"rollout.refill is {r.refill} and advantage.group_filter {a.group_filter}: it replaces dropped groups; "
             "give 0, or --advantage.group_filter=uniform."
         )
-    if r.group_size > 1024:
-        raise ValueError(f"rollout.group_size is {r.group_size}: the kernels take groups of at most 1024.")
-    if r.temperature <= 0:
-        raise ValueError(f"rollout.temperature is {r.temperature}: training samples, so give a value above 0.")
-    if not 0 < r.top_p <= 1 or not 0 <= r.min_p < 1:
-        raise ValueError(f"rollout.top_p is {r.top_p} and min_p {r.min_p}: give 0 < top_p <= 1 and 0 <= min_p < 1.")
-    if not 0 < c.evaluate.gpu_memory < 1:
-        raise ValueError(f"evaluate.gpu_memory is {c.evaluate.gpu_memory}: give a share between 0 and 1.")
-    if r.top_k < 0 or r.extra_problems < 0 or not 0 < r.gpu_memory < 1:
+    if not all(r.stop):
+        raise ValueError(f"rollout.stop is {list(r.stop)}: an empty string would end every response; leave it out.")
+    if 0 < c.evaluate.temperature < 0.01:  # vLLM would sample at 0.01, and transformers divide by next to nothing
+        raise ValueError(f"evaluate.temperature is {c.evaluate.temperature}: give 0 (greedy), or 0.01 or more.")
+    if c.reward.overlong_buffer > r.max_tokens:
         raise ValueError(
-            f"rollout.top_k is {r.top_k}, extra_problems {r.extra_problems} and gpu_memory {r.gpu_memory}: "
-            "give 0 or more, 0 or more, and a share between 0 and 1."
+            f"reward.overlong_buffer is {c.reward.overlong_buffer} and rollout.max_tokens {r.max_tokens}: "
+            "give a buffer within the limit."
         )
+    check_function(c)
     if world % r.tensor_parallel:
         raise ValueError(
             f"rollout.tensor_parallel is {r.tensor_parallel}, which does not divide {world} ranks: "
@@ -90,10 +120,19 @@ def check(c: Config, world: int, *, trains: bool = True, device_type: str = "cpu
         )
 
 
+def check_function(c: Config) -> None:
+    """Refuse rewards that a reward function in mode `replace` would silently leave unused. Raises ValueError."""
+    w = c.reward
+    for name in ("truncated", "degenerate", "repetition") if w.function and w.mode == "replace" else ():
+        if getattr(w, name) is not None:
+            raise ValueError(
+                f"reward.{name} is {getattr(w, name)} with reward.mode=replace, where the function's value is the "
+                f"reward of every response: give --reward.{name}=none, or --reward.mode=add."
+            )
+
+
 def check_parallel(model: ModelConfig, parallel: ParallelConfig) -> None:
-    """What can be known wrong in how a model is laid out, whatever it is trained for. Raises ValueError."""
-    if parallel.pack_tokens < 0:
-        raise ValueError(f"parallel.pack_tokens is {parallel.pack_tokens}: give 1 or more, or 0 to have it measured.")
+    """Refuse layouts of a model that cannot work, whatever it is trained for. Raises ValueError."""
     if parallel.offload in ("activations", "both") and model.activation_checkpointing != "full":
         raise ValueError(
             f"parallel.offload is {parallel.offload} with model.activation_checkpointing="
@@ -106,28 +145,7 @@ def check_parallel(model: ModelConfig, parallel: ParallelConfig) -> None:
         )
 
 
-def check_optim(optim: OptimConfig) -> None:
-    """What can be known wrong in the optimiser's settings. Raises ValueError."""
-    for name, value in {"lr": optim.lr, "weight_decay": optim.weight_decay, "warmup_steps": optim.warmup_steps,
-                        "max_skipped": optim.max_skipped}.items():  # fmt: skip
-        if value < 0:
-            raise ValueError(f"optim.{name} is {value}: give 0 or more.")
-    if optim.grad_clip <= 0:
-        raise ValueError(f"optim.grad_clip is {optim.grad_clip}: give a norm above 0; a large one clips nothing.")
-    if not all(0 <= beta < 1 for beta in optim.betas):
-        raise ValueError(f"optim.betas is {list(optim.betas)}: give two numbers from 0 to below 1.")
-
-
 def check_sft(c: SftConfig) -> None:
-    """What can be known wrong in SFT's configuration before a model is loaded. Raises ValueError."""
-    for name, value in {"steps": c.steps, "batch_tokens": c.batch_tokens}.items():
-        if value < 1:
-            raise ValueError(f"{name} is {value}: give 1 or more.")
-    for name, value, zero in (("validate_every", c.validate_every, "only after the last step"),
-                              ("checkpoint_every", c.checkpoint_every, "no checkpoints"),
-                              ("max_solution_tokens", c.max_solution_tokens, "no limit"),
-                              ("watchdog_s", c.watchdog_s, "no watchdog")):  # fmt: skip
-        if value < 0:
-            raise ValueError(f"{name} is {value}: give 1 or more, or 0 for {zero}.")
+    """Refuse what can be known wrong in SFT's configuration before a model is loaded. Raises ValueError."""
+    check_values(c)
     check_parallel(c.model, c.parallel)
-    check_optim(c.optim)

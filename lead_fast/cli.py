@@ -16,9 +16,9 @@ import sys
 import textwrap
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from .config import Config, SftConfig
+from .config import Config, Range, SftConfig
 
 RECIPES = Path(__file__).parent / "recipes"
 PRESETS = Path(__file__).parent / "presets"
@@ -41,6 +41,30 @@ def keys(cls: Any = Config, prefix: str = "") -> list[str]:
         else:
             out.append(prefix + f.name)
     return out
+
+
+def ranges(cls: Any = Config) -> dict[str, Range]:
+    """The range of every number by dotted key."""
+    return {key: allowed for key in keys(cls) if (allowed := range_of(key, cls))}
+
+
+def range_of(key: str, cls: Any = Config) -> Range | None:
+    """The range beside a key's type, or in its section's RANGES."""
+    section, _, name = key.rpartition(".")
+    inherited = getattr(type_of(section, cls), "RANGES", {}) if section else {}
+    return next((x for x in get_args(type_of(key, cls)) if isinstance(x, Range)), inherited.get(name))
+
+
+def type_of(key: str, cls: Any = Config) -> Any:
+    """The declared type of a dotted key, such as Annotated[int, Range(...)]."""
+    for part in key.split("."):
+        cls = get_type_hints(cls, include_extras=True)[part]
+    return cls
+
+
+def bare(kind: Any) -> Any:
+    """A type without its range."""
+    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
 
 
 def unknown_key(key: str, where: str, cls: Any) -> ValueError:
@@ -86,14 +110,49 @@ def from_tree(tree: dict[str, Any], cls: Any = Config) -> Any:
     """Nested dicts to a Config, each value's type checked; a wrong one is named with its key."""
     import pydantic
 
+    for key in keys(cls):
+        *section, leaf = key.split(".")
+        value = (tree.get(section[0], {}) if section else tree).get(leaf)
+        if isinstance(value, bool) and is_number(type_of(key, cls)):  # pydantic would take true for 1
+            raise ValueError(f"{key} is {json.dumps(value)}: give {wanted(key, cls)}.")
     try:
         return pydantic.TypeAdapter(cls).validate_python(tree)
     except pydantic.ValidationError as e:
         err = e.errors()[0]
-        key = ".".join(str(p) for p in err["loc"])
+        key = ".".join(str(p) for p in err["loc"] if isinstance(p, str))
         if refused := err.get("ctx", {}).get("error"):  # a section's own check; its sentence begins with the field
-            raise ValueError(f"{key}.{refused}") from e
-        raise ValueError(f"Configuration key {key} = {err['input']!r} is not valid: {err['msg']}.") from e
+            said, _, _ = f"{key}.{refused}".partition(": give ")
+            name = said.split(" is ")[0]
+            raise ValueError(f"{said}: give {wanted(name, cls)}." if name in ranges(cls) else f"{key}.{refused}") from e
+        remedy = wanted(key, cls) if key in keys(cls) else f"keys of section {key}"
+        raise ValueError(f"{key} is {err['input']!r}: give {remedy}.") from e
+
+
+def wanted(key: str, cls: Any = Config) -> str:
+    """What a key takes, in words."""
+    allowed, plain = range_of(key, cls), bare(type_of(key, cls))
+    if get_origin(plain) is Literal:
+        out = f"one of {', '.join(get_args(plain))}"
+    elif get_origin(plain) is tuple and allowed:
+        out = f"a list of {len(get_args(plain))} numbers, each {allowed}"
+    elif get_origin(plain) is tuple:
+        out = f"""a list of strings in quotes, as in --{key}='["a", "b"]'"""
+    elif is_number(plain):
+        out = f"a {'whole ' * (plain is int)}number {allowed or ''}".rstrip()
+        out += f" (0: {allowed.zero})" if allowed and allowed.zero else ""
+    else:
+        out = "true or false" if plain is bool else "text"
+    return out + ", or none" * optional(plain)
+
+
+def optional(kind: Any) -> bool:
+    return type(None) in get_args(kind)
+
+
+def is_number(kind: Any) -> bool:
+    """Whether a key of this type holds a number, or several, or a number or nothing."""
+    plain = bare(kind)
+    return bool({int, float} & {plain, *get_args(plain)})
 
 
 SHORT = {"config": "recipe", "model": "model.path"}
@@ -126,7 +185,7 @@ def load_config(
             raise unknown_key(key, "the command line", cls)
         if args and not args[0].startswith("--"):
             given[key] = args.pop(0)
-        elif _type(key, cls) is bool:
+        elif bare(type_of(key, cls)) is bool:
             given[key] = "true"
         else:
             raise ValueError(f"{flag} needs a value, as in {flag}=VALUE.")
@@ -142,7 +201,7 @@ def load_config(
         raise SystemExit(0)
     for key, value in given.items():
         *section, leaf = key.split(".")
-        parsed = _value(value, _type(key, cls))
+        parsed = _value(key, value, cls)
         tree = merge(tree, {section[0]: {leaf: parsed}} if section else {leaf: parsed})
     return from_tree(tree, cls)
 
@@ -157,16 +216,17 @@ def _split(arg: str) -> list[str]:
     return arg.split("=", 1) if arg.startswith("--") and "=" in arg else [arg]
 
 
-def _type(key: str, cls: Any) -> Any:
-    for part in key.split("."):
-        cls = {f.name: f.type for f in dataclasses.fields(cls)}[part]
-    return cls
-
-
-def _value(text: str, kind: Any) -> Any:
-    if text.lower() == "none" and type(None) in get_args(kind):
+def _value(key: str, text: str, cls: Any) -> Any:
+    """The value that a command line gives to a key. Raises ValueError for a list that is not valid JSON."""
+    plain = bare(type_of(key, cls))
+    if text.lower() == "none" and optional(plain):
         return None
-    return json.loads(text) if text.startswith("[") else text
+    if get_origin(plain) is not tuple:
+        return text
+    try:
+        return json.loads(text)
+    except ValueError as e:
+        raise ValueError(f"{key} is {text}: give {wanted(key, cls)}.") from e
 
 
 def dump(c: Config | SftConfig) -> str:
@@ -205,7 +265,8 @@ def help_text(c: Config | SftConfig, about: str) -> str:
         for f in dataclasses.fields(values):
             if not dataclasses.is_dataclass(f.type):
                 shown = _shown(getattr(values, f.name))
-                lines += _entry(f"--{prefix}{f.name}={shown}", f"{docs[f.name]}{_choices(f.type)}")
+                choices = _choices(prefix + f.name, type(c))
+                lines += _entry(f"--{prefix}{f.name}={shown}", f"{docs[f.name]}{choices}")
     return "\n".join(lines)
 
 
@@ -231,10 +292,13 @@ def _shown(value: Any) -> str:
     return value if isinstance(value, str) else "none" if value is None else json.dumps(value)
 
 
-def _choices(kind: Any) -> str:
+def _choices(key: str, cls: Any) -> str:
     """What a key can be, where its value does not show it."""
-    if get_origin(kind) is Literal:
-        return f" One of {', '.join(get_args(kind))}."
-    if kind is bool:
+    plain = bare(type_of(key, cls))
+    if get_origin(plain) is Literal:
+        return f" One of {', '.join(get_args(plain))}."
+    if plain is bool:
         return " Boolean; the flag alone means true."
-    return " Or none." if type(None) in get_args(kind) else ""
+    said = [f"{'each ' * (get_origin(plain) is tuple)}{allowed}"] if (allowed := range_of(key, cls)) else []
+    said += ["or none"] * optional(plain)
+    return f" {', '.join(said).capitalize()}." if said else ""

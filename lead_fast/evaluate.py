@@ -5,8 +5,8 @@
 
 The set is AIME24, AIME25, MATH500, AMC23, Minerva, OlympiadBench, a hub set or a file. DIR gets samples.jsonl (every
 graded answer), evaluation.json, table.md and evaluation.png. What samples.jsonl holds is not sampled again, so an
-evaluation that was killed goes on by the same command. Where no recipe is named, a run directory's own configuration
-holds (its lengths, instruction and grading), else the recipe `tiny`.
+evaluation that was stopped is resumed by the same command. Where no recipe is named, a run directory's own
+configuration holds (its lengths, instruction and grading), else the recipe `tiny`.
 """
 
 import argparse
@@ -14,25 +14,29 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import sys
 import tomllib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .checks import check, chosen_engine
+from .checks import check, check_folder, chosen_engine
 from .cli import dump, load_config, take_dry_run
+from .command import run_command
 from .config import Config
 from .data.prompts import load_test
 from .learner.model import load_tokenizer, resolve
 from .machine import look_at_machine
 from .records import Batch, Problem, Sample
 from .report import parse_labelled
+from .reward.function import RewardFunction
 from .reward.grading import grade
 from .reward.verifier import Verifier
 from .rollout.collect import gather, rollout
 from .rollout.engine import Engine, EngineFailure, Progress, Sampling, silent
 from .rollout.engines import make_engine
-from .runtime.ranks import Ranks, complaint, start, stop
+from .runtime.ranks import Ranks, start, stop
+from .runtime.signals import any_rank_caught, children_without_interrupts, stop_on_signals
 from .scores import Answered, difference, draw, summary, table, vote
 
 
@@ -42,24 +46,24 @@ def sampling(c: Config) -> Sampling:
 
 
 class Samples:
-    """The graded answers in samples.jsonl: what is there is kept, what is new is appended, a problem a line.
+    """The graded responses in samples.jsonl: what is there is kept, what is new is appended, one problem per line.
 
-    Their texts stay in the file: tens of thousands of problems with long answers would fill a machine's memory.
+    Their texts stay in the file: tens of thousands of problems with long responses would fill a machine's memory.
 
     Args:
-        path: the file, made when the first answers come.
-        asked: everything that the answers depend on; a file of other answers is refused.
+        path: the file, made when the first responses come.
+        asked: everything that the responses depend on; a file that was asked otherwise is refused.
     """
 
     def __init__(self, path: Path, asked: dict):
         self.path, self.head = path, {"asked": asked}
         self.done: dict[str, Answered] = {}
-        self.whole_bytes = 0  # what follows is half a line, from a kill
+        self.complete_bytes = 0  # what follows is half a line, from a kill
         with path.open("rb") if path.is_file() else contextlib.nullcontext([]) as lines:
             for line in lines:
                 if not line.endswith(b"\n"):
                     break
-                if self.whole_bytes:
+                if self.complete_bytes:
                     answered = Answered(**{**json.loads(line), "texts": []})
                     self.done[answered.id] = answered
                 else:
@@ -67,19 +71,19 @@ class Samples:
                     other = [k for k in asked if old.get(k) != asked[k]]
                     if other:
                         raise ValueError(
-                            f"{path} holds answers with another {other[0]} ({old.get(other[0])!r}, now "
+                            f"{path} holds responses with another {other[0]} ({old.get(other[0])!r}, now "
                             f"{asked[other[0]]!r}): give another --output, or remove the file."
                         )
-                self.whole_bytes += len(line)
+                self.complete_bytes += len(line)
 
     def add(self, answered: list[Answered]) -> None:
-        """Keep whole problems; after this a kill loses none of them."""
+        """Append complete problems; after this a kill loses none of them."""
         rows = [json.dumps(dataclasses.asdict(a)) for a in answered]
-        text = "".join(line + "\n" for line in ([] if self.whole_bytes else [json.dumps(self.head)]) + rows)
+        text = "".join(line + "\n" for line in ([] if self.complete_bytes else [json.dumps(self.head)]) + rows)
         with self.path.open("r+b" if self.path.is_file() else "wb") as f:
-            f.truncate(self.whole_bytes)
-            f.seek(self.whole_bytes)
-            self.whole_bytes += f.write(text.encode())
+            f.truncate(self.complete_bytes)
+            f.seek(self.complete_bytes)
+            self.complete_bytes += f.write(text.encode())
         self.done |= {a.id: dataclasses.replace(a, texts=[]) for a in answered}
 
 
@@ -118,35 +122,44 @@ def evaluate(
     ranks: Ranks,
     progress: Progress = silent,
     samples: Samples | None = None,
+    *,
+    function: RewardFunction | None = None,
+    leaving: Callable[[], bool] = lambda: False,
 ) -> tuple[dict, Batch]:
     """Sample every problem `evaluate.samples` times and grade. A collective; the same seed every time.
 
+    What is correct is the verifier's verdict, whatever reward.mode says.
+
     Args:
-        samples: answers that are there already, and where new ones go (on the first rank); None keeps none.
+        samples: responses that are there already, and where new ones go (on the first rank); None keeps none.
+        function: the user's reward function, whose terms go with the scores; None: it is not called.
+        leaving: whether to stop before the next portion of the problems, the same on every rank.
     Returns:
-        the record that metrics.jsonl keeps (see scores.summary), and the graded answers that were sampled last: all of
-        them without `samples`.
+        the record that metrics.jsonl keeps (see scores.summary; empty if it was stopped), and the graded responses that
+        were sampled last: all of them without `samples`.
     """
     at_once = c.rollout.batch_size * ranks.world * (8 if chosen_engine(c, ranks.device.type) == "vllm" else 1)
-    size = max(1, at_once // c.evaluate.samples if samples else len(problems))  # what a kill may cost
+    size = max(1, at_once // c.evaluate.samples if samples else len(problems))  # a portion: what a kill may cost
     done: dict[str, Answered] = dict(samples.done) if samples else {}
     missing = [i for i, p in enumerate(problems) if p.id not in done]
     batch = Batch([])
     for at in range(0, len(missing), size):
+        if leaving():
+            return {}, batch
         progress(len(problems) - len(missing) + at, len(problems))
-        share = missing[at : at + size]
-        asked = [problems[i] for i in share], [prompts[i] for i in share]
+        portion = missing[at : at + size]
+        asked = [problems[i] for i in portion], [prompts[i] for i in portion]
         part = rollout(
             engine,
             asked[1],
             c.evaluate.samples,
             sampling(c),
-            c.seed + 7919 * share[0] + 1,
+            c.seed + 7919 * portion[0] + 1,
             ranks,
             progress if samples is None else silent,
             shared_by=c.rollout.tensor_parallel,
         )
-        graded = grade(asked[0], part.responses, verifier, c.reward)
+        graded = grade(asked[0], part.responses, verifier, c.reward, function, trains=False)
         batch = gather(part, graded, *asked, ranks)
         own = {i: majority(samples, verifier) for i, samples in graded.items()}
         votes = {i: v for rank in ranks.gather_objects(own) for i, v in rank.items()}
@@ -160,21 +173,21 @@ def evaluate(
 
 
 def weights(model: str) -> str | None:
-    """What tells a local model from one that was there before: a hash of its files' sizes, ends and configuration."""
+    """A hash of a local model: of its configuration and of its files' sizes and ends; None for one of the hub."""
     folder = Path(resolve(model))
     if not folder.is_dir():
         return None
-    told = hashlib.sha256((folder / "config.json").read_bytes())
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in sorted(folder.glob("*.safetensors")):
         size = path.stat().st_size
         with path.open("rb") as f:
             f.seek(max(0, size - 2**20))
-            told.update(f"{path.name} {size}".encode() + f.read())
-    return told.hexdigest()[:16]
+            digest.update(f"{path.name} {size}".encode() + f.read())
+    return digest.hexdigest()[:16]
 
 
 def own_settings(args: list[str]) -> list[str]:
-    """The recipe that `args` leave open: of a run directory, the run's own configuration."""
+    """Arguments that stand for a recipe where `args` name none: a run directory's own configuration."""
     if any(a.split("=")[0] in ("--recipe", "--config") for a in args):
         return []
     named = [b if a in ("--model", "--model.path") else a.partition("=")[2]
@@ -187,7 +200,7 @@ def own_settings(args: list[str]) -> list[str]:
 
 
 def asked(c: Config, problems: list[Problem]) -> dict:
-    """All that answers depend on, for Samples."""
+    """All that responses and their grades depend on, for Samples."""
     text = json.dumps([[p.id, p.problem, p.reference] for p in problems])
     return {
         "model.path": c.model.path,
@@ -206,7 +219,7 @@ def asked(c: Config, problems: list[Problem]) -> dict:
 
 
 def write(folder: Path, records: dict[str, dict], gains: dict | None = None) -> str:
-    """table.md and evaluation.png of models side by side; returns the table."""
+    """Write table.md and evaluation.png of models side by side; returns the table."""
     folder.mkdir(parents=True, exist_ok=True)
     text = table(records, gains)
     (folder / "table.md").write_text(text, encoding="utf-8")
@@ -215,20 +228,21 @@ def write(folder: Path, records: dict[str, dict], gains: dict | None = None) -> 
 
 
 def compare(args: list[str]) -> None:
-    """Finished evaluations side by side, and what each gained over the first, paired by problem."""
+    """Print and write finished evaluations side by side, with what each gained over the first, paired by problem."""
     p = argparse.ArgumentParser(prog="python -m lead_fast.evaluate", description="Finished evaluations side by side.")
     p.add_argument("--compare", nargs="+", metavar="LABEL=DIR", required=True)
     p.add_argument("--output", default=".")
-    a = p.parse_args(args)
+    given = p.parse_args(args)
+    check_folder("--output", given.output)
     records, rows = {}, {}
-    for label, (folder, *more) in parse_labelled(a.compare).items():
+    for label, (folder, *more) in parse_labelled(given.compare).items():
         if more or not (folder / "evaluation.json").is_file():
             raise ValueError(f"{folder} holds no evaluation.json: give the --output of one lead_fast.evaluate.")
         records[label] = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
         rows[label] = list(Samples(folder / "samples.jsonl", {}).done.values())
     first = next(iter(rows))
     gains = {label: difference(rows[first], rows[label]) for label in rows if label != first}
-    print(write(Path(a.output), records, gains))
+    print(write(Path(given.output), records, gains))
 
 
 def main(args: list[str] | None = None) -> None:
@@ -239,6 +253,7 @@ def main(args: list[str] | None = None) -> None:
     alone: dict[str, Any] = {"extra_problems": 0, "gpu_memory": c.evaluate.gpu_memory}  # no trainer beside the engine
     c = dataclasses.replace(c, rollout=dataclasses.replace(c.rollout, **alone))
     ranks = start()
+    asked_to_stop = stop_on_signals(ranks, "portion of the problems that is being sampled")
     check(c, ranks.world, trains=False, device_type=ranks.device.type)
     if ranks.main:
         print(f"Settings of recipe {c.recipe}.", flush=True)
@@ -253,20 +268,25 @@ def main(args: list[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     samples = Samples(folder / "samples.jsonl", asked(c, problems))
     if ranks.main and samples.done:
-        print(f"{len(samples.done)} of {len(problems)} problems are answered already in {samples.path}.", flush=True)
+        print(f"{len(samples.done)} of {len(problems)} problems are in {samples.path} already.", flush=True)
     ranks.barrier()  # all have read before the first rank writes
 
-    def tell(at: int, of: int) -> None:
+    def progress(at: int, of: int) -> None:
         if ranks.main:
             print(f"evaluate {at}/{of}", flush=True)
 
+    leaving = partial(any_rank_caught, asked_to_stop, ranks)
     with Verifier(timeout_s=c.reward.verifier_timeout_s) as verifier:
-        engine = make_engine(c, tokenizer, ranks)
+        with children_without_interrupts():
+            engine = make_engine(c, tokenizer, ranks)
         try:
-            record, _ = evaluate(engine, problems, prompts, verifier, c, ranks, tell, samples)
+            record, _ = evaluate(engine, problems, prompts, verifier, c, ranks, progress, samples, leaving=leaving)
         except EngineFailure as e:
-            raise ValueError(f"{e}: the answers so far are in {samples.path}; the same command goes on.") from e
-    if ranks.main:
+            raise ValueError(f"{e}: what was sampled is in {samples.path}; the same command resumes.") from e
+    if ranks.main and not record:
+        done = f"{len(samples.done)} of {len(problems)} problems are in {samples.path}"
+        print(f"Asked to stop: {done}; the same command resumes.", flush=True)
+    elif ranks.main:
         record = {"model": c.model.path, "data": c.data.test} | record
         (folder / "evaluation.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         print(write(folder, {Path(c.model.path).name: record}))
@@ -275,7 +295,4 @@ def main(args: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as e:
-        sys.exit(complaint(e))
+    run_command(main)

@@ -47,12 +47,16 @@ class Score:
     extracted: the answer found in it, None without one.
     truncated: it ran into the limit, or has no `</think>` where a side of it is graded.
     degenerate: False where nobody asked for it.
+    terms: what the user's reward function returned, `reward` the total; empty without one.
+    failed: the function failed, and `reward` is reward.function_failed.
     """
 
     correct: bool
     extracted: str | None
     truncated: bool
     degenerate: bool
+    terms: dict[str, float] = field(default_factory=dict)
+    failed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

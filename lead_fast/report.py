@@ -287,6 +287,25 @@ def phases(run: Run) -> list[str]:
     return [p for p in PHASES if p in took] + sorted(took - set(PHASES))
 
 
+def draw_terms(run: Run) -> "Figure | None":
+    """Means of the terms of the user's reward function; None for a run without one."""
+    names = list(dict.fromkeys(k for r in run.train + run.evals for k in r.get("reward_terms") or {}))
+    if not names:
+        return None
+    fig, (ax,) = figure(7.2, 3.9)
+    for i, name in enumerate(names):
+        rows = [[{"step": r["step"], name: (r.get("reward_terms") or {}).get(name)} for r in rs]
+                for rs in (run.train, run.evals)]  # fmt: skip
+        label, color = "total" if name == "reward" else name, LINES[i % len(LINES)]
+        noisy(ax, rows[0], name, color, label)
+        x, y = line(rows[1], name)
+        ax.plot(x, y, "o", color=color)
+    ax.set(title="Reward function", ylabel="mean (line: training, dots: held out)")
+    whole_steps(ax)
+    legend(ax, fontsize=9)
+    return fig
+
+
 def draw_optimisation(run: Run) -> "Figure":
     fig, (left, right) = figure(10.4, 3.6, 2)
     noisy(left, run.train, "entropy", BLUE, None)
@@ -303,6 +322,7 @@ DRAWINGS: dict[str, tuple[Callable[[Run], "Figure | None"], str]] = {
     "accuracy": (draw_accuracy, "Share of correct answers over the steps"),
     "length": (draw_length, "Mean length of correct and of wrong answers over the steps"),
     "difficulty": (draw_difficulty, "Held-out pass@1 by difficulty, before and after"),
+    "terms": (draw_terms, "Mean terms of the reward function over the steps"),
     "groups": (draw_groups, "Share of groups with no, some and all responses correct"),
     "time": (draw_time, "Seconds of each phase"),
     "optimisation": (draw_optimisation, "Entropy and gradient norm over the steps"),
@@ -388,6 +408,8 @@ def facts(run: Run) -> str:
         said.append(f"{clock(elapsed)} from start to end")
     if tokens := sum(r.get("tokens") or 0 for r in run.train):
         said.append(f"{tokens:,} tokens")
+    if failed := sum(r.get("reward_function_failed") or 0 for r in run.train):
+        said.append(f"the reward function failed for {failed:,} responses")
     if speeds := line(run.train, "tokens_per_s")[1]:
         said.append(f"{statistics.fmean(speeds):,.0f} tokens/s")
     if run.evals and run.evals[-1].get("problems"):
@@ -467,6 +489,9 @@ def response_card(r: Record) -> str:
     said = [f"step {r['step']}", f"read: {r.get('extracted')}", f"reference: {r.get('reference')}"]
     said += [f"{r['tokens']} tokens"] if r.get("tokens") is not None else []
     said += [f"reward {r['reward']:.3f}"] if isinstance(r.get("reward"), (int, float)) else []
+    said += [
+        f"{'function' if k == 'reward' else k} {v:.3f}" for k, v in (r.get("terms") or {}).items() if v is not None
+    ]
     said += ["truncated"] if r.get("finish_reason") == "length" else []
     note, response = html.escape(" · ".join(said)), html.escape(str(r.get("response")))
     return f'<div class="answer">{verdict} <span class="faint">{note}</span><pre>{response}</pre></div>'

@@ -6,11 +6,10 @@ Loss: mean negative log-likelihood of the solution's tokens, end-of-sequence tok
 """
 
 import contextlib
-import dataclasses
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +19,8 @@ from transformers import AutoModelForCausalLM
 from lead_kernels import linear_logprobs
 
 from .checks import check_sft
-from .cli import dump, load_config, take_dry_run
+from .cli import load_config, take_dry_run
+from .command import in_run_directory, run_command
 from .config import SftConfig
 from .data.arithmetic import architecture, build_tokenizer
 from .data.order import ProblemStream
@@ -34,10 +34,10 @@ from .learner.packing import Pack, assign, make_pack
 from .learner.policy import Policy, load_policy, make_policy
 from .machine import look_at_machine
 from .release import release
-from .runtime.health import Health
+from .runtime.health import Health, skipped_update
 from .runtime.metrics import Metrics, PhaseTimer
-from .runtime.ranks import Ranks, complaint, start, stop
-from .runtime.signals import any_rank_caught, say_stopped, stop_on_sigterm
+from .runtime.ranks import Ranks, start
+from .runtime.signals import any_rank_caught, say_stopped, stop_on_signals
 from .runtime.watchdog import Watchdog
 
 
@@ -55,6 +55,14 @@ class Examples(NamedTuple):
     def targets(self, members: Iterable[int]) -> int:
         """How many tokens the loss of these examples is the mean over."""
         return sum(len(self.solutions[i]) for i in members)
+
+    def described(self, members: Iterable[int], tokenizer: Any) -> list[dict[str, Any]]:
+        """Token ids and text of these examples, to be written down."""
+        return [
+            {"prompt": self.prompts[i], "solution": self.solutions[i],
+             "text": tokenizer.decode(self.prompts[i] + self.solutions[i])}
+            for i in members
+        ]  # fmt: skip
 
 
 def load_examples(c: SftConfig, tokenizer, source: str, split: str) -> Examples:
@@ -149,7 +157,7 @@ def validate(policy: Policy, test: Examples, c: SftConfig, ranks: Ranks, beat: C
 
 def sft(c: SftConfig, ranks: Ranks, run: Path) -> None:
     """Fine-tune as `c` says; everything that comes out is in the folder `run`."""
-    sigterm = stop_on_sigterm()
+    asked_to_stop = stop_on_signals(ranks)
     tokenizer = build_tokenizer() if c.from_scratch else load_tokenizer(c.model)
     train = load_examples(c, tokenizer, c.data.train, "train")
     test = load_examples(c, tokenizer, c.data.test, "test")
@@ -163,10 +171,10 @@ def sft(c: SftConfig, ranks: Ranks, run: Path) -> None:
         policy = load_policy(c.model, c.parallel, ranks)
     optimizer = make_optimizer(policy, c.optim)
     c = rehearse(policy, optimizer, c, max(lengths + test.lengths()), ranks)
-    found = (c.resume and checkpoint.load(run, policy, optimizer, ranks)) or {}
-    first, began = found.get("step", 0), time.monotonic() - found.get("elapsed_s", 0.0)
+    state = (c.resume and checkpoint.load(run, policy, optimizer, ranks)) or {}
+    first, began = state.get("step", 0), time.monotonic() - state.get("elapsed_s", 0.0)
     metrics.truncate_after(first)
-    health = Health(run, c.optim.max_skipped, found.get("updates_skipped", 0))
+    health = Health(run, c.optim.max_skipped, state.get("updates_skipped", 0))
     dog = Watchdog(c.watchdog_s, ranks)
     timer = PhaseTimer(dog.beat)
     saver = checkpoint.Checkpoints(run, ranks, lambda step, *_: dog.beat("save", step))
@@ -198,11 +206,13 @@ def sft(c: SftConfig, ranks: Ranks, run: Path) -> None:
             metrics.sft(done, record)
             for alert in [*record["alerts"], *saver.failures()]:
                 metrics.warn(alert)
-            if record["updates_skipped"]:
-                metrics.warn(f"step {done}: loss or gradient not finite, update skipped.")
-            health.count(done, record["updates_skipped"], None)
+            kept = None
+            if record["updates_skipped"] and ranks.main:
+                kept = health.keep(done, {"record": record, "examples": train.described(schedule[step], tokenizer)})
+                metrics.warn(skipped_update(done, kept))
+            health.count(done, record["updates_skipped"], kept)
             timer.reset()
-            leaving = any_rank_caught(sigterm, ranks)
+            leaving = any_rank_caught(asked_to_stop, ranks)
             if leaving or (c.checkpoint_every and done % c.checkpoint_every == 0):
                 with timer("save"):  # its seconds are in the next step's record
                     extra = {"elapsed_s": time.monotonic() - began, "updates_skipped": health.skipped}
@@ -225,22 +235,7 @@ def main(args: list[str] | None = None) -> None:
     check_sft(c)
     ranks = start(c.parallel)
     shape = look_at_machine(c.model, ranks, engine=None, shape=architecture(8) if c.from_scratch else None)
-    if dry:
-        if ranks.main:
-            print(dump(c))
-        return stop()
-    stamp = ranks.gather_objects(time.strftime("%Y%m%d-%H%M%S"))[0]
-    run = Path(c.output or f"runs/sft-{Path(c.recipe).stem}-{stamp}")
-    ranks.check_same(dump(c))
-    lock = checkpoint.claim(run, c.resume) if ranks.main else None
-    checkpoint.check_shared(run, ranks)
-    if lock:
-        checkpoint.check_room(run, shape, c.checkpoint_every)
-        checkpoint.write_atomic(run / "config.toml", dump(dataclasses.replace(c, resume=False)))
-    sft(c, ranks, run)
-    stop()
-    if lock:
-        lock.close()
+    in_run_directory(c, "sft-", shape, ranks, dry, partial(sft, c, ranks))
 
 
 def new_model(seed: int, vocabulary: int):
@@ -250,7 +245,4 @@ def new_model(seed: int, vocabulary: int):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as e:
-        sys.exit(complaint(e))
+    run_command(main)

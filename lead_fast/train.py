@@ -8,57 +8,60 @@ of the clipped loss over all packs and ranks, and hand the new weights back to t
 
 import contextlib
 import dataclasses
-import sys
-import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 from .checks import check, chosen_engine
-from .cli import RECIPES, dump, load_config, names, take_dry_run
+from .cli import RECIPES, load_config, names, take_dry_run
+from .command import in_run_directory, run_command
 from .config import Config
 from .data.prompts import load_test, load_train
 from .evaluate import evaluate
-from .learner import checkpoint
 from .learner.advantage import advantages
 from .learner.learner import Learner
 from .learner.model import load_tokenizer
 from .machine import look_at_machine, pick_recipe
+from .records import Problem
 from .release import release
 from .report import write_report
+from .reward.function import RewardFunction
 from .reward.verifier import Verifier
 from .rollout.engine import EngineFailure
 from .rollout.engines import make_engine
 from .rollout.sampler import Sampler
 from .rollout.sync import canary, publish
 from .runtime.journal import Journal
-from .runtime.ranks import Ranks, complaint, start, stop
-from .runtime.signals import any_rank_caught, say_stopped, stop_on_sigterm
+from .runtime.ranks import Ranks, start
+from .runtime.signals import any_rank_caught, children_without_interrupts, say_stopped, stop_on_signals
 
 
 def train(c: Config, ranks: Ranks, folder: Path) -> None:
     """Train as `c` says; everything that comes out is in `folder`."""
-    asked_to_stop = stop_on_sigterm()
+    asked_to_stop = stop_on_signals(ranks)
     tokenizer = load_tokenizer(c.model)  # what a user can get wrong is looked at before a model is loaded
     problems, prompts = load_train(c, tokenizer)
     test, test_prompts = load_test(c, tokenizer) if c.evaluate.every else ([], [])
+    function = own_function(c, problems[0], ranks)
     journal = Journal(folder, c, ranks)
     learner = Learner(c, ranks, journal)
     c = learner.c  # with the measured size of a pack
     state = learner.resume() if c.resume else {}  # before an engine shares the GPU
-    engine = make_engine(c, tokenizer, ranks)
+    with children_without_interrupts():
+        engine = make_engine(c, tokenizer, ranks)
     first = state.get("step", 0)
     publish(learner.policy, engine, first, c, ranks)
     canary(learner.policy, engine, prompts[0], c, ranks)
     journal.begin(first, state.get("elapsed_s", 0.0), state.get("updates_skipped", 0))
-    with Verifier(timeout_s=c.reward.verifier_timeout_s) as verifier, contextlib.closing(journal):
-        sampler = Sampler(engine, verifier, problems, prompts, c, ranks, journal, first, state)
+    verifier = Verifier(timeout_s=c.reward.verifier_timeout_s)
+    with verifier, contextlib.closing(journal), function or contextlib.nullcontext():
+        sampler = Sampler(engine, verifier, problems, prompts, c, ranks, journal, first, state, function)
         run = Run(folder, learner, sampler, journal, first)
 
         def held_out(step: int) -> None:
             progress = partial(journal.progress, "evaluate", step)
             with journal.phase("evaluate"), run.saved_on_failure(f"In the evaluation after step {step}", step):
-                record, batch = evaluate(engine, test, test_prompts, verifier, c, ranks, progress)
+                record, batch = evaluate(engine, test, test_prompts, verifier, c, ranks, progress, function=function)
             journal.evaluation(step, record, batch)
 
         if c.evaluate.every and first == 0:
@@ -85,6 +88,12 @@ def train(c: Config, ranks: Ranks, folder: Path) -> None:
     if ranks.main:
         release(folder)
         print(f"Model: {folder / 'final'}   Report: {write_report(folder)}", flush=True)
+
+
+def own_function(c: Config, sample: Problem, ranks: Ranks) -> RewardFunction | None:
+    """The user's reward function, if there is one, called once with a right response to `sample`."""
+    say = partial(ranks.say_once, "reward.function")
+    return RewardFunction(c.reward, sample, say) if c.reward.function else None
 
 
 @dataclasses.dataclass
@@ -127,26 +136,8 @@ def main(args: list[str] | None = None) -> None:
         print(f"Recipe {c.recipe}: {reason}.", flush=True)
     check(c, ranks.world, device_type=ranks.device.type)
     shape = look_at_machine(c.model, ranks, engine=chosen_engine(c, ranks.device.type))
-    if dry:
-        if ranks.main:
-            print(dump(c))
-        return stop()
-    stamp = ranks.gather_objects(time.strftime("%Y%m%d-%H%M%S"))[0]
-    folder = Path(c.output or f"runs/{Path(c.recipe).stem}-{stamp}")
-    ranks.check_same(dump(c))
-    lock = checkpoint.claim(folder, c.resume) if ranks.main else None
-    checkpoint.check_shared(folder, ranks)
-    if lock:
-        checkpoint.check_room(folder, shape, c.checkpoint_every)
-        checkpoint.write_atomic(folder / "config.toml", dump(dataclasses.replace(c, resume=False)))
-    train(c, ranks, folder)
-    stop()
-    if lock:
-        lock.close()
+    in_run_directory(c, "", shape, ranks, dry, partial(train, c, ranks))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as e:
-        sys.exit(complaint(e))
+    run_command(main)

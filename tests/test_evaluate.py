@@ -3,12 +3,18 @@
 import itertools
 import json
 import math
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from jobs import ROOT, environment
 
 from lead_fast.cli import load_config
 from lead_fast.data.read import BENCHMARKS, load_problems
@@ -127,6 +133,38 @@ def test_a_killed_evaluation_goes_on_and_samples_nothing_twice(machine, tmp_path
     assert third.asked == 0
 
 
+def test_an_evaluation_that_is_asked_to_stop_keeps_its_portions(machine, tmp_path):
+    c, ranks, engine, (problems, prompts), verifier = machine
+    samples = Samples(tmp_path / "s.jsonl", asked(c, problems))
+    answers = iter([False, False, True])
+    record, _ = evaluate(engine, problems, prompts, verifier, c, ranks, samples=samples, leaving=lambda: next(answers))
+    assert record == {} and len(samples.done) == 4 == len(Samples(samples.path, asked(c, problems)).done)
+    record, _ = evaluate(engine, problems, prompts, verifier, c, ranks, samples=samples)
+    assert record["problems"] == len(problems)
+
+
+def test_ctrl_c_ends_an_evaluation_with_what_it_has(tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "lead_fast.evaluate", "--model=tiny", "--evaluate.problems=24",
+               "--rollout.batch_size=2", "--rollout.max_tokens=64", "--evaluate.samples=2"]  # fmt: skip
+    process = subprocess.Popen(
+        [*command, f"--output={out}"],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    until = time.monotonic() + 120
+    while time.monotonic() < until and process.poll() is None and not (out / "samples.jsonl").exists():
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=120)[0]
+    done = len((out / "samples.jsonl").read_text().splitlines()) - 1
+    assert process.returncode == 0 and 0 < done < 24 and not (out / "evaluation.json").exists()
+    assert f"Asked to stop: {done} of 24 problems are in {out}/samples.jsonl; the same command resumes." in said
+
+
 def test_answers_of_weights_that_were_there_before_are_refused(tmp_path):
     from lead_fast.evaluate import weights
     from lead_fast.learner.model import EMBEDDED
@@ -166,7 +204,7 @@ def test_answers_to_another_question_are_refused(machine, tmp_path):
     c, _, _, (problems, _), _ = machine
     samples = Samples(tmp_path / "s.jsonl", asked(c, problems))
     samples.add([made(1, [1], [3])])
-    with pytest.raises(ValueError, match="holds answers with another evaluate.temperature"):
+    with pytest.raises(ValueError, match="holds responses with another evaluate.temperature"):
         Samples(tmp_path / "s.jsonl", asked(c, problems) | {"evaluate.temperature": 0.1})
 
 

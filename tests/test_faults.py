@@ -8,13 +8,14 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from jobs import STEPS, Job, faulty, python, records, same, small, weights
+from jobs import ROOT, STEPS, Job, environment, faulty, launcher, python, records, same, small, weights
 
 from lead_fast.cli import load_config
 from lead_fast.data.order import ProblemStream
@@ -79,6 +80,81 @@ def test_sigterm_to_the_ranks_of_a_job_saves_and_ends_with_0(tiny_run):
     assert job.code == 0 and "Asked to stop: saved after step" in out and not job.alive(), out[-3000:]
     assert f"--output={run} --resume" in out
     assert (run / "checkpoints" / "latest").read_text() == checkpoint.finished(run)[0].name
+
+
+OWN = """
+def reward(response, correct):
+    return {"right": correct, "brief": 0.1 * (len(response) < 60)}
+"""
+
+
+def test_ctrl_c_on_torchrun_saves_and_what_grades_outlives_it(tiny_run):
+    """torchrun sends the interrupt to each rank's process group; verifier and reward function are in none of them."""
+    run = tiny_run.parent / "interrupted"
+    (tiny_run.parent / "own.py").write_text(OWN)
+    job = Job(2, "-m", "lead_fast.train", *small(tiny_run.parent, f"--output={run}", "--steps=500"),
+              f"--reward.function={tiny_run.parent / 'own.py'}:reward")  # fmt: skip
+    while job.process.poll() is None and not (run / "metrics.jsonl").exists():
+        time.sleep(0.1)
+    job.process.send_signal(signal.SIGINT)
+    out = job.wait(timeout=120)
+    assert "SignalException" in out and not job.alive(), out[-3000:]  # torchrun's own last words
+    assert out.count("Asked to stop: the step is finished first") == out.count("Asked to stop: saved after step") == 1
+    steps = records(run, "train")
+    assert checkpoint.finished(run)[0].name == f"step-{len(steps)}"
+    assert {r["reward_function_failed"] for r in steps} == {0} and "Warning: reward.function" not in out
+    assert all(set(r["reward_terms"]) == {"reward", "right", "brief"} for r in steps)
+    assert all(r["accuracy"] >= r["reward_terms"]["right"] for r in steps)  # 0.1 is above 0 too
+
+
+@pytest.mark.parametrize("ranks", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_second_ctrl_c_ends_a_run_that_hangs_at_once(ranks, tiny_run):
+    """0 ranks: plain python, whose process group gets the interrupt as from a terminal; 2: torchrun."""
+    run = tiny_run.parent / f"twice-{ranks}"
+    command = [*faulty([{"do": "hang", "at": "optim", "step": 2}]), *small(tiny_run.parent, f"--output={run}")]
+    command = [*(launcher(ranks) if ranks else [sys.executable]), *command]
+    with (tiny_run.parent / f"twice-{ranks}.txt").open("w+") as out:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=out, stderr=out, start_new_session=True)
+
+        def said() -> str:
+            return Path(out.name).read_text()
+
+        for text in ("fault: hang", "Asked to stop: the step is finished first"):
+            while process.poll() is None and text not in said():
+                time.sleep(0.1)
+            assert process.poll() is None, said()[-3000:]
+            os.killpg(process.pid, signal.SIGINT)
+        began = time.monotonic()
+        code = process.wait(timeout=60)
+    assert code == (1 if ranks else 130) and time.monotonic() - began < 15, said()[-3000:]
+    assert not (run / "checkpoints" / "step-2").exists()
+
+
+TWICE = """
+import os, signal, sys, time
+from lead_fast.runtime.ranks import start, stop
+from lead_fast.runtime.signals import stop_on_signals
+before = signal.getsignal(signal.SIGTERM)
+ranks = start()
+caught = stop_on_signals(ranks)
+for _ in range(3):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.3)
+print(len(caught), flush=True)
+if len(sys.argv) > 1:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(5)
+stop()
+print(signal.getsignal(signal.SIGTERM) == before, flush=True)
+"""
+
+
+def test_sigterm_may_come_twice_and_an_interrupt_after_it_ends_the_process():
+    done = python("-c", TWICE, timeout=60)
+    assert done.returncode == 0 and done.stdout.splitlines()[-2:] == ["3", "True"], done.stderr
+    assert done.stdout.count("Ctrl-C leaves at once") == 1
+    done = python("-c", TWICE, "interrupt", timeout=60)
+    assert done.returncode == 130 and done.stdout.splitlines()[-1] == "3"
 
 
 # -------------------------------------------------------------------------------------------------------------- resume
@@ -304,7 +380,7 @@ def test_what_is_not_finite_is_skipped_on_all_ranks_counted_kept_and_stops_the_r
     job = Job(2, *faulty(faults), *args)
     out = job.wait()
     assert job.code != 0 and not job.alive(), out[-3000:]
-    assert "not finite in 2 steps in a row, the last of them step 5" in out and "optim.max_skipped" in out
+    assert "not finite in 2 consecutive steps, the last of them step 5" in out and "optim.max_skipped" in out
     steps = read_jsonl(run / "metrics.jsonl")
     assert [r["updates_skipped"] for r in steps] == [0, 1, 0, 1, 1]
     assert [r["grad_norm"] is None for r in steps] == [False, True, False, True, True]
@@ -341,6 +417,18 @@ def test_an_engine_that_dies_in_an_evaluation_costs_no_step(tiny_run):
     assert (run / "checkpoints" / "latest").read_text() == "step-2"
 
 
+def test_a_clip_of_0_is_off_and_a_norm_above_0_clips(alone):
+    _, policy, optimizer = alone
+    for clip, kept in ((0.0, 1.0), (1e9, 1.0), (0.5, None)):
+        optimizer.state.clear()
+        for p in policy.parameters():
+            p.grad = torch.full_like(p, 3.0)
+        norm = update(policy, optimizer, 0.0, clip)
+        first = torch.cat([s["exp_avg"].full_tensor().flatten() for s in optimizer.state.values()])
+        assert norm == pytest.approx(3.0 * first.numel() ** 0.5, rel=1e-5)
+        torch.testing.assert_close(first, torch.full_like(first, 0.3 * (kept or clip / norm)), rtol=1e-4, atol=0)
+
+
 def test_a_step_that_is_not_finite_leaves_weights_and_moments_as_they_were(alone):
     _, policy, optimizer = alone
     before = take_a_step(policy, optimizer)
@@ -368,13 +456,13 @@ def test_spikes_and_exploded_ratios_are_told_and_ordinary_steps_are_not(tmp_path
     assert health.look(23, nothing) == [] and health.look(24, {}) == [] and health.look(25, usual) == []
 
 
-def test_skipped_steps_are_counted_in_a_row_and_few_batches_are_kept(tmp_path):
+def test_consecutive_skipped_steps_are_counted_and_few_batches_are_kept(tmp_path):
     health = Health(tmp_path, 2, skipped=4)
     for step, n in enumerate((1, 0, 1, 0)):
         health.count(step, n, None)
     assert health.skipped == 6
     health.count(4, 1, None)
-    with pytest.raises(ValueError, match="2 steps in a row"):
+    with pytest.raises(ValueError, match="2 consecutive steps"):
         health.count(5, 1, None)
     assert sum(health.keep(s, {"x": torch.tensor([float("nan")])}) is not None for s in range(9)) == 5
     assert json.loads((tmp_path / "nonfinite" / "step-0.json").read_text()) == {"x": [None]}

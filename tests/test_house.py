@@ -4,16 +4,18 @@ import ast
 import dataclasses
 import importlib.util
 import io
+import math
 import re
 import sys
 import tokenize
 from pathlib import Path
+from typing import Any, get_origin
 
 import pytest
 from jobs import ROOT, commands, python
 
-from lead_fast.checks import check
-from lead_fast.cli import PRESETS, RECIPES, dump, keys, load_config, names
+from lead_fast.checks import check, check_sft, check_values
+from lead_fast.cli import PRESETS, RECIPES, bare, dump, is_number, keys, load_config, names, ranges, type_of
 from lead_fast.config import Config, SftConfig
 
 pytestmark = pytest.mark.quick
@@ -196,7 +198,7 @@ GENERATED = {
 def test_configuration_is_one_small_described_tree():
     files = (ROOT / "lead_fast" / "config.py", ROOT / "kernels" / "lead_kernels" / "options.py")
     nodes = [node for path in files for node in ast.parse(path.read_text(encoding="utf-8")).body]
-    assert len(keys(Config)) <= 100 and len(keys(SftConfig)) <= 100
+    assert len(keys(Config)) <= 115 and len(keys(SftConfig)) <= 115
     for node in nodes:
         if isinstance(node, ast.ClassDef):
             for field, following in zip(node.body, [*node.body[1:], None], strict=True):
@@ -233,13 +235,88 @@ def test_a_dump_keeps_what_was_given_over_a_preset(tmp_path):
     assert load_config(["--recipe=lead-14b-official"]).advantage.length_gate == 4000
 
 
+def numeric_keys(cls: Any) -> list[str]:
+    return [key for key in keys(cls) if is_number(type_of(key, cls))]
+
+
+def given(key: str, x: Any, cls: Any) -> str:
+    return f"--{key}=[{x}, {x}]" if get_origin(bare(type_of(key, cls))) is tuple else f"--{key}={x}"
+
+
+def refuses(arg: str, cls: Any) -> str:
+    """What the configuration says to an argument; fails if it takes it."""
+    with pytest.raises(ValueError) as e:
+        c = load_config([arg], cls=cls)
+        check(c, 1) if cls is Config else check_sft(c)
+    said = str(e.value)
+    assert "\n" not in said and said.startswith(f"{arg[2:].split('=')[0]} is ")
+    return said
+
+
+@pytest.mark.parametrize("cls, key", [(cls, key) for cls in (Config, SftConfig) for key in numeric_keys(cls)])
+def test_every_number_has_a_range_and_nothing_outside_it_is_accepted(cls, key):
+    assert key in ranges(cls), f"{key} is a number without a range: declare one in config.py"
+    allowed, whole = ranges(cls)[key], "int" in str(bare(type_of(key, cls)))
+    step = 1 if whole else None
+    outside = [allowed.low - step, allowed.high + step] if step else [
+        math.nextafter(allowed.low, -math.inf), math.nextafter(allowed.high, math.inf), -1e300, 1e300]  # fmt: skip
+    outside += [-(10**30), 10**30, "nan", "inf", "-inf", "1e999", "words", ""]
+    outside += [allowed.low] * allowed.above + [allowed.high] * allowed.below
+    for x in outside:
+        said = refuses(given(key, x, cls), cls)
+        assert str(allowed) in said
+        number = x if isinstance(x, str) and x[-1:].isalpha() else float(x or "nan")
+        assert str(x) in said or str(number) in said, said
+    for x, out in ((allowed.low, allowed.above), (allowed.high, allowed.below)):
+        inner = math.nextafter(x, allowed.high if x == allowed.low else allowed.low) if out else x
+        check_values(load_config([given(key, inner, cls)], cls=cls))
+
+
+def test_true_is_not_a_number_and_a_list_is_valid_json(tmp_path):
+    for text in ("steps = true", "[optim]\nlr = false", "[optim]\nbetas = true", "[reward]\ntruncated = true"):
+        (tmp_path / "c.toml").write_text(text)
+        with pytest.raises(ValueError, match=r"is (true|false): give a"):
+            load_config(["--config", str(tmp_path / "c.toml")])
+    (tmp_path / "c.toml").write_text(f"[optim]\nlr = {10**400}")
+    with pytest.raises(ValueError, match="optim.lr is .*from 0 to 1"):
+        check_values(load_config(["--config", str(tmp_path / "c.toml")]))
+    for value in ("[a]", "</think>", '["a"', "[1]"):
+        with pytest.raises(ValueError, match="rollout.stop is .* a list of strings in quotes|rollout.stop is 1"):
+            load_config([f"--rollout.stop={value}"])
+
+
+@pytest.mark.parametrize("key", ["model.path", "data.train", "data.test", "data.problem_column", "solution_column"])
+def test_text_that_is_needed_is_not_empty(key):
+    cls = SftConfig if key == "solution_column" else Config
+    for value in ("", "  "):
+        with pytest.raises(ValueError, match=f"{key} is empty"):
+            check_values(load_config([f"--{key}={value}"], cls=cls))
+
+
+@pytest.mark.parametrize("cls", [Config, SftConfig])
+def test_an_output_that_is_a_file_is_refused(cls, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "missing")
+    for path, why in (("file", "is a file"), ("file/below", "is a file"), ("nowhere", "is a link to nothing")):
+        with pytest.raises(ValueError, match=f"output is {tmp_path}/{path} and {tmp_path}/{path.split('/')[0]} {why}"):
+            check_values(load_config([f"--output={tmp_path / path}"], cls=cls))
+    check_values(load_config([f"--output={tmp_path / 'new' / 'folder'}"], cls=cls))
+    assert (tmp_path / "file").read_text() == "mine" and not (tmp_path / "new").exists()
+
+
 MISTAKES = [
     (["--rollout.groupsize=4"], "did you mean rollout.group_size"),
     (["--lr=3"], "did you mean optim.lr"),
     (["--recipe=tony"], "No recipe named 'tony'"),
     (["--preset=x"], "No preset named 'x'"),
-    (["--rollout.group_size=abc"], "rollout.group_size = 'abc'"),
-    (["--loss.mean=tok"], "loss.mean = 'tok'"),
+    (["--rollout.group_size=abc"], "rollout.group_size is 'abc': give a whole number from 1 to 1024"),
+    (["--loss.mean=tok"], "loss.mean is 'tok': give one of response, token, constant"),
+    (['--rollout.stop=[""]'], "rollout.stop is ['']"),
+    (['--rollout.stop=["a", ""]'], "rollout.stop is ['a', '']"),
+    (["--evaluate.temperature=0.001"], "evaluate.temperature is 0.001"),
+    (["--reward.overlong_buffer=129"], "reward.overlong_buffer is 129 and rollout.max_tokens 128"),
+    (["--data.train="], "data.train is empty"),
+    (["--checkpoint_every=-1"], "checkpoint_every is -1: give a whole number from 0 to 1000000000 (0: never)"),
     (["--seed"], "--seed needs a value"),
     (["--rollout.problems=7"], "rollout.problems is 7"),
     (["--rollout.group_size=1"], "rollout.group_size is 1"),
@@ -275,6 +352,14 @@ MISTYPED = [
     (["lead_fast.train", "--rollout.groupsize=4"], "Unknown configuration key rollout.groupsize"),
     (["lead_fast.sft", "--optim.lrr=1"], "Unknown configuration key optim.lrr"),
     (["lead_fast.evaluate", "--rollout.groupsize=4"], "Unknown configuration key rollout.groupsize"),
+    *(
+        ([f"lead_fast.{command}", "--seed=-1", "--model=nowhere/at-all"], "seed is -1: give a whole number from 0")
+        for command in ("train", "sft", "evaluate")
+    ),
+    *(
+        ([f"lead_fast.{command}", f"--output={__file__}", "--model=nowhere/at-all"], f"output is {__file__} and")
+        for command in ("train", "sft", "evaluate")
+    ),
     (["lead_fast.plan", "--device=b300"], "--device is 'b300'"),
     (["lead_fast.report", "runs/nowhere"], "runs/nowhere has no metrics.jsonl"),
 ]
@@ -300,7 +385,7 @@ def test_a_dry_run_names_what_was_chosen_and_stops(ended):
     assert re.match(r"Kernels: (C\+\+ \(\w+\)|plain torch)", kernels)
 
 
-@pytest.mark.parametrize("n", range(len(MISTYPED)), ids=[command[0] for command, _ in MISTYPED])
+@pytest.mark.parametrize("n", range(len(MISTYPED)), ids=[" ".join(command[:2]) for command, _ in MISTYPED])
 def test_a_mistake_on_the_command_line_ends_every_command_with_that_sentence(n, ended):
     code, _ = ended[n + 1]
     assert code.startswith(f"error: {MISTYPED[n][1]}") and "\n" not in code

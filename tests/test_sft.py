@@ -166,17 +166,18 @@ def test_a_run_measures_its_packs_rehearses_and_writes_to_every_sink(tmp_path):
     assert (run / "final" / "README.md").read_text().count("validation_loss") >= 2
 
 
-def test_sigterm_saves_and_the_run_is_resumed(tmp_path):
+def test_ctrl_c_saves_and_the_run_is_resumed(tmp_path):
     run = tmp_path / "run"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     command = [sys.executable, "-m", "lead_fast.sft", *SMALL, "--validate_every=0", f"--output={run}"]
     process = subprocess.Popen(
-        [*command, "--steps=5000"], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        [*command, "--steps=5000"], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
     until = time.monotonic() + 240
     while time.monotonic() < until and process.poll() is None and not (run / "metrics.jsonl").exists():
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err[-3000:]
     step = len(records(run))
@@ -190,6 +191,31 @@ def test_sigterm_saves_and_the_run_is_resumed(tmp_path):
     rows = records(run)
     assert [r["step"] for r in rows] == list(range(1, step + 2)) and rows[-1]["elapsed_s"] > rows[-2]["elapsed_s"]
     assert (run / "final" / "config.json").is_file() and "resume = false" in (run / "config.toml").read_text()
+
+
+NOT_FINITE = """
+import sys
+from lead_fast import sft
+pack_loss = sft.pack_loss
+def spoilt(policy, pack, tokens):
+    sft.calls = getattr(sft, "calls", 0) + 1
+    return pack_loss(policy, pack, tokens) * (float("nan") if sft.calls == 1 else 1.0)
+sft.pack_loss = spoilt
+sft.main(sys.argv[1:])
+"""
+
+
+def test_the_batch_of_a_skipped_update_is_kept(tmp_path):
+    (tmp_path / "spoilt.py").write_text(NOT_FINITE)
+    run = tmp_path / "run"
+    done = torchrun(1, str(tmp_path / "spoilt.py"), *SMALL, "--steps=2", "--validate_every=0", f"--output={run}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    kept = run / "nonfinite" / "step-1.json"
+    assert f"step 1: loss or gradient not finite, update skipped; its batch is in {kept}." in done.stdout
+    examples = json.loads(kept.read_text())["examples"]
+    assert sum(len(e["prompt"]) + len(e["solution"]) - 1 for e in examples) == records(run)[0]["tokens"] >= 256
+    assert all("boxed" in e["text"] for e in examples)
+    assert [r["updates_skipped"] for r in records(run)] == [1, 0] and [*kept.parent.iterdir()] == [kept]
 
 
 HANG = """
@@ -217,13 +243,12 @@ def test_the_remedy_for_too_little_memory_names_sfts_own_limit():
 @pytest.mark.parametrize(
     "args, says",
     [
-        (["--batch_tokens=0"], "batch_tokens is 0: give 1 or more."),
-        (["--steps=0"], "steps is 0: give 1 or more."),
-        (["--validate_every=-1"], "validate_every is -1: give 1 or more, or 0 for only after the last step."),
-        (["--checkpoint_every=-1"], "checkpoint_every is -1: give 1 or more, or 0 for no checkpoints."),
+        (["--batch_tokens=0"], "batch_tokens is 0: give a whole number from 1 to"),
+        (["--validate_every=-1"], "validate_every is -1: give a whole number from 0 to 1000000000 (0: after the last"),
+        (["--checkpoint_every=-1"], "checkpoint_every is -1: give a whole number from 0 to 1000000000 (0: never)."),
         (["--watchdog_s=-1"], "watchdog_s is -1.0: give"),
-        (["--optim.grad_clip=0"], "optim.grad_clip is 0.0: give a norm above 0"),
-        (["--optim.lr=-1"], "optim.lr is -1.0: give 0 or more."),
+        (["--optim.grad_clip=-1"], "optim.grad_clip is -1.0: give a number from 0 to 1000000000 (0: off)."),
+        (["--optim.lr=-1"], "optim.lr is -1.0: give a number from 0 to 1."),
         (["--optim.betas=[0.9,1.0]"], "optim.betas is [0.9, 1.0]"),
         (["--parallel.pack_tokens=-1"], "parallel.pack_tokens is -1"),
     ],

@@ -9,7 +9,7 @@ from lead_kernels import Groups, LeadAdvantages, Outcomes, lead_advantages
 
 from ..config import Config
 from ..records import Score
-from ..reward.terms import soft_overlong_penalty, wrong_reward
+from ..reward.terms import bonus, wrong_reward
 
 
 def outcomes(scores: list[Score], lengths: list[int], c: Config, device: torch.device) -> Groups:
@@ -24,15 +24,12 @@ def outcomes(scores: list[Score], lengths: list[int], c: Config, device: torch.d
         Groups whose outcomes are one float32 tensor, [S, 4].
     """
     wrong = [wrong_reward(s, c) for s in scores]
-    bonus = None
-    if c.reward.overlong_buffer:
-        falls = [soft_overlong_penalty(n, c.rollout.max_tokens, c.reward.overlong_buffer) for n in lengths]
-        bonus = torch.tensor(falls, dtype=torch.float32)
+    added = [bonus(s, n, c) for s, n in zip(scores, lengths, strict=True)]
     found = Outcomes(
         torch.tensor([s.correct for s in scores]),
         torch.tensor(lengths),
         torch.tensor(wrong, dtype=torch.float32),
-        bonus,
+        torch.tensor(added, dtype=torch.float32),
     )
     return Groups(found.table().to(device), c.rollout.group_size, c.advantage)
 

@@ -33,6 +33,7 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, lr: float, clip: fl
     """One optimiser step on the shards. If the gradient or `loss` is not finite it is thrown away instead.
 
     Args:
+        clip: largest global norm of the gradient; 0: not clipped.
         loss: of the whole batch, the same number on every rank.
     Returns:
         the gradient's global norm before clipping; not finite where the step was skipped, on every rank alike.
@@ -41,7 +42,7 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, lr: float, clip: fl
     for group in optimizer.param_groups:
         group["lr"] = lr
     with threads_for(policy):
-        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), clip)
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), clip or math.inf)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         value = float(norm) if math.isfinite(loss) else math.nan
         if math.isfinite(value):

@@ -1,10 +1,12 @@
 """Responses to scored samples."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ..config import RewardConfig
 from ..records import Problem, Response, Sample, Score
 from .extraction import extract_boxed, graded_text, is_degenerate
+from .function import RewardFunction, call_of
 from .verifier import Verifier
 
 
@@ -28,23 +30,32 @@ def score(
     return [
         Score(
             ok,
-            found,
+            answer,
             r.truncated or (where != "all" and "</think>" not in r.text),
             degenerate and (r.finish_reason == "repetition" or is_degenerate(r.text, longest_word=longest_word)),
         )
-        for r, ok, found in zip(responses, correct, extracted, strict=True)
+        for r, ok, answer in zip(responses, correct, extracted, strict=True)
     ]
 
 
 def grade(
-    problems: Sequence[Problem], responses: dict[int, list[Response]], verifier: Verifier, c: RewardConfig
+    problems: Sequence[Problem],
+    responses: dict[int, list[Response]],
+    verifier: Verifier,
+    c: RewardConfig,
+    function: RewardFunction | None = None,
+    *,
+    trains: bool = True,
 ) -> dict[int, list[Sample]]:
-    """Grade responses against their problems' references.
+    """Grade responses against their problems' references, and by the user's function.
 
     Args:
         problems: that were asked.
         responses: by the place of their problem.
-        c: which side of `</think>` is graded, and whether repetition is looked for.
+        c: which side of `</think>` is graded, whether repetition is looked for, and what the function's value is.
+        function: called with every response; None: there is none.
+        trains: with reward.mode=replace the function decides what is correct; False: the verifier does, as in every
+            evaluation.
     Returns:
         the samples, by the same places.
     """
@@ -59,6 +70,12 @@ def grade(
         degenerate=watched,
         longest_word=longest,
     )
+    if function:
+        calls = [call_of(problems[i], r.text, s.correct) for (i, r), s in zip(flat, scores, strict=True)]
+        values = function(calls)
+        scores = [replace(s, terms=v.terms, failed=v.failed) for s, v in zip(scores, values, strict=True)]
+        if trains and c.mode == "replace":
+            scores = [replace(s, correct=s.terms["reward"] > c.correct_above) for s in scores]
     samples: dict[int, list[Sample]] = {i: [] for i in responses}
     for (i, r), s in zip(flat, scores, strict=True):
         samples[i].append(Sample(r, s))

@@ -1,4 +1,14 @@
-"""Terms of the reward beside right and wrong: what a wrong response costs, and the soft overlong penalty."""
+"""Terms of the reward beside right and wrong: what a wrong response costs, and what is added to any response's reward.
+
+The kernels give a response  R = exp(-alpha z) if it is correct (1 where L is off), else wrong_reward;  + bonus.  The
+value v of the user's own function enters by these two columns:
+
+- mode `add`: v is part of the bonus.
+- mode `replace`: a wrong response (v at most reward.correct_above) has wrong_reward v. A correct one has the bonus
+  v - 1, so that R = v where L is off, to float32's rounding, and v + exp(-alpha z) - 1 with L: brevity among the
+  correct responses weighs as much beside v as it does beside GRPO-LEAD's reward of 1, whatever the scale or the sign of
+  v. (A product v exp(-alpha z) would reward length where v is negative, and not reward brevity where v is near 0.)
+"""
 
 from ..config import Config
 from ..records import Score
@@ -10,11 +20,25 @@ def soft_overlong_penalty(length: int, max_tokens: int, buffer: int) -> float:
 
 
 def wrong_reward(s: Score, c: Config) -> float:
-    """Reward this response gets if it is incorrect: plain, truncated, degenerate, or with repeated n-grams."""
+    """Reward of this response if it is incorrect: plain, truncated, degenerate, with repeated n-grams, or its value."""
     r = c.reward
+    if s.terms and r.mode == "replace":
+        return s.terms["reward"]
     if r.repetition is not None and s.degenerate:
         return r.repetition
     if not s.truncated:
         return r.wrong
     truncated = r.wrong if r.truncated is None else r.truncated
     return r.degenerate if s.degenerate and r.degenerate is not None else truncated
+
+
+def bonus(s: Score, length: int, c: Config) -> float:
+    """What is added to this response's reward: the soft overlong penalty, and the part of the user's own function."""
+    r, total = c.reward, 0.0
+    if r.overlong_buffer:
+        total += soft_overlong_penalty(length, c.rollout.max_tokens, r.overlong_buffer)
+    if s.terms and r.mode == "add":
+        total += s.terms["reward"]
+    elif s.terms and s.correct:
+        total += s.terms["reward"] - 1.0
+    return total

@@ -275,6 +275,7 @@ class _Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env=env,
+            start_new_session=True,  # Ctrl-C in the terminal is the trainer's to answer
         )
         ready = self._line(120.0) == "ready"
         if ready:

@@ -9,6 +9,7 @@ from ..config import Config
 from ..data.order import ProblemStream, SolveRateStream
 from ..learner.advantage import advantages
 from ..records import Batch, Problem, Response
+from ..reward.function import RewardFunction
 from ..reward.grading import grade
 from ..reward.verifier import Verifier
 from ..runtime.journal import Journal
@@ -30,6 +31,7 @@ class Sampler:
         journal: told of phases and progress.
         step: steps that are finished.
         state: what `state` gave at that step; empty at the start.
+        function: the user's reward function, if there is one.
     """
 
     def __init__(
@@ -43,10 +45,11 @@ class Sampler:
         journal: Journal,
         step: int,
         state: dict[str, Any],
+        function: RewardFunction | None = None,
     ):
         r = c.rollout
         self.engine, self.verifier, self.problems, self.prompts = engine, verifier, problems, prompts
-        self.c, self.ranks, self.journal = c, ranks, journal
+        self.c, self.ranks, self.journal, self.function = c, ranks, journal, function
         watched = c.reward.degenerate is not None or c.reward.repetition is not None
         self.sampling = Sampling(r.max_tokens, r.temperature, r.top_p, r.min_p, r.stop, r.top_k, end_repetition=watched)
         kind = SolveRateStream if c.data.sampling == "solve_rate" else ProblemStream
@@ -102,7 +105,7 @@ class Sampler:
                 want=want,
             )
         with self.journal.phase("reward"):
-            samples = grade(problems, sampled.responses, self.verifier, c.reward)
+            samples = grade(problems, sampled.responses, self.verifier, c.reward, self.function)
             return gather(sampled, samples, problems, prompts, self.ranks)
 
     def _replace_dropped(self, batch: Batch, asked: set[int], step: int) -> Batch:

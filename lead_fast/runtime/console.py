@@ -18,6 +18,7 @@ def train_line(record: dict[str, Any], total_steps: int, left_s: float | None) -
         [
             f"step {r['step']:>{width}}/{total_steps}",
             f"reward {_number(r.get('reward_mean'), '6.3f')}",
+            *(f"{name} {_number(value, '6.3f')}" for name, value in shown_terms(r).items()),
             f"correct {_number(r.get('accuracy'), '5.1f', 100)}%",
             f"length {_number(r.get('length_correct'), '5.0f')}",
             f"entropy {_number(r.get('entropy'), '5.3f')}",
@@ -27,6 +28,12 @@ def train_line(record: dict[str, Any], total_steps: int, left_s: float | None) -
             f"left {clock(left_s):>5}",
         ]
     )
+
+
+def shown_terms(record: dict[str, Any], most: int = 4) -> dict[str, float | None]:
+    """Means of the terms of the user's reward function by the name that a reader sees, the total as `function`."""
+    terms = record.get("reward_terms") or {}
+    return {"function" if k == "reward" else k: terms[k] for k in [*terms][:most]}
 
 
 def eval_line(record: dict[str, Any], total_steps: int, first: dict[str, Any] | None) -> str:
@@ -45,6 +52,7 @@ def eval_line(record: dict[str, Any], total_steps: int, first: dict[str, Any] | 
             f"pass@1 {_number(r.get('pass_at_1'), '.1f', 100)}%"
             f" ({_number(low, '.1f', 100)} to {_number(high, '.1f', 100)}){gain}",
             f"length {correct} correct{cut}, {wrong} wrong",
+            *(f"{name} {_number(value, '.3f')}" for name, value in shown_terms(r).items()),
             f"truncated {_number(r.get('truncated_share'), '.1f', 100)}%",
             f"{r.get('problems', '-')} x {r.get('samples', '-')}",
         ]

@@ -1,4 +1,4 @@
-"""Numbers that should not be: spoilt batches are kept, spikes are told, debug mode checks every value."""
+"""Numbers that should not be: batches of skipped updates are kept, spikes reported, every value checked if asked."""
 
 import json
 import math
@@ -19,56 +19,58 @@ MOST_KEPT = 5  # batches kept for inspection, in a run
 
 
 class Health:
-    """Looks at every step's record and says what stands out; counts skipped updates.
+    """Reports what stands out in a step's record; counts skipped updates and keeps their batches.
 
     Args:
         run: the run directory; `run/nonfinite/step-N.json` keeps the batches of skipped updates.
-        most_skipped: skipped steps in a row after which the run stops; 0: never.
+        most_skipped: consecutive skipped steps after which the run stops; 0: never.
         skipped: updates that were skipped before a resume.
     """
 
     def __init__(self, run: Path, most_skipped: int, skipped: int = 0):
         self.run, self.most_skipped = run, most_skipped
-        self.skipped, self.in_a_row = skipped, 0
+        self.skipped, self.consecutive = skipped, 0
         self.recent: dict[str, deque[float]] = {}
 
     def look(self, step: int, record: dict[str, Any]) -> list[str]:
         """Sentences on what is unusual in a training step's record; none on a step like the others."""
-        told = []
+        alerts = []
         for key in ("loss", "grad_norm"):
             value, recent = record.get(key), self.recent.setdefault(key, deque(maxlen=WINDOW))
             if value is None or not math.isfinite(value):
                 continue
             usual = statistics.median(recent) if recent else 0.0
             if len(recent) >= FEWEST and usual > 0 and abs(value) > SPIKE * usual:
-                told.append(f"step {step}: {key} is {value:.3g}, its median over {len(recent)} steps is {usual:.3g}.")
+                alerts.append(f"step {step}: {key} is {value:.3g}, its median over {len(recent)} steps is {usual:.3g}.")
             if value != 0:  # a batch without a gradient says nothing of what is usual
                 recent.append(abs(value))
         drift = record.get("logprob_diff_mean")
         if drift is not None and math.isfinite(drift) and drift > RATIO:
-            told.append(
+            alerts.append(
                 f"step {step}: log-probs of trainer and engine differ by {drift:.3g} nats on average, "
                 f"{record.get('logprob_diff_max', math.nan):.3g} at most: the ratio has exploded."
             )
-        return told
+        if failed := record.get("reward_function_failed"):
+            alerts.append(f"step {step}: the reward function failed for {failed} responses.")
+        return alerts
 
     def count(self, step: int, updates_skipped: int, kept: Path | None) -> None:
         """Note a step's skipped updates.
 
         Raises:
-            ValueError: `most_skipped` steps in a row had one; the weights are those before the first of them.
+            ValueError: `most_skipped` consecutive steps had one; the weights are those before the first of them.
         """
         self.skipped += updates_skipped
-        self.in_a_row = self.in_a_row + 1 if updates_skipped else 0
-        if self.most_skipped and self.in_a_row >= self.most_skipped:
+        self.consecutive = self.consecutive + 1 if updates_skipped else 0
+        if self.most_skipped and self.consecutive >= self.most_skipped:
             raise ValueError(
-                f"Loss or gradient was not finite in {self.in_a_row} steps in a row, the last of them step {step}"
+                f"Loss or gradient was not finite in {self.consecutive} consecutive steps, the last of them step {step}"
                 + (f" (its batch is in {kept})" if kept else "")
                 + ": lower optim.lr, look at the data, or raise optim.max_skipped."
             )
 
     def keep(self, step: int, batch: dict[str, Any]) -> Path | None:
-        """Write a spoilt batch down for inspection; the first few only. Returns where, None if it was not kept."""
+        """Write down the batch of a skipped update; the first few only. Returns its file, None if it was not kept."""
         folder = self.run / "nonfinite"
         path = folder / f"step-{step}.json"
         try:
@@ -79,6 +81,12 @@ class Health:
         except OSError:  # a full disk ends no run
             return None
         return path
+
+
+def skipped_update(step: int, kept: Path | None) -> str:
+    """The warning on an update that was skipped, with the file that has its batch."""
+    where = f"; its batch is in {kept}" if kept else ""
+    return f"step {step}: loss or gradient not finite, update skipped{where}."
 
 
 def must_be_finite(what: str, *tensors: torch.Tensor | None, most: float = math.inf) -> None:

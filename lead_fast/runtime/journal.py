@@ -15,7 +15,7 @@ from lead_kernels import LeadAdvantages
 
 from ..config import Config
 from ..records import Batch
-from .health import Health
+from .health import Health, skipped_update
 from .metrics import Metrics, PhaseTimer
 from .ranks import Ranks
 from .watchdog import Watchdog
@@ -83,7 +83,7 @@ class Journal:
         kept = None
         if record["updates_skipped"] and self.ranks.main:
             kept = self.health.keep(done, spoilt(batch, credit, record))
-            self.metrics.warn(f"step {done}: loss or gradient not finite, update skipped; its batch is in {kept}.")
+            self.metrics.warn(skipped_update(done, kept))
         self.health.count(done, record["updates_skipped"], kept)
         self.metrics.responses(done, sample_of_responses(batch, "train", credit.reward.tolist()))
         self.metrics.solved(done, batch.solve_rates)
@@ -91,7 +91,7 @@ class Journal:
 
     def evaluation(self, step: int, record: dict[str, Any], batch: Batch) -> None:
         """Write down an evaluation after `step` steps; 0 is before the first."""
-        self.metrics.eval(step, record | {"elapsed_s": self.elapsed_s})
+        self.metrics.eval(step, record | function_terms(batch) | {"elapsed_s": self.elapsed_s})
         self.metrics.responses(step, sample_of_responses(batch, "test"))
 
     def close(self) -> None:
@@ -111,7 +111,7 @@ def describe(batch: Batch, credit: LeadAdvantages, group_size: int) -> dict[str,
     def mean(x: torch.Tensor) -> float | None:
         return x.mean().item() if x.numel() else None
 
-    return {
+    return function_terms(batch) | {
         "reward_mean": credit.reward.mean().item(),
         "difficulty_weight_mean": credit.weight.mean().item(),
         "accuracy": correct.mean().item(),
@@ -125,6 +125,18 @@ def describe(batch: Batch, credit: LeadAdvantages, group_size: int) -> dict[str,
         "response_tokens": int(lengths.sum()),
         "tokens": int(lengths.sum()) + sum(len(g.prompt_ids) * len(g.samples) for g in batch.groups),
     }
+
+
+def function_terms(batch: Batch) -> dict[str, Any]:
+    """Means of what the user's reward function returned, over the responses that have the term; empty without one."""
+    terms: dict[str, list[float]] = {}
+    for score in batch.scores:
+        for name, value in score.terms.items():
+            terms.setdefault(name, []).append(value)
+    if not terms:
+        return {}
+    failed = sum(s.failed for s in batch.scores)
+    return {"reward_terms": {k: sum(v) / len(v) for k, v in terms.items()}, "reward_function_failed": failed}
 
 
 def spoilt(batch: Batch, credit: LeadAdvantages, record: dict) -> dict:
@@ -154,5 +166,6 @@ def sample_of_responses(batch: Batch, split: str, rewards: list[float] | None = 
             "tokens": sample.response.length,
             "finish_reason": sample.response.finish_reason,
         }
+        row |= {"terms": sample.score.terms} if sample.score.terms else {}
         rows.append(row | ({"reward": rewards[i]} if rewards else {}))
     return rows

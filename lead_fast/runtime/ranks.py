@@ -122,11 +122,17 @@ class Ranks:
                     return fault
         return next((text for text in (store.get(key).decode() for key in keys) if text), "")
 
+    def say_once(self, what: str, text: str) -> None:
+        """Print `text` on the first rank that has something to say of `what`; the others stay silent. No collective."""
+        if self.store.add(f"said/{what}", 1) == 1:
+            print(text, flush=True)
+
 
 def start(parallel: ParallelConfig | None = None) -> Ranks:
     """Join the job that torchrun made, or make a job of one.
 
-    CUDA machines use NCCL (and gloo for objects and asynchronous checkpoints), others gloo. The mesh is ("shard",), or
+    CUDA machines use NCCL (and gloo for objects and asynchronous checkpoints), others gloo. On a CPU the ranks divide
+    the cores between them, unless OMP_NUM_THREADS says how many threads each should have. The mesh is ("shard",), or
     ("replicate", "shard") with parallel.replicate copies of the sharded model.
 
     Raises:

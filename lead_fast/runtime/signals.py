@@ -1,22 +1,82 @@
-"""SIGTERM to a run: the step is finished and saved, and the process ends with 0."""
+"""SIGTERM and Ctrl-C (SIGINT): the step is finished and saved, and the process ends with 0; a second Ctrl-C leaves now.
 
+torchrun hands either signal on to its ranks, and kills them where they have not ended 30 s later (--shutdown-timeout,
+where it has it); a second Ctrl-C reaches them as SIGTERM. So after an interrupt any signal ends a rank at once, and
+after SIGTERM only an interrupt does: a scheduler may send SIGTERM to ranks and launcher, and it then arrives twice.
+"""
+
+import contextlib
+import multiprocessing
+import os
 import signal
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from .ranks import Ranks
+from .ranks import Ranks, at_stop
+
+ASKING = (signal.SIGINT, signal.SIGTERM)
 
 
-def stop_on_sigterm() -> list[int]:
-    """A list that is empty until SIGTERM arrives; the loop looks at it after every step."""
+def stop_on_signals(ranks: Ranks, unit: str = "step") -> list[int]:
+    """A list that is empty until a signal asks this process to stop; the loop looks at it after every unit of work.
+
+    The handlers of before come back at `ranks.stop`. What is asked is noticed by a thread of its own, also while the
+    main thread waits inside a library.
+
+    Args:
+        ranks: of this job; the first says that it was asked.
+        unit: what is finished first, for that sentence.
+    """
     caught: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, frame: caught.append(number))
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    before = {s: signal.signal(s, lambda number, frame: None) for s in ASKING}  # the pipe is told of every signal
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+
+    def listen() -> None:
+        while numbers := os.read(read, 64):
+            for number in filter(ASKING.__contains__, numbers):
+                if caught and signal.SIGINT in (*caught, number):
+                    leave(number)
+                if not caught and ranks.main:
+                    again = "Ctrl-C again leaves at once" if number == signal.SIGINT else "Ctrl-C leaves at once"
+                    print(f"\nAsked to stop: the {unit} is finished first and saved; {again}.", flush=True)
+                caught.append(number)
+        os.close(read)
+
+    def restore() -> None:
+        signal.set_wakeup_fd(-1)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(write)
+
+    threading.Thread(target=listen, name="signals", daemon=True).start()
+    at_stop.append(restore)
     return caught
 
 
+def leave(number: int) -> None:
+    """End this process now, as the signal itself would; what it started by multiprocessing is asked to end."""
+    for child in multiprocessing.active_children():
+        child.terminate()
+    os._exit(128 + number)
+
+
+@contextlib.contextmanager
+def children_without_interrupts() -> Iterator[None]:
+    """Processes started in here never see SIGINT, which a terminal sends to all of a command's processes."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def any_rank_caught(caught: list[int], ranks: Ranks) -> bool:
-    """Whether SIGTERM reached any rank, so that all leave after the same step. A collective."""
+    """Whether a signal reached any rank, so that all leave after the same step. A collective."""
     return ranks.all_max(torch.tensor(float(bool(caught)))).item() > 0
 
 
