@@ -80,25 +80,29 @@ class DataConfig:
     """Problems and how they are asked."""
 
     train: str = "arithmetic:train"
-    """Training problems: a .jsonl or .parquet file, a hub dataset's name, or `arithmetic:train?n=4000` (built in)."""
+    """Training problems: a .jsonl, .json, .csv or .parquet file, a hub dataset's name, or `arithmetic:train?n=4000`
+    (built in); `python -m lead_fast.data check FILE` says how a file is read."""
     test: str = "arithmetic:test"
     """Held-out problems, in the same forms, or AIME24, AIME25, MATH500, AMC23, Minerva, OlympiadBench."""
     problem_column: str = "problem"
-    """Column with the question."""
+    """Column with the question, as text or as chat messages; `a.b` is column b in a. Where no column has the default
+    name, the layouts of public sets are recognised."""
     reference_column: str = "answer"
-    """Column with the reference answer."""
+    """Column with the reference, alone, behind `####` or in the last \\boxed{} of a worked solution; `a.b` as above."""
     difficulty_column: str = "difficulty"
     """Column with the difficulty; may be absent."""
     min_difficulty: Annotated[float | None, Range(-MANY, MANY)] = None
     """Keep only training problems above this difficulty."""
     instruction: str = "Let's think step by step and put the final answer within \\boxed{}"
-    """Appended to every problem, in the same user turn."""
+    """Appended to every problem, in the same user turn, unless it asks for \\boxed{} and so does the prompt."""
     max_prompt_tokens: Tokens = 1024
     """Limit on a prompt, chat template included, tokens."""
     sampling: Literal["shuffle", "solve_rate"] = "shuffle"
     """Order of training problems: each once per epoch, or drawn by recent solve rate, those near 1/2 most often."""
     drop_long_prompts: bool = False
     """Drop problems whose prompt is over the limit (and say how many) instead of stopping."""
+    drop_unverifiable: bool = False
+    """Drop problems whose reference no answer could equal (and say how many) instead of stopping."""
 
 
 @dataclass(frozen=True)

@@ -263,7 +263,7 @@ def main(args: list[str] | None = None) -> None:
             print(dump(c))
         return stop()
     tokenizer = load_tokenizer(c.model)
-    problems, prompts = load_test(c, tokenizer)
+    problems, prompts = load_test(c, tokenizer, ranks)
     folder = Path(c.output or f"runs/evaluate-{Path(c.model.path).name}-{Path(c.data.test).stem}")
     folder.mkdir(parents=True, exist_ok=True)
     samples = Samples(folder / "samples.jsonl", asked(c, problems))

@@ -1,17 +1,25 @@
 """The records that flow through a step: Problem -> Response -> Sample (a response with its score) -> Group -> Batch."""
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A question, and the reference that answers are compared with; `solution` is a worked one, for SFT."""
+    """A question, and the reference that answers are compared with; `solution` is a worked one, for SFT.
+
+    messages: (role, text) of a prompt with a system message or several turns, the last one the user's; None where
+    `problem` is all that is asked.
+    columns: its row as loaded, where that was asked for.
+    """
 
     id: str
     problem: str
     reference: str
     difficulty: float | None = None
     solution: str | None = None
+    messages: tuple[tuple[str, str], ...] | None = None
+    columns: dict[str, Any] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

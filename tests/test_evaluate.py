@@ -240,7 +240,7 @@ SCHEMAS = {
     "AIME24": ("train", {"id": 60, "problem": "P", "solution": "S", "answer": "204", "year": "2024"}, "204"),
     "AIME25": ("test", {"problem": "P", "answer": "70", "id": "0"}, "70"),
     "MATH500": ("test", {"problem": "P", "answer": "\\frac{1}{2}", "level": 2, "unique_id": "u"}, "\\frac{1}{2}"),
-    "AMC23": ("test", {"id": 0, "question": "P", "answer": 27.0, "url": "u"}, "27.0"),
+    "AMC23": ("test", {"id": 0, "question": "P", "answer": 27.0, "url": "u"}, "27"),
     "Minerva": ("test", {"question": "P", "answer": "4.5e33"}, "4.5e33"),
     "OlympiadBench": ("train", {"id": 1, "question": "P", "solution": ["S"], "final_answer": ["2", "-1"], "unit": None,
                                 "subfield": "Algebra", "difficulty": "Competition"}, "2, -1"),

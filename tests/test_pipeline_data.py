@@ -19,7 +19,7 @@ def jsonl(path, rows):
     return str(path)
 
 
-def test_deepscaler_by_difficulty_without_the_unparseable_and_twice_told(tmp_path):
+def test_deepscaler_by_difficulty_without_duplicates_and_unverifiable_references(tmp_path):
     rows = [{"problem": f"q{i}", "answer": str(i), "solution": "s", "difficulty": i / 2} for i in range(10)]
     rows += [rows[9], {"problem": "bad", "answer": "\\frac{", "solution": "", "difficulty": 4.0}]
     rows += [{"problem": "fine", "answer": "\\frac{1}{2}", "solution": "", "difficulty": 4.0}]
@@ -31,7 +31,7 @@ def test_deepscaler_by_difficulty_without_the_unparseable_and_twice_told(tmp_pat
     assert [p.problem for p in found] == ["q6", "q7", "q8", "q9", "fine"]
     manifest = json.loads((tmp_path / "a.manifest.json").read_text())
     assert manifest["counts"] == {"read": 15, "without difficulty": 1, "above": 8, "duplicates": 1,
-                                  "unparseable answers": 2}  # fmt: skip
+                                  "unverifiable references": 2}  # fmt: skip
     assert manifest["rows"] == 5 and manifest["filters"]["difficulty_above"] == 2.5
     assert manifest["revision"] == f"sha256:{file_hash(tmp_path / 'in.jsonl')}"
     assert manifest["sha256_file"] == file_hash(tmp_path / "a.parquet")
@@ -80,15 +80,26 @@ def test_mix_renames_columns_and_holds_out_the_same_rows_in_any_order(tmp_path):
         assert {r["problem"] for r in kept + apart} == {r["q"] for r in rows[:20]}
         assert all(r["solution"] == r["problem"].replace("q", "s") for r in kept + apart)
         manifest = json.loads((tmp_path / f"{name}.held-out.manifest.json").read_text())
-        assert manifest["rows"] == 5 and manifest["counts"][f"without answer, {source}"] == 1
+        assert manifest["rows"] == 5 and manifest["counts"][f"without reference and solution, {source}"] == 1
         found.append({r["problem"] for r in apart})
     assert found[0] == found[1]
+
+
+def test_sets_are_made_of_worked_solutions_too_but_hold_no_system_messages(tmp_path):
+    source = jsonl(tmp_path / "a.jsonl", [{"question": "q", "answer": "1+1=2\n#### 2"}])
+    main(["mix", source, "--out", str(tmp_path / "m.parquet")])
+    (row,) = parquet.read_table(tmp_path / "m.parquet").to_pylist()
+    assert (row["problem"], row["answer"], row["solution"]) == ("q", "2", "1+1=2\n#### 2")
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
+    source = jsonl(tmp_path / "b.jsonl", [{"prompt": messages, "answer": "2"}])
+    with pytest.raises(SystemExit, match="row 1: the prompt has a system message or several turns, which a set made"):
+        main(["mix", source, "--out", str(tmp_path / "n.parquet")])
 
 
 def test_stats(tmp_path, capsys):
     main(["stats", "arithmetic:train?n=50", "--model", "tiny", "--out", str(tmp_path)])
     record = json.loads((tmp_path / "stats.json").read_text())
-    assert record["problems"] == record["with difficulty"] == record["integer answers"] == 50
+    assert record["problems"] == record["with difficulty"] == record["integer references"] == 50
     assert "prompt length, tokens" in capsys.readouterr().out and (tmp_path / "stats.png").stat().st_size > 5000
 
 

@@ -1,7 +1,7 @@
 """The embedded task: multi-step integer arithmetic in words and symbols, made from a seed at graded difficulties.
 
 A problem's difficulty is its number of steps, 1 to 4. Its worked solution is right, and terse (the equations), wordy
-(the same equations in sentences, more than twice as long) or hasty (the answer without the work, which a small model
+(the same equations in sentences, more than twice as long) or hasty (the result without the work, which a small model
 gets right on easy problems only). A model trained on the mix has something to gain: to work where it must, and to be
 brief. Train and test never share a problem: the hash of a problem's text says which split it belongs to.
 
@@ -14,12 +14,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 LEVELS = (1, 2, 3, 4)
-TEST_SHARE = 20  # one problem in so many is a test problem
+ONE_IN = 20  # one problem in this many is a test problem
 STYLES = (0.15, 0.25, 0.6)  # shares of terse, wordy and hasty solutions
 NAMES = "Mia Tom Ana Leo Sam Eva Ben Zoe Max Ida".split()
 THINGS = "apples coins books cards shells stamps pens stones".split()
 ASK = ("Compute {}.", "What is {}?", "Work out {}.")
-TOLD = {"+": ("add {}", "plus {}"), "-": ("subtract {}", "minus {}"), "*": ("times {}",)}
+CLAUSES = {"+": ("add {}", "plus {}"), "-": ("subtract {}", "minus {}"), "*": ("times {}",)}
 STORY = {
     "+": ("finds {}", "buys {}", "gets {}"),
     "-": ("gives away {}", "loses {}", "sells {}"),
@@ -37,7 +37,7 @@ Step = tuple[str, int, int, int]  # operator, operand, value before, value after
 
 
 def make_problems(n: int, *, seed: int, split: str = "train", difficulties: Sequence[int] = LEVELS) -> list[dict]:
-    """`n` distinct problems of one split.
+    """Make `n` distinct problems of one split.
 
     Args:
         n: how many.
@@ -45,7 +45,7 @@ def make_problems(n: int, *, seed: int, split: str = "train", difficulties: Sequ
         split: "train" or "test".
         difficulties: numbers of steps, drawn from evenly.
     Returns:
-        rows with problem, answer, difficulty and solution.
+        rows with problem, answer (the reference), difficulty and solution.
     """
     rng = random.Random(f"{seed} {split}")
     seen: set[str] = set()
@@ -62,7 +62,7 @@ def make_problems(n: int, *, seed: int, split: str = "train", difficulties: Sequ
 
 def is_test(text: str) -> bool:
     """Whether a problem is held out, by its text alone."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % TEST_SHARE == 0
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % ONE_IN == 0
 
 
 def _steps(rng: random.Random, level: int) -> tuple[int, list[Step], int]:
@@ -96,10 +96,10 @@ def _problem(rng: random.Random, start: int, steps: list[Step]) -> str:
             text = f"({text}){op}{n}" if op == "*" and not text.isdigit() else f"{text}{op}{n}"
         return rng.choice(ASK).format(text)
     if kind < 0.7:
-        return f"Start with {start}, " + ", ".join(rng.choice(TOLD[op]).format(n) for op, n, _, _ in steps) + "."
+        return f"Start with {start}, " + ", ".join(rng.choice(CLAUSES[op]).format(n) for op, n, _, _ in steps) + "."
     name, thing = rng.choice(NAMES), rng.choice(THINGS)
-    told = ", ".join(rng.choice(STORY[op]).format(n) for op, n, _, _ in steps)
-    return f"{name} has {start} {thing}, {told}. How many {thing} now?"
+    events = ", ".join(rng.choice(STORY[op]).format(n) for op, n, _, _ in steps)
+    return f"{name} has {start} {thing}, {events}. How many {thing} now?"
 
 
 def _terse(start: int, steps: list[Step], value: int) -> str:
@@ -118,7 +118,7 @@ def _hasty(start: int, steps: list[Step], value: int) -> str:
 
 
 def build_tokenizer(folder: Path | None = None):
-    """Byte-level BPE on this task's words, every digit a token of its own; takes any text.
+    """Build a byte-level BPE on this task's words, every digit a token of its own; it takes any text.
 
     It gives text back unchanged; loaded by AutoTokenizer it becomes Qwen2's class, which composes accents first (NFC)
     and whose `<|endoftext|>` is the padding token here.

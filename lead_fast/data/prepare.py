@@ -1,5 +1,6 @@
 """Make, choose, mix and describe training sets: `python -m lead_fast.data COMMAND`.
 
+    check SOURCE [--model DIR] [--data.key=value ...]               # what a training run would see
     deepscaler [--source FILE] [--above 2.5] --out FILE.parquet     # the paper's set, by difficulty
     select SOURCE --rollouts RUN_DIR [--least 0 --most 0.75] --out FILE.parquet
     select SOURCE --samples EVALUATION_DIR ... --out FILE.parquet   # solve rates of a model sampled k times
@@ -21,24 +22,28 @@ from pathlib import Path
 from typing import Any
 
 from ..records import Problem
-from ..reward.verifier import Verifier
 from ..runtime.jsonl import each_jsonl
 from . import arithmetic, word_problems
+from .check import check
+from .columns import DEFAULTS
 from .prompts import tokenize_prompts
 from .read import load_problems
+from .references import unverifiable
 
 DEEPSCALER = "agentica-org/DeepScaleR-Preview-Dataset"
 
 
 def write_set(out: Path, rows: list[dict], manifest: dict[str, Any]) -> None:
-    """The rows as Parquet and its manifest, whole or not at all."""
+    """Write the rows as Parquet with its manifest; an interrupted write leaves no file of that name."""
     import pyarrow as pa
     from pyarrow import parquet
 
     if out.suffix != ".parquet":
         raise ValueError(f"--out is {out}: give a name that ends in .parquet.")
     if not rows:
-        raise ValueError(f"No row is left for {out} ({told(manifest)}): loosen the filters ({manifest['filters']}).")
+        raise ValueError(
+            f"No row is left for {out} ({described(manifest)}): loosen the filters ({manifest['filters']})."
+        )
     schema = pa.schema([("problem", pa.string()), ("answer", pa.string()), ("difficulty", pa.float64()),
                         ("solution", pa.string()), ("source", pa.string())])  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -48,10 +53,11 @@ def write_set(out: Path, rows: list[dict], manifest: dict[str, Any]) -> None:
     text = json.dumps(rows, sort_keys=True).encode()
     manifest |= {"rows": len(rows), "sha256_rows": hashlib.sha256(text).hexdigest(), "sha256_file": file_hash(out)}
     out.with_suffix(".manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    print(f"{out}: {len(rows)} rows; {told(manifest)}")
+    print(f"{out}: {len(rows)} rows; {described(manifest)}")
 
 
-def told(manifest: dict[str, Any]) -> str:
+def described(manifest: dict[str, Any]) -> str:
+    """A manifest's counts in a line."""
     return ", ".join(f"{k} {v}" for k, v in manifest["counts"].items())
 
 
@@ -60,6 +66,12 @@ def columns(a: argparse.Namespace) -> dict[str, Any]:
 
 
 def row(p: Problem, source: str) -> dict:
+    """A problem as a row of a set. Raises ValueError for a prompt that the set's columns cannot hold."""
+    if p.messages:
+        raise ValueError(
+            f"{source}, row {p.id}: the prompt has a system message or several turns, which a set made here cannot "
+            "hold: train on the source itself, or on one without them."
+        )
     return {"problem": p.problem, "answer": p.reference, "difficulty": p.difficulty, "solution": p.solution,
             "source": source}  # fmt: skip
 
@@ -86,7 +98,7 @@ def origin(source: str) -> dict[str, Any]:
 
 
 def deepscaler(a: argparse.Namespace) -> None:
-    """DeepScaleR-like rows above a difficulty, answers that the verifier cannot read dropped, duplicates too."""
+    """DeepScaleR-like rows above a difficulty, without duplicates and without references that no answer could equal."""
     problems = load_problems(a.source, references=False, **columns(a))
     graded = [p for p in problems if p.difficulty is not None]
     if not graded and a.above is not None:
@@ -96,11 +108,11 @@ def deepscaler(a: argparse.Namespace) -> None:
         )
     hard = [p for p in graded if p.difficulty > a.above] if a.above is not None else problems  # type: ignore[operator]
     unique = list({p.problem: p for p in reversed(hard)}.values())[::-1]
-    with Verifier() as verifier:
-        kept = [p for p in unique if p.reference and verifier.parses(p.reference)]
+    bad = unverifiable(p.reference for p in unique)
+    kept = [p for p in unique if p.reference not in bad]
     counts = {"read": len(problems), "without difficulty": len(problems) - len(graded), "above": len(hard),
-              "duplicates": len(hard) - len(unique), "unparseable answers": len(unique) - len(kept)}  # fmt: skip
-    filters = {"difficulty_above": a.above, "answer_parses": True, "unique_problem": True}
+              "duplicates": len(hard) - len(unique), "unverifiable references": len(unique) - len(kept)}  # fmt: skip
+    filters = {"difficulty_above": a.above, "reference_verifiable": True, "unique_problem": True}
     write_set(a.out, [row(p, a.source) for p in kept], origin(a.source) | {"filters": filters, "counts": counts})
 
 
@@ -142,7 +154,7 @@ def select(a: argparse.Namespace) -> None:
 
 
 def mix(a: argparse.Namespace) -> None:
-    """All sources, each problem once, those with neither answer nor solution left out; some rows held out if asked."""
+    """All sources, each problem once, without rows that have neither reference nor solution; some held out if asked."""
     seen: set[str] = set()
     rows, counts = [], {}
     for source in a.sources:
@@ -151,7 +163,8 @@ def mix(a: argparse.Namespace) -> None:
         new = list({p.problem: p for p in reversed(known) if p.problem not in seen}.values())[::-1]
         seen |= {p.problem for p in new}
         rows += [row(p, source) for p in new]
-        counts |= {f"read from {source}": len(problems), f"without answer, {source}": len(problems) - len(known),
+        counts |= {f"read from {source}": len(problems),
+                   f"without reference and solution, {source}": len(problems) - len(known),
                    f"already there, {source}": len(known) - len(new)}  # fmt: skip
     if not 0 <= a.hold_out < max(1, len(rows)):
         raise ValueError(f"--hold_out is {a.hold_out} of {len(rows)} rows: give fewer, and 0 or more.")
@@ -187,7 +200,7 @@ def stats(a: argparse.Namespace) -> None:
         "unique problems": len({p.problem for p in problems}),
         "with difficulty": len(levels),
         "with solution": sum(p.solution is not None for p in problems),
-        "integer answers": sum(re.fullmatch(r"-?\d+", p.reference) is not None for p in problems),
+        "integer references": sum(re.fullmatch(r"-?\d+", p.reference) is not None for p in problems),
         f"prompt length, {unit}: median, 95 %, longest": [int(x) for x in np.quantile(sizes, [0.5, 0.95, 1])],
         "difficulty: 5 %, median, 95 %": [float(x) for x in np.quantile(levels, [0.05, 0.5, 0.95])] if levels else None,
     }
@@ -221,16 +234,23 @@ def number_or_none(text: str) -> float | None:
 
 def main(args: list[str] | None = None) -> None:
     p = argparse.ArgumentParser(prog="python -m lead_fast.data", description=(__doc__ or "").splitlines()[0])
-    commands = p.add_subparsers(required=True, metavar="deepscaler | select | mix | stats | arithmetic | word_problems")
+    commands = p.add_subparsers(
+        required=True, metavar="check | deepscaler | select | mix | stats | arithmetic | word_problems"
+    )
 
-    def command(run: Any) -> argparse.ArgumentParser:
-        found = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
-        found.set_defaults(run=run)
-        for name, column in {"problem": "problem", "reference": "answer", "difficulty": "difficulty",
-                             "solution": "solution"}.items():  # fmt: skip
-            found.add_argument(f"--{name}_column", default=column, metavar="NAME", help=f"column with the {name}")
-        return found
+    def command(run: Any, *, takes_columns: bool = True) -> argparse.ArgumentParser:
+        parser = commands.add_parser(
+            run.__name__, help=run.__doc__.splitlines()[0], description=run.__doc__, allow_abbrev=False
+        )
+        parser.set_defaults(run=run)
+        for name, column in DEFAULTS.items() if takes_columns else ():
+            parser.add_argument(f"--{name}_column", default=column, metavar="NAME", help=f"column with the {name}")
+        return parser
 
+    c = command(check, takes_columns=False)
+    c.add_argument("source", help="what a run would be given as data.train")
+    c.add_argument("--model", help="measure prompts in this model's tokens, and refuse what is over the limit")
+    c.add_argument("--split", default="train", help="of a hub dataset")
     c = command(deepscaler)
     c.add_argument("--source", default=DEEPSCALER, help="hub set, .jsonl or .parquet file of the same columns")
     c.add_argument("--above", type=number_or_none, default=2.5, help="keep difficulties above this; none keeps all")
@@ -257,7 +277,10 @@ def main(args: list[str] | None = None) -> None:
         c.add_argument("--train", type=int, default=4000, help="training problems")
         c.add_argument("--test", type=int, default=256, help="held-out problems")
         c.add_argument("--seed", type=int, default=1)
-    a = p.parse_args(args)
+    a, settings = p.parse_known_args(args)
+    if settings and a.run is not check:
+        p.error(f"unrecognized arguments: {' '.join(settings)}")
+    a.settings = settings
     try:
         a.run(a)
     except ValueError as e:

@@ -4,53 +4,76 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from jinja2 import TemplateError
+
 from ..config import Config, DataConfig
 from ..records import Problem
-from .read import load_problems, say
+from ..runtime.ranks import Ranks
+from .read import BENCHMARKS, load_problems, say
+from .references import verifiable
 
 # ------------------------------------------------------------------------------------------------------------- prompts
 
 
 Prompts = tuple[list[Problem], list[list[int]]]  # problems, and the token ids of each one's prompt
+Turns = list[tuple[str, str]]  # role and text of each message, the last one the user's
+
+ASKS_FOR_BOX = re.compile(r"(?is)\b(?:answer|response|result|within|inside|enclosed?)\b.{0,100}?\\(?:boxed|fbox)\b")
+ASKS_OTHERWISE = re.compile(r"(?i)\bAnswer: ?\$|\"Answer:\"|\"####\"|after ####|<answer>")
 
 
 def tokenize_prompts(
     problems: Sequence[Problem], tokenizer: Any, *, instruction: str, max_prompt_tokens: int, drop_long: bool = False
 ) -> tuple[list[Problem], list[list[int]]]:
-    """Each problem as one user turn, through the model's own chat template, ready for the assistant's turn.
+    r"""Each problem as the user's turn, or its messages, through the model's own chat template, up to the assistant.
 
     A problem cannot end its turn: a control token's name in it (`<|im_end|>`) is encoded as the text that it is.
 
     Args:
-        instruction: put behind the problem, on a line of its own; empty: nothing.
+        instruction: put behind the last turn, on a line of its own; empty: nothing. One that asks for \boxed{} is not
+            put behind a prompt that asks for it already, as prompts of verl's and Skywork's sets do.
         max_prompt_tokens: limit, the template's tokens included.
         drop_long: leave out problems over the limit and say how many, instead of raising.
     Returns:
         the problems kept and their prompts' token ids.
     Raises:
-        ValueError: no chat template, or a prompt over the limit.
+        ValueError: no chat template, one that refuses a problem's messages, or a prompt over the limit.
     """
     if not tokenizer.chat_template:
         raise ValueError("The tokenizer has no chat template: add chat_template.jinja to the model's folder.")
+    turns, behind = ask(problems, instruction)
 
-    def render(problem: str) -> str:
-        turn = f"{problem}\n{instruction}" if instruction else problem
-        return tokenizer.apply_chat_template(
-            [{"role": "user", "content": turn}], tokenize=False, add_generation_prompt=True
-        )
+    def render(chat: Turns, behind: str) -> str:
+        messages = [{"role": role, "content": text} for role, text in chat]
+        messages[-1]["content"] += behind
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     def encode(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    texts = [render(p.problem) for p in problems]
+    texts = []
+    for p, chat, end in zip(problems, turns, behind, strict=True):
+        try:
+            texts.append(render(chat, end))
+        except TemplateError as e:
+            roles = ", ".join(role for role, _ in chat)
+            raise ValueError(
+                f"Problem {p.id}: the model's chat template refuses its messages ({roles}): {e}; leave that row out, "
+                "or move a system message's text into the user's."
+            ) from e
     prompts = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
     control = control_tokens(tokenizer)
-    before, _, after = render(HOLE).partition(HOLE)
-    around = encode(before), encode(after)
-    own = sum(t in control.values() for ids in around for t in ids)
+    named = set(control.values())
+    frames: dict[tuple, tuple[list[str], int]] = {}  # by roles and what is put behind: the template's text, its tokens
     for i, ids in enumerate(prompts):
-        if sum(t in control.values() for t in ids) != own:
-            prompts[i] = [*around[0], *encode_plain(problems[i].problem, control, encode), *around[1]]
+        roles = [role for role, _ in turns[i]]
+        key = (*roles, behind[i])
+        if key not in frames:
+            frame = around(render([(role, HOLE.format(n)) for n, role in enumerate(roles)], behind[i]), len(roles))
+            frames[key] = frame, sum(t in named for piece in frame for t in encode(piece))
+        frame, own = frames[key]
+        if sum(t in named for t in ids) != own:
+            prompts[i] = encode_between(frame, [text for _, text in turns[i]], control, encode, problems[i].id)
     long = [i for i, ids in enumerate(prompts) if len(ids) > max_prompt_tokens]
     if long and not drop_long:
         i = max(long, key=lambda i: len(prompts[i]))
@@ -64,7 +87,29 @@ def tokenize_prompts(
     return [problems[i] for i in keep], [prompts[i] for i in keep]
 
 
-HOLE = "(the problem stands here)"
+def ask(problems: Sequence[Problem], instruction: str) -> tuple[list[Turns], list[str]]:
+    """Every problem's turns, and what of the instruction is put behind the last one; says where prompts differ."""
+    boxed = "\\boxed" in instruction
+    turns = [list(p.messages or [("user", p.problem)]) for p in problems]
+    asking = [boxed and any(ASKS_FOR_BOX.search(text) for _, text in chat) for chat in turns]
+    if n := sum(asking):
+        say(f"{n:,} of {len(turns):,} prompts ask for \\boxed{{}} themselves: data.instruction is not put behind them.")
+    others = [chat for asks, chat in zip(asking, turns, strict=True) if not asks and ASKS_OTHERWISE.search(chat[-1][1])]
+    if others:
+        remedy = "data.instruction asks for it too" if boxed else "nothing asks for it, so set data.instruction"
+        say(
+            f"{len(others):,} of {len(turns):,} prompts ask for the answer in another form than the \\boxed{{}} "
+            f"that is graded; {remedy}."
+        )
+    return turns, ["" if asks or not instruction else f"\n{instruction}" for asks in asking]
+
+
+HOLE = "(the text of message {} stands here)"
+
+
+def around(rendered: str, messages: int) -> list[str]:
+    """What stands before, between and behind the holes of a rendered chat."""
+    return re.split("|".join(re.escape(HOLE.format(n)) for n in range(messages)), rendered)
 
 
 def control_tokens(tokenizer: Any) -> dict[str, int]:
@@ -72,6 +117,21 @@ def control_tokens(tokenizer: Any) -> dict[str, int]:
     added = tokenizer.added_tokens_decoder.items()
     bracketed = re.compile(r"<.+>|\[.+\]", re.S)
     return {t.content: i for i, t in added if len(t.content) > 1 and (t.special or bracketed.fullmatch(t.content))}
+
+
+def encode_between(
+    frame: list[str], texts: list[str], control: dict[str, int], encode: Callable[[str], list[int]], problem: str
+) -> list[int]:
+    """Token ids of a chat whose texts hold names of control tokens: the template's pieces, and the texts as text."""
+    if len(frame) != len(texts) + 1:
+        raise ValueError(
+            f"Problem {problem} has the name of a control token in its text, and the chat template does not write its "
+            "messages one after the other, as they are: remove the row."
+        )
+    ids = encode(frame[0])
+    for text, piece in zip(texts, frame[1:], strict=True):
+        ids += [*encode_plain(text, control, encode), *encode(piece)]
+    return ids
 
 
 def encode_plain(text: str, control: dict[str, int], encode: Callable[[str], list[int]]) -> list[int]:
@@ -82,16 +142,42 @@ def encode_plain(text: str, control: dict[str, int], encode: Callable[[str], lis
     return [t for ids in pieces for t in ids if t not in control.values()]
 
 
-def load_prompts(c: DataConfig, tokenizer: Any, source: str, split: str, **more: Any) -> Prompts:
-    """Problems of a source and their prompts; `more` goes to load_problems."""
-    problems = load_problems(
+# -------------------------------------------------------------------------------------------------------------- loading
+
+
+def read_problems(c: DataConfig, source: str, split: str, **more: Any) -> list[Problem]:
+    """Problems of a source by the configuration's columns, rows without a reference among them."""
+    return load_problems(
         source,
         split=split,
         problem_column=c.problem_column,
         reference_column=c.reference_column,
         difficulty_column=c.difficulty_column,
+        empty_references=True,
         **more,
     )
+
+
+def load_prompts(
+    c: DataConfig,
+    tokenizer: Any,
+    source: str,
+    split: str,
+    ranks: Ranks | None = None,
+    *,
+    graded: bool = True,
+    **more: Any,
+) -> Prompts:
+    """Problems of a source and their prompts. A collective where `ranks` are given.
+
+    Args:
+        graded: responses are compared with references, so each must be one that an answer can equal.
+        more: goes to load_problems.
+    """
+    problems = read_problems(c, source, split, **more)
+    if graded:
+        benchmark = source.lower() in map(str.lower, BENCHMARKS)
+        problems = verifiable(source, problems, drop=c.drop_unverifiable, keep=benchmark, ranks=ranks)
     return tokenize_prompts(
         problems,
         tokenizer,
@@ -101,17 +187,26 @@ def load_prompts(c: DataConfig, tokenizer: Any, source: str, split: str, **more:
     )
 
 
-def load_train(c: Config, tokenizer: Any) -> Prompts:
-    """Training problems and their prompts. Raises ValueError for fewer problems than a step needs."""
-    problems, prompts = load_prompts(c.data, tokenizer, c.data.train, "train", min_difficulty=c.data.min_difficulty)
+def load_train(c: Config, tokenizer: Any, ranks: Ranks | None = None, **more: Any) -> Prompts:
+    """Training problems and their prompts. A collective where `ranks` are given.
+
+    Args:
+        more: `graded` and `keep_columns`, as load_prompts and load_problems take them.
+    Raises:
+        ValueError: the data cannot be read or graded, or has fewer problems than a step needs.
+    """
+    source = c.data.train
+    problems, prompts = load_prompts(
+        c.data, tokenizer, source, "train", ranks, min_difficulty=c.data.min_difficulty, **more
+    )
     if len(problems) < c.rollout.problems:
         raise ValueError(
-            f"{c.data.train} has {len(problems)} problems and rollout.problems is {c.rollout.problems}: "
+            f"{source} has {len(problems)} problems and rollout.problems is {c.rollout.problems}: "
             "give more data or a smaller batch."
         )
     return problems, prompts
 
 
-def load_test(c: Config, tokenizer: Any) -> Prompts:
-    """Held-out problems and their prompts; those over the prompt limit are refused as in training."""
-    return load_prompts(c.data, tokenizer, c.data.test, "test", limit=c.evaluate.problems or None)
+def load_test(c: Config, tokenizer: Any, ranks: Ranks | None = None, **more: Any) -> Prompts:
+    """Held-out problems and their prompts, refused as in training. A collective where `ranks` are given."""
+    return load_prompts(c.data, tokenizer, c.data.test, "test", ranks, limit=c.evaluate.problems or None, **more)

@@ -1,12 +1,33 @@
-"""Problems in: JSONL, Parquet, a hub dataset's name, or the built-in arithmetic; checked before any model is loaded."""
+"""Problems in: JSONL, CSV, Parquet, a hub dataset or the built-in arithmetic, checked before a model is loaded."""
 
+import csv
+import itertools
 import json
 import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
 from ..records import Problem
+from .columns import (
+    BEHIND_HASHES,
+    DEFAULTS,
+    IN_BOX,
+    Columns,
+    answer_of_solution,
+    cell,
+    chat_of,
+    find_columns,
+    names_of,
+    number_of,
+    problem_text,
+    reference_of,
+    text_of,
+)
 
 # Benchmarks by the names that papers use: hub set (and its configuration behind a colon) and split.
 BENCHMARKS = {
@@ -17,93 +38,182 @@ BENCHMARKS = {
     "Minerva": ("math-ai/minervamath", "test"),
     "OlympiadBench": ("Hothan/OlympiadBench:OE_TO_maths_en_COMP", "train"),
 }
-BENCHMARK_COLUMNS = (("problem", "question"), ("answer", "final_answer"), ("difficulty", "level"))
 # What a hub dataset's name does not end in: such a source is a file, read here or refused.
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt", ".arrow", ".xlsx", ".gz", ".zip", ".zst")
+FORMATS = "a .jsonl, .json, .csv or .parquet file"
+SAMPLE_ROWS = 200
+"""Rows by which a layout is recognised."""
 
 
 def load_problems(
     source: str,
     *,
     split: str = "train",
-    problem_column: str = "problem",
-    reference_column: str = "answer",
-    difficulty_column: str = "difficulty",
-    solution_column: str = "solution",
+    problem_column: str = DEFAULTS["problem"],
+    reference_column: str = DEFAULTS["reference"],
+    difficulty_column: str = DEFAULTS["difficulty"],
+    solution_column: str = DEFAULTS["solution"],
     min_difficulty: float | None = None,
     limit: int | None = None,
     references: bool = True,
+    empty_references: bool = False,
+    keep_columns: bool = False,
 ) -> list[Problem]:
-    """Rows of a source as problems.
+    """Rows of a source as problems; says in a line what was read where that is not simply the columns named.
 
     Args:
-        source: path of a .jsonl, .json (an array of objects, or lines of them) or .parquet file; a benchmark's name
-            (`BENCHMARKS`); a hub dataset's name, or `name:configuration`; or `arithmetic:train?n=4000&seed=1`, made
-            here.
+        source: path of a .jsonl, .json (an array of objects, or lines of them), .csv (commas, a line of names first) or
+            .parquet file; a benchmark's name (`BENCHMARKS`); a hub dataset's name, or `name:configuration`, with
+            `?split=math` behind it for a split of another name; or `arithmetic:train?n=4000&seed=1`, made here.
         split: of a hub dataset; one that has a single split gives that one.
-        problem_column, reference_column: must be there, the latter only if `references`.
+        problem_column, reference_column: must be there, the latter only if `references`; where the default names are
+            absent, known layouts are recognised (see columns.py).
         difficulty_column, solution_column: may be there.
         min_difficulty: keep only problems above this.
         limit: keep only the first so many.
         references: every row must have one; if not, a row without one has the reference "" (worked solutions are enough
             for SFT), but there must be a column of references or of solutions.
+        empty_references: a row without a reference has "", as a complaint about all of them is made later.
+        keep_columns: keep every row as it was loaded in Problem.columns.
     Raises:
-        ValueError: no such file or dataset, a row that is no JSON, a missing column, an empty question or reference, no
-            problem left.
+        ValueError: no such file or dataset, a file that cannot be read, a missing column, a cell that is neither text
+            nor a number, an empty question or reference, no problem left.
     """
-    name = next((n for n in BENCHMARKS if n.lower() == source.lower()), None)
-    if name is not None:
-        place, split = BENCHMARKS[name]
-        rows, columns = _read(place, split, f"{name} ({place})")
-    else:
-        rows, columns = _read(source, split)
-    if name is not None:  # the sets differ in their columns' names; those the user gave go first
-        problem_column, reference_column, difficulty_column = (
-            next((c for c in (given, *usual) if c in columns), given)
-            for given, usual in zip(
-                (problem_column, reference_column, difficulty_column), BENCHMARK_COLUMNS, strict=True
-            )
-        )
-    needed = [(problem_column, "data.problem_column"), (reference_column, "data.reference_column")]
-    for wanted, key in needed[: 2 if references or solution_column not in columns else 1]:
-        if wanted not in columns:
-            raise ValueError(
-                f"{source} has no column {wanted}, only {', '.join(columns)}: name the right one with --{key} "
-                f"(--{key.removeprefix('data.')} of lead_fast.data)."
-            )
-    if min_difficulty is not None and difficulty_column not in columns:
+    name, table, sample = _open(source, split)
+    wanted = Columns(problem_column, reference_column, difficulty_column, solution_column)
+    at = find_columns(source, table.columns, sample, wanted, references=references)
+    if name is not None and difficulty_column not in table.columns and difficulty_column == DEFAULTS["difficulty"]:
+        at = Columns(at.problem, at.reference, "level", at.solution, at.worked)
+    if min_difficulty is not None and not {at.difficulty, at.difficulty.split(".")[0]} & {*table.columns}:
         raise ValueError(
-            f"data.min_difficulty is {min_difficulty}, but {source} has no column {difficulty_column}, only "
-            f"{', '.join(columns)}: name the right one with --data.difficulty_column."
+            f"data.min_difficulty is {min_difficulty}, but {source} has no column {at.difficulty}, only "
+            f"{', '.join(table.columns)}: name the right one with --data.difficulty_column."
         )
-    problems = []
-    for i, row in enumerate(rows):
-        question, reference = (_text(row.get(c)) for c in (problem_column, reference_column))
-        if not question:
-            raise ValueError(f"{source}, row {i + 1}: column {problem_column} is empty; fill it in or remove the row.")
-        if not reference and references:
-            raise ValueError(
-                f"{source}, row {i + 1}: column {reference_column} is empty; fill it in, or make a set without such "
-                "rows with python -m lead_fast.data mix."
-            )
-        difficulty = row.get(difficulty_column)
-        try:
-            level = None if difficulty is None else float(difficulty)
-        except (TypeError, ValueError) as e:
-            if name is None:
-                raise ValueError(
-                    f"{source}, row {i + 1}: {difficulty_column} is {difficulty!r}; give a number or leave it out."
-                ) from e
-            level = None  # OlympiadBench has a word there
-        if min_difficulty is None or (level is not None and level > min_difficulty):
-            problems.append(Problem(str(i + 1), question, reference, level, _text(row.get(solution_column)) or None))
+    reader = Reader(source, at, strict_solutions=not references, lists=name == "OlympiadBench", words=name is not None)
+    problems: list[Problem] = []
+    empty: list[int] = []
+    used = None if keep_columns else [c for c in table.columns if c in at.top_level]
+    for i, row in enumerate(table.rows(used), 1):
+        problem = reader.problem(i, row, row if keep_columns else None)
+        if not problem.reference and references:
+            empty.append(i)
+        if min_difficulty is None or (problem.difficulty is not None and problem.difficulty > min_difficulty):
+            problems.append(problem)
         if limit and len(problems) == limit:
             break
+    if empty and not empty_references:
+        hint = " or has neither \\boxed{} nor ####" if at.worked else ""
+        raise ValueError(
+            f"{source}, row {empty[0]}: column {at.reference} is empty{hint}"
+            f"{f', and in {len(empty) - 1:,} more rows' if len(empty) > 1 else ''}; fill it in, or leave such rows out "
+            "with --data.drop_unverifiable (python -m lead_fast.data mix makes a set without them)."
+        )
     if not problems:
         raise ValueError(
             f"{source} has no problem left (data.min_difficulty is {min_difficulty}): lower it or add data."
         )
+    if how := reader.how(wanted):
+        say(f"{source}: {how}")
     return problems
+
+
+@dataclass
+class Reader:
+    """Rows to problems, and how often a reference was taken out of something longer.
+
+    strict_solutions: a solution that is not text is refused; else it counts as none. lists: join a list of answers.
+    words: a difficulty may be a word, which counts as none.
+    """
+
+    source: str
+    at: Columns
+    strict_solutions: bool
+    lists: bool
+    words: bool
+    rows: int = 0
+    chats: int = 0
+    places: Counter[str] = field(default_factory=Counter)
+    """Where references stood that did not stand alone."""
+
+    def problem(self, number: int, row: dict, columns: dict[str, Any] | None) -> Problem:
+        """The problem in a row; its reference is "" where there is none."""
+        at, where = self.at, f"{self.source}, row {number}"
+        self.rows += 1
+        asked = cell(row, at.problem)
+        chat = chat_of(asked, where, at.problem)
+        turns, solution = chat or ([], "")
+        self.chats += chat is not None
+        question = problem_text(turns) if chat else text_of(asked, where, at.problem)
+        if not question:
+            raise ValueError(f"{where}: column {at.problem} is empty; fill it in or remove the row.")
+        if (given := cell(row, at.solution)) is not None:
+            try:
+                solution = text_of(given, where, at.solution, several=self.lists) or solution
+            except ValueError:
+                if self.strict_solutions:
+                    raise
+        if at.worked and at.reference == at.problem:
+            text = solution
+        else:
+            text = text_of(cell(row, at.reference), where, at.reference, several=self.lists) if at.reference else ""
+        reference, place = answer_of_solution(text) if at.worked else reference_of(text)
+        if place:
+            self.places[place] += 1
+            worked = place == BEHIND_HASHES or (place == IN_BOX and len(text) > len(f"$\\boxed{{{reference}}}$."))
+            solution = solution or (text if worked else "")
+        return Problem(
+            str(number),
+            question,
+            reference,
+            self._difficulty(row, where),
+            solution or None,
+            messages=tuple(turns) if len(turns) > 1 else None,
+            columns=columns,
+        )
+
+    def _difficulty(self, row: dict, where: str) -> float | None:
+        value = cell(row, self.at.difficulty)
+        try:
+            return number_of(value)
+        except (TypeError, ValueError) as e:
+            if self.words:  # OlympiadBench has a word there
+                return None
+            raise ValueError(f"{where}: {self.at.difficulty} is {value!r}; give a number or leave it out.") from e
+
+    def how(self, wanted: Columns) -> str:
+        """What was read as what; "" where it is the columns named, cell by cell."""
+        at = self.at
+        as_named = at.problem == wanted.problem and at.reference in (wanted.reference, "")
+        if as_named and not (self.places or self.chats):
+            return ""
+        said = f"reads {at.problem}{' (chat messages)' if self.chats else ''} as problem"
+        if at.reference:
+            reply = "the assistant's reply in " if at.worked and at.reference == at.problem else ""
+            inner = f"what stands {' or '.join(self.places)} in " if self.places else ""
+            part = sum(self.places.values())
+            some = f" ({part:,} of {self.rows:,} rows)" if 0 < part < self.rows else ""
+            said += f" and {inner}{reply}{at.reference} as reference{some}"
+        return f"{said}."
+
+
+def columns_of(source: str, split: str = "train") -> list[str]:
+    """Names of a source's columns, nested ones with dots."""
+    _, table, sample = _open(source, split)
+    return names_of(table.columns, sample)
+
+
+def _open(source: str, split: str) -> tuple[str | None, "Table", list[dict]]:
+    """The benchmark that a source is, its table, and the first rows. Raises ValueError where there is none."""
+    name = next((n for n in BENCHMARKS if n.lower() == source.lower()), None)
+    if name is not None:
+        place, split = BENCHMARKS[name]
+        table = _read(place, split, f"{name} ({place})")
+    else:
+        table = _read(source, split)
+    sample = list(itertools.islice(table.rows(None), SAMPLE_ROWS))
+    if not sample:
+        raise ValueError(f"{source} has no rows: give a file with one problem per row.")
+    return name, table, sample
 
 
 def say(text: str) -> None:
@@ -112,39 +222,51 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def _text(value: Any) -> str:
-    if isinstance(value, list):  # several answers, as OlympiadBench gives them
-        return ", ".join(_text(v) for v in value)
-    return "" if value is None else str(value).strip()
+# -------------------------------------------------------------------------------------------------------------- sources
 
 
-def _read(source: str, split: str, called: str = "") -> tuple[list[dict], list[str]]:
-    """Rows and their columns; `called` is what a complaint calls the source."""
+@dataclass(frozen=True)
+class Table:
+    """A source's columns, and its rows; `rows(names)` reads only those columns where that saves memory."""
+
+    columns: list[str]
+    rows: Callable[[list[str] | None], Iterable[dict]]
+
+
+def _listed(rows: list[dict]) -> Table:
+    return Table(list(dict.fromkeys(k for row in rows for k in row)), lambda _: rows)
+
+
+def _read(source: str, split: str, called: str = "") -> Table:
+    """The table of a source; `called` is what a complaint calls it."""
     if source.startswith("arithmetic:"):
-        from .arithmetic import make_problems
+        return _listed(_make_arithmetic(source))
+    name, _, named_split = source.partition("?split=")
+    path = Path(name).expanduser()
+    if not looks_local(name) or _holds_a_dataset(path):
+        rows = _read_hub(name, named_split or split, called or source)
+        return _listed(rows) if isinstance(rows, list) else Table(rows.column_names, lambda names: _pick(rows, names))
+    kind = path.suffix.lower().removeprefix(".")
+    _must_be_readable(source, path, kind)
+    if kind in ("jsonl", "json"):
+        return _listed(_read_json(path))
+    if kind == "csv":
+        return _listed(_read_csv(path))
+    if kind == "parquet":
+        return _read_parquet(path)
+    raise ValueError(f"{source} is neither .jsonl, .json, .csv nor .parquet: convert it to one of them.")
 
-        part, _, query = source.removeprefix("arithmetic:").partition("?")
-        given = {k: v[-1] for k, v in parse_qs(query).items()}
-        if (
-            part not in ("train", "test")
-            or not set(given) <= {"n", "seed"}
-            or not all(v.isdigit() for v in given.values())
-        ):
-            raise ValueError(f"{source} is not understood: give arithmetic:train?n=4000&seed=1, or arithmetic:test?...")
-        n = int(given.get("n", 4000 if part == "train" else 256))
-        rows: list[dict] = make_problems(n, seed=int(given.get("seed", 0)), split=part)
-    elif looks_local(source) and not _holds_a_dataset(source):
-        path = Path(source)
-        _must_be_a_file(source)
-        if source.endswith((".jsonl", ".json")):
-            rows = _read_jsonl(path)
-        elif source.endswith(".parquet"):
-            rows = _read_parquet(path)
-        else:
-            raise ValueError(f"{source} is neither .jsonl, .json nor .parquet: convert it to one of them.")
-    else:
-        rows = _read_hub(source, split, called or source)
-    return rows, list(dict.fromkeys(k for row in rows for k in row))
+
+def _make_arithmetic(source: str) -> list[dict]:
+    from .arithmetic import make_problems
+
+    part, _, query = source.removeprefix("arithmetic:").partition("?")
+    given = {k: v[-1] for k, v in parse_qs(query).items()}
+    known = part in ("train", "test") and set(given) <= {"n", "seed"}
+    if not known or not all(v.isdigit() for v in given.values()):
+        raise ValueError(f"{source} is not understood: give arithmetic:train?n=4000&seed=1, or arithmetic:test?...")
+    n = int(given.get("n", 4000 if part == "train" else 256))
+    return make_problems(n, seed=int(given.get("seed", 0)), split=part)
 
 
 def looks_local(source: str) -> bool:
@@ -158,53 +280,175 @@ def looks_local(source: str) -> bool:
     )
 
 
-def _read_jsonl(path: Path) -> list[dict]:
-    """Rows of a file with a JSON object a line, or with one JSON array of objects."""
+def _holds_a_dataset(folder: Path) -> bool:
+    """Whether a source is a folder that `datasets` reads by itself: not named like a file, with data files in it."""
+    if folder.name.lower().endswith(SUFFIXES) or not folder.is_dir():
+        return False
+    return any(p.suffix in SUFFIXES for p in folder.rglob("*"))
+
+
+DISGUISES = {
+    b"\x1f\x8b": "compressed by gzip: unpack it",
+    b"BZh": "compressed by bzip2: unpack it",
+    b"\xfd7zXZ": "compressed by xz: unpack it",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it",
+    b"PK\x03\x04": "a ZIP archive or a spreadsheet: unpack it, or export it as CSV",
+    b"PAR1": "a Parquet file: let its name end in .parquet",
+    b"ARROW1": "an Arrow file: save it as Parquet",
+    b"\xff\xfe": "UTF-16 text: save it as UTF-8",
+    b"\xfe\xff": "UTF-16 text: save it as UTF-8",
+    b"version https://git-lfs": "a Git LFS pointer, not the data: fetch the file with git lfs pull",
+}
+
+
+def _must_be_readable(source: str, path: Path, kind: str) -> None:
+    """Refuse what is not a file, or is a file of another kind than its name says."""
+    if path.is_dir():
+        named = source.lower().endswith(SUFFIXES)
+        what = "is a folder that is named like a file" if named else "is a folder without data files"
+        raise ValueError(f"{source} {what}: give {FORMATS}{', or rename the folder' if named else ''}.")
+    if not path.is_file():
+        raise ValueError(f"{source} does not exist: give {FORMATS}, or a hub dataset's name.")
+    if kind not in ("jsonl", "json", "csv", "parquet"):
+        return
+    try:
+        with path.open("rb") as f:
+            head = f.read(1024)
+    except OSError as e:
+        raise ValueError(f"{source} cannot be read ({e.strerror}): give a file that this user may read.") from e
+    if not head:
+        raise ValueError(f"{source} is empty: give a file with one problem per row.")
+    for magic, what in DISGUISES.items():
+        if head.startswith(magic) and (kind, magic) != ("parquet", b"PAR1"):
+            raise ValueError(f"{source} is {what}.")
+    if head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"<":
+        raise ValueError(f"{source} is a web page (HTML or XML), not the data: download the file itself.")
+
+
+def _read_json(path: Path) -> list[dict]:
+    """Rows of a file with a JSON object per line, or with one JSON array of objects."""
     with path.open("rb") as f:
-        if f.read(1024).lstrip()[:1] == b"[":
-            return _read_array(path)
+        while (first := f.readline()) and not first.removeprefix(b"\xef\xbb\xbf").strip():
+            pass
+        if first.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
+            return _json_array(path)
     rows = []
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
             if not line.strip():
                 continue
             try:
                 row = json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError as e:
-                raise ValueError(f"{path}, line {number} is no UTF-8: save the file in that encoding.") from e
-            except json.JSONDecodeError as e:
-                raise ValueError(f"{path}, line {number} is no JSON ({e.msg}): give one JSON object a line.") from e
+            except (ValueError, RecursionError) as e:
+                if number == 1 and path.suffix.lower() == ".json" and _is_one_object(path):
+                    raise ValueError(f"{path} is a single JSON object: give an array of objects, one per row.") from e
+                raise _unreadable(e, path, number, "give one JSON object per line") from e
             if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number} is {type(row).__name__}: give one JSON object a line.")
+                raise ValueError(f"{path}, line {number} is {_json_type(row)}: give one JSON object per line.")
             rows.append(row)
     return rows
 
 
-def _read_array(path: Path) -> list[dict]:
+def _json_array(path: Path) -> list[dict]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{path} is no UTF-8: save the file in that encoding.") from e
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{path}, line {e.lineno} is no JSON ({e.msg}): give one array of objects.") from e
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as e:
+        raise _unreadable(e, path, getattr(e, "lineno", None), "give one array of objects") from e
     other = next((i for i, row in enumerate(rows) if not isinstance(row, dict)), None)
     if other is not None:
-        raise ValueError(f"{path}, element {other + 1} is {type(rows[other]).__name__}: give one array of objects.")
+        raise ValueError(f"{path}, element {other + 1} is {_json_type(rows[other])}: give one array of objects.")
     return rows
 
 
-def _read_parquet(path: Path) -> list[dict]:
+def _unreadable(e: Exception, path: Path, line: int | None, remedy: str) -> ValueError:
+    """The sentence for what json.loads raised."""
+    at = f"{path}, line {line}" if line else f"{path}"
+    if isinstance(e, UnicodeDecodeError):
+        return ValueError(f"{at} is not valid UTF-8: save the file in that encoding.")
+    if isinstance(e, json.JSONDecodeError):
+        return ValueError(f"{at} is not valid JSON ({e.msg}): {remedy}.")
+    if isinstance(e, RecursionError):
+        return ValueError(f"{at} is nested too deeply: {remedy}.")
+    return ValueError(f"{at} has a number of more than {sys.get_int_max_str_digits():,} digits: store it as text.")
+
+
+def _is_one_object(path: Path) -> bool:
+    try:
+        return isinstance(json.loads(path.read_text(encoding="utf-8-sig")), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _json_type(value: Any) -> str:
+    names = {list: "an array", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _read_csv(path: Path) -> list[dict]:
+    """Rows of a file with commas between cells and names in the first line; every cell is text."""
+    limit = csv.field_size_limit(1 << 30)  # a long solution is over the default, 128 KiB
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as f:
+            lines = csv.reader(f, strict=True)
+            header = [name.strip() for name in next(lines, [])]
+            twice = next((n for i, n in enumerate(header) if n and n in header[:i]), None)
+            if twice:
+                raise ValueError(f"{path} has two columns {twice}: rename one of them.")
+            if len(header) == 1 and any(mark in header[0] for mark in ";\t|"):
+                raise ValueError(f"{path} has the single column {header[0]!r}: separate columns by commas.")
+            rows = []
+            for cells in lines:
+                if cells and len(cells) != len(header):
+                    raise ValueError(
+                        f"{path}, row {len(rows) + 1} (line {lines.line_num}) has {len(cells)} cells and the first "
+                        f'line {len(header)} names: put text with commas in double quotes, and write " in it twice.'
+                    )
+                if cells:
+                    rows.append(dict(zip(header, cells, strict=True)))
+            return rows
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not valid UTF-8: save the file in that encoding.") from e
+    except csv.Error as e:
+        raise ValueError(
+            f'{path}, line {lines.line_num} is not valid CSV ({e}): put text that holds commas, " or line breaks in '
+            'double quotes, and write " in it twice.'
+        ) from e
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _read_parquet(path: Path) -> Table:
+    """A local Parquet file, straight from the file: no cache folder is needed."""
     import pyarrow
-    from datasets import Dataset
-    from datasets.exceptions import DatasetGenerationError
+    from pyarrow import parquet
+
+    def broken(e: Exception) -> ValueError:
+        reason = str(e).strip().split("\n")[0][:200]
+        return ValueError(f"{path} is not a Parquet file that can be read ({reason}): give one, or a .jsonl file.")
+
+    def rows(names: list[str] | None) -> Iterator[dict]:
+        try:
+            with parquet.ParquetFile(path) as f:
+                for batch in f.iter_batches(batch_size=SAMPLE_ROWS, columns=names):
+                    yield from batch.to_pylist()
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as e:
+            raise broken(e) from e
 
     try:
-        return list(Dataset.from_parquet(str(path)))  # type: ignore[arg-type]
-    except (pyarrow.ArrowInvalid, DatasetGenerationError) as e:
-        raise ValueError(f"{path} is no Parquet file: give one, or a .jsonl file.") from e
+        with parquet.ParquetFile(path) as f:
+            return Table(f.schema_arrow.names, rows)
+    except (pyarrow.ArrowException, OSError) as e:
+        raise broken(e) from e
 
 
-def _read_hub(name: str, split: str, called: str) -> list[dict]:
+def _pick(rows: Any, names: list[str] | None) -> Any:
+    return rows if names is None else rows.select_columns(names)
+
+
+def _read_hub(name: str, split: str, called: str) -> Any:
+    """A dataset of the hub, or a folder that `datasets` reads: list[dict] or datasets.Dataset."""
     from datasets import get_dataset_split_names, load_dataset
     from datasets.exceptions import DatasetsError
 
@@ -215,28 +459,18 @@ def _read_hub(name: str, split: str, called: str) -> list[dict]:
             say(f"{name} has no split {split}: its only one, {splits[0]}, is taken.")
             split = splits[0]
         if split in splits:
-            return list(load_dataset(path, config or None, split=split))  # type: ignore[arg-type]
+            return load_dataset(path, config or None, split=split)
+    except PermissionError as e:
+        raise ValueError(
+            f"{called} cannot be read, or {e.filename} not written ({e.strerror}): point HF_HOME at a folder that this "
+            "user may write to."
+        ) from e
     except (OSError, ValueError, RuntimeError, DatasetsError) as e:
         reason = str(e).strip().split("\n")[0][:200]
+        if Path(path).is_dir():
+            raise ValueError(f"{called} is a folder that cannot be read ({reason}): give {FORMATS}.") from e
         raise ValueError(
-            f"{called} is no local file and could not be had from the hub, split {split} ({reason}): "
-            "give a .jsonl, .json or .parquet file with columns problem and answer."
+            f"{called} is not a local file and could not be had from the hub, split {split} ({reason}): "
+            f"give {FORMATS} with columns problem and answer."
         ) from e
-    raise ValueError(
-        f"{name} has no split {split}, only {', '.join(splits)}: save the one you mean as .jsonl or .parquet."
-    )
-
-
-def _holds_a_dataset(source: str) -> bool:
-    """Whether a source is a folder that `datasets` reads by itself: not named like a file, with data files in it."""
-    folder = Path(source)
-    if source.lower().endswith(SUFFIXES) or not folder.is_dir():
-        return False
-    return any(p.suffix in SUFFIXES for p in folder.rglob("*"))
-
-
-def _must_be_a_file(source: str) -> None:
-    if Path(source).is_dir():
-        raise ValueError(f"{source} is a folder without data files: give a .jsonl, .json or .parquet file.")
-    if not Path(source).is_file():
-        raise ValueError(f"{source} does not exist: give a .jsonl, .json or .parquet file, or a hub dataset's name.")
+    raise ValueError(f"{name} has no split {split}, only {', '.join(splits)}: give one as {name}?split={splits[0]}.")

@@ -22,10 +22,10 @@ Line = tuple[str, str, int]  # what is worked out, the expression, its value
 
 
 def make_problems(n: int, *, seed: int, split: str = "train", terse: float = TERSE) -> list[dict]:
-    """`n` distinct problems of one split ("train" or "test").
+    """Make `n` distinct problems of one split ("train" or "test").
 
     Returns:
-        rows with problem, answer, difficulty and solution; equal seeds give equal rows on every machine.
+        rows with problem, answer (the reference), difficulty and solution; equal for equal seeds on every machine.
     """
     rng = random.Random(f"words {seed} {split}")
     seen: set[str] = set()
@@ -36,13 +36,13 @@ def make_problems(n: int, *, seed: int, split: str = "train", terse: float = TER
         if text in seen or is_test(text) != (split == "test"):
             continue
         seen.add(text)
-        answer = lines[-1][2]
+        reference = lines[-1][2]
         rows.append(
             {
                 "problem": text,
-                "answer": str(answer),
+                "answer": str(reference),
                 "difficulty": float(len(lines)),
-                "solution": (_terse if brief else _wordy)(lines) + f"\n\\boxed{{{answer}}}",
+                "solution": (_terse if brief else _wordy)(lines) + f"\n\\boxed{{{reference}}}",
             }
         )
     return rows
@@ -53,23 +53,23 @@ def _terse(lines: list[Line]) -> str:
 
 
 def _wordy(lines: list[Line]) -> str:
-    told = "Let's think about the problem one step at a time."
+    text = "Let's think about the problem one step at a time."
     for i, (what, expression, value) in enumerate(lines):
         opening = "First we need to find" if i == 0 else "Next we need to find"
-        told += f"\n{opening} {what}. We calculate {expression} = {value}, so this is {value}."
-    return told + "\nNow we have everything, and we can give the final answer:"
+        text += f"\n{opening} {what}. We calculate {expression} = {value}, so this is {value}."
+    return text + "\nNow we have everything, and we can give the final answer:"
 
 
 def _bags(rng: random.Random) -> tuple[str, list[Line]]:
     name, thing = rng.choice(NAMES), rng.choice(THINGS)
     bags, each, lost = rng.randint(2, 5), rng.randint(2, 5), rng.randint(2, 3)
-    whole = bags * each
-    lines = [(f"how many {thing} there are in all bags", f"{bags} * {each}", whole)]
-    lines.append((f"how many {thing} are left", f"{whole} - {lost}", whole - lost))
+    bagged = bags * each
+    lines = [(f"how many {thing} there are in all bags", f"{bags} * {each}", bagged)]
+    lines.append((f"how many {thing} are left", f"{bagged} - {lost}", bagged - lost))
     text = f"{name} has {bags} bags with {each} {thing} in each bag and gives {lost} {thing} away."
     if rng.random() < 0.5:
         more = rng.randint(2, 5)
-        lines.append((f"how many {thing} there are in the end", f"{whole - lost} + {more}", whole - lost + more))
+        lines.append((f"how many {thing} there are in the end", f"{bagged - lost} + {more}", bagged - lost + more))
         text += f" Then {name} finds {more} more."
     return f"{text} How many {thing} does {name} have now?", lines
 
@@ -91,17 +91,17 @@ def _shop(rng: random.Random) -> tuple[str, list[Line]]:
 
 def _sharing(rng: random.Random) -> tuple[str, list[Line]]:
     (name, friend), thing = rng.sample(NAMES, 2), rng.choice(THINGS)
-    shares, each = rng.randint(2, 4), rng.randint(2, 4)
-    whole = shares * each
-    mine = rng.randint(max(2, whole - 9), min(9, whole - 2))
+    children, each = rng.randint(2, 4), rng.randint(2, 4)
+    together = children * each
+    first = rng.randint(max(2, together - 9), min(9, together - 2))
     more = rng.randint(2, 5)
     text = (
-        f"{name} has {mine} {thing} and {friend} has {whole - mine}. They share all of them equally among {shares} "
-        f"children. How many {thing} does a child have who had {more} before?"
+        f"{name} has {first} {thing} and {friend} has {together - first}. They share all of them equally among "
+        f"{children} children. How many {thing} does a child have who had {more} before?"
     )
     return text, [
-        (f"how many {thing} there are together", f"{mine} + {whole - mine}", whole),
-        ("how many each child gets", f"{whole} / {shares}", each),
+        (f"how many {thing} there are together", f"{first} + {together - first}", together),
+        ("how many each child gets", f"{together} / {children}", each),
         ("how many that child has then", f"{each} + {more}", each + more),
     ]
 
