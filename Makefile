@@ -62,7 +62,7 @@ $(VENV)-vllm/.installed: pyproject.toml .ci/vllm_requirements.py
 	touch $@
 
 test-vllm: $(VENV)-vllm/.installed  ## rollouts by real vLLM on a CPU, in a few minutes
-	$(CPU_ONLY) $(VENV)-vllm/bin/python -m pytest -q tests/test_vllm.py
+	$(CPU_ONLY) $(VENV)-vllm/bin/python -m pytest -q tests/test_vllm.py tests/device/test_device_engine.py
 
 # Other versions than the environment's are tried on a copy of the working tree, for the C++ extension is built in place.
 COPY = rm -rf $(1) && mkdir -p $(1) && git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -t $(1)
