@@ -62,7 +62,7 @@ $(VENV)-vllm/.installed: pyproject.toml .ci/vllm_requirements.py
 	touch $@
 
 test-vllm: $(VENV)-vllm/.installed  ## rollouts by real vLLM on a CPU, in a few minutes
-	$(CPU_ONLY) $(VENV)-vllm/bin/python -m pytest -q tests/test_vllm.py
+	$(CPU_ONLY) $(VENV)-vllm/bin/python -m pytest -q tests/test_vllm.py tests/device/test_device_engine.py
 
 # Other versions than the environment's are tried on a copy of the working tree, for the C++ extension is built in place.
 COPY = rm -rf $(1) && mkdir -p $(1) && git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -t $(1)
@@ -80,7 +80,7 @@ test-oldest:  ## the CPU tests on the lower end of the declared versions, in an 
 	cd $(OLDEST_VENV)/checkout && CUDA_VISIBLE_DEVICES= ../bin/python -m pytest -q tests $(ARGS)
 
 CHECK_VENV ?= $(HOME)/.cache/lead-fast/cuda
-KERNEL_TESTS := tests/test_csrc.py tests/test_kernels*.py tests/test_properties.py
+KERNEL_TESTS := tests/test_csrc.py tests/test_kernels*.py tests/test_properties.py tests/device/test_*.py
 
 check-cuda:  ## the CUDA set on any machine, 10 GiB in an environment of its own: installs, imports, kernel tests, two steps of tiny
 	$(PYTHON) lead_fast/runtime/hardware.py $(CHECK_VENV) --cuda

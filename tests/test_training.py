@@ -1,13 +1,12 @@
 """The loop on real FSDP ranks: one gradient however the batch is cut, resume, two ranks end to end, the export."""
 
 import json
-import shutil
 from collections.abc import Callable
 from functools import cache
 
 import pytest
 import torch
-from jobs import python, records, small, succeeded, torchrun
+from jobs import records, small, succeeded, torchrun
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lead_fast import train
@@ -271,15 +270,6 @@ def test_the_export_loads_and_generates(tiny_run):
     assert model.dtype == torch.float32 and len(tokenizer) == model.config.vocab_size
     start = load_model(load_config([]).model).state_dict()
     assert any(not torch.equal(v, start[k]) for k, v in model.state_dict().items())
-
-
-def test_a_two_rank_checkpoint_resumes_on_one_rank(tiny_run, tmp_path):
-    """A run that had ended is asked for one step more."""
-    run = tmp_path / "run"
-    shutil.copytree(tiny_run, run)
-    more = ("--steps=6", "--checkpoint_every=0", f"--output={run}", "--resume")
-    succeeded(python("-m", "lead_fast.train", *small(tiny_run.parent, *more)))
-    assert [r["step"] for r in records(run, "train")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_run_is_never_written_over(tiny_run, single_rank):

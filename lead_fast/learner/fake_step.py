@@ -15,7 +15,6 @@ import contextlib
 import copy
 from collections import Counter as Tally
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -206,17 +205,6 @@ class Counter(TorchDispatchMode):
         return out
 
 
-@dataclass(frozen=True)
-class KnownPack(Pack):
-    """A pack without values whose sequence lengths are known all the same."""
-
-    known: tuple[int, ...] = ()
-
-    @property
-    def lengths(self) -> list[int]:
-        return list(self.known)
-
-
 class FakePolicy(Policy):
     def to(self, *args: Any, **kwargs: Any) -> "FakePolicy":
         return self  # nothing to move, and fake parameters cannot be swapped
@@ -260,7 +248,7 @@ def run_pack(c: Config, shape: Any, ranks: Ranks, lengths: Sequence[int], rows: 
         T = sum(lengths)
         long, S = torch.zeros(T, dtype=torch.int64), c.rollout.problems * c.rollout.group_size
         row, cu = torch.zeros(rows, dtype=torch.int64), torch.zeros(len(lengths) + 1, dtype=torch.int32)
-        pack = KnownPack(long, long, cu, row, row, row.int(), row.float(), tuple(lengths))
+        pack = Pack(long, long, cu, row, row, row.int(), row.float(), list(lengths))
         o = Objective(torch.zeros(S), torch.zeros(S))
         with Counter() as synced:
             for _ in gathered_weights(policy, getattr(torch, c.model.dtype), c.rollout.sync_bucket_mib << 20):

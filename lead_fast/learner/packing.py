@@ -4,6 +4,7 @@ Legend: S sequences, T packed tokens, M packs.
 """
 
 import heapq
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ class Pack:
     targets_R: int64 [R], those next tokens.
     sequence_ids_R: int32 [R], index of the row's sequence in the whole batch (0..S-1).
     behavior_R: float32 [R], the engine's log-probs of the targets, or None where there is no engine (SFT).
+    lengths: tokens of the sequences that cu_seqlens separates, on the host: nobody asks the device for them.
     """
 
     input_ids_T: torch.Tensor
@@ -30,10 +32,7 @@ class Pack:
     targets_R: torch.Tensor
     sequence_ids_R: torch.Tensor
     behavior_R: torch.Tensor | None
-
-    @property
-    def lengths(self) -> list[int]:
-        return self.cu_seqlens.diff().tolist()
+    lengths: list[int]
 
 
 def flops_per_sequence(linear_params: int, layers: int, hidden: int) -> Callable[[int], float]:
@@ -148,6 +147,7 @@ def make_pack(
         tensor(targets, torch.int64),
         tensor(owner, torch.int32),
         None if logprobs is None else tensor(behavior, torch.float32),
+        [end - start for start, end in itertools.pairwise(cu)],
     )
 
 
