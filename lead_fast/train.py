@@ -40,8 +40,9 @@ def train(c: Config, ranks: Ranks, folder: Path) -> None:
     """Train as `c` says; everything that comes out is in `folder`."""
     asked_to_stop = stop_on_signals(ranks)
     tokenizer = load_tokenizer(c.model)  # what a user can get wrong is looked at before a model is loaded
-    problems, prompts = load_train(c, tokenizer, ranks)
-    test, test_prompts = load_test(c, tokenizer, ranks) if c.evaluate.every else ([], [])
+    keep = bool(c.reward.function)  # its columns are handed to the function
+    problems, prompts = load_train(c, tokenizer, ranks, keep_columns=keep)
+    test, test_prompts = load_test(c, tokenizer, ranks, keep_columns=keep) if c.evaluate.every else ([], [])
     function = own_function(c, problems[0], ranks)
     journal = Journal(folder, c, ranks)
     learner = Learner(c, ranks, journal)
