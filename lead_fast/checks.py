@@ -129,5 +129,10 @@ def check_sft(c: SftConfig) -> None:
                               ("watchdog_s", c.watchdog_s, "no watchdog")):  # fmt: skip
         if value < 0:
             raise ValueError(f"{name} is {value}: give 1 or more, or 0 for {zero}.")
+    if c.from_scratch and c.model.path != "tiny":
+        raise ValueError(
+            f"from_scratch is true and model.path {c.model.path}: random weights are made for the embedded model's "
+            "architecture only; give --from_scratch=false to train that model, or --model.path=tiny."
+        )
     check_parallel(c.model, c.parallel)
     check_optim(c.optim)

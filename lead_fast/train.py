@@ -23,12 +23,13 @@ from .learner import checkpoint
 from .learner.advantage import advantages
 from .learner.learner import Learner
 from .learner.model import load_tokenizer
+from .learner.model_check import check_model
 from .machine import look_at_machine, pick_recipe
 from .release import release
 from .report import write_report
 from .reward.verifier import Verifier
 from .rollout.engine import EngineFailure
-from .rollout.engines import make_engine
+from .rollout.engines import check_engine, make_engine
 from .rollout.sampler import Sampler
 from .rollout.sync import canary, publish
 from .runtime.journal import Journal
@@ -131,6 +132,9 @@ def main(args: list[str] | None = None) -> None:
         if ranks.main:
             print(dump(c))
         return stop()
+    longest = c.data.max_prompt_tokens + c.rollout.max_tokens
+    check_model(shape, c.model, ranks.device, longest)
+    check_engine(shape, c, ranks.device.type, longest)
     stamp = ranks.gather_objects(time.strftime("%Y%m%d-%H%M%S"))[0]
     folder = Path(c.output or f"runs/{Path(c.recipe).stem}-{stamp}")
     lock = checkpoint.claim(folder, c.resume) if ranks.main else None

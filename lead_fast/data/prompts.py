@@ -15,7 +15,13 @@ Prompts = tuple[list[Problem], list[list[int]]]  # problems, and the token ids o
 
 
 def tokenize_prompts(
-    problems: Sequence[Problem], tokenizer: Any, *, instruction: str, max_prompt_tokens: int, drop_long: bool = False
+    problems: Sequence[Problem],
+    tokenizer: Any,
+    *,
+    instruction: str,
+    max_prompt_tokens: int,
+    drop_long: bool = False,
+    template: dict[str, Any] | None = None,
 ) -> tuple[list[Problem], list[list[int]]]:
     """Each problem as one user turn, through the model's own chat template, ready for the assistant's turn.
 
@@ -25,6 +31,7 @@ def tokenize_prompts(
         instruction: put behind the problem, on a line of its own; empty: nothing.
         max_prompt_tokens: limit, the template's tokens included.
         drop_long: leave out problems over the limit and say how many, instead of raising.
+        template: arguments of the chat template.
     Returns:
         the problems kept and their prompts' token ids.
     Raises:
@@ -33,10 +40,14 @@ def tokenize_prompts(
     if not tokenizer.chat_template:
         raise ValueError("The tokenizer has no chat template: add chat_template.jinja to the model's folder.")
 
+    for name in template or {}:
+        if not re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template)):
+            raise ValueError(f"data.template.{name} is given, and the model's chat template has no {name}: remove it.")
+
     def render(problem: str) -> str:
         turn = f"{problem}\n{instruction}" if instruction else problem
         return tokenizer.apply_chat_template(
-            [{"role": "user", "content": turn}], tokenize=False, add_generation_prompt=True
+            [{"role": "user", "content": turn}], tokenize=False, add_generation_prompt=True, **(template or {})
         )
 
     def encode(text: str) -> list[int]:
@@ -98,6 +109,7 @@ def load_prompts(c: DataConfig, tokenizer: Any, source: str, split: str, **more:
         instruction=c.instruction,
         max_prompt_tokens=c.max_prompt_tokens,
         drop_long=c.drop_long_prompts,
+        template=c.template,
     )
 
 
