@@ -148,4 +148,9 @@ def check_parallel(model: ModelConfig, parallel: ParallelConfig) -> None:
 def check_sft(c: SftConfig) -> None:
     """Refuse what can be known wrong in SFT's configuration before a model is loaded. Raises ValueError."""
     check_values(c)
+    if c.from_scratch and c.model.path != "tiny":
+        raise ValueError(
+            f"from_scratch is true and model.path {c.model.path}: random weights are made for the embedded model's "
+            "architecture only; give --from_scratch=false to train that model, or --model.path=tiny."
+        )
     check_parallel(c.model, c.parallel)

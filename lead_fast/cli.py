@@ -181,11 +181,11 @@ def load_config(
         flag = args.pop(0)
         key = flag.removeprefix("--").replace("-", "_")
         key = SHORT.get(key, key)
-        if not flag.startswith("--") or key not in keys(cls):
+        if not flag.startswith("--") or not (key in keys(cls) or _dict_key(key, cls)):
             raise unknown_key(key, "the command line", cls)
         if args and not args[0].startswith("--"):
             given[key] = args.pop(0)
-        elif bare(type_of(key, cls)) is bool:
+        elif _dict_key(key, cls) or bare(type_of(key, cls)) is bool:
             given[key] = "true"
         else:
             raise ValueError(f"{flag} needs a value, as in {flag}=VALUE.")
@@ -200,6 +200,10 @@ def load_config(
             print(help_text(from_tree(tree, cls), about or ""))
         raise SystemExit(0)
     for key, value in given.items():
+        if known := _dict_key(key, cls):
+            section, name = known
+            tree = merge(tree, {section[0]: {section[1]: {name: _scalar(value)}}})
+            continue
         *section, leaf = key.split(".")
         parsed = _value(key, value, cls)
         tree = merge(tree, {section[0]: {leaf: parsed}} if section else {leaf: parsed})
@@ -229,11 +233,32 @@ def _value(key: str, text: str, cls: Any) -> Any:
         raise ValueError(f"{key} is {text}: give {wanted(key, cls)}.") from e
 
 
+def _dict_key(key: str, cls: Any) -> tuple[list[str], str] | None:
+    """[section, field] and name of a key of the form section.field.name whose field is a dict, else None."""
+    *field, name = key.split(".")
+    known = len(field) == 2 and ".".join(field) in keys(cls) and get_origin(bare(type_of(".".join(field), cls))) is dict
+    return (field, name) if known and name else None
+
+
+def _scalar(text: str) -> bool | int | float | str:
+    """A value of a dict: as JSON reads it where that is a boolean or a number, else the text."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        return text
+    return value if isinstance(value, bool | int | float) else text
+
+
 def dump(c: Config | SftConfig) -> str:
     """The resolved configuration as TOML, which `--config` reads back (an absent value is left out)."""
 
+    def text(v: Any) -> str:
+        if isinstance(v, dict):
+            return "{" + ", ".join(f"{json.dumps(k)} = {text(x)}" for k, x in v.items()) + "}"
+        return json.dumps(list(v) if isinstance(v, tuple) else v, ensure_ascii=False)
+
     def line(k: str, v: Any) -> str:
-        return f"{k} = {json.dumps(list(v) if isinstance(v, tuple) else v, ensure_ascii=False)}\n"
+        return f"{k} = {text(v)}\n"
 
     tree = dataclasses.asdict(c)
     out = "".join(line(k, v) for k, v in tree.items() if not isinstance(v, dict))

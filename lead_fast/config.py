@@ -73,6 +73,8 @@ class ModelConfig:
     """torch.compile of each block, around its attention."""
     trust_remote_code: bool = False
     """Allow a model repository to run its own code."""
+    unchecked: bool = False
+    """Train a model type that cannot be reduced to a small copy, on which training is compared with transformers."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,8 @@ class DataConfig:
     """Limit on a prompt, chat template included, tokens."""
     sampling: Literal["shuffle", "solve_rate"] = "shuffle"
     """Order of training problems: each once per epoch, or drawn by recent solve rate, those near 1/2 most often."""
+    template: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """Arguments of the chat template, one key each: `--data.template.enable_thinking=false`."""
     drop_long_prompts: bool = False
     """Drop problems whose prompt is over the limit (and say how many) instead of stopping."""
     drop_unverifiable: bool = False

@@ -34,7 +34,7 @@ from .reward.grading import grade
 from .reward.verifier import Verifier
 from .rollout.collect import gather, rollout
 from .rollout.engine import Engine, EngineFailure, Progress, Sampling, silent
-from .rollout.engines import make_engine
+from .rollout.engines import check_engine, make_engine
 from .runtime.ranks import Ranks, start, stop
 from .runtime.signals import any_rank_caught, children_without_interrupts, stop_on_signals
 from .scores import Answered, difference, draw, summary, table, vote
@@ -214,6 +214,7 @@ def asked(c: Config, problems: list[Problem]) -> dict:
         "rollout.stop": list(c.rollout.stop),
         "reward.grade": c.reward.grade,
         "data.instruction": c.data.instruction,
+        **({"data.template": c.data.template} if c.data.template else {}),
         "seed": c.seed,
     }
 
@@ -257,11 +258,12 @@ def main(args: list[str] | None = None) -> None:
     check(c, ranks.world, trains=False, device_type=ranks.device.type)
     if ranks.main:
         print(f"Settings of recipe {c.recipe}.", flush=True)
-    look_at_machine(c.model, ranks, engine=chosen_engine(c, ranks.device.type))
+    shape = look_at_machine(c.model, ranks, engine=chosen_engine(c, ranks.device.type))
     if dry:
         if ranks.main:
             print(dump(c))
         return stop()
+    check_engine(shape, c, ranks.device.type, c.data.max_prompt_tokens + c.rollout.max_tokens)
     tokenizer = load_tokenizer(c.model)
     problems, prompts = load_test(c, tokenizer, ranks)
     folder = Path(c.output or f"runs/evaluate-{Path(c.model.path).name}-{Path(c.data.test).stem}")

@@ -29,6 +29,7 @@ from .data.read import load_problems, say
 from .learner import checkpoint
 from .learner.memory import rehearse_pack, worst_pack
 from .learner.model import load_tokenizer
+from .learner.model_check import check_model
 from .learner.optimizer import learning_rate, make_optimizer, update
 from .learner.packing import Pack, assign, make_pack
 from .learner.policy import Policy, load_policy, make_policy
@@ -88,6 +89,7 @@ def load_examples(c: SftConfig, tokenizer, source: str, split: str) -> Examples:
         instruction=c.data.instruction,
         max_prompt_tokens=c.data.max_prompt_tokens,
         drop_long=c.data.drop_long_prompts,
+        template=c.data.template,
     )
     texts = [str(p.solution) for p in problems]
     if prompts and str(tokenizer.decode(prompts[0][-8:])).rstrip().endswith("<think>"):  # the template opens it itself
@@ -130,7 +132,9 @@ def packs_of(examples: Examples, members: Sequence[int], c: SftConfig, policy: P
 
 def pack_loss(policy: Policy, pack: Pack, tokens: int) -> torch.Tensor:
     """The pack's share of the batch's mean negative log-likelihood; `tokens` counts the whole batch's targets."""
-    return policy(pack, lambda h, w: -linear_logprobs(h, w, pack.targets_R)[0].sum() / tokens)
+    return policy(
+        pack, lambda h, head: -linear_logprobs(h, head.weight, pack.targets_R, **head.options(1.0))[0].sum() / tokens
+    )
 
 
 def rehearse(policy: Policy, optimizer: torch.optim.Optimizer, c: SftConfig, longest: int, ranks: Ranks) -> SftConfig:
@@ -231,11 +235,20 @@ def sft(c: SftConfig, ranks: Ranks, run: Path) -> None:
 
 def main(args: list[str] | None = None) -> None:
     dry, args = take_dry_run(args)
-    c: SftConfig = load_config(args, cls=SftConfig, about=__doc__)
+    c: SftConfig = load_config([*trains_named_model(args), *args], cls=SftConfig, about=__doc__)
     check_sft(c)
     ranks = start(c.parallel)
     shape = look_at_machine(c.model, ranks, engine=None, shape=architecture(8) if c.from_scratch else None)
+    longest = c.data.max_prompt_tokens + c.max_solution_tokens if c.max_solution_tokens else None
+    if not (c.from_scratch or dry):
+        check_model(shape, c.model, ranks.device, longest)
     in_run_directory(c, "sft-", shape, ranks, dry, partial(sft, c, ranks))
+
+
+def trains_named_model(args: list[str]) -> list[str]:
+    """What a command line that names a model means besides: that model is trained, whatever the recipe begins with."""
+    flags = {a.split("=")[0] for a in args}
+    return ["--from_scratch=false"] if flags & {"--model", "--model.path"} and "--from_scratch" not in flags else []
 
 
 def new_model(seed: int, vocabulary: int):

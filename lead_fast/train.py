@@ -21,6 +21,7 @@ from .evaluate import evaluate
 from .learner.advantage import advantages
 from .learner.learner import Learner
 from .learner.model import load_tokenizer
+from .learner.model_check import check_model
 from .machine import look_at_machine, pick_recipe
 from .records import Problem
 from .release import release
@@ -28,7 +29,7 @@ from .report import write_report
 from .reward.function import RewardFunction
 from .reward.verifier import Verifier
 from .rollout.engine import EngineFailure
-from .rollout.engines import make_engine
+from .rollout.engines import check_engine, make_engine
 from .rollout.sampler import Sampler
 from .rollout.sync import canary, publish
 from .runtime.journal import Journal
@@ -137,6 +138,10 @@ def main(args: list[str] | None = None) -> None:
         print(f"Recipe {c.recipe}: {reason}.", flush=True)
     check(c, ranks.world, device_type=ranks.device.type)
     shape = look_at_machine(c.model, ranks, engine=chosen_engine(c, ranks.device.type))
+    longest = c.data.max_prompt_tokens + c.rollout.max_tokens
+    if not dry:
+        check_model(shape, c.model, ranks.device, longest)
+        check_engine(shape, c, ranks.device.type, longest)
     in_run_directory(c, "", shape, ranks, dry, partial(train, c, ranks))
 
 

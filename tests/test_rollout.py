@@ -1,6 +1,7 @@
 """Work sharing, the backlog's books, and the checks of a sync, with the built-in engine."""
 
 import random
+import re
 import threading
 import weakref
 from typing import Any
@@ -127,12 +128,16 @@ def test_what_was_sent_is_compared_with_what_the_engine_holds(engine):
     assert name in (compare(sent(), engine, 1) or "") and "differs" in (compare(sent(), engine, 1) or "")
 
 
-def test_a_difference_at_the_first_step_stops_the_run_and_names_the_usual_causes():
+def test_a_difference_at_the_first_step_stops_the_run_and_never_advises_the_engine_in_use():
     c = load_config([])
-    check_agreement(1e-5, c), check_agreement(float("nan"), c)
-    check_agreement(1.0, load_config(["--rollout.top_p=0.9"]))
-    with pytest.raises(ValueError, match=r"0\.02 nats.*limit 0\.001 in float32.*rollout\.temperature.*logprobs_mode"):
-        check_agreement(0.02, c)
+    check_agreement(1e-5, 1e-4, c, "cpu")
+    check_agreement(1.0, 1e-4, load_config(["--rollout.top_p=0.9"]), "cpu")
+    for engine, other in (("auto", "vllm"), ("transformers", "vllm"), ("vllm", "transformers")):
+        with pytest.raises(ValueError, match=r"by 0\.02 nats.*rounding in float32 explains 0\.0001") as e:
+            check_agreement(0.02, 1e-4, load_config([f"--rollout.engine={engine}"]), "cpu")
+        assert re.findall(r"--rollout\.engine=(\w+)", str(e.value)) == [other]
+    with pytest.raises(ValueError, match="nan nats"):
+        check_agreement(float("nan"), 1e-4, c, "cpu")
 
 
 def test_checksums_take_a_slice_of_memory_in_fp64_however_large_a_tensor_is(monkeypatch):

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lead_fast import train
 from lead_fast.cli import load_config
 from lead_fast.learner.attention import attention_groups
+from lead_fast.learner.head import Head
 from lead_fast.learner.model import load_model
 from lead_fast.learner.packing import Pack, assign, efficiency, flops_per_sequence, make_pack
 from lead_fast.learner.policy import Policy
@@ -33,8 +34,8 @@ def sequences(seed: int, n: int = 7) -> tuple[list[list[int]], list[list[int]]]:
 
 
 def logprobs_of(policy: Policy, pack: Pack) -> torch.Tensor:
-    def head(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return (hidden @ weight.T).log_softmax(-1).gather(1, pack.targets_R[:, None])[:, 0]
+    def head(hidden: torch.Tensor, head: Head) -> torch.Tensor:
+        return (hidden @ head.weight.T).log_softmax(-1).gather(1, pack.targets_R[:, None])[:, 0]
 
     with torch.no_grad():
         return policy(pack, head)

@@ -77,7 +77,8 @@ def differences(groups, temperature, which=range(12)):
 
 def optimiser_step():
     pack = make_pack(range(4), prompts[:4], [[5 + i, 9, 30, 7] for i in range(4)], None, ranks.device)
-    policy(pack, lambda h, w: -(h @ w.T).float().log_softmax(-1).gather(1, pack.targets_R[:, None]).mean()).backward()
+    loss = lambda h, head: -(h @ head.weight.T).float().log_softmax(-1).gather(1, pack.targets_R[:, None]).mean()
+    policy(pack, loss).backward()
     assert update(policy, optimizer, c.optim.lr, 1.0) > 0
 
 def message(call, kind=ValueError):

@@ -23,7 +23,13 @@ ASKS_OTHERWISE = re.compile(r"(?i)\bAnswer: ?\$|\"Answer:\"|\"####\"|after ####|
 
 
 def tokenize_prompts(
-    problems: Sequence[Problem], tokenizer: Any, *, instruction: str, max_prompt_tokens: int, drop_long: bool = False
+    problems: Sequence[Problem],
+    tokenizer: Any,
+    *,
+    instruction: str,
+    max_prompt_tokens: int,
+    drop_long: bool = False,
+    template: dict[str, Any] | None = None,
 ) -> tuple[list[Problem], list[list[int]]]:
     r"""Each problem as the user's turn, or its messages, through the model's own chat template, up to the assistant.
 
@@ -34,6 +40,7 @@ def tokenize_prompts(
             put behind a prompt that asks for it already, as prompts of verl's and Skywork's sets do.
         max_prompt_tokens: limit, the template's tokens included.
         drop_long: leave out problems over the limit and say how many, instead of raising.
+        template: arguments of the chat template.
     Returns:
         the problems kept and their prompts' token ids.
     Raises:
@@ -43,10 +50,14 @@ def tokenize_prompts(
         raise ValueError("The tokenizer has no chat template: add chat_template.jinja to the model's folder.")
     turns, behind = ask(problems, instruction)
 
+    for name in template or {}:
+        if not re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template)):
+            raise ValueError(f"data.template.{name} is given, and the model's chat template has no {name}: remove it.")
+
     def render(chat: Turns, behind: str) -> str:
         messages = [{"role": role, "content": text} for role, text in chat]
         messages[-1]["content"] += behind
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **(template or {}))
 
     def encode(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -184,6 +195,7 @@ def load_prompts(
         instruction=c.instruction,
         max_prompt_tokens=c.max_prompt_tokens,
         drop_long=c.drop_long_prompts,
+        template=c.template,
     )
 
 

@@ -1,5 +1,8 @@
 """Attention over packed sequences: SDPA by groups of similar length, Ulysses over ranks, and on a GPU who computes it.
 
+What a layer asks of its attention comes with every call, as transformers hands it over: the scale of the products, a
+sliding window (`sliding_window`), a soft cap on the products (`softcap`), sinks (`s_aux`). It is applied or refused.
+
 torch's `varlen_attn` is an operator, so selective checkpointing and fake tensors see it; flash-attn's FA3 and FA4
 replace the kernels behind it where they are installed and fit GPU and model. FA2 is called by its own function where it
 is installed, which is an operator of its own. None of the three is required.
@@ -8,6 +11,7 @@ Legend: T packed tokens, H heads, K head dim.
 """
 
 import base64
+import dataclasses
 import functools
 import hashlib
 import importlib
@@ -34,6 +38,25 @@ class Attention:
 
     name: str
     fa2: Callable[..., Any] | None = None
+
+    @property
+    def caps(self) -> bool:
+        """Whether it can cap the products softly."""
+        return self.fa2 is not None and "softcap" in inspect.signature(self.fa2).parameters
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a layer's attention does besides scaling and causality.
+
+    window: tokens that a token sees, itself included; None: all before it.
+    softcap: c in c tanh(product / c); None: products as they are.
+    sinks: [H], the logit of a key that every query sees and that has no value; None: no such key.
+    """
+
+    window: int | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
 
 
 def fa4_version() -> str | None:
@@ -67,16 +90,18 @@ def fits_fa4(capability: tuple[int, int], head_dim: int) -> bool:
 
 
 @functools.cache
-def choose(capability: tuple[int, int], head_dim: int) -> Attention:
+def choose(capability: tuple[int, int], head_dim: int, softcap: bool = False) -> Attention:
     """The best installed implementation: FA3 (Hopper), FA4 (Hopper, Blackwell), FA2, torch's own (which is FA2's code).
 
     FA3 and FA4 are activated behind torch's operator, once per process. One that is installed and not used is named
-    with the reason.
+    with the reason. `softcap`: the model caps products softly, which torch's operator has no argument for.
     """
     refused = ""
     for name, version, reason in (("FA3", *_fa3(capability, head_dim)), ("FA4", *_fa4(capability, head_dim))):
         if not version:
             continue
+        if softcap:
+            reason = "torch's operator has no soft-capping"
         if not reason:
             try:
                 importlib.import_module("torch.nn.attention").activate_flash_attention_impl(name)
@@ -139,8 +164,9 @@ def varlen_attention(
     longest: int,
     scaling: float | None,
     implementation: Attention,
+    features: Features = Features(),
 ) -> torch.Tensor:
-    """Causal attention inside each packed sequence, on a GPU in half precision.
+    """Compute causal attention inside each packed sequence, on a GPU in half precision.
 
     Args:
         query: [T, H, K].
@@ -148,10 +174,52 @@ def varlen_attention(
         cu_seqlens: int32 [S + 1], where sequences start and the last one ends.
         longest: tokens of the longest sequence.
         scaling: of the products; None is K^-1/2.
+        implementation: who computes it.
+        features: of the layer.
     Returns:
         [T, H, K].
+    Raises:
+        ValueError: a feature that the implementation does not have.
     """
+    if refusal := refuse(implementation, softcap=features.softcap is not None, sinks=features.sinks is not None):
+        raise ValueError(refusal)
+    width = value.shape[-1]
+    if width < query.shape[-1]:  # kernels want one head dim; the columns of zeros are cut off again
+        scaling, value = scaling or query.shape[-1] ** -0.5, F.pad(value, [0, query.shape[-1] - width])
+    windowed = features.window is not None and features.window < longest
+    window = (features.window - 1, 0) if windowed and features.window else (-1, 0)
+    out = _varlen(query, key, value, cu_seqlens, longest, scaling, implementation, window, features.softcap)
+    return out[..., :width]
+
+
+def refuse(implementation: Attention, *, softcap: bool, sinks: bool) -> str | None:
+    """In a sentence, what this implementation cannot do of what a model asks; None where it can do all."""
+    if sinks:
+        return (
+            f"its attention has sinks, which {implementation.name} cannot do; give --model.dtype=float32, which "
+            "computes attention in plain torch, or another model"
+        )
+    if softcap and not implementation.caps:
+        return (
+            f"attn_logit_softcapping is set, which {implementation.name} cannot do; install flash-attn (2.6 or later), "
+            "or give --model.dtype=float32, which computes attention in plain torch"
+        )
+    return None
+
+
+def _varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    longest: int,
+    scaling: float | None,
+    implementation: Attention,
+    window: tuple[int, int],
+    softcap: float | None,
+) -> torch.Tensor:
     if implementation.fa2:
+        capped = {} if softcap is None else {"softcap": softcap}
         out = implementation.fa2(
             q=query,
             k=key,
@@ -162,6 +230,8 @@ def varlen_attention(
             max_seqlen_k=longest,
             softmax_scale=scaling,
             causal=True,
+            window_size=(window[0], 0) if window[0] >= 0 else (-1, -1),
+            **capped,
         )
         return out[0] if isinstance(out, tuple) else out
     from torch.nn.attention.varlen import varlen_attn
@@ -181,7 +251,7 @@ def varlen_attention(
         max_q=longest,
         max_k=longest,
         scale=scaling,
-        window_size=(-1, 0),
+        window_size=window,
         **grouped,
     )
     assert isinstance(out, torch.Tensor)
@@ -266,35 +336,74 @@ def packed_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention inside each packed sequence.
+    """Compute causal attention inside each packed sequence, with the layer's scale, window, soft cap and sinks.
 
     query [1, H, T, K], key and value [1, kv heads, T, K] -> [1, T, H, K]. On CUDA in half precision as attention.py
-    chose; elsewhere SDPA over sequences of similar length. Ranks that share a pack (`sequence_group`) come with their
-    tokens of all heads, and look at all tokens for their heads.
+    chose; elsewhere plain torch over sequences of similar length. Ranks that share a pack (`sequence_group`) come with
+    their tokens of all heads, and look at all tokens for their heads.
+
+    Raises:
+        ValueError: the layer does not pass on what the policy gave it, or asks for what the implementation cannot do.
     """
-    assert attention_mask is None and query.shape[0] == 1
+    if attention_mask is not None or query.shape[0] != 1 or not kwargs.keys() & {"sdpa_index", "cu_seq_lens_q"}:
+        raise ValueError(
+            f"{type(module).__name__} does not pass the bounds of packed sequences on to its attention, so they would "
+            "see one another; give another model"
+        )
+    features = Features(kwargs.pop("sliding_window", None), kwargs.pop("softcap", None), kwargs.pop("s_aux", None))
     if group := kwargs.pop("sequence_group", None):
         copies = _copies(query.shape[1], key.shape[1], group.size())
         key, value = (x.repeat_interleave(copies, dim=1) for x in (key, value))
         query, key, value = (tokens_to_heads(x, group) for x in (query, key, value))
-        return heads_to_tokens(_attend(query, key, value, scaling, **kwargs), group), None
-    return _attend(query, key, value, scaling, **kwargs), None
+        if features.sinks is not None:
+            features = dataclasses.replace(features, sinks=features.sinks.chunk(group.size())[group.rank()])
+        return heads_to_tokens(_attend(query, key, value, scaling, features, **kwargs), group), None
+    return _attend(query, key, value, scaling, features, **kwargs), None
 
 
 def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, **kwargs: Any
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None,
+    features: Features,
+    **kwargs: Any,
 ) -> torch.Tensor:
     if "sdpa_index" not in kwargs:
         q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))  # [T, heads, K]
         cu, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
-        return varlen_attention(q, k, v, cu, longest, scaling, kwargs["implementation"])[None]
-    out = torch.empty_like(query[0].transpose(0, 1))  # [T, H, K]
-    gqa = key.shape[1] != query.shape[1]
+        return varlen_attention(q, k, v, cu, longest, scaling, kwargs["implementation"], features)[None]
+    out = value.new_empty(query.shape[2], query.shape[1], value.shape[3])  # [T, H, K]
     for where, real in kwargs["sdpa_index"]:
         q, k, v = (x[0][:, where].transpose(0, 1) for x in (query, key, value))  # [sequences, heads, slots, K]
-        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=gqa)
-        out = out.index_put((where[real],), o.transpose(1, 2)[real])
+        out = out.index_put((where[real],), _causal(q, k, v, scaling, features).transpose(1, 2)[real])
     return out[None]
+
+
+def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float | None, features: Features):
+    """Causal attention of whole sequences, [n, heads, slots, K]: SDPA, or products and softmax where it lacks one."""
+    slots, window = q.shape[2], features.window
+    banded = window is not None and window < slots
+    if features.softcap is None and features.sinks is None:
+        seen = band(slots, window, q.device) if banded else None
+        gqa = k.shape[1] != q.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None, scale=scaling, enable_gqa=gqa)
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    products = q @ k.transpose(2, 3) * (q.shape[3] ** -0.5 if scaling is None else scaling)
+    if features.softcap is not None:
+        products = torch.tanh(products / features.softcap) * features.softcap
+    products = products.masked_fill(~band(slots, window, q.device), float("-inf"))
+    if features.sinks is not None:
+        sinks = features.sinks.to(products.dtype)[None, :, None, None].expand(*products.shape[:3], 1)
+        products = torch.cat([products, sinks], -1)
+    weights = products.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))[..., :slots]
+    return weights.to(v.dtype) @ v
+
+
+def band(slots: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """bool [slots, slots]: which keys a query sees, itself and those before it, `window` of them at most."""
+    seen = torch.ones(slots, slots, dtype=torch.bool, device=device).tril()
+    return seen if window is None else seen.triu(1 - window)
 
 
 def _copies(heads: int, kv_heads: int, ranks: int) -> int:

@@ -571,7 +571,9 @@ def export(folder: Path, policy: Policy, tokenizer: PreTrainedTokenizerBase, dty
         partial = folder.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
         weights = {k.removeprefix("model."): v.to(dtype) for k, v in state.items() if isinstance(v, torch.Tensor)}
-        if policy.model.config.tie_word_embeddings:
+        if "lm_head.weight" in dict(policy.model.named_parameters()):  # once, where it is the embedding
+            policy.model.config.tie_word_embeddings = False  # whatever was said of it: a reader would drop the head
+        else:
             weights.pop("lm_head.weight", None)
         policy.model.save_pretrained(partial, state_dict=weights)
         config = json.loads((partial / "config.json").read_text())

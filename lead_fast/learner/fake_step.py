@@ -34,6 +34,7 @@ from lead_kernels._head import CHUNK_BYTES
 from ..config import Config
 from ..runtime.ranks import Ranks
 from .attention import attention_groups, packed_attention
+from .head import HeadForm
 from .loss import Objective, policy_loss
 from .optimizer import make_optimizer
 from .packing import Pack
@@ -238,7 +239,8 @@ def run_pack(c: Config, shape: Any, ranks: Ranks, lengths: Sequence[int], rows: 
     """
     AttentionInterface.register("lead_plan", plan_attention(lengths, on_gpu))
     with FakeTensorMode():
-        policy = FakePolicy(AutoModelForCausalLM.from_config(shape, dtype=torch.float32))
+        model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
+        policy = FakePolicy(model, head_form=HeadForm())  # a probe wants values; scale and cap cost no memory
         policy.model.set_attn_implementation("lead_plan")
         shard(policy, ranks, c.model, c.parallel)
         optimizer = make_optimizer(policy, c.optim)

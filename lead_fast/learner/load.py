@@ -17,7 +17,7 @@ from transformers.utils.hub import cached_file
 
 from ..config import ModelConfig
 from ..runtime.ranks import Ranks
-from .model import load_model, load_shape, require_blocks_and_head, resolve
+from .model import load_model, load_shape, require_layout, resolve
 
 Fill = Callable[[nn.Module], None]
 
@@ -48,7 +48,7 @@ def open_model(config: ModelConfig, ranks: Ranks, device: torch.device) -> tuple
         if ranks.main and files:
             print(f"Loading {config.path} unsharded on every rank ({reason}).", flush=True)
         return load_model(config), None
-    require_blocks_and_head(model, config)
+    require_layout(model, config)
     if (Path(path) / "generation_config.json").is_file() or not Path(path).is_dir():
         try:
             model.generation_config = GenerationConfig.from_pretrained(path)

@@ -11,15 +11,17 @@ import torch
 
 from lead_kernels import Groups, PolicyLoss, Sequences, Tokens, linear_logprobs, linear_policy_loss, loss_weights
 
+from ..checks import chosen_engine
 from ..config import Config
 from ..runtime.ranks import Ranks
+from .head import Head
 from .packing import Pack
 from .policy import Policy
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What the loss needs to know of the whole batch, equal on every rank.
+    """What the loss needs to know of the batch, equal on every rank.
 
     advantage_S: float32 [S], computed beforehand: says which sequences have a gradient (`needs_gradient`).
     weight_S: float32 [S], weight of every token of a sequence; 0 for dropped groups and for other updates' sequences.
@@ -33,14 +35,14 @@ class Objective:
 
     @property
     def sequences(self) -> Sequences:
-        """What the loss kernel is given of the sequences."""
+        """Weights and advantages in the form that the loss kernel takes."""
         return Sequences(self.weight_S, self.advantage_S if self.groups is None else self.groups)
 
 
 def objective(
     advantage_S: torch.Tensor, lengths: list[int], kept_S: torch.Tensor, c: Config, groups: Groups | None = None
 ) -> Objective:
-    """Weights of every token of every sequence; dropped sequences are in no denominator.
+    """Weigh every token of every sequence; dropped sequences are in no denominator.
 
     Args:
         advantage_S: advantages of the whole batch, [S].
@@ -61,7 +63,7 @@ def objective(
 
 
 def needs_gradient(o: Objective, c: Config) -> list[bool]:
-    """Which sequences can move the weights: all if there is a KL or entropy term, else those with an advantage."""
+    """Say which sequences can move the weights: all with a KL or entropy term, else those with an advantage."""
     live = o.weight_S != 0
     if c.loss.kl_coef == 0 and c.loss.entropy_coef == 0:
         live = live & (o.advantage_S != 0)
@@ -76,13 +78,13 @@ def policy_loss(
     old_R: torch.Tensor | None = None,
     reference_R: torch.Tensor | None = None,
 ) -> PolicyLoss:
-    """The pack's share of the batch's loss, with metrics that add up over packs and ranks."""
+    """Compute the pack's part of the batch's loss, with metrics that add up over packs and ranks."""
     old_R = pack.behavior_R if c.loss.old_logprobs == "engine" else old_R
     tokens = Tokens(pack.targets_R, pack.sequence_ids_R, pack.behavior_R, old_R, reference_R)
     return policy(
         pack,
-        lambda hidden_RD, head_VD: linear_policy_loss(
-            hidden_RD, head_VD, tokens, o.sequences, c.loss, temperature=c.rollout.temperature
+        lambda hidden_RD, head: linear_policy_loss(
+            hidden_RD, head.weight, tokens, o.sequences, c.loss, **head.options(c.rollout.temperature)
         ),
     )
 
@@ -90,32 +92,74 @@ def policy_loss(
 @torch.no_grad()
 def pack_logprobs(policy: Policy, pack: Pack, temperature: float) -> torch.Tensor:
     """Log-probs of the pack's response tokens under the policy as it stands, float32 [R]."""
-    return policy(pack, lambda h, w: linear_logprobs(h, w, pack.targets_R, temperature=temperature)[0])
+    return policy(pack, lambda h, head: linear_logprobs(h, head.weight, pack.targets_R, **head.options(temperature))[0])
 
 
-AGREE = {"float32": 1e-3, "bfloat16": 0.05}  # nats, mean over the tokens of the first batch
+MARGIN = 16  # how much larger than the estimate a difference between equal weights may be
 
 
-def check_agreement(difference: float, c: Config) -> None:
-    """Engine and trainer hold the same weights at the first step: their log-probs must agree.
+@torch.no_grad()
+def rounding_limit(policy: Policy, pack: Pack, c: Config, ranks: Ranks) -> float:
+    """Largest mean difference that rounding alone explains between two computations of this pack's log-probs, nats.
+
+    With L blocks the residual stream is rounded to the compute dtype 2 L + 1 times, each time by a relative error of up
+    to u, the dtype's unit roundoff, and independently; after the last norm that is a relative error of the hidden
+    states of about u sqrt(2 L + 1). What such an error does to these log-probs is measured, not assumed: they are
+    computed again from hidden states that are u larger or smaller, element by element, and the mean change is
+    multiplied by sqrt(2 L + 1). It is no less than u, to which a log-prob near 1 is rounded itself. MARGIN covers
+    that both sides round, and what is rounded inside the blocks. A collective.
+    """
+    unit = torch.finfo(getattr(torch, c.model.dtype)).eps / 2
+
+    def change(hidden_RD: torch.Tensor, head: Head) -> torch.Tensor:
+        g = torch.Generator(hidden_RD.device).manual_seed(0)
+        sign = torch.rand(hidden_RD.shape, generator=g, device=hidden_RD.device).sub_(0.5).sign_()
+        moved = (hidden_RD.float() * (1 + 2 * unit * sign)).to(hidden_RD.dtype)  # 2 u is one step of the dtype at most
+        options = head.options(c.rollout.temperature)
+        a, b = (linear_logprobs(h, head.weight, pack.targets_R, **options)[0] for h in (hidden_RD, moved))
+        return torch.stack([(a - b).abs().sum().float() / 2, torch.tensor(float(len(a)), device=a.device)])
+
+    total, rows = ranks.all_sum(policy(pack, change)).tolist()
+    blocks = policy.model.config.num_hidden_layers
+    return MARGIN * max(unit, total / max(1.0, rows) * (2 * blocks + 1) ** 0.5)
+
+
+def check_agreement(difference: float, limit: float, c: Config, device_type: str) -> None:
+    """Compare engine and trainer at the first step with a gradient, where they hold the same weights.
 
     Args:
-        difference: mean |log-prob by the engine - log-prob by the trainer|, nats; NaN passes.
+        difference: mean |log-prob by the engine - log-prob by the trainer| over the batch's trained tokens, nats.
+        limit: from `rounding_limit`.
+        c: engine and sampling settings are used.
+        device_type: "cuda" or "cpu".
     Raises:
-        ValueError: over AGREE; not looked at where sampling drops tokens, which makes the engine's log-probs larger.
+        ValueError: over the limit. Where sampling drops tokens, which makes the engine's log-probs larger, none is.
     """
     r = c.rollout
-    if r.top_p == 1 and r.min_p == 0 and r.top_k == 0 and difference > AGREE[c.model.dtype]:
-        raise ValueError(
-            f"With equal weights the engine's log-probs differ from the trainer's by {difference:.3g} nats a token "
-            f"(limit {AGREE[c.model.dtype]:g} in {c.model.dtype}): look at model.dtype, rollout.temperature, the "
-            "engine's logprobs_mode (processed_logprobs) and whether both see the same chat template, or try "
-            "--rollout.engine=transformers."
-        )
+    if r.top_p == 1 and r.min_p == 0 and r.top_k == 0 and not difference <= limit:
+        raise ValueError(f"At the first step {disagreement(difference, limit, c, device_type)}.")
+
+
+def disagreement(difference: float, limit: float, c: Config, device_type: str, detail: str = "") -> str:
+    """In words: engine and trainer differ beyond rounding with equal weights, where (`detail`), and a remedy.
+
+    The remedy is never the engine in use. That the weights are equal was checked tensor by tensor before.
+    """
+    used = chosen_engine(c, device_type)
+    remedy = (
+        "give --rollout.engine=transformers, which computes what the trainer computes"
+        if used == "vllm"
+        else "give --rollout.engine=vllm where vLLM is installed, or another model"
+    )
+    return (
+        f"the engine's ({used}) log-probs of the tokens that it sampled differ from the trainer's by {difference:.3g} "
+        f"nats on average{detail}; rounding in {c.model.dtype} explains {limit:.2g} at most and the weights are equal, "
+        f"so the engine computes model type, temperature or log-probs in another way: {remedy}"
+    )
 
 
 def reduce_metrics(parts: list[dict[str, torch.Tensor]], ranks: Ranks) -> dict[str, float]:
-    """Sums over packs and ranks; names that begin with `max_` are maxima. Every rank must hold at least one part."""
+    """Sum metrics over packs and ranks; of names that begin with `max_` take maxima. Every rank must hold one part."""
     sums: dict[str, list[torch.Tensor]] = defaultdict(list)
     for part in parts:
         for k, v in part.items():

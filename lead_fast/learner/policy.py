@@ -20,6 +20,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from ..config import ModelConfig, ParallelConfig
 from ..runtime.ranks import Ranks
 from .attention import Attention, choose, sdpa_index
+from .head import Head, HeadForm, probe_head
 from .load import Fill, open_model
 from .model import head_dim
 from .packing import Pack, flops_per_sequence
@@ -31,7 +32,16 @@ class Policy(nn.Module):
     """A causal language model whose forward goes from a pack to the hidden states of its response rows to a loss.
 
     The head's weight is handed to the loss as it is inside the forward, where FSDP has gathered it: the loss kernel
-    multiplies by it chunk by chunk, and no matrix of logits is ever whole.
+    multiplies by it chunk by chunk, and no complete matrix of logits exists.
+
+    Args:
+        model: a causal language model with blocks in `model.model.layers` and a linear `lm_head`.
+        sequence_group: ranks that share each pack.
+        offload: keep what the backward needs in host memory.
+        attention: who computes attention on a GPU in half precision.
+        head_form: what the model does to its head's product; None: find out by the model's own forward.
+    Raises:
+        ValueError: the model does to its head's product what is not applied here.
     """
 
     def __init__(
@@ -41,8 +51,10 @@ class Policy(nn.Module):
         sequence_group: dist.ProcessGroup | None = None,
         offload: bool = False,
         attention: Attention | None = None,
+        head_form: HeadForm | None = None,
     ):
         super().__init__()
+        self.head_form = head_form or probe_head(model)
         self.attention = attention or Attention("torch's varlen_attn")
         self.sequence_group = sequence_group
         self.offload = offload
@@ -50,8 +62,8 @@ class Policy(nn.Module):
         model.set_attn_implementation("lead_packed")
         self.model = model
 
-    def forward(self, pack: Pack, head: Callable[[torch.Tensor, torch.Tensor], Any]) -> Any:
-        """`head(hidden_RD, head_weight_VD)` of the pack's response rows, inside FSDP's hooks.
+    def forward(self, pack: Pack, head: Callable[[torch.Tensor, Head], Any]) -> Any:
+        """Call `head(hidden_RD, Head)` with the pack's response rows, inside FSDP's hooks, and return what it does.
 
         With a sequence group the pack is this rank's part of one (make_pack's `part`), attention sees the whole.
         """
@@ -74,7 +86,8 @@ class Policy(nn.Module):
                 use_cache=False,
                 **kw,
             ).last_hidden_state[0]
-        return head(hidden_TD[pack.rows_R], self.model.lm_head.weight)
+        last = self.model.lm_head
+        return head(hidden_TD[pack.rows_R], Head(last.weight, last.bias, self.head_form))
 
     def to_shards(self) -> None:
         """Free the gathered weights: from here on `parameters()` are the shards, which hold the gradients."""
@@ -194,14 +207,20 @@ def load_policy(model: ModelConfig, parallel: ParallelConfig, ranks: Ranks) -> P
 
 
 def make_policy(network: Any, fill: Fill | None, model: ModelConfig, parallel: ParallelConfig, ranks: Ranks) -> Policy:
-    """The same from a causal language model in float32: at hand, or on the meta device with what fills it."""
+    """The same from a causal language model in float32: at hand, or on the meta device with what fills it.
+
+    Raises:
+        ValueError: the model has heads that parallel.sequence ranks cannot share, or asks of its attention what this
+            GPU's implementation cannot do.
+    """
     heads, n = network.config.num_attention_heads, parallel.sequence
     if heads % n:
         raise ValueError(f"parallel.sequence is {n}, and {model.path} has {heads} attention heads: give a divisor.")
     offload = parallel.offload in ("activations", "both")
     attention = None
     if ranks.device.type == "cuda" and model.dtype != "float32":
-        attention = choose(torch.cuda.get_device_capability(ranks.device), head_dim(network.config))
+        capped = getattr(network.config, "attn_logit_softcapping", None) is not None
+        attention = choose(torch.cuda.get_device_capability(ranks.device), head_dim(network.config), capped)
     group = ranks.sequence_group if n > 1 else None
     policy = Policy(network, sequence_group=group, offload=offload, attention=attention)
     return shard(policy, ranks, model, parallel, fill)

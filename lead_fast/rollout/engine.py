@@ -187,6 +187,12 @@ def eos_ids(generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase) ->
     return sorted({*(eos if isinstance(eos, list) else [eos]), token_id(tokenizer, "eos")})
 
 
+def visible_text(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], eos: list[int]) -> str:
+    """Decode a response for grading: special tokens such as a `</think>` that is one stay; ends and padding do not."""
+    hidden = {*eos, token_id(tokenizer, "pad")}
+    return str(tokenizer.decode([t for t in token_ids if t not in hidden], skip_special_tokens=False))
+
+
 def token_id(tokenizer: PreTrainedTokenizerBase, kind: str) -> int:
     token = getattr(tokenizer, f"{kind}_token_id")
     assert isinstance(token, int), f"the tokenizer has no {kind} token"

@@ -1,12 +1,21 @@
 """The engine that `rollout.engine` means on this machine."""
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ..checks import chosen_engine
 from ..config import Config
 from ..runtime.ranks import Ranks
 from .engine import Engine
-from .transformers_engine import TransformersEngine
+from .transformers_engine import TransformersEngine, check_generation
+
+
+def check_engine(shape: PretrainedConfig, c: Config, device_type: str, longest: int) -> None:
+    """Refuse a model that the built-in engine would not sample right; vLLM judges for itself what it can serve.
+
+    Args: as `check_generation`; c: rollout.engine and model are used; device_type: "cuda" or "cpu".
+    """
+    if chosen_engine(c, device_type) == "transformers":
+        check_generation(shape, c.model, longest)
 
 
 def make_engine(config: Config, tokenizer: PreTrainedTokenizerBase, ranks: Ranks) -> Engine:

@@ -10,15 +10,14 @@ import torch
 
 from ..checks import chosen_engine
 from ..config import Config
-from ..learner.loss import pack_logprobs
-from ..learner.packing import make_pack
+from ..learner.loss import disagreement, pack_logprobs, rounding_limit
+from ..learner.packing import Pack, make_pack
 from ..learner.policy import Policy
 from ..learner.weights import gathered_weights
 from ..runtime.ranks import Ranks
 from .engine import Engine, Sampling, Work, fingerprint
 
 CANARY_TOKENS = 32
-CANARY_LIMIT = {"float32": 1e-3, "bfloat16": 0.1}  # nats, mean over the canary's tokens
 
 
 def publish(policy: Policy, engine: Engine, version: int, c: Config, ranks: Ranks) -> dict:
@@ -53,13 +52,13 @@ def publish(policy: Policy, engine: Engine, version: int, c: Config, ranks: Rank
 
 
 def compare(sent: dict[str, tuple[float, float, int]], engine: Engine, tensor_parallel: int) -> str | None:
-    """What is wrong with what the engine holds against what was sent, or None where nothing is.
+    """Say what differs between what the engine holds and what was sent, or None where nothing does.
 
     Compared are sum and sum of squares of every tensor, added up for fused ones.
 
     Names of the engine that nobody sent are an error, unless there are sent names that it does not know either: then
-    it calls them differently, and those tensors are not compared. An engine over several ranks holds parts: only what
-    it holds unsharded is compared.
+    it calls them differently, and those tensors are not compared. An engine over several ranks holds parts: only
+    tensors that it holds complete are compared.
     """
     held = engine.checksums()
     known = {name for x in held for name in x.names}
@@ -83,28 +82,43 @@ def compare(sent: dict[str, tuple[float, float, int]], engine: Engine, tensor_pa
 
 
 def canary(policy: Policy, engine: Engine, prompt: list[int], c: Config, ranks: Ranks) -> float:
-    """Mean |difference| of engine's and trainer's log-probs on a few tokens that the engine samples. A collective.
+    """Return the mean |difference| of engine's and trainer's log-probs on tokens that the engine samples. A collective.
 
     Raises:
-        ValueError: the difference is over CANARY_LIMIT.
+        ValueError: the difference is over what rounding explains (learner/loss.py, rounding_limit).
     """
     members = c.rollout.tensor_parallel
     work = Work([prompt], 1, [c.seed], ranks.store, f"canary-{next(ranks.tickets)}/{ranks.rank // members}")
     work.member, work.members = ranks.rank % members, members
     response = engine.generate(work, Sampling(CANARY_TOKENS, c.rollout.temperature))[0][0]
-    said = (response.token_ids, response.logprobs)
+    sampled = (response.token_ids, response.logprobs)
     if ranks.sequence > 1:  # ranks that share a pack look at the first one's
-        said = ranks.gather_objects(said)[ranks.team * ranks.sequence]
-    pack = make_pack([0], [prompt], [said[0]], [said[1]], ranks.device, (ranks.member, ranks.sequence))
-    ours = pack_logprobs(policy, pack, c.rollout.temperature)
+        sampled = ranks.gather_objects(sampled)[ranks.team * ranks.sequence]
+    part = ranks.member, ranks.sequence
+    pack = make_pack([0], [prompt], [sampled[0]], [sampled[1]], ranks.device, part)
     assert pack.behavior_R is not None
-    off = (ours - pack.behavior_R).abs().sum() / max(1, len(ours))
-    difference = ranks.all_max(off).item()
+    trainer_R = pack_logprobs(policy, pack, c.rollout.temperature)
+    untempered_R = pack_logprobs(policy, pack, 1.0)
+    limit = rounding_limit(policy, pack, c, ranks)
     policy.to_shards()
-    if not difference <= CANARY_LIMIT[c.model.dtype]:
-        raise ValueError(
-            f"At the first sync the engine's log-probs differ from the trainer's by {difference:.3g} nats on average "
-            f"(limit {CANARY_LIMIT[c.model.dtype]:g} in {c.model.dtype}): weights that were not taken, another dtype, "
-            "or a model that the engine computes differently; give --rollout.engine=transformers."
-        )
-    return difference
+    off, off_untempered = (
+        ranks.all_max((x - pack.behavior_R).abs().sum() / max(1, len(x))).item() for x in (trainer_R, untempered_R)
+    )
+    if not off <= limit:
+        detail = _detail(trainer_R, pack) if ranks.sequence == 1 else ""
+        if c.rollout.temperature != 1 and off_untempered <= limit:
+            detail = f"; it gives them before the temperature of {c.rollout.temperature:g} (its logprobs_mode)"
+        raise ValueError(f"At the first sync {disagreement(off, limit, c, ranks.device.type, detail)}.")
+    return off
+
+
+def _detail(trainer_R: torch.Tensor, pack: Pack) -> str:
+    """Where the two differ most, in words."""
+    assert pack.behavior_R is not None
+    if not len(trainer_R):
+        return ""
+    i = int((trainer_R - pack.behavior_R).abs().nan_to_num(float("inf")).argmax())
+    return (
+        f", most at token {i + 1} of {len(trainer_R)} (id {int(pack.targets_R[i])}: engine "
+        f"{pack.behavior_R[i].item():.4g}, trainer {trainer_R[i].item():.4g})"
+    )

@@ -9,17 +9,29 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
+    PretrainedConfig,
     PreTrainedTokenizerBase,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
-from ..config import Config
-from ..learner.model import load_model
+from ..config import Config, ModelConfig
+from ..learner.model import LayoutError, load_model, load_shape
+from ..learner.model_check import (
+    DRAWS,
+    LIMIT,
+    TEMPERATURE,
+    VOCABULARY,
+    alone,
+    first_line,
+    quiet,
+    sequences_of,
+    small_copy,
+)
 from ..records import Response
 from ..runtime.ranks import Ranks
-from .engine import Checksum, Progress, Sampling, Work, eos_ids, fingerprint, silent, token_id
+from .engine import Checksum, Progress, Sampling, Work, eos_ids, fingerprint, silent, token_id, visible_text
 
 
 class SampledLogprobs(LogitsProcessor):
@@ -39,12 +51,118 @@ class SampledLogprobs(LogitsProcessor):
             self.logprobs.append(self.pending.gather(1, input_ids[:, -1:]))
 
 
+@torch.inference_mode()
+def sample(
+    model: Any, prompts: list[list[int]], n: int, s: Sampling, eos: list[int], pad: int, tokenizer: Any = None
+) -> tuple[list[list[int]], list[list[float]]]:
+    """Sample n responses to each prompt, in one batch padded on the left.
+
+    Args:
+        model: a causal language model in evaluation mode.
+        prompts: token ids.
+        n: responses to each prompt.
+        s: how to sample.
+        eos: token ids that end a response.
+        pad: token id of padding.
+        tokenizer: needed with stop strings.
+    Returns:
+        token ids and log-probs as sampled, [prompts x n], all of the longest response's length.
+    """
+    longest, device = max(map(len, prompts)), model.device
+    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+    keep = SampledLogprobs()
+    steps: list[LogitsProcessor] = []
+    if s.temperature not in (0.0, 1.0):
+        steps.append(TemperatureLogitsWarper(s.temperature))
+    if s.top_k > 0:
+        steps.append(TopKLogitsWarper(s.top_k))
+    if s.top_p < 1:
+        steps.append(TopPLogitsWarper(s.top_p))
+    if s.min_p > 0:
+        steps.append(MinPLogitsWarper(s.min_p))
+    generated = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        generation_config=GenerationConfig(
+            max_new_tokens=s.max_tokens,
+            do_sample=s.temperature > 0,
+            num_return_sequences=n if s.temperature > 0 else 1,
+            temperature=1.0,
+            top_k=0,
+            eos_token_id=eos,
+            pad_token_id=pad,
+            stop_strings=list(s.stop) or None,
+        ),
+        logits_processor=LogitsProcessorList([*steps, keep]),
+        tokenizer=tokenizer if s.stop else None,
+    )
+    keep.take(generated)
+    new = generated[:, longest:].tolist()
+    logprobs = torch.cat(keep.logprobs, 1).tolist()
+    if s.temperature == 0:  # n greedy responses are n times the same
+        new, logprobs = ([x for x in rows for _ in range(n)] for rows in (new, logprobs))
+    return new, logprobs
+
+
+def attention_of(shape: PretrainedConfig) -> dict[str, str]:
+    """Keywords for loading: attention that applies soft caps, which transformers' default (SDPA) leaves out."""
+    capped = getattr(shape.get_text_config(), "attn_logit_softcapping", None) is not None
+    return {"attn_implementation": "eager"} if capped else {}
+
+
+def check_generation(shape: PretrainedConfig, c: ModelConfig, longest: int | None) -> None:
+    """Refuse a model that this engine would not sample as transformers computes it, before its weights are loaded.
+
+    On a small copy (learner/model_check.py) the log-probs of responses to prompts of unlike lengths, sampled in one
+    padded batch with a key-value cache, are compared with those of each sequence alone by eager attention.
+
+    Args:
+        shape: the model's configuration.
+        c: path, trust_remote_code and unchecked are used.
+        longest: tokens of the longest sequence that can come, None if unknown.
+    Raises:
+        ValueError: one sentence that names the model type and what differs.
+    """
+    name = f"Model type {shape.model_type} ({c.path})"
+    worst = 0.0
+    for seed, dtype in DRAWS:
+        with quiet():
+            try:
+                model = small_copy(shape, c.trust_remote_code, longest, seed).to(dtype)
+                model.set_attn_implementation(attention_of(shape).get("attn_implementation", "sdpa"))
+                prompts = [s[: len(s) // 2] for s in sequences_of(seed)]
+                torch.manual_seed(seed)
+                new, logprobs = sample(model, prompts, 1, Sampling(12, TEMPERATURE), [VOCABULARY + 1], 0)
+            except LayoutError as e:
+                raise ValueError(f"{name} cannot be used: {e}.") from e
+            except Exception as e:  # whatever a model's code raises
+                if worst:  # it ran in float32
+                    break
+                if c.unchecked:
+                    return
+                raise ValueError(
+                    f"{name} cannot be checked: a small copy of it cannot be sampled from ({first_line(e)}); give "
+                    "--rollout.engine=vllm, another model, or --model.unchecked."
+                ) from e
+            model.set_attn_implementation("eager")
+            expected = [alone(model, [p + r])[-len(r) :] for p, r in zip(prompts, new, strict=True)]
+        worst = (torch.cat(expected) - torch.tensor(logprobs).flatten()).abs().nan_to_num(float("inf")).max().item()
+        if worst <= LIMIT:
+            return
+    raise ValueError(
+        f"{name} is not sampled by the transformers engine as transformers computes it without a cache and padding: "
+        f"log-probs differ by up to {worst:.2g} nats on a small copy; give --rollout.engine=vllm, or another model."
+    )
+
+
 class TransformersEngine:
     """transformers' `generate` on a copy of the weights; batches of at most `rollout.batch_size` responses."""
 
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, ranks: Ranks):
         dtype = getattr(torch, config.model.dtype)
-        self.model: Any = load_model(config.model, dtype).to(ranks.device).eval()
+        more = attention_of(load_shape(config.model))
+        self.model: Any = load_model(config.model, dtype, **more).to(ranks.device).eval()
         self.tokenizer = tokenizer
         self.batch_size = config.rollout.batch_size
         self.device = ranks.device
@@ -58,11 +176,11 @@ class TransformersEngine:
         pass
 
     def load_weights(self, buckets: Iterable[list[tuple[str, torch.Tensor]]], version: int) -> None:
-        mine = dict(self.model.named_parameters())
+        held = dict(self.model.named_parameters())
         with torch.no_grad():
             for bucket in buckets:
                 for name, tensor in bucket:
-                    mine[name].copy_(tensor)
+                    held[name].copy_(tensor)
         self.version = version
 
     def checksums(self) -> list[Checksum]:
@@ -81,43 +199,9 @@ class TransformersEngine:
                 out |= zip(chunk, self._batch([work.prompts[i] for i in chunk], work.n, sampling), strict=True)
         return out
 
-    @torch.inference_mode()
     def _batch(self, prompts: list[list[int]], n: int, s: Sampling) -> list[list[Response]]:
-        longest = max(map(len, prompts))
         pad = token_id(self.tokenizer, "pad")
-        ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=self.device)
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.device)
-        keep = SampledLogprobs()
-        steps: list[LogitsProcessor] = []
-        if s.temperature not in (0.0, 1.0):
-            steps.append(TemperatureLogitsWarper(s.temperature))
-        if s.top_k > 0:
-            steps.append(TopKLogitsWarper(s.top_k))
-        if s.top_p < 1:
-            steps.append(TopPLogitsWarper(s.top_p))
-        if s.min_p > 0:
-            steps.append(MinPLogitsWarper(s.min_p))
-        generated = self.model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            generation_config=GenerationConfig(
-                max_new_tokens=s.max_tokens,
-                do_sample=s.temperature > 0,
-                num_return_sequences=n if s.temperature > 0 else 1,
-                temperature=1.0,
-                top_k=0,
-                eos_token_id=self.eos_ids,
-                pad_token_id=pad,
-                stop_strings=list(s.stop) or None,
-            ),
-            logits_processor=LogitsProcessorList([*steps, keep]),
-            tokenizer=self.tokenizer if s.stop else None,
-        )
-        keep.take(generated)
-        new = generated[:, longest:].tolist()
-        logprobs = torch.cat(keep.logprobs, 1).tolist()
-        if s.temperature == 0:  # n greedy answers are n times the same
-            new, logprobs = ([x for x in rows for _ in range(n)] for rows in (new, logprobs))
+        new, logprobs = sample(self.model, prompts, n, s, self.eos_ids, pad, self.tokenizer)
         responses = [self._response(t, lp, s) for t, lp in zip(new, logprobs, strict=True)]
         return [responses[i : i + n] for i in range(0, len(responses), n)]
 
@@ -127,8 +211,8 @@ class TransformersEngine:
             end = next((i + 1 for i in range(len(tokens)) if self._has_stop(tokens[: i + 1], s.stop)), None)
         stopped = end is not None
         tokens, logprobs = tokens[:end], logprobs[:end]
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        return Response(tokens, logprobs, "stop" if stopped else "length", str(text), self.version)
+        text = visible_text(self.tokenizer, tokens, self.eos_ids)
+        return Response(tokens, logprobs, "stop" if stopped else "length", text, self.version)
 
     def _has_stop(self, tokens: list[int], stop: tuple[str, ...]) -> bool:
         tail = str(self.tokenizer.decode(tokens[-16:]))

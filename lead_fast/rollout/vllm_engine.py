@@ -24,7 +24,7 @@ from ..learner.model import resolve
 from ..records import Response
 from ..runtime.hardware import how_to_install
 from ..runtime.ranks import Ranks, at_stop
-from .engine import Checksum, EngineFailure, Progress, Sampling, Work, eos_ids, fingerprint, silent
+from .engine import Checksum, EngineFailure, Progress, Sampling, Work, eos_ids, fingerprint, silent, visible_text
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in this process, where the weights are
@@ -232,7 +232,7 @@ class VllmEngine:
         for tokens, logprobs, finish, version in zip(
             group.tokens, group.logprobs, group.finished, group.versions, strict=True
         ):
-            text = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+            text = visible_text(self.tokenizer, tokens, self.eos_ids)
             out.append(Response(tokens, logprobs, finish or "unfinished", text, version))
         return out[:1] * group.copies if group.copies > 1 else out
 
