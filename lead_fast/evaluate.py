@@ -201,7 +201,7 @@ def own_settings(args: list[str]) -> list[str]:
 
 def asked(c: Config, problems: list[Problem]) -> dict:
     """All that responses and their grades depend on, for Samples."""
-    text = json.dumps([[p.id, p.problem, p.reference] for p in problems])
+    text = json.dumps([[p.id, p.problem, p.reference, *(p.messages or ())] for p in problems])
     return {
         "model.path": c.model.path,
         "weights": weights(c.model.path),

@@ -20,26 +20,26 @@ WORDS |= {"subtract": -1, "minus": -1, "gives away": -1, "loses": -1, "sells": -
 
 
 def read(problem: str) -> tuple[str, int, int]:
-    """A reader of problems that shares nothing with their writer: kind, number of steps and answer."""
-    if found := re.fullmatch(r"(?:Compute|What is|Work out) ([-+*()\d]+)[.?]", problem):
-        return "symbols", len(re.findall(r"[-+*]", found[1])), eval(found[1])
-    told = re.fullmatch(r"Start with (\d+), (.*)\.", problem)
+    """A reader of problems that shares nothing with their writer: kind, number of steps and result."""
+    if symbols := re.fullmatch(r"(?:Compute|What is|Work out) ([-+*()\d]+)[.?]", problem):
+        return "symbols", len(re.findall(r"[-+*]", symbols[1])), eval(symbols[1])
+    orders = re.fullmatch(r"Start with (\d+), (.*)\.", problem)
     story = re.fullmatch(r"[A-Z]\w+ has (\d+) (\w+), (.*)\. How many \2 now\?", problem)
-    found = told or story
-    assert found, problem
-    value, clauses = int(found[1]), found[found.re.groups].split(", ")
+    match = orders or story
+    assert match, problem
+    value, clauses = int(match[1]), match[match.re.groups].split(", ")
     for clause in clauses:
         n = int(re.findall(r"\d+", clause)[0])
         value = value * n if "times" in clause else value + n * WORDS[re.sub(r" \d+", "", clause)]
-    return "told" if told else "story", len(clauses), value
+    return "orders" if orders else "story", len(clauses), value
 
 
 def test_every_kind_of_problem_says_what_its_answer_is():
-    kinds = {"symbols": 0, "told": 0, "story": 0}
+    kinds = {"symbols": 0, "orders": 0, "story": 0}
     for row in make_problems(2000, seed=3) + make_problems(200, seed=3, split="test"):
-        kind, steps, answer = read(row["problem"])
-        assert (steps, str(answer)) == (row["difficulty"], row["answer"]), row
-        assert 0 <= answer < 1000
+        kind, steps, result = read(row["problem"])
+        assert (steps, str(result)) == (row["difficulty"], row["answer"]), row
+        assert 0 <= result < 1000
         kinds[kind] += 1
     assert min(kinds.values()) > 400
 
@@ -76,8 +76,8 @@ def test_files_hold_the_same_problems_whatever_the_hash_seed(tmp_path):
 
 def test_words_are_single_tokens():
     tokenizer = build_tokenizer()
-    whole = [*arithmetic.NAMES, *(f" {word}" for word in (*arithmetic.THINGS, "subtract", "answer", "gives", "times"))]
-    assert [word for word in whole if len(tokenizer(word)["input_ids"]) != 1] == []
+    words = [*arithmetic.NAMES, *(f" {word}" for word in (*arithmetic.THINGS, "subtract", "answer", "gives", "times"))]
+    assert [word for word in words if len(tokenizer(word)["input_ids"]) != 1] == []
 
 
 # --------------------------------------------------------------------------------------------------- the shipped asset

@@ -29,9 +29,9 @@ def stages(tmp_path_factory) -> Path:
            "--optim.lr=1e-4", "--optim.warmup_steps=0", "--optim.schedule=constant", TRAIN,
            "--data.test=arithmetic:test?n=8"]  # fmt: skip
     with ThreadPoolExecutor() as pool:
-        whole = pool.submit(run, "lead_fast.sft", *sft, "--steps=3", f"--output={at}/sft")
+        unbroken = pool.submit(run, "lead_fast.sft", *sft, "--steps=3", f"--output={at}/sft")
         run("lead_fast.sft", *sft, "--steps=2", f"--output={at}/sft-again")
-        whole.result()
+        unbroken.result()
     run("lead_fast.sft", *sft, "--steps=3", f"--output={at}/sft-again", "--resume")
     run("lead_fast.train", f"--model={at}/sft", TRAIN, *SMALL, "--steps=3", f"--output={at}/one")
     source = TRAIN.removeprefix("--data.train=")
@@ -40,10 +40,10 @@ def stages(tmp_path_factory) -> Path:
 
 
 def test_sft_that_was_stopped_ends_where_it_would_have(stages):
-    whole, again = (load_file(stages / name / "final" / "model.safetensors") for name in ("sft", "sft-again"))
-    assert all((whole[k] == again[k]).all() for k in whole)
-    found = [[(r["step"], r["loss"], r["validation_loss"]) for r in records(stages / n)] for n in ("sft", "sft-again")]
-    assert found[0] == found[1] and [r[0] for r in found[0]] == [1, 2, 3]
+    unbroken, again = (load_file(stages / name / "final" / "model.safetensors") for name in ("sft", "sft-again"))
+    assert all((unbroken[k] == again[k]).all() for k in unbroken)
+    losses = [[(r["step"], r["loss"], r["validation_loss"]) for r in records(stages / n)] for n in ("sft", "sft-again")]
+    assert losses[0] == losses[1] and [r[0] for r in losses[0]] == [1, 2, 3]
 
 
 def test_a_stage_begins_with_the_weights_of_the_one_before(stages):
@@ -63,21 +63,21 @@ def test_the_set_of_stage_two_is_what_stage_one_rarely_solved(stages):
 
 
 @pytest.mark.slow
-def test_stage_two_draws_by_solve_rate_refills_and_goes_on_as_if_never_stopped(stages, tmp_path):
+def test_stage_two_draws_by_solve_rate_refills_and_resumes_as_if_never_stopped(stages, tmp_path):
     stage = ["lead_fast.train", f"--model={stages}/one", f"--data.train={stages}/hard.parquet", *HARD, *SMALL,
              "--rollout.problems=4", "--checkpoint_every=2"]  # fmt: skip
-    run(*stage, "--steps=4", f"--output={tmp_path}/whole", ranks=2)
+    run(*stage, "--steps=4", f"--output={tmp_path}/unbroken", ranks=2)
     run(*stage, "--steps=2", f"--output={tmp_path}/again", ranks=2)
     run(*stage, "--steps=4", f"--output={tmp_path}/again", "--resume", ranks=2)
-    found = []
-    for name in ("whole", "again"):
+    runs = []
+    for name in ("unbroken", "again"):
         steps = [r for r in records(tmp_path / name) if r["kind"] == "train"]
         asked = [json.loads(line) for line in (tmp_path / name / "solved.jsonl").read_text().splitlines()]
-        found.append((steps, asked, load_file(tmp_path / name / "final" / "model.safetensors")))
-    (steps, asked, weights), (steps_again, asked_again, weights_again) = found
+        runs.append((steps, asked, load_file(tmp_path / name / "final" / "model.safetensors")))
+    (steps, asked, weights), (steps_again, asked_again, weights_again) = runs
     assert [r["step"] for r in steps] == [1, 2, 3, 4]
     refilled = sum(r["groups_refilled"] for r in steps)
-    assert refilled and len(asked) > 16  # those asked in place of dropped ones are told too
+    assert refilled and len(asked) > 16  # those asked in place of dropped ones are recorded too
     assert all(r["groups_dropped"] <= 4 for r in steps)
     assert asked_again == asked and [r["accuracy"] for r in steps_again] == [r["accuracy"] for r in steps]
     assert all((weights[k] == weights_again[k]).all() for k in weights)

@@ -213,6 +213,12 @@ LAYOUTS = {  # a row as the set has it; problem, reference, solution; what a run
         ("Q", "0", None),
         "reads question as problem and final_answer as reference.",
     ),
+    "openmathreasoning": (
+        {"expected_answer": "$\\frac{1}{2}$", "problem_type": "has_answer_extracted", "problem_source": "aops",
+         "generation_model": "m", "pass_rate_72b_tir": "0.5", "problem": "P", "generated_solution": BOXED},
+        ("P", "$\\frac{1}{2}$", None),
+        "reads problem as problem and expected_answer as reference.",
+    ),
     "rlvr": (
         {"messages": [user("Q")], "ground_truth": "3", "dataset": "gsm8k"},
         ("Q", "3", None),
@@ -597,6 +603,8 @@ def test_sft_takes_worked_solutions_and_replies(tmp_path):
         ("x" * 1001, "longer than 1000 characters"),
         ("\\frac{1}{", "its braces do not match"),
         ("\\boxed{3", "its braces do not match"),
+        ("$$", "nothing is left of it"),
+        ("\\text{ }.", "nothing is left of it"),
         ("proof", "it says that there is no answer"),
         ("NaN", "it says that there is no answer"),
         ("{'value': '12'}", "a dict as text"),

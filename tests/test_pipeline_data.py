@@ -27,8 +27,8 @@ def test_deepscaler_by_difficulty_without_duplicates_and_unverifiable_references
     rows += [{"problem": "ungraded", "answer": "1", "solution": "", "difficulty": None}]
     source = jsonl(tmp_path / "in.jsonl", rows)
     main(["deepscaler", "--source", source, "--out", str(tmp_path / "a.parquet")])
-    found = load_problems(str(tmp_path / "a.parquet"))
-    assert [p.problem for p in found] == ["q6", "q7", "q8", "q9", "fine"]
+    problems = load_problems(str(tmp_path / "a.parquet"))
+    assert [p.problem for p in problems] == ["q6", "q7", "q8", "q9", "fine"]
     manifest = json.loads((tmp_path / "a.manifest.json").read_text())
     assert manifest["counts"] == {"read": 15, "without difficulty": 1, "above": 8, "duplicates": 1,
                                   "unverifiable references": 2}  # fmt: skip
@@ -70,7 +70,7 @@ def test_mix_keeps_each_problem_once_and_says_where_from(tmp_path):
 
 def test_mix_renames_columns_and_holds_out_the_same_rows_in_any_order(tmp_path):
     rows = [{"q": f"q{i}", "s": f"s{i}"} for i in range(20)] + [{"q": "nothing", "s": ""}]
-    found = []
+    held_out = []
     for name, order in (("a", rows), ("b", rows[::-1])):
         source = jsonl(tmp_path / f"{name}.jsonl", order)
         main(["mix", source, "--problem_column", "q", "--solution_column", "s", "--hold_out", "5",
@@ -81,8 +81,8 @@ def test_mix_renames_columns_and_holds_out_the_same_rows_in_any_order(tmp_path):
         assert all(r["solution"] == r["problem"].replace("q", "s") for r in kept + apart)
         manifest = json.loads((tmp_path / f"{name}.held-out.manifest.json").read_text())
         assert manifest["rows"] == 5 and manifest["counts"][f"without reference and solution, {source}"] == 1
-        found.append({r["problem"] for r in apart})
-    assert found[0] == found[1]
+        held_out.append({r["problem"] for r in apart})
+    assert held_out[0] == held_out[1]
 
 
 def test_sets_are_made_of_worked_solutions_too_but_hold_no_system_messages(tmp_path):

@@ -171,7 +171,7 @@ def text_of(value: Any, where: str, column: str, *, several: bool = False) -> st
 
 
 def _number(value: int | float | Decimal, at: str) -> str:
-    """A number as people write it: 27.0, which tables make of 27, is 27."""
+    """A number as people write it: 27.0, as tables turn 27 into, is 27."""
     if isinstance(value, int):
         return str(value)
     if not math.isfinite(value):

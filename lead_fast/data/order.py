@@ -1,4 +1,4 @@
-"""The order in which problems are asked, a function of seed and step."""
+"""Order in which problems are asked, a function of seed and step."""
 
 import numpy as np
 
@@ -32,7 +32,7 @@ class ProblemStream:
 class SolveRateStream:
     """Draws distinct problems by how often they were solved when last sampled: weight 4 r (1 - r), at least `floor`.
 
-    A problem not sampled yet has weight 1. A draw depends on the seed, the step and the solve rates told so far.
+    A problem not sampled yet has weight 1. A draw depends on the seed, the step and the solve rates recorded so far.
 
     Args:
         n: problems there are.
@@ -46,7 +46,7 @@ class SolveRateStream:
         self.weights = np.ones(n)
 
     def tell(self, index: int, rate: float) -> None:
-        """Problem `index` was just solved in this share of its responses."""
+        """Record that problem `index` was just solved in this fraction of its responses."""
         self.weights[index] = max(self.floor, 4 * rate * (1 - rate))
 
     def batch(self, step: int) -> list[int]:
@@ -54,6 +54,6 @@ class SolveRateStream:
         if self.drawn[0] != step:
             draws = np.random.default_rng([self.seed, step])
             chance = self.weights / self.weights.sum()
-            found = draws.choice(len(chance), self.size, replace=False, p=chance)
-            self.drawn = step, [int(i) for i in found]
+            indices = draws.choice(len(chance), self.size, replace=False, p=chance)
+            self.drawn = step, [int(i) for i in indices]
         return self.drawn[1]

@@ -178,7 +178,7 @@ class Reader:
         except (TypeError, ValueError) as e:
             if self.words:  # OlympiadBench has a word there
                 return None
-            raise ValueError(f"{where}: {self.at.difficulty} is {value!r}; give a number or leave it out.") from e
+            raise ValueError(f"{where}: {self.at.difficulty} is {value!r:.60}; give a number or leave it out.") from e
 
     def how(self, wanted: Columns) -> str:
         """What was read as what; "" where it is the columns named, cell by cell."""

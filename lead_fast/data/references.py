@@ -12,23 +12,21 @@ from concurrent.futures import ThreadPoolExecutor
 
 from ..records import Problem
 from ..reward.extraction import MAX_ANSWER_CHARS
-from ..reward.verifier import Verifier
+from ..reward.verifier import Verifier, normalize
 from ..runtime.ranks import Ranks
 from .columns import parsed
 from .read import say
 
 MANY_WORDS = 20
 """A text of so many words is a sentence or a solution, which nobody repeats in a box."""
-NO_ANSWER = frozenset("proof notfound nan null undefined n/a na".split()) | {"not found", "see solution"}
+NO_ANSWER = frozenset({"proof", "notfound", "not found", "see solution", "nan", "null", "n/a"})
 """What sets write where there is no answer (NuminaMath: proof, notfound), lower case."""
 _WORD = re.compile(r"(?<![\\A-Za-z])[^\W\d_]{2,}")
-_COMMAND = "frac dfrac tfrac sqrt pi cdot times div left right pm infty le leq ge geq ne cup cap in text mathrm mathbf"
-_COMMAND += (
-    " mathbb circ degree sin cos tan log ln theta alpha beta gamma lambda mu angle triangle binom overline ldots"
-)
-_COMMAND += " begin end pmatrix textbf quad mid to emptyset"
+_COMMANDS = """frac dfrac tfrac sqrt pi cdot times div left right pm infty le leq ge geq ne cup cap in text mathrm
+    mathbf mathbb circ degree sin cos tan log ln theta alpha beta gamma lambda mu angle triangle binom overline ldots
+    begin end pmatrix textbf quad mid to emptyset""".split()
 _PLAIN = re.compile(
-    rf"(?:[\w\s.,:;+\-*/^=<>()\[\]{{}}|!'&%$°π√∞]|\\(?:{'|'.join(_COMMAND.split())})(?![A-Za-z])|\\[{{}}%$,!;: \\])*"
+    rf"(?:[\w\s.,:;+\-*/^=<>()\[\]{{}}|!'&%$°π√∞]|\\(?:{'|'.join(_COMMANDS)})(?![A-Za-z])|\\[{{}}%$,!;: \\])*"
 )
 
 
@@ -46,6 +44,8 @@ def at_a_glance(reference: str) -> str | None:
         return f"a text of {len(words)} words"
     if reference.count("{") != reference.count("}"):
         return "its braces do not match"
+    if not re.search(r"\d", reference) and not normalize(reference):
+        return "nothing is left of it but signs that comparison drops"
     return "" if len(reference) <= 200 and _PLAIN.fullmatch(reference) else None
 
 
