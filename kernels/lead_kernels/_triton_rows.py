@@ -25,10 +25,9 @@ import triton.language as tl
 
 from ._device import tile
 from ._triton_advantage import group_advantage, group_block, in_kernel, lead_advantages_triton  # noqa: F401
-from .advantage import Groups
 from .options import AdvantageOptions, LossOptions, Softmax
-from .policy_loss import LOG_RATIO_CAP as CAP
-from .policy_loss import RowMetrics, Sequences, SequenceTerms, Tokens
+from .records import LOG_RATIO_CAP as CAP
+from .records import Groups, RowMetrics, Sequences, SequenceTerms, Tokens
 
 LOG_RATIO_CAP = tl.constexpr(CAP)
 

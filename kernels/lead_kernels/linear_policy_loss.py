@@ -26,13 +26,6 @@ from ._head import accumulate, add_product_, add_rows_, check_shapes, chunk_size
 from ._rows import Ready, RowStats, row_stats
 from .options import LossOptions, Softmax
 from .policy_loss import (
-    DEFAULT,
-    MAXIMA,
-    METRICS,
-    PolicyLoss,
-    Sequences,
-    SequenceTerms,
-    Tokens,
     check_targets,
     compiled_or_no_grad,
     decode_sequences,
@@ -43,6 +36,7 @@ from .policy_loss import (
     policy_rows_,
     sequence_terms,
 )
+from .records import DEFAULT_LOSS, MAXIMA, METRICS, PolicyLoss, Sequences, SequenceTerms, Tokens
 
 
 def cut(x: Any, rows: slice) -> Any:
@@ -144,7 +138,7 @@ def linear_policy_loss(
     head_weight: torch.Tensor,
     tokens: Tokens,
     sequences: Sequences,
-    options: LossOptions = DEFAULT,
+    options: LossOptions = DEFAULT_LOSS,
     *,
     temperature: float = 1.0,
     softcap: float | None = None,

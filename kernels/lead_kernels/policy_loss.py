@@ -32,77 +32,19 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from ._rows import Ready, RowStats, in_triton, row_gradient_, row_stats
-from .advantage import Groups, lead_advantages
+from .advantage import lead_advantages
 from .options import LossOptions, Softmax
-
-LOG_RATIO_CAP = 20.0
-DEFAULT = LossOptions()
-
-
-class Tokens(NamedTuple):
-    """What is known of each row's token, [T] each.
-
-    targets: the sampled tokens, int64, each in 0..V-1.
-    sequence_ids: index of the row's sequence into the [S] tensors, any integer type. Where ratio or importance_level
-        is `sequence`, all rows of a sequence are in one call.
-    behavior: log-probs under the policy that sampled.
-    old: log-probs in the denominator of the ratio; None: the policy itself, detached.
-    reference: log-probs of the reference model, for the KL term.
-    """
-
-    targets: torch.Tensor
-    sequence_ids: torch.Tensor
-    behavior: torch.Tensor | None = None
-    old: torch.Tensor | None = None
-    reference: torch.Tensor | None = None
-
-
-class Sequences(NamedTuple):
-    """What is known of each sequence.
-
-    weights: weight of each of its tokens, [S]; see `loss_weights`.
-    advantages: [S], or the Groups of S responses that they follow from.
-    """
-
-    weights: torch.Tensor
-    advantages: torch.Tensor | Groups
-
-
-class SequenceTerms(NamedTuple):
-    """What the sequence modes know from a first pass, back on the rows, [T]; None where the mode is `token`.
-
-    log_ratio: mean of logp - old over the row's sequence.
-    importance: sum of old - behavior over the row's sequence.
-    """
-
-    log_ratio: torch.Tensor | None = None
-    importance: torch.Tensor | None = None
-
-
-class RowMetrics(NamedTuple):
-    """Metrics that every row has and that are added up over rows; the order in which kernels write them."""
-
-    kl_behavior: torch.Tensor
-    clip_low: torch.Tensor
-    clip_high: torch.Tensor
-    ratio: torch.Tensor
-    ratio_capped: torch.Tensor
-    importance_truncated: torch.Tensor
-    logprob_diff: torch.Tensor
-    kl_reference: torch.Tensor
-
-
-MAXIMA = ("max_logprob", "max_logprob_diff")
-METRICS = ("tokens", "entropy", *RowMetrics._fields, *MAXIMA)
-
-
-class PolicyLoss(NamedTuple):
-    """loss: 0-dim, differentiable; logprobs, entropy: [T], detached; metrics: 0-dim sums (`max_*`: maxima) over T."""
-
-    loss: torch.Tensor
-    logprobs: torch.Tensor
-    entropy: torch.Tensor
-    metrics: dict[str, torch.Tensor]
+from .records import (
+    DEFAULT_LOSS,
+    LOG_RATIO_CAP,
+    METRICS,
+    Groups,
+    PolicyLoss,
+    RowMetrics,
+    Sequences,
+    SequenceTerms,
+    Tokens,
+)
 
 
 class Rows(NamedTuple):
@@ -399,7 +341,7 @@ def policy_loss(
     logits: torch.Tensor,
     tokens: Tokens,
     sequences: Sequences,
-    options: LossOptions = DEFAULT,
+    options: LossOptions = DEFAULT_LOSS,
     *,
     temperature: float = 1.0,
     softcap: float | None = None,

@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 import torch
 
 from .._rows import RowStats, row_gradient_reference, row_stats_reference
-from ..advantage import Groups, LeadAdvantages, Outcomes, lead_advantages_reference
+from ..advantage import lead_advantages_reference
 from ..options import AdvantageOptions, LossOptions, Softmax
-from ..policy_loss import RowMetrics, Sequences, SequenceTerms, Tokens, rows_loss
+from ..policy_loss import rows_loss
+from ..records import Groups, LeadAdvantages, Outcomes, RowMetrics, Sequences, SequenceTerms, Tokens
 
 
 @contextmanager
