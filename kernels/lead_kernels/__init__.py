@@ -1,10 +1,11 @@
 """Kernels for GRPO-LEAD: from raw outcomes to the gradient, without a whole matrix of logits."""
 
-from .advantage import Groups, LeadAdvantages, Outcomes, lead_advantages
+from .advantage import lead_advantages
 from .linear_logprobs import linear_logprobs
 from .linear_policy_loss import linear_policy_loss
 from .options import AdvantageOptions, LossOptions
-from .policy_loss import PolicyLoss, Sequences, Tokens, loss_weights, policy_loss
+from .policy_loss import loss_weights, policy_loss
+from .records import Groups, LeadAdvantages, Outcomes, PolicyLoss, Sequences, Tokens
 
 __all__ = [
     "AdvantageOptions",

@@ -21,103 +21,11 @@ Floor: S x (16 + 8) bytes, a few microseconds at any batch size: one launch.
 Legend: P problems, G responses in a group, S = P x G sequences, a group's responses side by side.
 """
 
-from typing import NamedTuple
-
 import torch
 
 from ._rows import cpu_extension, in_triton
 from .options import AdvantageOptions
-
-MAX_GROUP = 1024
-DEFAULT = AdvantageOptions()
-
-
-class LeadAdvantages(NamedTuple):
-    """What whole groups of responses are worth.
-
-    reward, advantage: float32 [S].
-    solve_rate: float32 [P], rho.
-    kept: bool [P], False for groups that the filter drops, whose advantages are 0.
-    weight: float32 [P], the difficulty weight w(rho); 1 where AD is off.
-    """
-
-    reward: torch.Tensor
-    advantage: torch.Tensor
-    solve_rate: torch.Tensor
-    kept: torch.Tensor
-    weight: torch.Tensor
-
-
-class Outcomes(NamedTuple):
-    """What the reward and advantage of a response follow from.
-
-    correct: bool or 0/1, [S].
-    lengths: tokens, [S].
-    wrong_reward: of an incorrect response, a number or [S]; None: -1.
-    bonus: added to the reward of every response, [S]; None: nothing (a soft overlong penalty is a negative bonus).
-    """
-
-    correct: torch.Tensor
-    lengths: torch.Tensor
-    wrong_reward: float | torch.Tensor | None = None
-    bonus: torch.Tensor | None = None
-
-    def table(self) -> torch.Tensor:
-        """The four columns side by side, [S, 4]: float64 if one of the tensors is, else float32.
-
-        Raises:
-            ValueError: columns of different sizes.
-        """
-        S = self.correct.shape
-        if len(S) != 1 or self.lengths.shape != S:
-            raise ValueError(
-                f"correct is {list(S)} and lengths {list(self.lengths.shape)}: give two vectors of the same size."
-            )
-        given = [x for x in self if isinstance(x, torch.Tensor)]
-        dtype = torch.float64 if any(x.dtype == torch.float64 for x in given) else torch.float32
-        columns = [self.correct != 0, self.lengths]
-        for name, x, default in (("wrong_reward", self.wrong_reward, -1.0), ("bonus", self.bonus, 0.0)):
-            if not isinstance(x, torch.Tensor):
-                x = self.lengths.new_full(S, default if x is None else x, dtype=dtype)
-            if x.shape not in ((), S):
-                raise ValueError(f"{name} is {list(x.shape)} and correct {list(S)}: give one number for each response.")
-            columns.append(x.expand(S))
-        return torch.stack([x.to(dtype) for x in columns], 1)
-
-
-class Groups(NamedTuple):
-    """Outcomes of whole groups, for a loss that computes its advantages itself: `Sequences.advantages`.
-
-    outcomes: Outcomes, or their `table()`, [S, 4], which saves the copy in every call.
-    group_size: G, 1 to 1024.
-    options: of the advantages; inside a function that torch 2.11 compiles, give them (its tracer wraps no default).
-    """
-
-    outcomes: Outcomes | torch.Tensor
-    group_size: int
-    options: AdvantageOptions = DEFAULT
-
-    def table(self) -> torch.Tensor:
-        """The outcomes as one tensor, [S, 4]. Raises ValueError for shapes or a group size that do not fit."""
-        table = self.outcomes.table() if isinstance(self.outcomes, Outcomes) else self.outcomes
-        if not 1 <= self.group_size <= MAX_GROUP:
-            raise ValueError(f"group_size is {self.group_size}: give 1 to {MAX_GROUP}.")
-        if table.dim() != 2 or table.shape[1] != 4 or table.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"The outcomes are {table.dtype} {list(table.shape)}: give Outcomes(...).table().")
-        if table.shape[0] % self.group_size:
-            raise ValueError(
-                f"There are outcomes of {table.shape[0]} responses: give a multiple of group_size {self.group_size}."
-            )
-        return table
-
-    def encode(self) -> tuple[torch.Tensor, list[float]]:
-        """The table of outcomes, and group size and options as numbers: how groups travel to an operator."""
-        return self.table(), [float(self.group_size), *self.options.encode()]
-
-    @staticmethod
-    def decode(table: torch.Tensor, encoded: list[float]) -> "Groups":
-        """The groups that `encode` was called on, with the table for outcomes."""
-        return Groups(table, int(encoded[0]), AdvantageOptions.decode(encoded[1:]))
+from .records import DEFAULT_ADVANTAGE, Groups, LeadAdvantages, Outcomes
 
 
 def difficulty_weight(rho: torch.Tensor, o: AdvantageOptions) -> torch.Tensor:
@@ -198,7 +106,7 @@ def _(outcomes, groups):
 
 
 def lead_advantages(
-    outcomes: Outcomes | torch.Tensor, group_size: int, options: AdvantageOptions = DEFAULT
+    outcomes: Outcomes | torch.Tensor, group_size: int, options: AdvantageOptions = DEFAULT_ADVANTAGE
 ) -> LeadAdvantages:
     """Compute GRPO-LEAD's rewards and advantages.
 
