@@ -41,8 +41,8 @@ from .scores import Answered, difference, draw, summary, table, vote
 
 
 def sampling(c: Config) -> Sampling:
-    e, r = c.evaluate, c.rollout
-    return Sampling(r.max_tokens, e.temperature, min_p=e.min_p, stop=r.stop)
+    own, rollout = c.evaluate, c.rollout
+    return Sampling(rollout.max_tokens, own.temperature, min_p=own.min_p, stop=rollout.stop)
 
 
 class Samples:

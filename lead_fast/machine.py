@@ -1,4 +1,4 @@
-"""What this machine has, and what a run on it would use, or in one sentence what is missing.
+"""Describe this machine and what a run on it would use, or say in one sentence what is missing.
 
     python -m lead_fast.machine            the machine, and what a run on it would use
     python -m lead_fast.machine --ranks    how many ranks `make train` starts here
@@ -78,8 +78,7 @@ def look_at_machine(model: ModelConfig, ranks: Ranks, engine: str | None, shape:
     if ranks.main:
         for sentence in untested_versions():
             print(f"Warning: {sentence}", flush=True)
-        said = describe(ranks.device, ranks.world, model.dtype, head_dim(shape), model.liger, engine)
-        print(said, flush=True)
+        print(describe(ranks.device, ranks.world, model.dtype, head_dim(shape), model.liger, engine), flush=True)
     return shape
 
 
@@ -87,20 +86,20 @@ def pick_recipe() -> tuple[str, str]:
     """Recipe for this machine when none is named, and why: lead-14b for 8 ranks on GPUs of 80 GB or more, else tiny."""
     world, here = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     n, memory = torch.cuda.device_count(), smallest_gpu_gib()
-    found = f"{n} GPUs with {memory:.0f} GiB each" if n else "no GPU"
+    available = f"{n} GPUs with {memory:.0f} GiB each" if n else "no GPU"
     if min(n, here) * (world // here) >= 8 and memory >= LARGE_GPU_GIB:
-        return "lead-14b", found
+        return "lead-14b", available
     if n:
-        found = f"Warning: {found}, of which {min(n, here)} train the small embedded model"
-    return "tiny", f"{found}, and lead-14b wants 8 ranks on GPUs of {LARGE_GPU_GIB} GiB or more"
+        available = f"Warning: {available}, of which {min(n, here)} train the small embedded model"
+    return "tiny", f"{available}, and lead-14b wants 8 ranks on GPUs of {LARGE_GPU_GIB} GiB or more"
 
 
 def main(args: list[str] | None = None) -> None:
     p = argparse.ArgumentParser(prog="python -m lead_fast.machine", description=(__doc__ or "").splitlines()[0])
     p.add_argument("--ranks", action="store_true", help="print how many ranks make train starts here, and nothing else")
-    a = p.parse_args(args)
+    given = p.parse_args(args)
     n = ranks_here()
-    if a.ranks:
+    if given.ranks:
         return print(n)
     for sentence in untested_versions():
         print(f"Warning: {sentence}")

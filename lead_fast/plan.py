@@ -163,8 +163,8 @@ def budget(tracked: Callable[[int], Numbers], limit_bytes: float, guess: int) ->
 # ---------------------------------------------------------------------------------------------------------------- time
 
 
-def answers(c: Config) -> list[int]:
-    """Tokens of a step's answers: lognormal as ASSUMPTIONS say, cut at rollout.max_tokens; always the same draw."""
+def response_tokens(c: Config) -> list[int]:
+    """Lengths of a step's responses: lognormal as ASSUMPTIONS say, cut at rollout.max_tokens; always the same draw."""
     r = c.rollout
     z = torch.randn(r.problems * r.group_size, generator=torch.Generator().manual_seed(0))
     return (assumed("median") * r.max_tokens * torch.exp(assumed("spread") * z)).long().clamp(1, r.max_tokens).tolist()
@@ -234,8 +234,8 @@ def step_time(
     n, copies, together, r = at(c.parallel.pack_tokens), c.parallel.replicate, c.parallel.sequence, c.rollout
     shards, width = gpus // copies, shape.num_attention_heads * head_dim(shape)
     quadratic = (n["forward_flops_2"] - 2 * n["forward_flops_1"]) / 2
-    said = answers(c)
-    whole = [int(assumed("prompt")) + t - 1 for t in said]
+    responses = response_tokens(c)
+    sequences = [int(assumed("prompt")) + t - 1 for t in responses]
 
     def cost(t: int) -> float:
         return (n["forward_flops_1"] - quadratic) * t + quadratic * t * t
@@ -260,9 +260,9 @@ def step_time(
 
     train_s = exposed_s = ideal_s = 0.0
     packs = gathers = 0
-    share = len(whole) // c.optim.updates
-    for first in range(0, len(whole), share):
-        part = whole[first : first + share]
+    size = len(sequences) // c.optim.updates
+    for first in range(0, len(sequences), size):
+        part = sequences[first : first + size]
         plan = assign(part, c.parallel.pack_tokens, gpus // together, cost)
         for m in range(len(plan[0])):  # collectives keep ranks in step: the slowest pack counts
             work = [compute_s([part[i] for i in rank[m]]) for rank in plan]
@@ -275,9 +275,9 @@ def step_time(
             packs, gathers = packs + 1, gathers + gathered
     tp = r.tensor_parallel
     token_bytes = kv_token_bytes(shape) / tp
-    slots = max(1, min(r.batch_size, int(kv_bytes / token_bytes / (sum(whole) / len(whole)))))
+    slots = max(1, min(r.batch_size, int(kv_bytes / token_bytes / (sum(sequences) / len(sequences)))))
     engines = gpus // tp
-    shares = [[t for g in range(e, r.problems, engines) for t in said[g * r.group_size : (g + 1) * r.group_size]]
+    shares = [[t for g in range(e, r.problems, engines) for t in responses[g * r.group_size : (g + 1) * r.group_size]]
               for e in range(engines)]  # fmt: skip
     rollout_s = max(decode_s(x, slots, 2 * n["parameters"] / tp, token_bytes, d) for x in shares)
     seconds = {
@@ -289,18 +289,18 @@ def step_time(
         "sync": collective_s("all_gather", n["sync_bytes"], 1, shards, shards > NODE, d)
         + assumed("sync_passes") * 2 * n["parameters"] / (d.hbm * assumed("copy")),
     }
-    learn_s, step_s, tokens = sum(list(seconds.values())[1:4]), sum(seconds.values()), sum(whole)
+    learn_s, step_s, tokens = sum(list(seconds.values())[1:4]), sum(seconds.values()), sum(sequences)
     GB = 1e9
     return {
         "seconds": seconds,
         "step_s": step_s,
-        "answers": len(said),
+        "responses": len(responses),
         "tokens": tokens,
         "packs_per_rank": packs,
         "balance": ideal_s / train_s,
         "generated_at_once": slots,
         "tokens_per_s_per_gpu": {"training": tokens / learn_s / gpus, "step": tokens / step_s / gpus},
-        "mfu": {"training": mfu(whole, cost, learn_s, gpus, d), "step": mfu(whole, cost, step_s, gpus, d)},
+        "mfu": {"training": mfu(sequences, cost, learn_s, gpus, d), "step": mfu(sequences, cost, step_s, gpus, d)},
         "traffic_gb_per_step": {
             "all-gather": gathers * n.get("all_gather_bytes", 0.0) / GB,
             "reduce-scatter": packs * n.get("reduce_scatter_bytes", 0.0) / GB,
@@ -349,14 +349,14 @@ def plan(c: Config, gpus: int, device: str) -> dict[str, Any]:
     with fake_job(gpus, copies) as ranks:
 
         def tracked(x: Config, T: int) -> Numbers:
-            mine = -(-T // together)
-            return track(x, shape, ranks, [mine], mine)
+            per_rank = -(-T // together)
+            return track(x, shape, ranks, [per_rank], per_rank)
 
         def search(x: Config) -> tuple[int, dict[int, Numbers]]:
             return budget(lambda T: tracked(x, T), d.memory_bytes, max(longest, x.parallel.pack_tokens))
 
-        found = {s: search(with_keys(c, {"activation_checkpointing": s}, {})) for s in settings()}
-        most, seen = found[c.model.activation_checkpointing]
+        budgets = {s: search(with_keys(c, {"activation_checkpointing": s}, {})) for s in settings()}
+        most, seen = budgets[c.model.activation_checkpointing]
         c = with_keys(c, {}, {"pack_tokens": c.parallel.pack_tokens or max(GRANULE, most)})
         worst = max(c.parallel.pack_tokens, longest)
         n = seen.get(worst) or tracked(c, worst)
@@ -386,7 +386,7 @@ def plan(c: Config, gpus: int, device: str) -> dict[str, Any]:
             "generation_bytes": {"parameters and optimiser": trainer, "engine's weights": weights,
                                  "engine beside them": aside("engine_awake"), "key-value cache": kv_bytes},
             "kv_tokens": kv_bytes / token_bytes, "kv_token_bytes": token_bytes,
-            "needs_bytes": needs, "fits": fits, "largest_pack_tokens": {s: b for s, (b, _) in found.items()},
+            "needs_bytes": needs, "fits": fits, "largest_pack_tokens": {s: b for s, (b, _) in budgets.items()},
             "traffic_calls_per_pack": {k: n.get(f"{k}_calls", 0.0) for k in COLLECTIVES.values()},
         }  # fmt: skip
         out |= step_time(c, shape, at, gpus, max(kv_bytes, 0.0), d)
@@ -431,7 +431,7 @@ def remedy(
     if room >= out["generation_bytes"]["engine's weights"]:
         return f"Generation does not fit: give --rollout.gpu_memory={most:g}."
     return (
-        "Generation does not fit: the engine's weights and one answer need more than is left beside the trainer; give "
+        "Generation does not fit: the engine's weights and one response need more than the trainer leaves; give "
         f"--rollout.engine=vllm --rollout.tensor_parallel={2 * c.rollout.tensor_parallel}."
     )
 
@@ -458,18 +458,18 @@ def show(p: dict[str, Any]) -> str:
         table(p["training_bytes"]) + table({"sum": sum(p["training_bytes"].values())}),
         "Memory of a GPU while it generates, GiB (gradients and gathered parameters are gone, the engine is awake):",
         table(g) + table({"sum": sum(g.values())}) + f"    a cache of {max(0, p['kv_tokens']):,.0f} tokens"
-        + ("" if p["fits"]["key-value cache"] else ", LESS THAN ONE ANSWER"),
+        + ("" if p["fits"]["key-value cache"] else ", LESS THAN ONE RESPONSE"),
         "\nWith the allocator's loss, CUDA and a sleeping engine:",
         *(f"    {name:28}{verdict(name)}" for name in p["needs_bytes"]),
         f"\nLargest parallel.pack_tokens by activation checkpointing: {budgets}",
-        f"\nTraffic of a GPU in a step, GB of whole tensors ({p['packs_per_rank']} packs a rank; first pack: {calls}):",
+        f"\nTraffic of a GPU in a step, GB ({p['packs_per_rank']} packs per rank; first pack: {calls}):",
         table(p["traffic_gb_per_step"], 1.0),
-        f"Seconds of a step of {p['answers']} answers, {p['tokens']:,} tokens:",
+        f"Seconds of a step of {p['responses']} responses, {p['tokens']:,} tokens:",
         table(p["seconds"], 1.0, 2) + table({"step": p["step_s"]}, 1.0, 2),
-        f"    tokens/s a GPU: {t['training']:,.0f} in training (without rollout and sync), {t['step']:,.0f} in all",
+        f"    tokens/s per GPU: {t['training']:,.0f} in training (without rollout and sync), {t['step']:,.0f} in all",
         f"    MFU in training: {100 * f['training']['causal']:.1f} % (causal attention), "
         f"{100 * f['training']['torchtitan']:.1f} % (torchtitan's); over the step {100 * f['step']['causal']:.1f} %",
-        f"    ranks' balance over packs {100 * p['balance']:.1f} %, {p['generated_at_once']} answers at once an engine",
+        f"    balance of the ranks {100 * p['balance']:.1f} %, {p['generated_at_once']} responses at once per engine",
         "\nAssumptions:",
         *(f"    {k:16}{value:<8g}{why}" for k, (value, why) in p["assumptions"].items()),
         "\nIt fits." if p["remedy"] is None else f"\nIt does not fit. {p['remedy']}",
@@ -491,11 +491,11 @@ def main(args: list[str] | None = None) -> int:
     c = load_config(rest, default_recipe="lead-14b")
     if given.json and not given.json.absolute().parent.is_dir():
         raise ValueError(f"--json {given.json}: give a path in a folder that exists.")
-    found = plan(c, int(given.gpus), given.device)
-    print(show(found))
+    planned = plan(c, int(given.gpus), given.device)
+    print(show(planned))
     if given.json:
-        write_atomic(given.json, json.dumps(found, indent=1) + "\n")
-    return int(found["remedy"] is not None)
+        write_atomic(given.json, json.dumps(planned, indent=1) + "\n")
+    return int(planned["remedy"] is not None)
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def read_run(run_dir: str | Path) -> Run:
     if not kinds[0] and not kinds[1]:
         if by_step:
             raise ValueError(
-                f"{folder} is a run of lead_fast.sft, which has no answers to report: see its TensorBoard."
+                f"{folder} is a run of lead_fast.sft, which has no responses to report: see its TensorBoard."
             )
         raise ValueError(f"{path} holds no step and no evaluation yet: let the run finish its first step.")
     return Run(folder, *kinds)
@@ -144,7 +144,7 @@ def held_out(ax: "Axes", run: Run, key: str, color: str, label: str, scale: floa
         ax.plot(x, y, "o-", color=color, label=label)
 
 
-def whole_steps(ax: "Axes") -> None:
+def integer_steps(ax: "Axes") -> None:
     from matplotlib.ticker import MaxNLocator
 
     ax.set_xlabel("step")
@@ -171,8 +171,8 @@ def draw_accuracy(run: Run) -> "Figure":
     if banded := [r for r in run.evals if r.get("pass_at_1_ci") and None not in r["pass_at_1_ci"]]:
         steps, low, high = zip(*((r["step"], *(100 * x for x in r["pass_at_1_ci"])) for r in banded), strict=True)
         ax.fill_between(steps, low, high, color=BLUE, alpha=0.15, linewidth=0, label="95 % interval")
-    ax.set(title="Accuracy", ylabel="correct answers (%)")
-    whole_steps(ax)
+    ax.set(title="Accuracy", ylabel="correct responses (%)")
+    integer_steps(ax)
     legend(ax, loc="lower right")
     return fig
 
@@ -182,28 +182,28 @@ def draw_length(run: Run) -> "Figure":
     for key, name, color in (("length_correct", "correct", BLUE), ("length_wrong", "wrong", ORANGE)):
         noisy(ax, run.train, key, color, f"{name}, training batches")
         held_out(ax, run, key, color, f"{name}, held out")
-    ax.set(title="Length of answers", ylabel="mean length (tokens)")
+    ax.set(title="Length of responses", ylabel="mean length (tokens)")
     ax.set_ylim(bottom=0)
-    whole_steps(ax)
+    integer_steps(ax)
     legend(ax, ncols=2, fontsize=9, loc="upper right", bbox_to_anchor=(1, 1.17))
     return fig
 
 
 def levels(record: Record) -> list[tuple[float, int, float]]:
     """(difficulty, problems, pass@1), easiest first."""
-    found = ((float(k), v["problems"], v["pass_at_1"]) for k, v in (record.get("by_difficulty") or {}).items())
-    return sorted(row for row in found if row[2] is not None)
+    rows = ((float(k), v["problems"], v["pass_at_1"]) for k, v in (record.get("by_difficulty") or {}).items())
+    return sorted(row for row in rows if row[2] is not None)
 
 
 def band(rows: list[tuple[float, int, float]]) -> list[tuple[str, int, float]]:
-    """(name, problems, pass@1) by difficulty; where there are many levels, in bands of about as many problems each."""
+    """(name, problems, pass@1) by difficulty; many levels are put into bands of about equal numbers of problems."""
     if len(rows) <= BAND_LEVELS:
         return [(f"{level:g}", n, rate) for level, n, rate in rows]
-    whole = sum(n for _, n, _ in rows)
+    problems = sum(n for _, n, _ in rows)
     bands: list[list[tuple[float, int, float]]] = [[] for _ in range(BANDS)]
     before = 0
     for row in rows:
-        bands[min(BANDS - 1, before * BANDS // whole)].append(row)
+        bands[min(BANDS - 1, before * BANDS // problems)].append(row)
         before += row[1]
     out = []
     for members in filter(None, bands):
@@ -237,7 +237,7 @@ def draw_difficulty(run: Run) -> "Figure | None":
 
 
 def draw_groups(run: Run) -> "Figure":
-    """How many of a group's responses were correct, over the steps: all the learning signal lies between 0 and all."""
+    """Groups by how many of their responses were correct, over the steps: only mixed groups teach what is right."""
     fig, (ax,) = figure(7.2, 3.9)
     kept = [r for r in run.train if r.get("solve_rate_histogram")]
     shares = [[100 * n / sum(r["solve_rate_histogram"]) for n in r["solve_rate_histogram"]] for r in kept]
@@ -247,8 +247,8 @@ def draw_groups(run: Run) -> "Figure":
         part = [sum(s[first:last]) for s in shares]
         ax.bar([r["step"] for r in kept], part, 1.0, bottom=bottom, color=color, linewidth=0, label=name)
         bottom = [x + y for x, y in zip(bottom, part, strict=True)]
-    ax.set(title="Outcome of groups", ylabel="share of groups (%)", ylim=(0, 100))
-    whole_steps(ax)
+    ax.set(title="Outcome of groups", ylabel="groups (%)", ylim=(0, 100))
+    integer_steps(ax)
     ax.margins(x=0)
     if kept:
         ax.legend(loc="upper right", bbox_to_anchor=(1, 1.14), ncols=3, columnspacing=1.2, handlelength=1.2)
@@ -260,15 +260,15 @@ def draw_time(run: Run) -> "Figure":
     fig, (ax, over) = figure(10.4, 3.9, 2, width_ratios=(1, 1.25))
     seconds = {p: [r.get("seconds", {}).get(p) or 0.0 for r in run.train] for p in phases(run)}
     means = {p: statistics.fmean(values) for p, values in seconds.items()}
-    whole = sum(means.values()) or 1.0
+    step_s = sum(means.values()) or 1.0
     colors = [PHASES.get(p, GREY) for p in means]
     drawn = ax.barh(list(means), list(means.values()), color=colors)
-    ax.bar_label(drawn, [f"{v:.2f} s  ({100 * v / whole:.0f} %)" for v in means.values()], padding=4, fontsize=9)
+    ax.bar_label(drawn, [f"{v:.2f} s  ({100 * v / step_s:.0f} %)" for v in means.values()], padding=4, fontsize=9)
     ax.invert_yaxis()
     ax.set_xlim(0, 1.45 * max(means.values(), default=1.0) or 1.0)
     ax.grid(axis="y", visible=False)
     ax.tick_params(axis="y", length=0)
-    ax.set(title="Time per phase", xlabel="mean seconds a step")
+    ax.set(title="Time per phase", xlabel="mean seconds per step")
     bottom = [0.0] * len(run.train)
     steps = [r["step"] for r in run.train]
     for phase, values in seconds.items():
@@ -276,8 +276,8 @@ def draw_time(run: Run) -> "Figure":
         over.bar(steps, values, 1.0, bottom=bottom, color=color, linewidth=0, label=phase)
         bottom = [b + v for b, v in zip(bottom, values, strict=True)]
     over.set_ylim(0, 1.06 * max(bottom, default=1.0) or 1.0)
-    over.set(title="Over the run", ylabel="seconds a step")
-    whole_steps(over)
+    over.set(title="Over the run", ylabel="seconds per step")
+    integer_steps(over)
     return fig
 
 
@@ -301,7 +301,7 @@ def draw_terms(run: Run) -> "Figure | None":
         x, y = line(rows[1], name)
         ax.plot(x, y, "o", color=color)
     ax.set(title="Reward function", ylabel="mean (line: training, dots: held out)")
-    whole_steps(ax)
+    integer_steps(ax)
     legend(ax, fontsize=9)
     return fig
 
@@ -309,21 +309,21 @@ def draw_terms(run: Run) -> "Figure | None":
 def draw_optimisation(run: Run) -> "Figure":
     fig, (left, right) = figure(10.4, 3.6, 2)
     noisy(left, run.train, "entropy", BLUE, None)
-    left.set(title="Entropy of the policy", ylabel="nats a token")
+    left.set(title="Entropy of the policy", ylabel="nats per token")
     noisy(right, run.train, "grad_norm", ORANGE, None)
     right.set(title="Gradient norm, before clipping", ylabel="norm")
     for ax in (left, right):
         ax.set_ylim(bottom=0)
-        whole_steps(ax)
+        integer_steps(ax)
     return fig
 
 
 DRAWINGS: dict[str, tuple[Callable[[Run], "Figure | None"], str]] = {
-    "accuracy": (draw_accuracy, "Share of correct answers over the steps"),
-    "length": (draw_length, "Mean length of correct and of wrong answers over the steps"),
+    "accuracy": (draw_accuracy, "Correct responses over the steps, in per cent"),
+    "length": (draw_length, "Mean length of correct and of wrong responses over the steps"),
     "difficulty": (draw_difficulty, "Held-out pass@1 by difficulty, before and after"),
     "terms": (draw_terms, "Mean terms of the reward function over the steps"),
-    "groups": (draw_groups, "Share of groups with no, some and all responses correct"),
+    "groups": (draw_groups, "Groups with no, some and all responses correct, in per cent"),
     "time": (draw_time, "Seconds of each phase"),
     "optimisation": (draw_optimisation, "Entropy and gradient norm over the steps"),
 }
@@ -356,7 +356,7 @@ table { border-collapse: collapse; } th, td { padding: .3rem 1.2rem .3rem 0; tex
 th:first-child, td:first-child { text-align: left; } tr { border-bottom: 1px solid #d9dce1; }
 pre { background: #f6f7f9; padding: .7rem; overflow: auto; max-height: 28em; white-space: pre-wrap; font-size: .82rem;
   overflow-wrap: anywhere; margin: .4rem 0; }
-.answers { display: flex; flex-wrap: wrap; gap: 1rem; } .answer { flex: 1 1 420px; min-width: 0; }
+.responses { display: flex; flex-wrap: wrap; gap: 1rem; } .response { flex: 1 1 420px; min-width: 0; }
 .right { color: #00684c; font-weight: 600; } .wrong { color: #b04a00; font-weight: 600; }
 """
 
@@ -401,23 +401,23 @@ def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
 
 
 def facts(run: Run) -> str:
-    """One line: how long, how much, how it was measured."""
+    """One line on the run: steps, time, tokens, and how the held-out problems were measured."""
     records = sorted(run.train + run.evals, key=lambda r: r["step"])
-    said = [f"{records[-1]['step']} steps"]
+    facts = [f"{records[-1]['step']} steps"]
     if elapsed := max((r.get("elapsed_s") or 0.0 for r in records), default=0.0):
-        said.append(f"{clock(elapsed)} from start to end")
+        facts.append(f"{clock(elapsed)} from start to end")
     if tokens := sum(r.get("tokens") or 0 for r in run.train):
-        said.append(f"{tokens:,} tokens")
+        facts.append(f"{tokens:,} tokens")
     if failed := sum(r.get("reward_function_failed") or 0 for r in run.train):
-        said.append(f"the reward function failed for {failed:,} responses")
+        facts.append(f"the reward function failed for {failed:,} responses")
     if speeds := line(run.train, "tokens_per_s")[1]:
-        said.append(f"{statistics.fmean(speeds):,.0f} tokens/s")
+        facts.append(f"{statistics.fmean(speeds):,.0f} tokens/s")
     if run.evals and run.evals[-1].get("problems"):
         last = run.evals[-1]
-        said.append(f"held out: {last['problems']} problems, sampled {last.get('samples', 1)} x, scored 0 or 1")
+        facts.append(f"held out: {last['problems']} problems, sampled {last.get('samples', 1)} x, scored 0 or 1")
     else:
-        said.append("no evaluation in this run: the table shows training batches")
-    return " · ".join(said)
+        facts.append("no evaluation in this run: the table shows training batches")
+    return " · ".join(facts)
 
 
 def percent(value: float) -> str:
@@ -430,10 +430,10 @@ def tokens(value: float) -> str:
 
 ROWS = (
     ("pass_at_1", "pass@1", percent),
-    ("length_correct", "length of correct answers, tokens", tokens),
-    ("length_wrong", "length of wrong answers, tokens", tokens),
-    ("length_mean", "length of all answers, tokens", tokens),
-    ("truncated_share", "truncated answers", percent),
+    ("length_correct", "length of correct responses, tokens", tokens),
+    ("length_wrong", "length of wrong responses, tokens", tokens),
+    ("length_mean", "length of all responses, tokens", tokens),
+    ("truncated_share", "truncated responses", percent),
 )
 
 
@@ -478,23 +478,23 @@ def responses_section(run: Run, most: int = 6) -> str:
         if r["step"] in shown:  # a step sampled twice, before and after a resume, is shown once
             by_problem.setdefault(str(r.get("problem")), {})[r["step"], str(r.get("response"))] = r
     out = '<h2 id="responses">Sample of responses</h2>\n'
-    for problem, answers in list(by_problem.items())[:most]:
-        cards = "".join(response_card(r) for r in answers.values())
-        out += f'<pre><b>{html.escape(problem)}</b></pre>\n<div class="answers">{cards}</div>\n'
+    for problem, responses in list(by_problem.items())[:most]:
+        cards = "".join(response_card(r) for r in responses.values())
+        out += f'<pre><b>{html.escape(problem)}</b></pre>\n<div class="responses">{cards}</div>\n'
     return out
 
 
 def response_card(r: Record) -> str:
     verdict = '<span class="right">correct</span>' if r.get("correct") else '<span class="wrong">wrong</span>'
-    said = [f"step {r['step']}", f"read: {r.get('extracted')}", f"reference: {r.get('reference')}"]
-    said += [f"{r['tokens']} tokens"] if r.get("tokens") is not None else []
-    said += [f"reward {r['reward']:.3f}"] if isinstance(r.get("reward"), (int, float)) else []
-    said += [
+    facts = [f"step {r['step']}", f"answer: {r.get('extracted')}", f"reference: {r.get('reference')}"]
+    facts += [f"{r['tokens']} tokens"] if r.get("tokens") is not None else []
+    facts += [f"reward {r['reward']:.3f}"] if isinstance(r.get("reward"), (int, float)) else []
+    facts += [
         f"{'function' if k == 'reward' else k} {v:.3f}" for k, v in (r.get("terms") or {}).items() if v is not None
     ]
-    said += ["truncated"] if r.get("finish_reason") == "length" else []
-    note, response = html.escape(" · ".join(said)), html.escape(str(r.get("response")))
-    return f'<div class="answer">{verdict} <span class="faint">{note}</span><pre>{response}</pre></div>'
+    facts += ["truncated"] if r.get("finish_reason") == "length" else []
+    note, response = html.escape(" · ".join(facts)), html.escape(str(r.get("response")))
+    return f'<div class="response">{verdict} <span class="faint">{note}</span><pre>{response}</pre></div>'
 
 
 def configuration_section(run: Run) -> str:
@@ -536,11 +536,11 @@ def compare(labelled: dict[str, list[Path]], out: str | Path) -> tuple[Path, Pat
 
 def spread(values: list[float | None], digits: int = 1, sign: str = "") -> str:
     """Mean and sample standard deviation over the seeds that have the value."""
-    found = [v for v in values if v is not None]
-    if not found:
+    known = [v for v in values if v is not None]
+    if not known:
         return "–"
-    mean = f"{statistics.fmean(found):{sign}.{digits}f}"
-    return f"{mean} ± {statistics.stdev(found):.{digits}f}" if len(found) > 1 else mean
+    mean = f"{statistics.fmean(known):{sign}.{digits}f}"
+    return f"{mean} ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else mean
 
 
 def comparison_table(runs: dict[str, list[Run]]) -> str:
@@ -580,8 +580,8 @@ def draw_comparison(runs: dict[str, list[Run]]) -> "Figure":
             name = f"{label} ({len(seeds)} seeds)" if len(seeds) > 1 else label
             ax.plot(steps, means, "os^Dv<>"[i % 7] + "-", color=color, label=name)
         ax.set(title=title, ylabel=unit)
-        whole_steps(ax)
-    axes[1].set_title("Length of correct answers")
+        integer_steps(ax)
+    axes[1].set_title("Length of correct responses")
     axes[1].set_ylabel("mean length (tokens)")
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(4, len(runs)))
     return fig
@@ -592,12 +592,12 @@ def parse_labelled(given: list[str]) -> dict[str, list[Path]]:
     out: dict[str, list[Path]] = {}
     for item in given:
         label, _, folders = item.partition("=")
-        found = [Path(f) for f in folders.split(",") if f]
-        if not label or not found:
+        paths = [Path(f) for f in folders.split(",") if f]
+        if not label or not paths:
             raise ValueError(f"--compare was given {item!r}: write LABEL=RUN_DIR[,RUN_DIR...].")
         if label in out:
             raise ValueError(f"--compare names {label!r} twice: give all its run folders at once, with commas.")
-        out[label] = found
+        out[label] = paths
     return out
 
 

@@ -1,4 +1,4 @@
-"""What sampled answers say of a model: Pass@1, pass@k, Cons@k, lengths, by difficulty and token budget, with intervals.
+"""Statistics of sampled responses: Pass@1, pass@k, Cons@k, lengths, by difficulty and token budget, with intervals.
 
 Legend: P problems, K samples of each, B bootstrap draws. Every interval is the central 95 % of a bootstrap over
 problems (the samples of a problem stay together).
@@ -9,15 +9,11 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from .report import BLUE, LINES, STYLE, band
-
-if TYPE_CHECKING:
-    pass
-
 
 DRAWS = 2000
 BUDGETS = 16  # points of the curve of accuracy against token budget
@@ -28,12 +24,13 @@ Equal = Callable[[str, str], bool]
 class Answered:
     """One problem's graded samples, K of each list; lengths in tokens.
 
-    votes: expected share of majority votes that are right (see `vote`), or None where nobody counted.
+    extracted: the answers found in the responses.
+    votes: expected fraction of majority votes that are right (see `vote`), or None where they were not counted.
     """
 
     id: str
     problem: str
-    answer: str
+    reference: str
     difficulty: float | None
     correct: list[bool]
     lengths: list[int]
@@ -96,9 +93,9 @@ def summary(answered: Sequence[Answered], max_tokens: int) -> dict[str, Any]:
     out: dict[str, Any] = {"problems": len(answered), "samples": samples}
 
     def put(name: str, top: np.ndarray, bottom: np.ndarray | None = None) -> None:
-        whole = bottom.sum() if bottom is not None else len(top)
-        out[name] = float(top.sum() / whole) if whole else None
-        out[f"{name}_ci"] = interval(top, bottom) if whole else None
+        total = bottom.sum() if bottom is not None else len(top)
+        out[name] = float(top.sum() / total) if total else None
+        out[f"{name}_ci"] = interval(top, bottom) if total else None
 
     put("pass_at_1", correct.mean(1))
     put("length_correct", (lengths * correct).sum(1), correct.sum(1))
@@ -133,13 +130,13 @@ def summary(answered: Sequence[Answered], max_tokens: int) -> dict[str, Any]:
 
 
 def difference(a: Sequence[Answered], b: Sequence[Answered]) -> tuple[float, list[float]] | None:
-    """Pass@1 of b less that of a with a paired bootstrap interval; None where they answered other problems."""
+    """Pass@1 of b minus that of a with a paired bootstrap interval; None where their problems differ."""
     first = {x.id: x for x in a}
     if [x.problem for x in b] != [first[x.id].problem for x in b if x.id in first] or len(a) != len(b):
         return None
     gain = np.array([np.mean(x.correct) - np.mean(first[x.id].correct) for x in b])
-    found = interval(gain)
-    return (float(gain.mean()), found) if found else None
+    ci = interval(gain)
+    return (float(gain.mean()), ci) if ci else None
 
 
 # -------------------------------------------------------------------------------------------------- table and picture
@@ -174,8 +171,8 @@ def table(records: dict[str, dict], gains: dict[str, tuple[float, list[float]] |
 def _cell(value: float | None, ci: Sequence[float] | None, scale: float, sign: str = "") -> str:
     if value is None:
         return "-"
-    found = f" [{scale * ci[0]:{sign}.1f}, {scale * ci[1]:{sign}.1f}]" if ci else ""
-    return f"{scale * value:{sign}.1f}{found}"
+    bounds = f" [{scale * ci[0]:{sign}.1f}, {scale * ci[1]:{sign}.1f}]" if ci else ""
+    return f"{scale * value:{sign}.1f}{bounds}"
 
 
 def draw(records: dict[str, dict], path: Path) -> None:
@@ -202,7 +199,7 @@ def draw(records: dict[str, dict], path: Path) -> None:
                 at = [x + (i - (len(records) - 1) / 2) * width for x in range(len(banded[label]))]
                 drawn = axes[1].bar(at, [100 * b[2] for b in banded[label]], 0.92 * width, color=color)
                 axes[1].bar_label(drawn, fmt="%.0f", fontsize=8, padding=2)
-        axes[0].set(title="Accuracy within a token budget", xlabel="tokens allowed", ylabel="correct answers (%)")
+        axes[0].set(title="Accuracy within a token budget", xlabel="tokens allowed", ylabel="correct responses (%)")
         axes[0].set_ylim(bottom=0)
         if graded:
             rows = next(iter(banded.values()))

@@ -81,7 +81,7 @@ def load_examples(c: SftConfig, tokenizer, source: str, split: str) -> Examples:
     missing = next((p.id for p in problems if not p.solution), None)
     if missing is not None:
         raise ValueError(
-            f"{source}: problem {missing} has no solution in column {c.solution_column}: SFT needs one a row."
+            f"{source}: problem {missing} has no solution in column {c.solution_column}: SFT needs one in every row."
         )
     problems, prompts = tokenize_prompts(
         problems,
@@ -131,7 +131,7 @@ def packs_of(examples: Examples, members: Sequence[int], c: SftConfig, policy: P
 
 
 def pack_loss(policy: Policy, pack: Pack, tokens: int) -> torch.Tensor:
-    """The pack's share of the batch's mean negative log-likelihood; `tokens` counts the whole batch's targets."""
+    """What a pack adds to the batch's mean negative log-likelihood; `tokens` counts the targets of the whole batch."""
     return policy(
         pack, lambda h, head: -linear_logprobs(h, head.weight, pack.targets_R, **head.options(1.0))[0].sum() / tokens
     )

@@ -196,7 +196,7 @@ def test_a_resumed_run_goes_on_after_its_checkpoint(tmp_path, capsys):
     ]  # fmt: skip
     assert [r["problem"] for r in strict_lines(tmp_path / "responses.jsonl")] == ["1", "2", "3", "again"]
     assert "+15.0 since step 0" in capsys.readouterr().out.splitlines()[-1]  # knows the first part's first evaluation
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["responses.jsonl", "metrics.jsonl"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "responses.jsonl"]
 
 
 def test_answers_keep_any_text(tmp_path):
@@ -270,7 +270,7 @@ def test_a_broken_line_is_forgiven_only_at_the_end(tmp_path):
     path.write_bytes(b'{"step": 1}\n\n{"step": 2, "x": "\xe4\xbd')
     assert read_jsonl(path) == [{"step": 1}]
     path.write_bytes(b'{"step": 1}\n{"step": 2,\n{"step": 3}\n')
-    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2 is not JSON: remove that line"):
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2 is not valid JSON: remove that line"):
         read_jsonl(path)
 
 
@@ -349,8 +349,8 @@ def test_table_shows_start_end_and_change(report):
     cells = [[re.sub("<.*?>", "", c) for c in re.findall(r"<t[dh]>(.*?)</t[dh]>", row)] for row in rows]
     assert cells[0] == ["", "step 0", f"step {STEPS}", "change"]
     assert cells[1] == ["pass@1", "40.0 % (34.0 to 46.0)", "70.0 % (64.0 to 76.0)", "+30.0 points"]
-    assert cells[2] == ["length of correct answers, tokens", "60.0", "45.0", "-25.0 %"]
-    assert cells[5] == ["truncated answers", "5.0 %", "5.0 %", "+0.0 points"]
+    assert cells[2] == ["length of correct responses, tokens", "60.0", "45.0", "-25.0 %"]
+    assert cells[5] == ["truncated responses", "5.0 %", "5.0 %", "+0.0 points"]
 
 
 def test_every_picture_is_written_and_drawn_on(report):

@@ -1,4 +1,4 @@
-"""What a run prints: a line per step and evaluation, and progress between them."""
+"""Console lines of a run: one per step and evaluation, and progress between them."""
 
 import shutil
 import sys
@@ -10,7 +10,7 @@ SFT_EVERY_S = 5.0  # between the lines of SFT's steps, which may last fractions 
 
 
 def train_line(record: dict[str, Any], total_steps: int, left_s: float | None) -> str:
-    """One aligned console line of a training step; `-` stands for a number that does not exist."""
+    """Format a training step as one aligned console line; `-` stands for a number that does not exist."""
     r = record
     width = len(str(total_steps))
     seconds = sum(v for v in r.get("seconds", {}).values() if v is not None)
@@ -37,7 +37,7 @@ def shown_terms(record: dict[str, Any], most: int = 4) -> dict[str, float | None
 
 
 def eval_line(record: dict[str, Any], total_steps: int, first: dict[str, Any] | None) -> str:
-    """One console line of an evaluation, with the change since the run's first one."""
+    """Format an evaluation as one console line, with the change since the run's first one."""
     r = record
     low, high = r.get("pass_at_1_ci") or (None, None)
     correct, wrong = (_number(r.get(key), ".0f") for key in ("length_correct", "length_wrong"))
@@ -60,7 +60,7 @@ def eval_line(record: dict[str, Any], total_steps: int, first: dict[str, Any] | 
 
 
 def sft_line(record: dict[str, Any], total_steps: int, left_s: float | None) -> str:
-    """One aligned console line of an SFT step; the held-out loss where it was measured."""
+    """Format an SFT step as one aligned console line, with the held-out loss where it was measured."""
     r = record
     held_out = f"held-out {_number(r['validation_loss'], '6.4f')}" if "validation_loss" in r else ""
     return "  ".join(

@@ -1,4 +1,4 @@
-"""What the hardware is, and what stands in the way of a run on it: one sentence each, before anything is loaded.
+"""Checks of the hardware before anything is installed or loaded; what stands in the way of a run is one sentence.
 
     python lead_fast/runtime/hardware.py DIR [--cuda]    before anything is installed in DIR: Python, driver, disk
 
@@ -97,12 +97,12 @@ def before_install(folder: Path, cuda: bool) -> str:
     parts = {folder: (needed, "VENV=FOLDER")}
     if nearest(folder).stat().st_dev != nearest(temporary).stat().st_dev:
         parts = {folder: (0.6 * needed, "VENV=FOLDER"), temporary: (0.4 * needed, "TMPDIR=FOLDER")}
-    for where, (share, remedy) in parts.items():
-        check_disk(where, share, "the installation", f"{remedy} on another disk")
+    for where, (needed, remedy) in parts.items():
+        check_disk(where, needed, "the installation", f"{remedy} on another disk")
     if not cuda:
         return f"Installing for the CPU into {folder}."
-    found = f"{len(gpus)} x {gpus[0]}, driver {driver}" if gpus else "no driver to be seen here"
-    return f"Installing for CUDA 13.0 into {folder}, about 10 GiB ({found})."
+    gpu = f"{len(gpus)} x {gpus[0]}, driver {driver}" if gpus else "no driver to be seen here"
+    return f"Installing for CUDA 13.0 into {folder}, about 10 GiB ({gpu})."
 
 
 # ---------------------------------------------------------------------------------------------------- before a run
@@ -128,13 +128,13 @@ def use_cuda(local_rank: int, local_ranks: int) -> bool:
         gpus, driver = ([], "") if hidden_gpus() else nvidia_smi()
         if not gpus:
             return False
-        found = f"nvidia-smi shows {len(gpus)} GPUs (driver {driver}), and torch {torch.__version__} can use none: "
+        seen = f"nvidia-smi shows {len(gpus)} GPUs (driver {driver}), and torch {torch.__version__} can use none: "
         either = "or set CUDA_VISIBLE_DEVICES= (to nothing) to train on the CPU."
         if not torch.version.cuda:
-            raise ValueError(f"{found}it is a build for the CPU; run make install, {either}")
+            raise ValueError(f"{seen}it is a build for the CPU; run make install, {either}")
         if _older(driver):
-            raise ValueError(f"{found}it needs driver {DRIVER} or newer; update the driver, {either}")
-        raise ValueError(f"{found}python -m torch.utils.collect_env tells why; mend it, {either}")
+            raise ValueError(f"{seen}it needs driver {DRIVER} or newer; update the driver, {either}")
+        raise ValueError(f"{seen}python -m torch.utils.collect_env tells why; mend it, {either}")
     n = torch.cuda.device_count()
     if local_ranks > n:
         seen = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -222,8 +222,8 @@ def how_to_install(extra: str) -> str:
     """
     source = None
     try:
-        told = importlib.metadata.distribution("lead-fast").read_text("direct_url.json")
-        url = urlparse(json.loads(told or "{}").get("url", ""))
+        origin = importlib.metadata.distribution("lead-fast").read_text("direct_url.json")
+        url = urlparse(json.loads(origin or "{}").get("url", ""))
         source = Path(unquote(url.path)) if url.scheme == "file" else None
     except importlib.metadata.PackageNotFoundError:
         source = Path(__file__).parents[2]

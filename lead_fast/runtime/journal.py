@@ -1,7 +1,7 @@
-"""What a run writes down: every step's record with its alerts, a sample of responses, solve rates, spoilt batches.
+"""Records of a run: every step's numbers and alerts, a sample of responses, solve rates, batches of skipped updates.
 
 Metrics holds the sinks (console, files, TensorBoard, Weights & Biases), Health looks for what is unusual, the watchdog
-is told of every phase. The journal knows which of them hears what.
+ends a run that stands still. The journal decides which of them gets what.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ class Journal:
         self._began = time.monotonic()
 
     def begin(self, step: int, elapsed_s: float = 0.0, updates_skipped: int = 0) -> None:
-        """Start to watch, after `step` steps; records after that step, of a run that was killed, are dropped."""
+        """Start watching after `step` steps; records after that step, of a run that was killed, are dropped."""
         self.metrics.truncate_after(step)
         self._began = time.monotonic() - elapsed_s
         self.health = Health(self.folder, self.c.optim.max_skipped, updates_skipped)
@@ -61,7 +61,7 @@ class Journal:
             self.watchdog.beat(phase, step)
 
     def progress(self, phase: str, step: int, done: int, total: int) -> None:
-        """Tell console and watchdog that `phase` of `step` is at `done` of `total`."""
+        """Report to console and watchdog that `phase` of `step` is at `done` of `total`."""
         self._beat(phase, step)
         self.metrics.progress(phase, step, done, total)
 
@@ -82,7 +82,7 @@ class Journal:
             self.metrics.warn(alert)
         kept = None
         if record["updates_skipped"] and self.ranks.main:
-            kept = self.health.keep(done, spoilt(batch, credit, record))
+            kept = self.health.keep(done, skipped_batch(batch, credit, record))
             self.metrics.warn(skipped_update(done, kept))
         self.health.count(done, record["updates_skipped"], kept)
         self.metrics.responses(done, sample_of_responses(batch, "train", credit.reward.tolist()))
@@ -95,14 +95,14 @@ class Journal:
         self.metrics.responses(step, sample_of_responses(batch, "test"))
 
     def close(self) -> None:
-        """Flush what is buffered, and watch no longer."""
+        """Flush what is buffered and stop watching."""
         self.metrics.close()
         if self.watchdog:
             self.watchdog.close()
 
 
 def describe(batch: Batch, credit: LeadAdvantages, group_size: int) -> dict[str, Any]:
-    """What the rollouts and their rewards look like."""
+    """Statistics of a step's responses and rewards."""
     correct = torch.tensor([s.correct for s in batch.scores], dtype=torch.float32)
     lengths = torch.tensor(batch.lengths, dtype=torch.float32)
     solved = correct.view(-1, group_size).sum(1)
@@ -139,7 +139,7 @@ def function_terms(batch: Batch) -> dict[str, Any]:
     return {"reward_terms": {k: sum(v) / len(v) for k, v in terms.items()}, "reward_function_failed": failed}
 
 
-def spoilt(batch: Batch, credit: LeadAdvantages, record: dict) -> dict:
+def skipped_batch(batch: Batch, credit: LeadAdvantages, record: dict) -> dict:
     """Everything that went into a step whose update was skipped."""
     return {
         "record": record,
@@ -150,7 +150,7 @@ def spoilt(batch: Batch, credit: LeadAdvantages, record: dict) -> dict:
 
 
 def sample_of_responses(batch: Batch, split: str, rewards: list[float] | None = None, count: int = 4) -> list[dict]:
-    """A few responses with their scores, spread over the batch."""
+    """Choose a few responses with their scores, spread over the batch."""
     flat = [(g.problem, s) for g in batch.groups for s in g.samples]
     every = max(1, len(flat) // count)
     rows = []

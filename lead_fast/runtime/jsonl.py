@@ -1,4 +1,4 @@
-"""JSON Lines files: read with a half-written last line, appended whole or not at all."""
+"""JSON Lines files: read with a half-written last line, appended in full or not at all."""
 
 import json
 import math
@@ -11,7 +11,7 @@ def each_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """Records of a JSONL file, one after the other; a half-written last line, of a run that was killed, is left out.
 
     Raises:
-        ValueError: any other line is no JSON.
+        ValueError: any other line is not valid JSON.
     """
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
@@ -21,12 +21,12 @@ def each_jsonl(path: Path) -> Iterator[dict[str, Any]]:
                 except ValueError as e:  # JSON's or UTF-8's
                     if not line.endswith(b"\n"):
                         break
-                    raise ValueError(f"{path}, line {number} is not JSON: remove that line.") from e
+                    raise ValueError(f"{path}, line {number} is not valid JSON: remove that line.") from e
                 yield record
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All of `each_jsonl`."""
+    """The records of `each_jsonl` as a list."""
     return list(each_jsonl(path))
 
 
@@ -45,7 +45,7 @@ def _append(path: Path, records: list[dict[str, Any]]) -> None:
 
 
 def plain(value: Any) -> Any:
-    """The value in JSON's types: arrays and tensors become lists or numbers, NaN and infinities None."""
+    """Convert a value to JSON's types: arrays and tensors to lists or numbers, NaN and infinities to None."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, dict):

@@ -1,6 +1,6 @@
-"""Every step's numbers: to the console in short, to metrics.jsonl in full, to TensorBoard, and to W&B if asked.
+"""Writes every step's numbers: a console line, metrics.jsonl in full, TensorBoard, and Weights & Biases if asked.
 
-RUN_DIR/metrics.jsonl   one JSON object a line; `kind` is train, eval or sft, `step` counts finished steps; NaN is null
+RUN_DIR/metrics.jsonl   one JSON object per line; `kind` is train, eval or sft, `step` counts finished steps
 RUN_DIR/responses.jsonl   a sample of responses with their scores
 RUN_DIR/tensorboard/    the same numbers as scalars, train/*, eval/* and sft/*
 """
@@ -23,7 +23,7 @@ MOST_LEVELS = 20  # difficulties that TensorBoard gets one by one; metrics.jsonl
 class PhaseTimer:
     """Seconds spent in each phase of a step: `with timer("rollout"): ...`, read as `timer.seconds["rollout"]`.
 
-    A phase entered twice adds up. On CUDA a phase ends when its kernels have. `entered` is told of every phase.
+    A phase entered twice adds up. On CUDA a phase ends when its kernels have. `entered` is called with every phase.
     """
 
     def __init__(self, entered: Callable[[str], object] = lambda phase: None) -> None:
@@ -85,7 +85,7 @@ class Metrics:
                 self._wandb = _start_wandb(wandb_project, self.run_dir)
 
     def truncate_after(self, step: int) -> None:
-        """Drop the records after `step`, the step that a resumed run goes on from, and a half-written last line."""
+        """Drop the records after `step`, from which a run is resumed, and a half-written last line."""
         if not self.enabled:
             return
         self._first_step, self._began = step, time.monotonic()
@@ -128,12 +128,12 @@ class Metrics:
             self._keep("responses.jsonl", [plain({"step": step} | row) for row in rows])
 
     def solved(self, step: int, rows: list[dict[str, Any]]) -> None:
-        """How often each problem of the step was solved, appended to solved.jsonl."""
+        """Append how often each problem of the step was solved to solved.jsonl."""
         if self.enabled:
             self._keep("solved.jsonl", [plain({"step": step} | row) for row in rows])
 
     def progress(self, phase: str, step: int, done: int, total: int) -> None:
-        """Where the current step's `phase` is: `done` of `total`. Rewritten in place on a terminal, else rare."""
+        """Show that the current step's `phase` is at `done` of `total`: in place on a terminal, elsewhere rarely."""
         if self.enabled:
             self._console.progress(phase, step, done, total, self._left_s(step - 1))
 
@@ -151,7 +151,7 @@ class Metrics:
         return (time.monotonic() - self._began) / done * (self.total_steps - step) if done > 0 else None
 
     def warn(self, text: str) -> None:
-        """A console line that stays."""
+        """Print a warning, on a line that stays."""
         if self.enabled:
             self._console.line(f"Warning: {text}")
 
@@ -163,7 +163,7 @@ class Metrics:
             _append(self.run_dir / name, waiting)
             waiting.clear()
         except OSError as e:
-            self.warn(f"{len(waiting)} records of {name} cannot be written yet ({e}): the run goes on.")
+            self.warn(f"{len(waiting)} records of {name} cannot be written yet ({e}): the run continues.")
 
     def _write(self, kind: str, step: int, record: dict[str, Any]) -> dict[str, Any]:
         record = plain({"step": step, "kind": kind} | record)
@@ -180,7 +180,7 @@ class Metrics:
                     self._tensorboard.add_scalar(name, value, step)
                 self._tensorboard.flush()
             except OSError as e:  # its writer does not recover from that: a new one opens a new file
-                self._console.line(f"Warning: tensorboard of step {step} was not written ({e}): the run goes on.")
+                self._console.line(f"Warning: tensorboard of step {step} was not written ({e}): the run continues.")
                 self._tensorboard = None
         if self._wandb:
             self._wandb.log(scalars | {"step": step})
@@ -212,7 +212,7 @@ def _start_wandb(project: str, run_dir: Path) -> Any:
         raise ValueError(
             f"wandb is {project!r} but the wandb package is not installed: pip install wandb, or leave --wandb out."
         ) from e
-    name = run_dir / "wandb_id"  # kept, so that a resumed run goes on in the same place
+    name = run_dir / "wandb_id"  # kept, so that a resumed run continues in the same place
     if not name.exists():
         name.write_text(uuid.uuid4().hex[:12])
     run = wandb.init(project=project, name=run_dir.name, id=name.read_text(), resume="allow", dir=str(run_dir))
