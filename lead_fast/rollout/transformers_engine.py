@@ -1,6 +1,7 @@
 """The engine that every machine has: transformers' own generation."""
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from ..config import Config
 from ..learner.model import load_model
 from ..records import Response
 from ..runtime.ranks import Ranks
+from .decoding import Decoder, decodes
 from .engine import Checksum, Progress, Sampling, Work, eos_ids, fingerprint, silent, token_id
 
 
@@ -39,8 +41,26 @@ class SampledLogprobs(LogitsProcessor):
             self.logprobs.append(self.pending.gather(1, input_ids[:, -1:]))
 
 
+def processors(s: Sampling) -> LogitsProcessorList:
+    """What is done to logits before sampling."""
+    steps = LogitsProcessorList()
+    if s.temperature not in (0.0, 1.0):
+        steps.append(TemperatureLogitsWarper(s.temperature))
+    if s.top_k > 0:
+        steps.append(TopKLogitsWarper(s.top_k))
+    if s.top_p < 1:
+        steps.append(TopPLogitsWarper(s.top_p))
+    if s.min_p > 0:
+        steps.append(MinPLogitsWarper(s.min_p))
+    return steps
+
+
 class TransformersEngine:
-    """transformers' `generate` on a copy of the weights; batches of at most `rollout.batch_size` responses."""
+    """transformers' models on a copy of the weights, at most `rollout.batch_size` responses at once.
+
+    Continuous batching (decoding.py) where the model's cache is one of keys and values of all positions; sliding
+    windows, states and the like go by transformers' `generate`, a batch at a time, and a line says so.
+    """
 
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, ranks: Ranks):
         dtype = getattr(torch, config.model.dtype)
@@ -50,6 +70,13 @@ class TransformersEngine:
         self.device = ranks.device
         self.version = 0
         self.eos_ids = eos_ids(self.model.generation_config, tokenizer)
+        self.continuous = decodes(self.model.config)
+        if not self.continuous and ranks.main:
+            print(
+                f"Rollouts of {self.model.config.model_type} go by transformers' generate, which waits for the longest "
+                "response of a batch: its cache holds more than keys and values of all positions.",
+                flush=True,
+            )
 
     def sleep(self) -> None:
         pass
@@ -71,7 +98,9 @@ class TransformersEngine:
         return [Checksum((name,), *value) for (name, _), value in zip(named, values, strict=True)]
 
     def generate(self, work: Work, sampling: Sampling, progress: Progress = silent) -> dict[int, list[Response]]:
-        """Prompts come in the order of the work, a batch at a time; a batch's seed is its first prompt's."""
+        """Prompts come in the order of the work; without continuous batching a batch's seed is its first prompt's."""
+        if self.continuous:
+            return self._decode(work, sampling, progress)
         step = min(work.share, max(1, self.batch_size // work.n))
         out: dict[int, list[Response]] = {}
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
@@ -82,21 +111,45 @@ class TransformersEngine:
         return out
 
     @torch.inference_mode()
+    def _decode(self, work: Work, s: Sampling, progress: Progress) -> dict[int, list[Response]]:
+        """Prompts enter as rows get free, at most an engine's equal part of them at once."""
+        greedy = s.temperature == 0
+        rows = 1 if greedy else work.n  # n greedy responses are n times the same
+        at_once = min(work.share, max(1, self.batch_size // rows))
+        decoder = Decoder(
+            self.model,
+            at_once * rows,
+            s.max_tokens,
+            self.eos_ids,
+            processors(s),
+            greedy,
+            partial(self._has_stop, stop=s.stop) if s.stop else None,
+        )
+        running: dict[int, list[Response | None]] = {}
+        out: dict[int, list[Response]] = {}
+        waiting = True
+        while waiting or running:
+            if waiting and decoder.free >= rows:
+                taken = work.take(decoder.free // rows)
+                waiting = bool(taken)
+                if taken:
+                    decoder.add([(i, work.prompts[i], work.seeds[i]) for i in taken], rows)
+                    running |= {i: [None] * rows for i in taken}
+                continue
+            for (number, place), row in decoder.step().items():
+                running[number][place] = self._response(row.tokens, row.logprobs, s)
+                if None not in running[number]:
+                    out[number] = [r for r in running.pop(number) for _ in range(work.n // rows) if r is not None]
+                    progress(len(out), max(work.share, len(out)))
+        return out
+
+    @torch.inference_mode()
     def _batch(self, prompts: list[list[int]], n: int, s: Sampling) -> list[list[Response]]:
         longest = max(map(len, prompts))
         pad = token_id(self.tokenizer, "pad")
         ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=self.device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.device)
         keep = SampledLogprobs()
-        steps: list[LogitsProcessor] = []
-        if s.temperature not in (0.0, 1.0):
-            steps.append(TemperatureLogitsWarper(s.temperature))
-        if s.top_k > 0:
-            steps.append(TopKLogitsWarper(s.top_k))
-        if s.top_p < 1:
-            steps.append(TopPLogitsWarper(s.top_p))
-        if s.min_p > 0:
-            steps.append(MinPLogitsWarper(s.min_p))
         generated = self.model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -110,7 +163,7 @@ class TransformersEngine:
                 pad_token_id=pad,
                 stop_strings=list(s.stop) or None,
             ),
-            logits_processor=LogitsProcessorList([*steps, keep]),
+            logits_processor=LogitsProcessorList([*processors(s), keep]),
             tokenizer=self.tokenizer if s.stop else None,
         )
         keep.take(generated)
