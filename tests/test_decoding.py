@@ -58,7 +58,7 @@ def test_logprobs_are_those_of_one_forward_over_the_response(engine):
                 expected = forced_logprobs(engine, asked[i], r.token_ids, temperature)
                 expected = expected.gather(1, torch.tensor(r.token_ids)[:, None])[:, 0]
                 error = (torch.tensor(r.logprobs) - expected).abs()
-                assert error.mean() < 1e-6 and error.max() < 5e-5  # logits up to 30, rounded in float32
+                assert error.mean() < 5e-6 and error.max() < 5e-5  # logits up to 30, rounded in float32
                 assert r.finish_reason == ("stop" if r.token_ids[-1] in engine.eos_ids else "length")
                 assert len(r.token_ids) <= 40 and not set(r.token_ids[:-1]) & set(engine.eos_ids)
 
