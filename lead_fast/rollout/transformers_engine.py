@@ -1,6 +1,7 @@
 """The engine that every machine has: transformers' own generation."""
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from ..learner.model_check import (
 )
 from ..records import Response
 from ..runtime.ranks import Ranks
+from .decoding import Decoder, decode, decodes
 from .engine import Checksum, Progress, Sampling, Work, eos_ids, fingerprint, silent, token_id, visible_text
 
 
@@ -49,6 +51,20 @@ class SampledLogprobs(LogitsProcessor):
     def take(self, input_ids: torch.Tensor) -> None:
         if self.pending is not None:
             self.logprobs.append(self.pending.gather(1, input_ids[:, -1:]))
+
+
+def processors(s: Sampling) -> LogitsProcessorList:
+    """What is done to logits before sampling."""
+    steps = LogitsProcessorList()
+    if s.temperature not in (0.0, 1.0):
+        steps.append(TemperatureLogitsWarper(s.temperature))
+    if s.top_k > 0:
+        steps.append(TopKLogitsWarper(s.top_k))
+    if s.top_p < 1:
+        steps.append(TopPLogitsWarper(s.top_p))
+    if s.min_p > 0:
+        steps.append(MinPLogitsWarper(s.min_p))
+    return steps
 
 
 @torch.inference_mode()
@@ -72,15 +88,6 @@ def sample(
     ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
     keep = SampledLogprobs()
-    steps: list[LogitsProcessor] = []
-    if s.temperature not in (0.0, 1.0):
-        steps.append(TemperatureLogitsWarper(s.temperature))
-    if s.top_k > 0:
-        steps.append(TopKLogitsWarper(s.top_k))
-    if s.top_p < 1:
-        steps.append(TopPLogitsWarper(s.top_p))
-    if s.min_p > 0:
-        steps.append(MinPLogitsWarper(s.min_p))
     generated = model.generate(
         input_ids=ids,
         attention_mask=mask,
@@ -94,7 +101,7 @@ def sample(
             pad_token_id=pad,
             stop_strings=list(s.stop) or None,
         ),
-        logits_processor=LogitsProcessorList([*steps, keep]),
+        logits_processor=LogitsProcessorList([*processors(s), keep]),
         tokenizer=tokenizer if s.stop else None,
     )
     keep.take(generated)
@@ -115,7 +122,7 @@ def check_generation(shape: PretrainedConfig, c: ModelConfig, longest: int | Non
     """Refuse a model that this engine would not sample as transformers computes it, before its weights are loaded.
 
     On a small copy (learner/model_check.py) the log-probs of responses to prompts of unlike lengths, sampled in one
-    padded batch with a key-value cache, are compared with those of each sequence alone by eager attention.
+    batch with a key-value cache, are compared with those of each sequence alone by eager attention.
 
     Args:
         shape: the model's configuration.
@@ -133,7 +140,11 @@ def check_generation(shape: PretrainedConfig, c: ModelConfig, longest: int | Non
                 model.set_attn_implementation(attention_of(shape).get("attn_implementation", "sdpa"))
                 prompts = [s[: len(s) // 2] for s in sequences_of(seed)]
                 torch.manual_seed(seed)
-                new, logprobs = sample(model, prompts, 1, Sampling(12, TEMPERATURE), [VOCABULARY + 1], 0)
+                s, never = Sampling(12, TEMPERATURE), VOCABULARY + 1
+                if decodes(model.config):
+                    new, logprobs = decode(model, prompts, s.max_tokens, [never], processors(s))
+                else:
+                    new, logprobs = sample(model, prompts, 1, s, [never], 0)
             except LayoutError as e:
                 raise ValueError(f"{name} cannot be used: {e}.") from e
             except Exception as e:  # whatever a model's code raises
@@ -157,7 +168,11 @@ def check_generation(shape: PretrainedConfig, c: ModelConfig, longest: int | Non
 
 
 class TransformersEngine:
-    """transformers' `generate` on a copy of the weights; batches of at most `rollout.batch_size` responses."""
+    """transformers' models on a copy of the weights, at most `rollout.batch_size` responses at once.
+
+    Continuous batching (decoding.py) where the model's cache is one of keys and values of all positions; sliding
+    windows, states and the like go by transformers' `generate`, a batch at a time, and a line says so.
+    """
 
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, ranks: Ranks):
         dtype = getattr(torch, config.model.dtype)
@@ -168,6 +183,13 @@ class TransformersEngine:
         self.device = ranks.device
         self.version = 0
         self.eos_ids = eos_ids(self.model.generation_config, tokenizer)
+        self.continuous = decodes(self.model.config)
+        if not self.continuous and ranks.main:
+            print(
+                f"Rollouts of {self.model.config.model_type} go by transformers' generate, which waits for the longest "
+                "response of a batch: its cache holds more than keys and values of all positions.",
+                flush=True,
+            )
 
     def sleep(self) -> None:
         pass
@@ -189,7 +211,9 @@ class TransformersEngine:
         return [Checksum((name,), *value) for (name, _), value in zip(named, values, strict=True)]
 
     def generate(self, work: Work, sampling: Sampling, progress: Progress = silent) -> dict[int, list[Response]]:
-        """Prompts come in the order of the work, a batch at a time; a batch's seed is its first prompt's."""
+        """Prompts come in the order of the work; without continuous batching a batch's seed is its first prompt's."""
+        if self.continuous:
+            return self._decode(work, sampling, progress)
         step = min(work.prompts_per_engine, max(1, self.batch_size // work.n))
         out: dict[int, list[Response]] = {}
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
@@ -199,6 +223,40 @@ class TransformersEngine:
                 out |= zip(chunk, self._batch([work.prompts[i] for i in chunk], work.n, sampling), strict=True)
         return out
 
+    @torch.inference_mode()
+    def _decode(self, work: Work, s: Sampling, progress: Progress) -> dict[int, list[Response]]:
+        """Prompts enter as rows get free, at most an engine's equal part of them at once."""
+        greedy = s.temperature == 0
+        rows = 1 if greedy else work.n  # n greedy responses are n times the same
+        at_once = min(work.prompts_per_engine, max(1, self.batch_size // rows))
+        decoder = Decoder(
+            self.model,
+            at_once * rows,
+            s.max_tokens,
+            self.eos_ids,
+            processors(s),
+            greedy,
+            partial(self._has_stop, stop=s.stop) if s.stop else None,
+        )
+        running: dict[int, list[Response | None]] = {}
+        out: dict[int, list[Response]] = {}
+        waiting = True
+        while waiting or running:
+            if waiting and decoder.free >= rows:
+                taken = work.take(decoder.free // rows)
+                waiting = bool(taken)
+                if taken:
+                    decoder.add([(i, work.prompts[i], work.seeds[i]) for i in taken], rows)
+                    running |= {i: [None] * rows for i in taken}
+                continue
+            for (number, place), row in decoder.step().items():
+                running[number][place] = self._response(row.tokens, row.logprobs, s)
+                if None not in running[number]:
+                    out[number] = [r for r in running.pop(number) for _ in range(work.n // rows) if r is not None]
+                    progress(len(out), max(work.prompts_per_engine, len(out)))
+        return out
+
+    @torch.inference_mode()
     def _batch(self, prompts: list[list[int]], n: int, s: Sampling) -> list[list[Response]]:
         pad = token_id(self.tokenizer, "pad")
         new, logprobs = sample(self.model, prompts, n, s, self.eos_ids, pad, self.tokenizer)
