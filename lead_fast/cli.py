@@ -137,6 +137,8 @@ def wanted(key: str, cls: Any = Config) -> str:
         out = f"a list of {len(get_args(plain))} numbers, each {allowed}"
     elif get_origin(plain) is tuple:
         out = f"""a list of strings in quotes, as in --{key}='["a", "b"]'"""
+    elif get_origin(plain) is dict:
+        out = f"an object of JSON, or one key each, as in --{key}.NAME=VALUE"
     elif is_number(plain):
         out = f"a {'whole ' * (plain is int)}number {allowed or ''}".rstrip()
         out += f" (0: {allowed.zero})" if allowed and allowed.zero else ""
@@ -225,7 +227,7 @@ def _value(key: str, text: str, cls: Any) -> Any:
     plain = bare(type_of(key, cls))
     if text.lower() == "none" and optional(plain):
         return None
-    if get_origin(plain) is not tuple:
+    if get_origin(plain) not in (tuple, dict):
         return text
     try:
         return json.loads(text)

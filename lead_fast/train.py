@@ -42,7 +42,8 @@ def train(c: Config, ranks: Ranks, folder: Path) -> None:
     asked_to_stop = stop_on_signals(ranks)
     tokenizer = load_tokenizer(c.model)  # what a user can get wrong is looked at before a model is loaded
     keep = bool(c.reward.function)  # its columns are handed to the function
-    problems, prompts = load_train(c, tokenizer, ranks, keep_columns=keep)
+    graded = not (keep and c.reward.mode == "replace")  # then no answer has to equal the reference
+    problems, prompts = load_train(c, tokenizer, ranks, keep_columns=keep, graded=graded)
     test, test_prompts = load_test(c, tokenizer, ranks, keep_columns=keep) if c.evaluate.every else ([], [])
     function = own_function(c, problems[0], ranks)
     journal = Journal(folder, c, ranks)
