@@ -33,7 +33,7 @@ from .rollout.sampler import Sampler
 from .rollout.sync import canary, publish
 from .runtime.journal import Journal
 from .runtime.ranks import Ranks, start
-from .runtime.signals import any_rank_caught, children_without_interrupts, say_stopped, stop_on_signals
+from .runtime.signals import any_rank_caught, say_stopped, stop_on_signals
 
 
 def train(c: Config, ranks: Ranks, folder: Path) -> None:
@@ -46,8 +46,7 @@ def train(c: Config, ranks: Ranks, folder: Path) -> None:
     journal = Journal(folder, c, ranks)
     learner = Learner(c, ranks, journal)
     c = learner.c  # with the measured size of a pack
-    with children_without_interrupts():
-        engine = make_engine(c, tokenizer, ranks)
+    engine = make_engine(c, tokenizer, ranks)
     state = learner.resume(folder) if c.resume else {}
     first = state.get("step", 0)
     publish(learner.policy, engine, first, c, ranks)

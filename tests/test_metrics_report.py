@@ -1,4 +1,4 @@
-"""What a run writes while it goes on, and the page and the table made of it afterwards."""
+"""Records that a run writes, and the report and the comparison made of them."""
 
 import html.parser
 import json
