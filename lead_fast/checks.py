@@ -6,6 +6,7 @@ from pathlib import Path
 
 from .cli import ranges, wanted
 from .config import Config, ModelConfig, ParallelConfig, SftConfig
+from .reward.function import split_name
 
 NEVER_EMPTY = ("model.path", "data.train", "data.test", "data.problem_column", "data.reference_column",
                "solution_column")  # fmt: skip
@@ -102,7 +103,8 @@ def check(c: Config, world: int, *, trains: bool = True, device_type: str = "cpu
             f"reward.overlong_buffer is {c.reward.overlong_buffer} and rollout.max_tokens {r.max_tokens}: "
             "give a buffer within the limit."
         )
-    check_function(c)
+    if trains and c.reward.function:
+        check_function(c)
     if world % r.tensor_parallel:
         raise ValueError(
             f"rollout.tensor_parallel is {r.tensor_parallel}, which does not divide {world} ranks: "
@@ -121,13 +123,17 @@ def check(c: Config, world: int, *, trains: bool = True, device_type: str = "cpu
 
 
 def check_function(c: Config) -> None:
-    """Refuse rewards that a reward function in mode `replace` would silently leave unused. Raises ValueError."""
-    w = c.reward
-    for name in ("truncated", "degenerate", "repetition") if w.function and w.mode == "replace" else ():
-        if getattr(w, name) is not None:
+    """Refuse a reward function that is not there, and rewards that mode `replace` would silently leave unused.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    split_name(c.reward.function)
+    for name in ("truncated", "degenerate", "repetition") if c.reward.mode == "replace" else ():
+        if getattr(c.reward, name) is not None:
             raise ValueError(
-                f"reward.{name} is {getattr(w, name)} with reward.mode=replace, where the function's value is the "
-                f"reward of every response: give --reward.{name}=none, or --reward.mode=add."
+                f"reward.{name} is {getattr(c.reward, name)} with reward.mode=replace, where the function's value is "
+                f"every response's reward: give --reward.{name}=none, or --reward.mode=add."
             )
 
 

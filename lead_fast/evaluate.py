@@ -36,7 +36,7 @@ from .rollout.collect import gather, rollout
 from .rollout.engine import Engine, EngineFailure, Progress, Sampling, silent
 from .rollout.engines import check_engine, make_engine
 from .runtime.ranks import Ranks, start, stop
-from .runtime.signals import any_rank_caught, children_without_interrupts, stop_on_signals
+from .runtime.signals import any_rank_caught, stop_on_signals
 from .scores import Answered, difference, draw, summary, table, vote
 
 
@@ -279,8 +279,7 @@ def main(args: list[str] | None = None) -> None:
 
     leaving = partial(any_rank_caught, asked_to_stop, ranks)
     with Verifier(timeout_s=c.reward.verifier_timeout_s) as verifier:
-        with children_without_interrupts():
-            engine = make_engine(c, tokenizer, ranks)
+        engine = make_engine(c, tokenizer, ranks)
         try:
             record, _ = evaluate(engine, problems, prompts, verifier, c, ranks, progress, samples, leaving=leaving)
         except EngineFailure as e:

@@ -373,8 +373,7 @@ def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
         ValueError: the folder holds no records.
     """
     run = read_run(run_dir)
-    folder = Path(out or run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(out or run_dir)
     pictures = draw(run, folder)
     images = "\n".join(
         f'<img class="{"wide" if name in ("time", "optimisation") else ""}" alt="{DRAWINGS[name][1]}"'
@@ -398,6 +397,15 @@ def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
     path = folder / "report.html"
     path.write_text(page, encoding="utf-8", errors="replace")
     return path
+
+
+def make_folder(out: str | Path) -> Path:
+    """The folder to write to, made where it is missing. Raises ValueError where it cannot be made."""
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ValueError(f"--out is {out}, which cannot be made a folder ({e.strerror}): give another one.") from e
+    return Path(out)
 
 
 def facts(run: Run) -> str:
@@ -525,8 +533,7 @@ def compare(labelled: dict[str, list[Path]], out: str | Path) -> tuple[Path, Pat
     for run in (run for seeds in runs.values() for run in seeds):
         if not run.evals:
             raise ValueError(f"{run.folder} has no evaluation to compare: train with evaluate.every above 0.")
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(out)
     table, picture = folder / "table.md", folder / "compare.png"
     table.write_text(comparison_table(runs), encoding="utf-8")
     with matplotlib.rc_context(STYLE):

@@ -34,7 +34,7 @@ from .rollout.sampler import Sampler
 from .rollout.sync import canary, publish
 from .runtime.journal import Journal
 from .runtime.ranks import Ranks, start
-from .runtime.signals import any_rank_caught, children_without_interrupts, say_stopped, stop_on_signals
+from .runtime.signals import any_rank_caught, say_stopped, stop_on_signals
 
 
 def train(c: Config, ranks: Ranks, folder: Path) -> None:
@@ -50,8 +50,7 @@ def train(c: Config, ranks: Ranks, folder: Path) -> None:
     learner = Learner(c, ranks, journal)
     c = learner.c  # with the measured size of a pack
     state = learner.resume() if c.resume else {}  # before an engine shares the GPU
-    with children_without_interrupts():
-        engine = make_engine(c, tokenizer, ranks)
+    engine = make_engine(c, tokenizer, ranks)
     first = state.get("step", 0)
     publish(learner.policy, engine, first, c, ranks)
     canary(learner.policy, engine, prompts[0], c, ranks)

@@ -112,10 +112,10 @@ class Counting:
         return self.engine.generate(work, *args)
 
 
-def test_a_killed_evaluation_goes_on_and_samples_nothing_twice(machine, tmp_path):
+def test_a_killed_evaluation_is_resumed_and_samples_nothing_twice(machine, tmp_path):
     c, ranks, engine, (problems, prompts), verifier = machine
-    whole = Samples(tmp_path / "whole.jsonl", asked(c, problems))
-    record, _ = evaluate(engine, problems, prompts, verifier, c, ranks, samples=whole)
+    unbroken = Samples(tmp_path / "unbroken.jsonl", asked(c, problems))
+    record, _ = evaluate(engine, problems, prompts, verifier, c, ranks, samples=unbroken)
     path = tmp_path / "broken.jsonl"
     first = Counting(engine, breaks_at=4)
     with pytest.raises(KeyboardInterrupt):
@@ -127,7 +127,7 @@ def test_a_killed_evaluation_goes_on_and_samples_nothing_twice(machine, tmp_path
     second = Counting(engine)
     resumed, _ = evaluate(second, problems, prompts, verifier, c, ranks, samples=again)
     assert second.asked == len(problems) - 4
-    assert resumed == record and path.read_text() == (tmp_path / "whole.jsonl").read_text()
+    assert resumed == record and path.read_text() == (tmp_path / "unbroken.jsonl").read_text()
     third = Counting(engine)
     evaluate(third, problems, prompts, verifier, c, ranks, samples=Samples(path, asked(c, problems)))
     assert third.asked == 0

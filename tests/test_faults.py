@@ -1,4 +1,4 @@
-"""What befalls a run of days: kills, hangs, a full disk, spoilt files, numbers that are none. docs/reliability.md."""
+"""Faults in long runs: kills, interrupts, hangs, a full disk, damaged files, NaN and infinity. docs/reliability.md."""
 
 import io
 import json
@@ -59,9 +59,9 @@ def test_killed_in_rollout_backward_and_save_the_job_goes_on_to_the_same_weights
     assert "checkpoint step-4.partial is passed over (it was cut short" in killed.out
     assert "resuming from step-3" in killed.out
     assert same(weights(killed.run), weights(tiny_run))
-    mine, theirs = records(killed.run, "train"), records(tiny_run, "train")
-    assert [r["step"] for r in mine] == [*range(1, STEPS + 1)]
-    assert [r["accuracy"] for r in mine] == [r["accuracy"] for r in theirs]
+    resumed, unbroken = records(killed.run, "train"), records(tiny_run, "train")
+    assert [r["step"] for r in resumed] == [*range(1, STEPS + 1)]
+    assert [r["accuracy"] for r in resumed] == [r["accuracy"] for r in unbroken]
 
 
 def test_a_killed_rank_ends_the_job_and_leaves_no_process(killed):
@@ -132,11 +132,13 @@ def test_a_second_ctrl_c_ends_a_run_that_hangs_at_once(ranks, tiny_run):
 
 TWICE = """
 import os, signal, sys, time
+import torch
 from lead_fast.runtime.ranks import start, stop
 from lead_fast.runtime.signals import stop_on_signals
 before = signal.getsignal(signal.SIGTERM)
 ranks = start()
 caught = stop_on_signals(ranks)
+print("threads", torch.get_num_threads(), flush=True)
 for _ in range(3):
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(0.3)
@@ -153,6 +155,7 @@ def test_sigterm_may_come_twice_and_an_interrupt_after_it_ends_the_process():
     done = python("-c", TWICE, timeout=60)
     assert done.returncode == 0 and done.stdout.splitlines()[-2:] == ["3", "True"], done.stderr
     assert done.stdout.count("Ctrl-C leaves at once") == 1
+    assert "threads 1\n" in done.stdout  # a lone process keeps to OMP_NUM_THREADS, which `environment` sets
     done = python("-c", TWICE, "interrupt", timeout=60)
     assert done.returncode == 130 and done.stdout.splitlines()[-1] == "3"
 
@@ -170,11 +173,11 @@ def test_a_two_rank_checkpoint_resumes_on_four_at_the_same_place_in_the_data(tin
     out = job.wait()
     assert job.code == 0 and not job.alive(), out[-3000:]
     assert [r["step"] for r in records(run, "train")] == [*range(1, STEPS + 1)]
-    mine, theirs = (
+    resumed, unbroken = (
         {r["problem"] for r in read_jsonl(folder / "responses.jsonl") if (r["step"], r["split"]) == (STEPS, "train")}
         for folder in (run, tiny_run)
     )
-    assert mine == theirs and len(mine) == 4
+    assert resumed == unbroken and len(resumed) == 4
     assert ProblemStream(64, 4, 0).batch(4) != ProblemStream(64, 4, 0).batch(0)
 
 
@@ -446,12 +449,14 @@ def test_spikes_and_exploded_ratios_are_told_and_ordinary_steps_are_not(tmp_path
     health = Health(tmp_path, 3)
     usual = {"loss": -0.02, "grad_norm": 0.3, "logprob_diff_mean": 1e-4, "logprob_diff_max": 1e-2}
     assert [health.look(s, usual | {"grad_norm": 0.3 + s / 100}) for s in range(20)] == [[]] * 20
-    (told,) = health.look(20, usual | {"grad_norm": 30.0})
-    assert "step 20: grad_norm is 30" in told
-    (told,) = health.look(21, usual | {"loss": 2.0})
-    assert "loss is 2" in told
-    (told,) = health.look(22, usual | {"logprob_diff_mean": 0.9, "logprob_diff_max": 8.0})
-    assert "0.9 nats on average, 8 at most" in told
+    (alert,) = health.look(20, usual | {"grad_norm": 30.0})
+    assert "step 20: grad_norm is 30" in alert
+    (alert,) = health.look(21, usual | {"loss": 2.0})
+    assert "loss is 2" in alert
+    (alert,) = health.look(22, usual | {"logprob_diff_mean": 0.9, "logprob_diff_max": 8.0})
+    assert "0.9 nats on average, 8 at most" in alert
+    (alert,) = health.look(23, usual | {"reward_function_failed": 3})
+    assert "the reward function failed for 3 responses" in alert
     nothing = {"loss": float("nan"), "grad_norm": float("nan"), "logprob_diff_mean": float("nan")}
     assert health.look(23, nothing) == [] and health.look(24, {}) == [] and health.look(25, usual) == []
 

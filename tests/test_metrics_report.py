@@ -1,4 +1,4 @@
-"""What a run writes while it goes on, and the page and the table made of it afterwards."""
+"""Records that a run writes, and the report and the comparison made of them."""
 
 import html.parser
 import json
@@ -429,3 +429,14 @@ def test_mistakes_get_one_sentence(tmp_path):
         with pytest.raises(ValueError) as e:
             make()
         assert says in str(e.value) and "\n" not in str(e.value)
+
+
+def test_an_out_that_is_a_file_is_refused(tmp_path):
+    run = write_run(tmp_path / "run")
+    (tmp_path / "file").write_text("mine")
+    for out in ("file", "file/below"):
+        with pytest.raises(ValueError, match=f"--out is {tmp_path}/{out}, which cannot be made a folder"):
+            main([str(run), "--out", str(tmp_path / out)])
+        with pytest.raises(ValueError, match="which cannot be made a folder"):
+            main(["--compare", f"a={run}", "--out", str(tmp_path / out)])
+    assert (tmp_path / "file").read_text() == "mine"

@@ -145,8 +145,12 @@ def test_replace_makes_the_value_the_reward_and_add_adds_it():
     assert advantages(scores(values), lengths, buffered, torch.device("cpu")).reward.tolist() == [2.0, 0.5, -1.0, -1.0]
 
 
-def test_rewards_that_replace_would_leave_unused_are_refused():
-    given = ["--reward.function=x.py:f", "--preset=official"]
+def test_rewards_that_replace_would_leave_unused_are_refused(tmp_path):
+    given = [f"--reward.function={tmp_path}/x.py:f", "--preset=official"]
+    with pytest.raises(ValueError, match="and there is no file"):
+        check(load_config(given), 1)
+    check(load_config(given), 1, trains=False)  # an evaluation does not call it
+    (tmp_path / "x.py").touch()
     with pytest.raises(ValueError, match="reward.truncated is 0.0 with reward.mode=replace.*--reward.truncated=none"):
         check(load_config(given), 1)
     check(load_config([*given, "--reward.mode=add"]), 1)

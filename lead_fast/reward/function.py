@@ -72,19 +72,26 @@ class Refused(ValueError):
     """The name of a function, or the function, cannot be used; the sentence says why."""
 
 
+def split_name(name: str) -> tuple[str, str]:
+    """File or module, and the name in it. Raises Refused where that is no such name or the file does not exist."""
+    place, _, attribute = name.rpartition(":")
+    if not place or not attribute.isidentifier():
+        raise Refused(f"reward.function is {name!r}: write path/to/FILE.py:name or module:name.")
+    path = Path(place).expanduser().absolute()
+    if place.endswith(".py") and not path.is_file():
+        raise Refused(f"reward.function is {name!r} and there is no file {path}.")
+    return place, attribute
+
+
 def load_function(name: str) -> Callable[..., Any]:
     """The function that `FILE.py:name` or `module:name` names, which takes nothing but ARGUMENTS.
 
     Raises:
         Refused: one sentence on what is wrong with the name, the file or the function's signature.
     """
-    place, colon, attribute = name.rpartition(":")
-    if not colon or not place or not attribute.isidentifier():
-        raise Refused(f"reward.function is {name!r}: write path/to/FILE.py:name or module:name.")
+    place, attribute = split_name(name)
     if place.endswith(".py"):
         path = Path(place).expanduser().absolute()
-        if not path.is_file():
-            raise Refused(f"reward.function is {name!r} and there is no file {path}.")
         spec = importlib.util.spec_from_file_location(path.stem, path)
         assert spec and spec.loader
         module = importlib.util.module_from_spec(spec)

@@ -5,12 +5,9 @@ where it has it); a second Ctrl-C reaches them as SIGTERM. So after an interrupt
 after SIGTERM only an interrupt does: a scheduler may send SIGTERM to ranks and launcher, and it then arrives twice.
 """
 
-import contextlib
-import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -40,7 +37,7 @@ def stop_on_signals(ranks: Ranks, unit: str = "step") -> list[int]:
         while numbers := os.read(read, 64):
             for number in filter(ASKING.__contains__, numbers):
                 if caught and signal.SIGINT in (*caught, number):
-                    leave(number)
+                    os._exit(128 + number)  # as the signal itself would end it
                 if not caught and ranks.main:
                     again = "Ctrl-C again leaves at once" if number == signal.SIGINT else "Ctrl-C leaves at once"
                     print(f"\nAsked to stop: the {unit} is finished first and saved; {again}.", flush=True)
@@ -56,23 +53,6 @@ def stop_on_signals(ranks: Ranks, unit: str = "step") -> list[int]:
     threading.Thread(target=listen, name="signals", daemon=True).start()
     at_stop.append(restore)
     return caught
-
-
-def leave(number: int) -> None:
-    """End this process now, as the signal itself would; what it started by multiprocessing is asked to end."""
-    for child in multiprocessing.active_children():
-        child.terminate()
-    os._exit(128 + number)
-
-
-@contextlib.contextmanager
-def children_without_interrupts() -> Iterator[None]:
-    """Processes started in here never see SIGINT, which a terminal sends to all of a command's processes."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def any_rank_caught(caught: list[int], ranks: Ranks) -> bool:
