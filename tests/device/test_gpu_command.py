@@ -94,7 +94,7 @@ def test_the_way_there_on_a_cpu(parts, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     for file in tmp_path.glob("*.json"):
         found = json.loads(file.read_text())
-        assert found["status"] == "measured" or "vLLM is not installed" in found["reason"]
+        assert found["status"] == "measured" or "not installed" in found["reason"]
         assert "rates" not in found  # a CPU's say nothing
         if found["status"] == "measured":
             assert found.get("rows") or found.get("goals") or found.get("iterations")
