@@ -37,6 +37,7 @@ from harness import RESULTS, machine, write_json
 HERE = Path(__file__).resolve().parent
 MARK = "LEAD_GPU_PART"  # environment variable of every process of a part
 CPU_PATIENCE = 4  # times a part's limit, where the device is not what the limits are for
+START_S = 10  # in which a part's process has started and imported torch
 LEAST_S = 5  # what is left of the whole time when no further part is begun
 
 
@@ -65,7 +66,7 @@ def device_key(device: str) -> str:
 
 def command_of(part: Part, device: str, file: Path, limit_s: float) -> list[str]:
     return [sys.executable, "-W", "ignore", str(HERE / "gpu_parts.py"), part.name, f"--device={device}",
-            f"--file={file}", f"--limit_s={limit_s:.0f}"]  # fmt: skip
+            f"--file={file}", f"--limit_s={max(limit_s / 2, limit_s - START_S):.0f}"]  # fmt: skip
 
 
 def run_part(command: Sequence[str], file: Path, limit_s: float, about: dict[str, Any]) -> dict[str, Any]:
@@ -84,16 +85,16 @@ def run_part(command: Sequence[str], file: Path, limit_s: float, about: dict[str
             code = None
         finally:
             end_processes(child, mark)
-    found = about | (json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {})
+    result = about | (json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {})
     if code is None:
-        found |= {"status": "cut", "reason": f"it reached its limit of {limit_s:.0f} s"}
-    elif code or "status" not in found:
-        found |= {"status": "failed", "reason": last_words(log)}
-    found["seconds"] = round(time.monotonic() - began, 1)
-    write_json(file, found, quiet=True)
-    if found.get("status") in ("measured", "skipped"):
+        result |= {"status": "cut", "reason": f"it reached its limit of {limit_s:.0f} s"}
+    elif code or "status" not in result:
+        result |= {"status": "failed", "reason": last_words(log)}
+    result["seconds"] = round(time.monotonic() - began, 1)
+    write_json(file, result, quiet=True)
+    if result.get("status") in ("measured", "skipped"):
         log.unlink()
-    return found
+    return result
 
 
 def end_processes(child: subprocess.Popen, mark: str) -> None:
@@ -114,13 +115,13 @@ def last_words(log: Path) -> str:
 def table(results: Sequence[tuple[Part, dict[str, Any]]]) -> str:
     """Goals of all parts: what was aimed at, what was measured, and the share of the goal that was reached."""
     lines = [f"{'goal':58} {'aim':>12} {'measured':>12} {'share':>7}"]
-    for part, found in results:
-        for g in found.get("goals", []):
+    for part, result in results:
+        for g in result.get("goals", []):
             lines.append(f"{part.number} {g['goal'][:56]:56} {number(g['aim'], g['unit']):>12} "
                          f"{number(g['measured'], g['unit']):>12} {100 * g['share']:6.0f}%")  # fmt: skip
-        if found["status"] != "measured":
-            lines.append(f"{part.number} {part.name}: {found['status']}, {found['reason']}")
-        lines += [f"  {sentence}" for sentence in found.get("left_out", [])]
+        if result["status"] != "measured":
+            lines.append(f"{part.number} {part.name}: {result['status']}, {result['reason']}")
+        lines += [f"  {sentence}" for sentence in result.get("left_out", [])]
     return "\n".join(lines)
 
 
@@ -161,17 +162,17 @@ def main(args: list[str] | None = None) -> int:
         file = a.out / f"{device_key(a.device)}-{part.number}-{part.name}.json"
         left = until - time.monotonic()
         if left < LEAST_S:
-            found: dict[str, Any] = {"status": "skipped", "reason": f"no time was left of {a.limit_s:g} s"}
+            result: dict[str, Any] = {"status": "skipped", "reason": f"no time was left of {a.limit_s:g} s"}
         else:
             limit = min(part.limit_s * (1 if a.device == "cuda" else CPU_PATIENCE), left)
             command = command_of(part, a.device, file, limit)
-            found = run_part(command, file, limit, about | {"part": part.number, "name": part.name})
-        results.append((part, found))
-        print(f"{part.number} {part.name}: {found['status']}"
-              + (f", {found['reason']}" if found["status"] != "measured" else f" in {found['seconds']:.0f} s"),
+            result = run_part(command, file, limit, about | {"part": part.number, "name": part.name})
+        results.append((part, result))
+        print(f"{part.number} {part.name}: {result['status']}"
+              + (f", {result['reason']}" if result["status"] != "measured" else f" in {result['seconds']:.0f} s"),
               flush=True)  # fmt: skip
     print("\n" + table(results), flush=True)
-    return int(any(found["status"] == "failed" for _, found in results))
+    return int(any(result["status"] == "failed" for _, result in results))
 
 
 if __name__ == "__main__":

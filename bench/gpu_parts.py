@@ -154,12 +154,12 @@ def require_vllm(r: Report) -> None:
 
 
 def ranks_of(r: Report, count: int, script: Path, *args: str) -> subprocess.CompletedProcess:
-    """A script under torchrun; Skipped is not raised, the caller looks at what it wrote."""
+    """Run a script under torchrun, and leave the time to read what it wrote."""
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone",
                f"--nproc_per_node={count}", str(script), *args]  # fmt: skip
     env = os.environ | ({} if r.cuda else {"CUDA_VISIBLE_DEVICES": ""})
     paths = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "kernels"), env.get("PYTHONPATH"))))
-    return subprocess.run(command, env=env | {"PYTHONPATH": paths}, timeout=max(5, r.left_s))
+    return subprocess.run(command, env=env | {"PYTHONPATH": paths}, timeout=max(5, r.left_s - 3))
 
 
 def iterations(r: Report) -> None:
@@ -298,19 +298,19 @@ def moved_bytes(r: Report, size: int) -> None:
                "1", sys.executable, str(Path(__file__)), "row_once", f"--device={r.device}",
                f"--file={r.file.with_suffix('.once')}", "--limit_s=60"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=max(5, r.left_s - 1))
-    found = {}
+    counted = {}
     for line in done.stdout.splitlines():
         cells = [c.strip('"') for c in line.strip().split('","')]
         for name in metrics:
             if name in cells:
                 scale = {"byte": 1, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9}.get(cells[-2], 1)
-                found[name] = float(cells[-1].replace(",", "")) * scale
+                counted[name] = float(cells[-1].replace(",", "")) * scale
     r.file.with_suffix(".once").unlink(missing_ok=True)
-    if not found:
+    if not counted:
         last = next(iter((done.stdout + done.stderr).strip().splitlines()[-1:]), "it said nothing")
         return r.left_out(f"DRAM bytes of the row kernel: ncu counted nothing ({last[:160]}).")
-    r.content["dram_bytes"] = found
-    r.goal("row kernel: DRAM bytes read, logits once", size / 1e9, found[metrics[0]] / 1e9, "GB")
+    r.content["dram_bytes"] = counted
+    r.goal("row kernel: DRAM bytes read, logits once", size / 1e9, counted[metrics[0]] / 1e9, "GB")
 
 
 def row_once(r: Report) -> None:
@@ -465,7 +465,7 @@ def attention(r: Report) -> None:
     if r.cuda:
         chosen = [ours.Attention("torch's varlen_attn")]
         best = ours.choose(torch.cuda.get_device_capability(), K)
-        torch.nn.attention.restore_flash_attention_impl()
+        torch.nn.attention.restore_flash_attention_impl(_raise_warn=False)
         if refused := best.name.partition("; ")[2]:
             r.left_out(f"{refused}.")
         chosen += [best] if best.name.split(";")[0] != chosen[0].name else []

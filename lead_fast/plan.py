@@ -109,7 +109,7 @@ def read_measured(files: Sequence[Path], device: str) -> Measured:
     Raises:
         ValueError: a file that cannot be read, is of another device, or holds a rate that is no number above 0.
     """
-    found = Measured()
+    measured = Measured()
     for file in files:
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
@@ -128,14 +128,14 @@ def read_measured(files: Sequence[Path], device: str) -> Measured:
             if key not in ASSUMPTIONS or not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise ValueError(f"--measured {file} holds {key} = {value!r}: give known rates with numbers above 0.")
             if key in rates:
-                found.rates[key] = value, source
-        by_parallelism = defaultdict(list, found.decode)
+                measured.rates[key] = value, source
+        by_parallelism = defaultdict(list, measured.decode)
         for tensor_parallel, sequences, share in points:
             by_parallelism[tensor_parallel].append((sequences, share))
-        found.decode.update({n: sorted(p) for n, p in by_parallelism.items()})
+        measured.decode.update({n: sorted(p) for n, p in by_parallelism.items()})
         if rates or points:
-            found.sources[str(file)] = f"{name}, {date}"
-    return found
+            measured.sources[str(file)] = f"{name}, {date}"
+    return measured
 
 
 MEASURED: ContextVar[Measured] = ContextVar("MEASURED", default=Measured())  # noqa: B039, nobody changes it
