@@ -100,7 +100,7 @@ class Measured:
         points = self.decode.get(tensor_parallel)
         if not points:
             return assumed("decode")
-        return float(np.interp(sequences, *zip(*points, strict=True)))
+        return float(np.interp(sequences, [n for n, _ in points], [share for _, share in points]))
 
 
 def read_measured(files: Sequence[Path], device: str) -> Measured:
