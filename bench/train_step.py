@@ -289,7 +289,11 @@ def child(a: argparse.Namespace) -> None:
 
 
 def call(a: argparse.Namespace, name: str, folder: Path) -> list[dict[str, float]]:
-    args = [f"--{k.replace('_', '-')}={v}" for k, v in vars(a).items() if v is not None and k not in ("out", "bare")]
+    args = [
+        f"--{k.replace('_', '-')}={v}"
+        for k, v in vars(a).items()
+        if v is not None and k not in ("out", "bare", "only_ours")
+    ]
     args += ["--bare"] * a.bare
     gradient = folder / f"{name}.pt"
     done = subprocess.run(
@@ -328,6 +332,7 @@ def main() -> None:
     p.add_argument("--hidden", type=int, default=512)
     p.add_argument("--layers", type=int, default=8)
     p.add_argument("--bare", action="store_true", help="weights and gradients alone: no FSDP, no optimiser")
+    p.add_argument("--only-ours", action="store_true", help="lead-fast alone, without the others")
     p.add_argument("--shape", default="embedded", choices=["embedded", "qwen2.5-14b"])
     p.add_argument(
         "--checkpointing", default="none", choices=["none", "selective", "full"], help="plain knows full only"
@@ -357,6 +362,7 @@ def main() -> None:
               f"longest {a.answers * rows:,}")  # fmt: skip
         peak = peak_flops(a.device)
         left_out = ["TRL"] * a.bare + ["compiled"] * (a.checkpointing == "selective")  # the two do not go together
+        left_out += NAMES[1:] * a.only_ours
         times: dict[str, list[dict[str, float]]] = {n: [] for n in NAMES if n not in left_out}
         for _ in range(a.turns):
             for n in list(times):
@@ -364,6 +370,8 @@ def main() -> None:
                     times[n] += found
                 else:
                     del times[n]
+        if "lead-fast" not in times:
+            sys.exit("lead-fast was not measured, so that nothing can be compared with it.")
         reference = torch.load(folder / "lead-fast.pt")
         off = {}
         for n in times:

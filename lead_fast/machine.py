@@ -7,6 +7,7 @@ The checks themselves are in runtime/hardware.py.
 """
 
 import argparse
+import dataclasses
 import os
 import sys
 from typing import Any
@@ -15,7 +16,9 @@ import torch
 
 from lead_kernels._rows import backend
 
-from .config import ModelConfig
+from .checks import chosen_engine
+from .cli import RECIPES, names
+from .config import Config, ModelConfig
 from .learner.attention import attention_in_use
 from .learner.model import head_dim, load_shape
 from .learner.policy import blocks_in_use
@@ -31,6 +34,7 @@ from .runtime.hardware import (
 )
 from .runtime.ranks import Ranks
 
+ENGINE_GPUS = 4  # that share an engine of lead-14b
 LARGE_GPU_GIB = 75  # what torch shows of an '80 GB' GPU is 79.1 GiB or a little less
 
 
@@ -92,6 +96,41 @@ def pick_recipe() -> tuple[str, str]:
     if n:
         available = f"Warning: {available}, of which {min(n, here)} train the small embedded model"
     return "tiny", f"{available}, and lead-14b wants 8 ranks on GPUs of {LARGE_GPU_GIB} GiB or more"
+
+
+def fit_engine(c: Config, args: list[str], ranks: int, ranks_here: int, device_type: str) -> tuple[Config, list[str]]:
+    """What the shipped lead recipes leave to the machine: GPUs per vLLM engine and responses that it generates at once.
+
+    The rollout of lead-14b lasts as many iterations as its longest response has tokens, and an iteration reads all
+    weights: GPUs that share an engine read them side by side, and have more room for the key-value cache.
+
+    Args:
+        c: the configuration.
+        args: the command line that it came from; what it names is left as it is.
+        ranks, ranks_here: of the job, and on one machine, which the GPUs of an engine do not leave.
+        device_type: "cuda" or "cpu", what the ranks compute on.
+    Returns:
+        the configuration, and what was set with the reason, for the first lines of a run.
+    """
+    shipped = c.recipe.startswith("lead-") and c.recipe in names(RECIPES)
+    if device_type != "cuda" or not shipped or chosen_engine(c, device_type) != "vllm":
+        return c, []
+    given = {a.split("=")[0].removeprefix("--").replace("-", "_") for a in args}
+    r, reasons = c.rollout, []
+    if c.recipe.startswith("lead-14b") and "rollout.tensor_parallel" not in given:
+        n = next(n for n in (ENGINE_GPUS, 2, 1) if ranks % n == 0 == ranks_here % n)
+        if n > r.tensor_parallel:
+            r = dataclasses.replace(r, tensor_parallel=n)
+            reasons.append(
+                f"tensor parallel {n} because an engine reads all 14 billion weights for every token of the longest "
+                f"response, and {n} GPUs read them side by side"
+            )
+    engines = max(1, ranks // max(1, r.tensor_parallel))
+    responses = -(-(r.problems + r.extra_problems) // engines) * r.group_size
+    if responses > r.batch_size and "rollout.batch_size" not in given:
+        r = dataclasses.replace(r, batch_size=responses)
+        reasons.append(f"batch size {responses} because each of {engines} engines gets {responses} responses per step")
+    return dataclasses.replace(c, rollout=r), reasons
 
 
 def main(args: list[str] | None = None) -> None:

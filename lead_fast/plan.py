@@ -1,24 +1,30 @@
 """What a run needs and how long a step takes, before any GPU is bought: memory by kind, traffic, seconds, MFU.
 
-    python -m lead_fast.plan --recipe lead-14b --gpus 8 --device h200 [--json FILE] [--section.key=value ...]
+    python -m lead_fast.plan --recipe lead-14b --gpus 8 --device h200 [--measured FILE ...] [--section.key=value ...]
 
 Memory, traffic and work are those of the trainer itself, run without memory (learner/fake_step.py), for a pack of
-parallel.pack_tokens or the longest sequence, whichever is more. Seconds rest on the table ASSUMPTIONS. Training and
+parallel.pack_tokens or the longest sequence, whichever is more. Seconds rest on the table ASSUMPTIONS, and on what
+bench/gpu.py measured in its place where results for the device are there. Training and
 generation do not coincide: vLLM sleeps (level 2) while the policy trains. It ends with code 1, and says what to change,
 where a run does not fit. Not counted: a reference model (loss.kl_coef), a pass that recomputes old log-probs, and what
 model.compile and model.liger save. Ranks that share a pack (parallel.sequence) hold and compute its share each.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
+import re
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+import numpy as np
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
@@ -29,6 +35,7 @@ from .learner.checkpoint import write_atomic
 from .learner.fake_step import COLLECTIVES, KINDS, SEGMENTS, Numbers, fake_job, line, track
 from .learner.model import resolve
 from .learner.packing import assign
+from .machine import fit_engine
 
 
 @dataclass(frozen=True)
@@ -72,8 +79,81 @@ ASSUMPTIONS = {
 }
 
 
+RESULTS = Path(__file__).parents[1] / "bench" / "results"  # of a checkout; a wheel has none
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What bench/gpu.py measured on a device, in place of ASSUMPTIONS.
+
+    rates: by name, as in ASSUMPTIONS; what follows the value names the file and its date.
+    decode: by tensor parallelism, (sequences at once, share of HBM bandwidth) in growing numbers of sequences.
+    sources: the device's own name, its date and the files.
+    """
+
+    rates: dict[str, tuple[float, str]] = field(default_factory=dict)
+    decode: dict[int, list[tuple[int, float]]] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+
+    def decode_share(self, tensor_parallel: int, sequences: int) -> float:
+        """Share of HBM bandwidth while an engine generates; assumed for a tensor parallelism that was not measured."""
+        points = self.decode.get(tensor_parallel)
+        if not points:
+            return assumed("decode")
+        return float(np.interp(sequences, [n for n, _ in points], [share for _, share in points]))
+
+
+def read_measured(files: Sequence[Path], device: str) -> Measured:
+    """Rates and iteration times out of results of bench/gpu.py; a file without any adds nothing.
+
+    Raises:
+        ValueError: a file that cannot be read, is of another device, or holds a rate that is no number above 0.
+    """
+    measured = Measured()
+    for file in files:
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            name, date = content["device"], content["date"]
+            rates, rows = content.get("rates", {}), content.get("iterations", [])
+            points = [(int(r["tensor_parallel"]), int(r["sequences"]),
+                       r["read_bytes"] / (r["ms"] / 1e3) / DEVICES[device].hbm) for r in rows]  # fmt: skip
+        except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as e:
+            raise ValueError(f"--measured {file} is no result of bench/gpu.py ({type(e).__name__}: {e}).") from e
+        if not re.search(rf"\b{device}\b", name, re.I):
+            raise ValueError(
+                f"--measured {file} is of {name}, and --device is {device}: give the device's own results."
+            )
+        source = f"measured; {file.name}, {date}"
+        for key, value in [*rates.items(), *(("decode", share) for *_, share in points)]:
+            if key not in ASSUMPTIONS or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ValueError(f"--measured {file} holds {key} = {value!r}: give known rates with numbers above 0.")
+            if key in rates:
+                measured.rates[key] = value, source
+        by_parallelism = defaultdict(list, measured.decode)
+        for tensor_parallel, sequences, share in points:
+            by_parallelism[tensor_parallel].append((sequences, share))
+        measured.decode.update({n: sorted(p) for n, p in by_parallelism.items()})
+        if rates or points:
+            measured.sources[str(file)] = f"{name}, {date}"
+    return measured
+
+
+MEASURED: ContextVar[Measured] = ContextVar("MEASURED", default=Measured())  # noqa: B039, nobody changes it
+
+
+@contextlib.contextmanager
+def using(measured: Measured) -> Iterator[None]:
+    """Let `assumed` and `decode_s` take what was measured, inside."""
+    token = MEASURED.set(measured)
+    try:
+        yield
+    finally:
+        MEASURED.reset(token)
+
+
 def assumed(name: str) -> float:
-    return ASSUMPTIONS[name][0]
+    """A value of ASSUMPTIONS, or what was measured in its place."""
+    return (MEASURED.get().rates.get(name) or ASSUMPTIONS[name])[0]
 
 
 # Shapes of the models that recipes name, from the config.json of their repositories, so that no hub is needed. R1's
@@ -184,7 +264,9 @@ def collective_s(kind: str, size: float, calls: float, ranks: int, across_nodes:
     return times * (ranks - 1) * (size / ranks / (link * assumed("collective")) + calls * assumed("hop_s"))
 
 
-def decode_s(lengths: Sequence[int], slots: int, weight_bytes: float, token_bytes: float, d: Device) -> float:
+def decode_s(
+    lengths: Sequence[int], slots: int, weight_bytes: float, token_bytes: float, d: Device, tensor_parallel: int = 1
+) -> float:
     """Seconds to generate `lengths` tokens, at most `slots` answers at once, on one engine.
 
     Every token of all running answers costs one reading of the weights and of what their key-value caches hold.
@@ -194,7 +276,7 @@ def decode_s(lengths: Sequence[int], slots: int, weight_bytes: float, token_byte
         while waiting and len(running) < slots:
             running.append([assumed("prompt"), waiting.pop()])
         held = sum(have for have, _ in running) * token_bytes
-        read_s = (weight_bytes + held) / (d.hbm * assumed("decode"))
+        read_s = (weight_bytes + held) / (d.hbm * MEASURED.get().decode_share(tensor_parallel, len(running)))
         seconds += quantum * max(read_s, weight_bytes * len(running) / (d.flops * assumed("gemm")))
         running = [[have + quantum, left - quantum] for have, left in running if left > quantum]
     return seconds
@@ -279,7 +361,7 @@ def step_time(
     engines = gpus // tp
     shares = [[t for g in range(e, r.problems, engines) for t in responses[g * r.group_size : (g + 1) * r.group_size]]
               for e in range(engines)]  # fmt: skip
-    rollout_s = max(decode_s(x, slots, 2 * n["parameters"] / tp, token_bytes, d) for x in shares)
+    rollout_s = max(decode_s(x, slots, 2 * n["parameters"] / tp, token_bytes, d, tp) for x in shares)
     seconds = {
         "rollout": rollout_s,
         "train compute": train_s,
@@ -324,9 +406,11 @@ def settings() -> tuple[str, ...]:
     return get_args(get_type_hints(ModelConfig)["activation_checkpointing"])
 
 
-def plan(c: Config, gpus: int, device: str) -> dict[str, Any]:
+def plan(c: Config, gpus: int, device: str, measured: Measured | None = None) -> dict[str, Any]:
     """Everything that the command prints, as numbers under names.
 
+    Args:
+        measured: what is known of the device in place of ASSUMPTIONS.
     Raises:
         ValueError: an unknown device, a number of GPUs that makes no whole nodes or copies, a model without a known
             shape, or what `lead_fast.checks.check` refuses.
@@ -346,7 +430,7 @@ def plan(c: Config, gpus: int, device: str) -> dict[str, Any]:
     check(c, gpus, device_type="cuda")
     shape, d, r = shape_of(c.model), DEVICES[device], c.rollout
     longest = min(c.data.max_prompt_tokens, shape.max_position_embeddings) + r.max_tokens - 1
-    with fake_job(gpus, copies) as ranks:
+    with fake_job(gpus, copies) as ranks, using(measured or Measured()):
 
         def tracked(x: Config, T: int) -> Numbers:
             per_rank = -(-T // together)
@@ -390,7 +474,13 @@ def plan(c: Config, gpus: int, device: str) -> dict[str, Any]:
             "traffic_calls_per_pack": {k: n.get(f"{k}_calls", 0.0) for k in COLLECTIVES.values()},
         }  # fmt: skip
         out |= step_time(c, shape, at, gpus, max(kv_bytes, 0.0), d)
-        out["assumptions"] = {k: list(v) for k, v in ASSUMPTIONS.items()}
+        known = MEASURED.get()
+        out["measured"] = {k: list(v) for k, v in known.rates.items() if k != "decode"}
+        if points := known.decode.get(r.tensor_parallel):
+            shares = ", ".join(f"{share:.2f} at {n}" for n, share in points)
+            out["measured"]["decode"] = [points[-1][1], f"measured at tensor parallel {r.tensor_parallel}: {shares}"]
+        out["assumptions"] = {k: list(v) for k, v in ASSUMPTIONS.items() if k not in out["measured"]}
+        out["measured_on"] = known.sources
         out["remedy"] = None if all(fits.values()) else remedy(c, out, longest, search)
     return out
 
@@ -470,7 +560,11 @@ def show(p: dict[str, Any]) -> str:
         f"    MFU in training: {100 * f['training']['causal']:.1f} % (causal attention), "
         f"{100 * f['training']['torchtitan']:.1f} % (torchtitan's); over the step {100 * f['step']['causal']:.1f} %",
         f"    balance of the ranks {100 * p['balance']:.1f} %, {p['generated_at_once']} responses at once per engine",
-        "\nAssumptions:",
+        "\nMeasured:" if p["measured"] else f"\nMeasured: nothing; bench/results has no gpu-{p['device']} files, which "
+        "make gpu writes.",
+        *(f"    {k:16}{value:<8.3g}{why}" for k, (value, why) in p["measured"].items()),
+        *(f"    from {file}, {of}" for file, of in p["measured_on"].items()),
+        "\nStill assumed:" if p["measured"] else "\nAssumptions:",
         *(f"    {k:16}{value:<8g}{why}" for k, (value, why) in p["assumptions"].items()),
         "\nIt fits." if p["remedy"] is None else f"\nIt does not fit. {p['remedy']}",
     ]  # fmt: skip
@@ -484,6 +578,8 @@ def main(args: list[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--gpus", default="8", help=f"how many in all, in nodes of {NODE}")
     parser.add_argument("--device", default="h100", help=", ".join(DEVICES))
+    parser.add_argument("--measured", type=Path, nargs="+", help="results of bench/gpu.py; default: the device's in "
+                        "bench/results")  # fmt: skip
     parser.add_argument("--json", type=Path, help="write the numbers here too")
     given, rest = parser.parse_known_args(args)
     if not given.gpus.isdecimal():
@@ -491,8 +587,15 @@ def main(args: list[str] | None = None) -> int:
     c = load_config(rest, default_recipe="lead-14b")
     if given.json and not given.json.absolute().parent.is_dir():
         raise ValueError(f"--json {given.json}: give a path in a folder that exists.")
-    planned = plan(c, int(given.gpus), given.device)
-    print(show(planned))
+    gpus = int(given.gpus)
+    c, fitted = fit_engine(c, rest, gpus, min(gpus, NODE), "cuda") if gpus else (c, [])
+    if given.device in DEVICES:
+        files = given.measured or sorted(RESULTS.glob(f"gpu-{given.device}-[0-9]-*.json"))
+        measured = read_measured(files, given.device)
+    else:
+        measured = None  # refused by plan
+    planned = plan(c, gpus, given.device, measured)
+    print("".join(f"Recipe {c.recipe}: {sentence}.\n" for sentence in fitted) + show(planned))
     if given.json:
         write_atomic(given.json, json.dumps(planned, indent=1) + "\n")
     return int(planned["remedy"] is not None)

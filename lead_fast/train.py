@@ -8,6 +8,7 @@ of the clipped loss over all packs and ranks, and hand the new weights back to t
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from .learner.advantage import advantages
 from .learner.learner import Learner
 from .learner.model import load_tokenizer
 from .learner.model_check import check_model
-from .machine import look_at_machine, pick_recipe
+from .machine import fit_engine, look_at_machine, pick_recipe
 from .records import Problem
 from .release import release
 from .report import write_report
@@ -133,9 +134,12 @@ def main(args: list[str] | None = None) -> None:
     c = load_config(args, default_recipe=default, about=__doc__)
     named = any(a.split("=")[0] in ("--recipe", "--config") for a in args)
     ranks = start(c.parallel)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world))
+    c, fitted = fit_engine(c, args, ranks.world, here, ranks.device.type)
     if ranks.main:
         reason = "as asked" if named else f"{why}; name another with --recipe ({', '.join(names(RECIPES))})"
-        print(f"Recipe {c.recipe}: {reason}.", flush=True)
+        for sentence in (reason, *fitted):
+            print(f"Recipe {c.recipe}: {sentence}.", flush=True)
     check(c, ranks.world, device_type=ranks.device.type)
     shape = look_at_machine(c.model, ranks, engine=chosen_engine(c, ranks.device.type))
     longest = c.data.max_prompt_tokens + c.rollout.max_tokens

@@ -24,7 +24,7 @@ from packaging.version import Version
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lead_fast import machine
+from lead_fast import machine, train
 from lead_fast.checks import check, chosen_engine
 from lead_fast.cli import load_config
 from lead_fast.evaluate import main as evaluate_main
@@ -296,6 +296,63 @@ def test_the_recipe_fits_the_ranks(monkeypatch, gpus, gib, world, here, recipe, 
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
     name, why = machine.pick_recipe()
     assert name == recipe and says in why
+
+
+ASKED = ["--recipe=lead-14b"]
+
+
+@pytest.mark.parametrize(
+    "args, ranks, here, device, tensor_parallel, batch_size",
+    [
+        (ASKED, 8, 8, "cuda", 4, 128),
+        (ASKED, 16, 8, "cuda", 4, 64),  # 4 engines get 64 responses each, which the recipe's cap holds
+        (ASKED, 6, 6, "cuda", 2, 88),  # 11 problems for the one that gets most
+        (ASKED, 8, 1, "cuda", 1, 64),  # one GPU per machine: an engine does not leave it
+        (ASKED, 4, 4, "cuda", 4, 256),
+        (["--recipe=lead-14b-stage2"], 8, 8, "cuda", 4, 128),
+        (["--recipe=lead-14b-official"], 8, 8, "cuda", 4, 128),
+        (["--recipe=lead-7b"], 8, 8, "cuda", 1, 64),
+        (["--recipe=lead-7b"], 2, 2, "cuda", 1, 128),
+        ([*ASKED, "--rollout.tensor_parallel=2"], 8, 8, "cuda", 2, 64),
+        ([*ASKED, "--rollout.tensor-parallel", "1"], 8, 8, "cuda", 1, 64),
+        ([*ASKED, "--rollout.batch_size=32"], 8, 8, "cuda", 4, 32),
+        ([*ASKED, "--rollout.extra_problems=32"], 8, 8, "cuda", 4, 256),
+        ([*ASKED, "--rollout.engine=transformers"], 8, 8, "cuda", 1, 64),
+        (ASKED, 8, 8, "cpu", 1, 64),
+        (["--recipe=tiny"], 8, 8, "cuda", 1, 128),
+    ],
+)
+def test_lead_14b_fits_its_engines_to_the_machine(args, ranks, here, device, tensor_parallel, batch_size):
+    c = load_config(args)
+    fitted, reasons = machine.fit_engine(c, args, ranks, here, device)
+    assert (fitted.rollout.tensor_parallel, fitted.rollout.batch_size) == (tensor_parallel, batch_size)
+    said = " ".join(reasons)
+    changed = fitted.rollout.tensor_parallel != c.rollout.tensor_parallel
+    assert (f"tensor parallel {tensor_parallel} because" in said) == changed
+    assert (f"batch size {batch_size} because" in said) == (batch_size != c.rollout.batch_size)
+    if c.rollout.problems % ranks == 0:
+        check(fitted, ranks, device_type=device)
+
+
+def test_a_file_of_the_users_own_is_left_as_it_is(tmp_path):
+    (tmp_path / "lead-14b.toml").write_text("[rollout]\ntensor_parallel = 2\n")
+    args = [f"--config={tmp_path / 'lead-14b.toml'}"]
+    c = load_config(args)
+    assert machine.fit_engine(c, args, 8, 8, "cuda") == (c, [])
+
+
+def test_the_first_lines_of_lead_14b_say_what_was_fitted_and_why(monkeypatch, capsys):
+    pretend_gpus(monkeypatch, 8)
+    ranks = SimpleNamespace(world=8, main=True, device=torch.device("cuda", 0))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(train, "start", lambda parallel: ranks)
+    monkeypatch.setattr(train, "stop", lambda: None)
+    monkeypatch.setattr(train, "look_at_machine", lambda *a, **k: None)
+    train.main(["--recipe=lead-14b", "--dry-run"])
+    out = capsys.readouterr().out
+    assert "Recipe lead-14b: tensor parallel 4 because an engine reads all 14 billion weights" in out
+    assert "Recipe lead-14b: batch size 128 because each of 2 engines gets 128 responses per step." in out
+    assert "\ntensor_parallel = 4\n" in out and "\nbatch_size = 128\n" in out
 
 
 def test_auto_means_vllm_on_a_gpu_and_does_not_fall_back(monkeypatch):

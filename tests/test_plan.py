@@ -7,6 +7,7 @@ with malloc told to give every large tensor pages of its own, so that what is fr
 import dataclasses
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -169,6 +170,70 @@ def test_the_command_prints_and_writes_the_same(capsys, model, tmp_path):
     assert sum(wrote["seconds"].values()) == pytest.approx(wrote["step_s"])
     share = wrote["mfu"]["training"]["causal"]
     assert 0 < share < wrote["mfu"]["training"]["torchtitan"] < 1 and wrote["mfu"]["step"]["causal"] < share
+
+
+def result(folder: Path, name: str, **content: Any) -> Path:
+    """A file as bench/gpu.py writes it."""
+    (folder / name).write_text(json.dumps({"device": "NVIDIA A100-SXM4-80GB", "date": "2026-11-25"} | content))
+    return folder / name
+
+
+def rows(tensor_parallel: int, **share_at: float) -> list[dict[str, float]]:
+    """Iterations of 10 ms by number of sequences (n8=0.5: 8 sequences, half the bandwidth of an A100)."""
+    return [{"tensor_parallel": tensor_parallel, "sequences": int(n[1:]), "ms": 10.0,
+             "read_bytes": share * 0.01 * plan.DEVICES["a100"].hbm} for n, share in share_at.items()]  # fmt: skip
+
+
+def test_measured_rates_take_the_place_of_assumptions(tmp_path):
+    files = [result(tmp_path, "gpu-a100-3-rows.json", rates={"copy": 0.45}),
+             result(tmp_path, "gpu-a100-4-head.json", rates={"gemm": 0.4}, status="cut"),
+             result(tmp_path, "gpu-a100-2-iterations.json", iterations=rows(1, n8=0.5, n32=0.3)),
+             result(tmp_path, "gpu-a100-1-kernels.json", status="failed")]  # fmt: skip
+    m = plan.read_measured(files, "a100")
+    assert m.rates["copy"] == (0.45, "measured; gpu-a100-3-rows.json, 2026-11-25") and m.rates["gemm"][0] == 0.4
+    assert [round(m.decode_share(1, n), 6) for n in (1, 8, 20, 32, 64)] == [0.5, 0.5, 0.4, 0.3, 0.3]
+    assert m.decode_share(4, 8) == plan.ASSUMPTIONS["decode"][0]
+    assert len(m.sources) == 3  # the failed part says nothing
+    d = plan.DEVICES["a100"]
+    before = plan.decode_s([64] * 2, 2, 1e9, 1e5, d)
+    with plan.using(m):
+        assert plan.assumed("copy") == 0.45 and plan.assumed("attention") == plan.ASSUMPTIONS["attention"][0]
+        assert plan.decode_s([64] * 2, 2, 1e9, 1e5, d) == pytest.approx(before * plan.ASSUMPTIONS["decode"][0] / 0.5)
+    assert plan.assumed("copy") == plan.ASSUMPTIONS["copy"][0]
+
+
+def test_the_command_says_what_was_measured_and_what_is_still_assumed(capsys, model, tmp_path, monkeypatch):
+    result(tmp_path, "gpu-a100-4-head.json", rates={"gemm": 0.4}, iterations=rows(1, n8=0.5, n64=0.25))
+    result(tmp_path, "gpu-h100-4-head.json", device="NVIDIA H100 80GB HBM3", rates={"gemm": 0.9})
+    args = ["--recipe=tiny", f"--model={model}", "--gpus=2", "--device=a100", "--model.dtype=bfloat16"]
+    monkeypatch.setattr(plan, "RESULTS", tmp_path)
+    assert plan.main([*args, f"--json={tmp_path / 'plan.json'}"]) == 0
+    said, wrote = capsys.readouterr().out, json.loads((tmp_path / "plan.json").read_text())
+    measured, _, still = said.partition("Still assumed:")
+    assert "    gemm            0.4     measured; gpu-a100-4-head.json, 2026-11-25" in measured
+    assert "decode" in measured and "0.50 at 8, 0.25 at 64" in measured and "NVIDIA A100-SXM4-80GB" in measured
+    assert "    attention " in still and "    gemm " not in still and "    decode " not in still
+    assert wrote["measured"]["gemm"][0] == 0.4 and "gemm" not in wrote["assumptions"]
+    monkeypatch.setattr(plan, "RESULTS", tmp_path / "nothing")
+    plan.main([*args, f"--json={tmp_path / 'plan.json'}"])
+    assumed = json.loads((tmp_path / "plan.json").read_text())
+    assert "Measured: nothing; bench/results has no gpu-a100 files" in capsys.readouterr().out
+    assert wrote["seconds"]["train compute"] > 1.2 * assumed["seconds"]["train compute"]
+    assert wrote["seconds"]["rollout"] > 1.1 * assumed["seconds"]["rollout"]
+
+
+@pytest.mark.parametrize("content, says", [
+    ("{", "is no result of bench/gpu.py (JSONDecodeError"),
+    ('{"device": "NVIDIA H200", "date": "2026-11-25"}', "is of NVIDIA H200, and --device is h100"),
+    ('{"device": "NVIDIA H100", "date": "", "rates": {"gemm": -1}}', "holds gemm = -1: give known rates"),
+    ('{"device": "NVIDIA H100", "date": "", "rates": {"gem": 1}}', "holds gem = 1"),
+    ('{"device": "NVIDIA H100", "date": "", "iterations": [{"sequences": 8}]}', "(KeyError: 'tensor_parallel')"),
+])  # fmt: skip
+def test_a_file_that_is_no_result_gets_one_sentence(content, says, tmp_path):
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(ValueError) as e:
+        plan.main(["--gpus=8", "--measured", str(tmp_path / "x.json")])
+    assert says in str(e.value) and str(e.value).startswith("--measured ") and "\n" not in str(e.value)
 
 
 MISTAKES = [

@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.util
-import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -46,8 +45,7 @@ def flash(name: str, device: torch.device, head_dim: int) -> Attention | None:
 def implementation(request, device) -> Iterator[tuple[str, torch.device]]:
     yield request.param, device
     if device.type == "cuda":
-        with warnings.catch_warnings(action="ignore"):
-            torch.nn.attention.restore_flash_attention_impl()
+        torch.nn.attention.restore_flash_attention_impl(_raise_warn=False)
         attention.choose.cache_clear()  # it activates an implementation once, and what it activated is gone
 
 

@@ -1,6 +1,6 @@
 """The kernels on every device against the oracle: all dtypes and options, poisoned memory, targets out of range.
 
-On a CPU the kernels are those of csrc; tests/test_kernels_triton.py runs Triton's by the same oracle under its interpreter.
+On a CPU the kernels are those of csrc; tests/test_kernels_triton.py runs Triton's under its interpreter.
 """
 
 import importlib
@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from jobs import ROOT, python
+from jobs import ROOT, constraints, python
 
 from lead_kernels import Groups, LossOptions, Sequences, Tokens, _head, linear_logprobs, linear_policy_loss
 from lead_kernels._rows import row_gradient_, row_stats
 from lead_kernels.policy_loss import METRICS, RowMetrics, for_row_kernel, policy_rows_
-from lead_kernels.testing import mutants, oracle
+from lead_kernels.testing import mutants, oracle, resources
 
 sys.path.append(str(ROOT / "bench"))
 from harness import extra_bytes  # noqa: E402
@@ -109,6 +109,17 @@ def test_a_target_out_of_range_stops_a_gpu(function, target, gpu):
     done = python("-c", OUT_OF_RANGE, gpu.type, str(target), function)
     assert function in done.stdout, done.stderr[-2000:]
     assert "outside the vocabulary of 17" in done.stderr + done.stdout or "device-side assert" in done.stdout
+
+
+def test_the_table_of_resources_is_of_the_cpu_sets_triton_and_names_what_differs_under_the_cuda_sets():
+    text = (ROOT / "docs" / "kernel_resources.md").read_text(encoding="utf-8")
+    here, there = (constraints(name)["triton"] for name in ("constraints.txt", "constraints-cuda.txt"))
+    table, _, differing = text.partition(f"\n## Triton {there}: rows that differ\n")
+    assert f"Triton {here}, cross-compiled" in table and differing.count("\n- ") > 5 and "spills" not in differing
+    changed = table.replace(f"Triton {here}", f"Triton {there}").replace("| 84 | 0 |", "| 85 | 0 |")
+    assert "registers 85 (84)" in resources.beside(table, changed)
+    with pytest.raises(ValueError, match="give one of another Triton, of the same kernels"):
+        resources.beside(table, table)
 
 
 # ------------------------------------------------------------------------------------------------------------- the head

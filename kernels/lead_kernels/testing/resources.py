@@ -173,3 +173,31 @@ def resource_table() -> str:
         made = compiled(*row)
         lines.append("| " + " | ".join(str(made[c]) for c in columns) + " |")
     return "\n".join(lines) + "\n"
+
+
+def rows_of(table: str) -> dict[tuple[str, ...], list[str]]:
+    """The cells after kernel, dtype and target of every row of a table, by those three."""
+    cells = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")]
+    return {tuple(c[:3]): c[3:] for c in cells if not set("".join(c)) <= set("- ")}
+
+
+def beside(table: str, other: str) -> str:
+    """A section on what another Triton makes of the same kernels: its rows that differ from `table`'s, as a list.
+
+    Raises:
+        ValueError: the tables are of the same Triton, or not of the same kernels.
+    """
+    versions = [found[1] if (found := re.search(r"Triton (\S+),", text)) else "unknown" for text in (table, other)]
+    ours, theirs = rows_of(table), rows_of(other)
+    if versions[0] == versions[1] or ours.keys() != theirs.keys():
+        raise ValueError(f"The tables are of Triton {versions[0]} with {len(ours)} rows and {versions[1]} with "
+                         f"{len(theirs)}: give one of another Triton, of the same kernels.")  # fmt: skip
+    names = ours.pop(("kernel", "dtype", "target"))
+    lines = [
+        f"\n## Triton {versions[1]}: rows that differ\n",
+        f"In brackets Triton {versions[0]}'s; what no row names is the same.\n",
+    ]
+    for key, cells in ours.items():
+        changed = [f"{name} {b} ({a})" for name, a, b in zip(names, cells, theirs[key], strict=True) if a != b]
+        lines += [f"- {', '.join(key)}: {', '.join(changed)}"] if changed else []
+    return "\n".join(lines) + "\n"
