@@ -75,8 +75,8 @@ def test_difficulty_weights():
         correct = torch.tensor([1] * n + [0] * (8 - n))
         on, off = (lead(correct, torch.full((8,), 100), 8, difficulty=d).advantage for d in (True, False))
         assert abs(on[0] / off[0] - expected[n]) < 2e-6 and abs(on[-1] / off[-1] - expected[8 - n]) < 2e-6
-        told = [lead(correct, torch.full((8,), 100), 8, difficulty=d).weight.item() for d in (True, False)]
-        assert told == [pytest.approx(expected[n], abs=1e-6), 1]
+        weights = [lead(correct, torch.full((8,), 100), 8, difficulty=d).weight.item() for d in (True, False)]
+        assert weights == [pytest.approx(expected[n], abs=1e-6), 1]
 
 
 def test_several_groups_are_independent():
@@ -521,15 +521,15 @@ def test_loss_weights_make_the_means_they_name():
 def test_metrics_add_up_over_cuts():
     x = inputs()
     mode = arguments(x, **{**BASIC, "cap": 1.5})
-    whole = linear_policy_loss(x["hidden"], x["head"], *mode, **HOT).metrics
+    uncut = linear_policy_loss(x["hidden"], x["head"], *mode, **HOT).metrics
     cut = linear_policy_loss(x["hidden"], x["head"], *mode, chunk_rows=4, **HOT).metrics
-    for k in whole:
-        torch.testing.assert_close(whole[k].double(), cut[k].double())
-    assert whole["tokens"] == T and whole["importance_truncated"] == 0 and whole["max_logprob"] <= 0
+    for k in uncut:
+        torch.testing.assert_close(uncut[k].double(), cut[k].double())
+    assert uncut["tokens"] == T and uncut["importance_truncated"] == 0 and uncut["max_logprob"] <= 0
     lp = linear_logprobs(x["hidden"], x["head"], x["targets"], temperature=0.7)[0]
     r, a = (lp - x["behavior"]).exp(), x["advantages"][x["ids"]]
-    assert whole["clip_high"] == ((r > 1.2) & (a > 0)).sum() and whole["clip_low"] == ((r < 0.8) & (a < 0)).sum()
-    assert whole["max_logprob_diff"] == (lp - x["behavior"]).abs().max()
+    assert uncut["clip_high"] == ((r > 1.2) & (a > 0)).sum() and uncut["clip_low"] == ((r < 0.8) & (a < 0)).sum()
+    assert uncut["max_logprob_diff"] == (lp - x["behavior"]).abs().max()
 
 
 @settings(max_examples=40, deadline=None)
@@ -567,14 +567,14 @@ def test_outcomes_give_the_bits_of_advantages_computed_beforehand(backend, dtype
     elif cpu_extension() is None:
         pytest.skip("the extension is not built")
     x, g = inputs(), torch.Generator().manual_seed(5)
-    found = Outcomes(torch.tensor([1, 0, 1, 1, 0, 0]), torch.randint(1, 14_000, (6,), generator=g),
+    outcomes = Outcomes(torch.tensor([1, 0, 1, 1, 0, 0]), torch.randint(1, 14_000, (6,), generator=g),
                      -torch.rand(6, generator=g), -torch.rand(6, generator=g))  # fmt: skip
-    before = lead_advantages(found, 3, AdvantageOptions(**options)).advantage
+    before = lead_advantages(outcomes, 3, AdvantageOptions(**options)).advantage
     tokens = Tokens(x["targets"], torch.arange(T) % 6, x["behavior"], x["behavior"], x["reference"])
     weights = torch.tensor([0.2, 0.0, 0.3, 0.1, 0.4, 0.5])
     results = []
-    for given_ in (before, Groups(found, 3, AdvantageOptions(**options)),
-                   Groups(found.table(), 3, AdvantageOptions(**options))):  # fmt: skip
+    for given_ in (before, Groups(outcomes, 3, AdvantageOptions(**options)),
+                   Groups(outcomes.table(), 3, AdvantageOptions(**options))):  # fmt: skip
         hidden, head = (x[k].to(dtype, copy=True).requires_grad_() for k in ("hidden", "head"))
         out = linear_policy_loss(hidden, head, tokens, Sequences(weights, given_), chunk_rows=5)
         logits = (x["hidden"] @ x["head"].T).to(dtype, copy=True).requires_grad_()
@@ -588,7 +588,7 @@ def test_outcomes_give_the_bits_of_advantages_computed_beforehand(backend, dtype
     for i in range(6):
         at = one._replace(sequence_ids=torch.tensor([i]))
         loss = policy_loss(
-            torch.zeros(1, 3), at, Sequences(torch.ones(6), Groups(found, 3, AdvantageOptions(**options)))
+            torch.zeros(1, 3), at, Sequences(torch.ones(6), Groups(outcomes, 3, AdvantageOptions(**options)))
         )
         assert torch.equal(-loss.loss, before[i])
 

@@ -27,7 +27,7 @@ def check_ids(ids: torch.Tensor, size: int, name: str, of: str) -> None:
 
 
 def check_targets(targets: torch.Tensor, vocabulary: int) -> None:
-    """Raise ValueError if a target is no column of the logits."""
+    """Raise ValueError if a target is not a column of the logits."""
     check_ids(targets, vocabulary, "target", "the vocabulary of")
 
 

@@ -1,4 +1,4 @@
-"""Hidden states and head weight -> policy loss and both gradients, in chunks of rows: logits are never whole.
+"""Hidden states and head weight -> policy loss and both gradients, in chunks of rows of logits.
 
 Per chunk of C rows: logits_CV = hidden_CD head_VD^T + bias_V; loss and d logits by the row kernel of policy_loss.py,
 whose formulas these are; d hidden_CD = dlogits head; d head_VD += dlogits^T hidden; d bias_V += dlogits summed over its
