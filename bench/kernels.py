@@ -358,12 +358,12 @@ def measure(operation: str, w: Work, repeats: int, only: tuple[str, ...] = ()) -
     calls = prepared(operation, w, only)
     times = interleaved(calls, repeats, w.device)
     T, V, D = len(w.targets), *w.head.shape
-    mine = summary(times[OURS])["median_ms"]
+    ours_ms = summary(times[OURS])["median_ms"]
     rows = []
     for name, ms in times.items():
         row = {"operation": operation, "dtype": str(w.dtype).removeprefix("torch."), "T": T, "V": V, "D": D,
                "implementation": name, **summary(ms), "extra_bytes": extra_bytes(calls[name], w.device)}  # fmt: skip
-        row["times_ours"] = row["median_ms"] / mine
+        row["times_ours"] = row["median_ms"] / ours_ms
         rows.append(row)
     floor = next(r for r in rows if r["implementation"].startswith(FLOOR))
     for row in rows:
@@ -392,13 +392,13 @@ def picture(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     names = list(dict.fromkeys(r["implementation"] for r in rows))
     for name in names:
-        mine = sorted((r for r in rows if r["implementation"] == name), key=lambda r: r["T"])
+        points = sorted((r for r in rows if r["implementation"] == name), key=lambda r: r["T"])
         style = {"linewidth": 2.5, "color": "black"} if name == OURS else {"linewidth": 1.2}
         style |= {"linestyle": "--", "color": "gray"} if name.startswith(FLOOR) else {}
-        x = [r["T"] for r in mine]
-        axes[0].plot(x, [r["median_ms"] / 1e3 for r in mine], marker="o", markersize=4, label=name, **style)
-        if all(r["extra_bytes"] is not None for r in mine):
-            axes[1].plot(x, [r["extra_bytes"] / 2**30 for r in mine], marker="o", markersize=4, label=name, **style)
+        x = [r["T"] for r in points]
+        axes[0].plot(x, [r["median_ms"] / 1e3 for r in points], marker="o", markersize=4, label=name, **style)
+        if all(r["extra_bytes"] is not None for r in points):
+            axes[1].plot(x, [r["extra_bytes"] / 2**30 for r in points], marker="o", markersize=4, label=name, **style)
     for axis, label in zip(axes, ("seconds, forward + backward", "extra memory, GiB"), strict=True):
         axis.set(xlabel="T, response tokens", ylabel=label, ylim=(0, None), xlim=(0, None))
         axis.grid(alpha=0.3)

@@ -36,7 +36,7 @@ double difficulty_weight(const AdvantageOptions& o, double rho) {
 
 GroupResult lead_group(const AdvantageOptions& o, int64_t n, const double* correct, const double* lengths,
                        const double* wrong_reward, const double* bonus, float* reward_out, float* advantage_out) {
-  const double solved = std::accumulate(correct, correct + n, 0.0), share = solved / n;
+  const double solved = std::accumulate(correct, correct + n, 0.0), solve_rate = solved / n;
 
   // L: z of a length over the correct responses only.
   double mean = 0, squares = 0;
@@ -44,7 +44,7 @@ GroupResult lead_group(const AdvantageOptions& o, int64_t n, const double* corre
   mean /= std::max(solved, 1.0);
   for (int64_t i = 0; i < n; ++i) squares += correct[i] * (lengths[i] - mean) * (lengths[i] - mean);
   const double sigma = solved > 1 ? std::sqrt(squares / (solved - 1)) : 1;
-  bool shaped = o.length_reward && (o.length_min_solve_rate <= 0 || share > o.length_min_solve_rate);
+  bool shaped = o.length_reward && (o.length_min_solve_rate <= 0 || solve_rate > o.length_min_solve_rate);
   if (o.length_gate > 0 && n >= 3) {
     std::vector<double> shortest(3);
     std::partial_sort_copy(lengths, lengths + n, shortest.begin(), shortest.end());
@@ -73,7 +73,7 @@ GroupResult lead_group(const AdvantageOptions& o, int64_t n, const double* corre
 
   // AD: the weight's argument turns with the sign of the advantage.
   const auto positive = std::count_if(reward.begin(), reward.end(), [](double r) { return r > 0; });
-  const double rho = o.rate == AdvantageOptions::POSITIVE ? static_cast<double>(positive) / n : share;
+  const double rho = o.rate == AdvantageOptions::POSITIVE ? static_cast<double>(positive) / n : solve_rate;
   const double weight = difficulty_weight(o, rho), inverse_weight = difficulty_weight(o, 1 - rho);
   bool kept = true;
   if (o.group_filter == AdvantageOptions::OFFICIAL)

@@ -44,7 +44,7 @@ struct Power;
 template <>
 struct Power<float> {
   static constexpr double log_base = 0.693147180559945309417;
-  static constexpr float zero = -127;  // 2^zero is exactly 0 below, as 2^-127 is no normal number
+  static constexpr float zero = -127;  // 2^zero is exactly 0 below, as 2^-127 is not a normal number
 
   // 2^x for -127 <= x <= 0. n = round(x) sits in the low bits of x + 1.5 * 2^23; 2^(x-n) by a minimax polynomial of degree 6
   // that is exactly 1 at 0; n is added to the exponent's bits. Relative error below 1e-7.

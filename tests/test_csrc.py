@@ -340,8 +340,8 @@ def test_advantages(options, group):
         table = Outcomes(correct, lengths, wrong, extra).table()
         want = lead_advantages_reference(table, group, o)
         got = cpp.lead_advantages(table, group, o.encode())
-        for mine, theirs in zip(got, want, strict=True):
-            torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-6)
+        for ours, specified in zip(got, want, strict=True):
+            torch.testing.assert_close(ours, specified, atol=1e-6, rtol=1e-6)
 
 
 def test_advantages_refuse_what_does_not_fit():

@@ -75,8 +75,8 @@ def test_difficulty_weights():
         correct = torch.tensor([1] * n + [0] * (8 - n))
         on, off = (lead(correct, torch.full((8,), 100), 8, difficulty=d).advantage for d in (True, False))
         assert abs(on[0] / off[0] - expected[n]) < 2e-6 and abs(on[-1] / off[-1] - expected[8 - n]) < 2e-6
-        told = [lead(correct, torch.full((8,), 100), 8, difficulty=d).weight.item() for d in (True, False)]
-        assert told == [pytest.approx(expected[n], abs=1e-6), 1]
+        weights = [lead(correct, torch.full((8,), 100), 8, difficulty=d).weight.item() for d in (True, False)]
+        assert weights == [pytest.approx(expected[n], abs=1e-6), 1]
 
 
 def test_several_groups_are_independent():
@@ -283,7 +283,7 @@ def test_half_precision_is_as_good_as_torch_from_the_same_rounded_logits(dtype, 
     g = torch.Generator().manual_seed(vocabulary)
     logits = (3 * torch.randn(37, vocabulary, generator=g) + offset).to(dtype)
     targets = torch.randint(vocabulary, (37,), generator=g)
-    ids = torch.zeros(37, dtype=torch.int32)
+    ids = torch.zeros(37, dtype=torch.int32)  # any integers will do
     common = Tokens(targets, ids), Sequences(torch.ones(1), torch.ones(1)), LossOptions(entropy_coef=0.1)
 
     def run(x):
@@ -321,6 +321,92 @@ def test_targets_out_of_range_are_an_error(target):
         linear_policy_loss(x["hidden"], x["head"], *arguments(x, **BASIC), **HOT)
     with pytest.raises(ValueError, match="outside the vocabulary"):
         linear_logprobs(x["hidden"], x["head"], x["targets"])
+
+
+@pytest.mark.parametrize("at", [-1, S, 10**6])
+def test_sequence_ids_out_of_range_are_an_error(at, monkeypatch):
+    for plain in (False, True):
+        if plain:
+            for module in ("_rows", "advantage"):
+                monkeypatch.setattr(f"lead_kernels.{module}.cpu_extension", lambda: None)
+        x = inputs()
+        x["ids"][3] = at
+        for inplace in (False, True):
+            with pytest.raises(ValueError, match=f"sequence id {at} is outside the number of sequences, {S}"):
+                policy_loss(x["hidden"] @ x["head"].T, *arguments(x, **BASIC), inplace=inplace)
+        with pytest.raises(ValueError, match=f"sequence id {at} is outside"):
+            linear_policy_loss(x["hidden"], x["head"], *arguments(x, **BASIC))
+
+
+MISFITS = [
+    ({"targets": torch.zeros(T, dtype=torch.int32)}, {}, "targets are torch.int32 .23.: give int64 .23."),
+    ({"targets": torch.zeros(T - 1, dtype=torch.int64)}, {}, "targets are torch.int64 .22."),
+    ({"sequence_ids": torch.zeros(T)}, {}, "sequence_ids are torch.float32 .23.: give integers"),
+    ({"sequence_ids": torch.zeros(T, dtype=torch.bool)}, {}, "sequence_ids are torch.bool"),
+    ({"sequence_ids": torch.zeros(1, dtype=torch.int64)}, {}, "sequence_ids are torch.int64 .1."),
+    ({"old": torch.zeros(T + 1)}, {}, "old is torch.float32 .24.: give floats .23."),
+    ({"behavior": torch.zeros(T, 1)}, {}, "behavior is torch.float32 .23, 1."),
+    ({"reference": torch.zeros(T, dtype=torch.int64)}, {}, "reference is torch.int64"),
+    ({"reference": None}, {"kl_coef": 0.1}, "kl_coef is 0.1 without reference log-probs"),
+    ({"behavior": None}, {"importance_cap": 2.0}, "importance_cap is 2.0 without the log-probs"),
+]
+
+
+@pytest.mark.parametrize(
+    "wrong, options, says", MISFITS, ids=lambda x: next(iter(x), "") if isinstance(x, dict) else ""
+)
+def test_tokens_that_do_not_fit_are_refused_by_every_function(wrong, options, says):
+    x = inputs()
+    tokens, sequences, _ = arguments(x, **BASIC)
+    common = tokens._replace(**wrong), sequences, LossOptions(**options)
+    calls = [
+        lambda: policy_loss(x["hidden"] @ x["head"].T, *common),
+        lambda: policy_loss(x["hidden"] @ x["head"].T, *common, inplace=True),
+        lambda: linear_policy_loss(x["hidden"], x["head"], *common),
+    ]
+    if "targets" in wrong:
+        calls.append(lambda: linear_logprobs(x["hidden"], x["head"], wrong["targets"]))
+    for call in calls:
+        with pytest.raises(ValueError, match=says):
+            call()
+
+
+def test_matrices_options_and_chunks_that_do_not_fit_are_refused():
+    x = inputs()
+    common = arguments(x, **BASIC)
+    hidden, head = x["hidden"], x["head"]
+    for logits in (hidden[0], torch.zeros(T, V, dtype=torch.int64), torch.zeros(T, 0)):
+        with pytest.raises(ValueError, match="logits are"):
+            policy_loss(logits, *common)
+    for h, w, says in ((hidden[:, 1:], head, "give .T, D. and .V, D."), (hidden.float(), head, "one float dtype"),
+                       (hidden.long(), head.long(), "one float dtype"), (hidden, head[:0], "V above 0")):  # fmt: skip
+        with pytest.raises(ValueError, match=says):
+            linear_policy_loss(h, w, *common)
+        with pytest.raises(ValueError, match=says):
+            linear_logprobs(h, w, x["targets"])
+    with pytest.raises(ValueError, match="chunk_rows is -1: give 1 or more"):
+        linear_policy_loss(hidden, head, *common, chunk_rows=-1)
+    with pytest.raises(ValueError, match="options are of type AdvantageOptions: give LossOptions"):
+        linear_policy_loss(hidden, head, *common[:2], AdvantageOptions())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # of torch.func.jvp
+def test_second_and_forward_mode_derivatives_are_errors():
+    x = inputs()
+    h, w = (x[k].clone().requires_grad_() for k in ("hidden", "head"))
+    common = arguments(x, **BASIC)
+    functions = [
+        lambda h: linear_policy_loss(h, w, *common).loss,
+        lambda h: policy_loss(h @ w.T, *common).loss,
+        lambda h: linear_logprobs(h, w, x["targets"])[0].sum(),
+    ]
+    for f in functions:
+        with pytest.raises(NotImplementedError, match="no second derivatives"):
+            # the square is differentiable twice: what is missing would be a part of the sum, and not seen
+            (first,) = torch.autograd.grad(f(h) + h.square().sum(), h, create_graph=True)
+            torch.autograd.grad(first.sum(), h)
+        with pytest.raises(NotImplementedError, match="no forward-mode derivatives"):
+            torch.func.jvp(f, (h.detach(),), (torch.ones_like(h),))
 
 
 def test_no_rows_at_all():
@@ -435,15 +521,15 @@ def test_loss_weights_make_the_means_they_name():
 def test_metrics_add_up_over_cuts():
     x = inputs()
     mode = arguments(x, **{**BASIC, "cap": 1.5})
-    whole = linear_policy_loss(x["hidden"], x["head"], *mode, **HOT).metrics
+    uncut = linear_policy_loss(x["hidden"], x["head"], *mode, **HOT).metrics
     cut = linear_policy_loss(x["hidden"], x["head"], *mode, chunk_rows=4, **HOT).metrics
-    for k in whole:
-        torch.testing.assert_close(whole[k].double(), cut[k].double())
-    assert whole["tokens"] == T and whole["importance_truncated"] == 0 and whole["max_logprob"] <= 0
+    for k in uncut:
+        torch.testing.assert_close(uncut[k].double(), cut[k].double())
+    assert uncut["tokens"] == T and uncut["importance_truncated"] == 0 and uncut["max_logprob"] <= 0
     lp = linear_logprobs(x["hidden"], x["head"], x["targets"], temperature=0.7)[0]
     r, a = (lp - x["behavior"]).exp(), x["advantages"][x["ids"]]
-    assert whole["clip_high"] == ((r > 1.2) & (a > 0)).sum() and whole["clip_low"] == ((r < 0.8) & (a < 0)).sum()
-    assert whole["max_logprob_diff"] == (lp - x["behavior"]).abs().max()
+    assert uncut["clip_high"] == ((r > 1.2) & (a > 0)).sum() and uncut["clip_low"] == ((r < 0.8) & (a < 0)).sum()
+    assert uncut["max_logprob_diff"] == (lp - x["behavior"]).abs().max()
 
 
 @settings(max_examples=40, deadline=None)
@@ -481,14 +567,14 @@ def test_outcomes_give_the_bits_of_advantages_computed_beforehand(backend, dtype
     elif cpu_extension() is None:
         pytest.skip("the extension is not built")
     x, g = inputs(), torch.Generator().manual_seed(5)
-    found = Outcomes(torch.tensor([1, 0, 1, 1, 0, 0]), torch.randint(1, 14_000, (6,), generator=g),
+    outcomes = Outcomes(torch.tensor([1, 0, 1, 1, 0, 0]), torch.randint(1, 14_000, (6,), generator=g),
                      -torch.rand(6, generator=g), -torch.rand(6, generator=g))  # fmt: skip
-    before = lead_advantages(found, 3, AdvantageOptions(**options)).advantage
+    before = lead_advantages(outcomes, 3, AdvantageOptions(**options)).advantage
     tokens = Tokens(x["targets"], torch.arange(T) % 6, x["behavior"], x["behavior"], x["reference"])
     weights = torch.tensor([0.2, 0.0, 0.3, 0.1, 0.4, 0.5])
     results = []
-    for given_ in (before, Groups(found, 3, AdvantageOptions(**options)),
-                   Groups(found.table(), 3, AdvantageOptions(**options))):  # fmt: skip
+    for given_ in (before, Groups(outcomes, 3, AdvantageOptions(**options)),
+                   Groups(outcomes.table(), 3, AdvantageOptions(**options))):  # fmt: skip
         hidden, head = (x[k].to(dtype, copy=True).requires_grad_() for k in ("hidden", "head"))
         out = linear_policy_loss(hidden, head, tokens, Sequences(weights, given_), chunk_rows=5)
         logits = (x["hidden"] @ x["head"].T).to(dtype, copy=True).requires_grad_()
@@ -502,7 +588,7 @@ def test_outcomes_give_the_bits_of_advantages_computed_beforehand(backend, dtype
     for i in range(6):
         at = one._replace(sequence_ids=torch.tensor([i]))
         loss = policy_loss(
-            torch.zeros(1, 3), at, Sequences(torch.ones(6), Groups(found, 3, AdvantageOptions(**options)))
+            torch.zeros(1, 3), at, Sequences(torch.ones(6), Groups(outcomes, 3, AdvantageOptions(**options)))
         )
         assert torch.equal(-loss.loss, before[i])
 

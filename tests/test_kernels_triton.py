@@ -157,7 +157,7 @@ def test_backward_again_gives_the_same_again(factor: float, keep: bool):
     if keep:
         kept = [g.clone() for g in first]
         for g in first:
-            g.zero_()  # what a caller does with a gradient is his affair
+            g.zero_()  # a caller may overwrite a gradient
         torch.testing.assert_close(torch.autograd.grad(loss, (h, w)), tuple(kept))
     exact = torch.autograd.grad(linear_policy_loss(h.double(), w.double(), *common).loss * factor, (h, w))
     torch.testing.assert_close(kept if keep else list(first), list(exact), atol=1e-5, rtol=1e-4)

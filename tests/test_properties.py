@@ -180,12 +180,12 @@ def test_a_pack_predicts_every_response_token_from_the_token_before_it(sizes):
     pack = make_pack(range(len(sizes)), prompts, responses, logprobs, CPU)
     row = 0
     for s, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        whole = prompt + response
+        sequence = prompt + response
         for k in range(len(response)):
             at = int(pack.rows_R[row])
             assert pack.targets_R[row] == response[k] and pack.behavior_R[row] == logprobs[s][k]
             assert pack.sequence_ids_R[row] == s and pack.position_ids_T[at] == len(prompt) + k - 1
-            assert pack.input_ids_T[at] == whole[len(prompt) + k - 1]
+            assert pack.input_ids_T[at] == sequence[len(prompt) + k - 1]
             row += 1
     assert row == len(pack.rows_R) and pack.lengths == [p + r - 1 for p, r in sizes]
 
@@ -207,7 +207,7 @@ BALANCED = st.recursive(
 
 @given(TEXT, BALANCED, st.text(alphabet="abc }).\n", max_size=20))
 @LAW
-def test_the_last_box_is_found_whatever_stands_around_it(before, inside, after):
+def test_the_last_box_is_extracted_whatever_stands_around_it(before, inside, after):
     assert extract_boxed(before + "\\boxed{" + inside + "}" + after) == inside.strip() or before.endswith("\\")
 
 
@@ -234,7 +234,7 @@ def test_what_is_no_answer_is_right_to_nobody_and_anything_equals_itself_or_is_l
 
 @given(st.integers(-(10**12), 10**12), st.integers(-(10**12), 10**12))
 @LAW
-def test_whole_numbers_are_equal_when_they_are(a, b):
+def test_integers_are_equal_when_they_are(a, b):
     assert quick(str(a), str(b)) is (a == b) and quick(f"+{abs(a)}", f"{abs(a):,}") is True
 
 
@@ -264,9 +264,9 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / (T 
 """
 
 
-def test_logits_are_never_whole_and_what_a_pack_leaves_behind_holds_no_graph():
+def test_logits_are_never_all_in_memory_and_what_a_pack_leaves_behind_holds_no_graph():
     env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    share, kept = done.stdout.split()
-    assert float(share) < 0.5 and kept == "False"  # of the T x V matrix's bytes, 655 MB
+    fraction, kept = done.stdout.split()
+    assert float(fraction) < 0.5 and kept == "False"  # of the T x V matrix's bytes, 655 MB

@@ -1,4 +1,4 @@
-"""Kernels for GRPO-LEAD: from raw outcomes to the gradient, without a whole matrix of logits."""
+"""Kernels for GRPO-LEAD: from raw outcomes to the gradient, without the full matrix of logits."""
 
 from .advantage import lead_advantages
 from .linear_logprobs import linear_logprobs

@@ -18,6 +18,8 @@ def chunk_size(rows: int, head: torch.Tensor, chunk_rows: int | None) -> int:
 
     On a GPU that is up to 7,061 rows of V = 152,064 in bf16: enough for the products to run at full rate.
     """
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"chunk_rows is {chunk_rows}: give 1 or more, or None.")
     fit = chunk_rows or max(1, CHUNK_BYTES.get(head.device.type, 2 << 30) // (head.shape[0] * head.element_size()))
     return -(-max(1, rows) // -(-max(1, rows) // fit))
 
@@ -79,15 +81,14 @@ def local(weight: torch.Tensor, name: str) -> torch.Tensor:
     return weight
 
 
-def check_shapes(hidden: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor) -> None:
+def check_shapes(hidden: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | None) -> None:
     """Raise ValueError for shapes or dtypes that do not fit together."""
-    if hidden.dim() != 2 or head.dim() != 2 or hidden.shape[1] != head.shape[1] or targets.shape != hidden.shape[:1]:
+    if hidden.dim() != 2 or head.dim() != 2 or hidden.shape[1] != head.shape[1] or not head.shape[0]:
         raise ValueError(
-            f"hidden is {list(hidden.shape)}, head_weight {list(head.shape)} and targets {list(targets.shape)}: "
-            "give [T, D], [V, D] and [T]."
+            f"hidden is {list(hidden.shape)} and head_weight {list(head.shape)}: give [T, D] and [V, D], V above 0."
         )
-    if hidden.dtype != head.dtype:
-        raise ValueError(f"hidden is {hidden.dtype} and head_weight {head.dtype}: give one dtype.")
+    if hidden.dtype != head.dtype or not hidden.is_floating_point():
+        raise ValueError(f"hidden is {hidden.dtype} and head_weight {head.dtype}: give one float dtype.")
     if bias is not None and (bias.shape != head.shape[:1] or bias.dtype != head.dtype):
         raise ValueError(
             f"head_bias is {bias.dtype} {list(bias.shape)} and head_weight {head.dtype} {list(head.shape)}: "

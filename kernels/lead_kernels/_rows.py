@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ._checks import refuse_second_derivative
 from .options import Softmax
 
 
@@ -103,6 +104,7 @@ class Ready(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, factor: torch.Tensor):  # type: ignore[override]
+        refuse_second_derivative()
         grads, again = ctx.grads, torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore
         if grads is None:
             raise RuntimeError("backward through this loss a second time: give retain_graph=True to the first.")

@@ -76,7 +76,7 @@ def group_advantage(table_ptr, first, size, options, BLOCK: tl.constexpr):
     length = tl.load(row_ptr + 1, mask=member, other=0.0)
     wrong = tl.load(row_ptr + 2, mask=member, other=0.0)
     bonus = tl.load(row_ptr + 3, mask=member, other=0.0)
-    count = total(tl.where(member, 1.0, 0.0))  # not from size: an argument that is 1 is no tensor
+    count = total(tl.where(member, 1.0, 0.0))  # not from size: an argument that is 1 is not a tensor
     correct = member & right
     n = total(tl.where(correct, 1.0, 0.0))
 

@@ -40,7 +40,7 @@ def lead_advantages_reference(table: torch.Tensor, group_size: int, o: Advantage
     correct, length, wrong, bonus = (x.view(-1, group_size) for x in table.unbind(1))
     right = correct != 0
     n = right.sum(1, keepdim=True)
-    share = n.to(table.dtype) / group_size
+    solve_rate = n.to(table.dtype) / group_size
 
     # L: z over the correct responses only.
     mean = (length * right).sum(1, keepdim=True) / n.clamp(min=1)
@@ -51,7 +51,7 @@ def lead_advantages_reference(table: torch.Tensor, group_size: int, o: Advantage
     if o.length_gate > 0 and group_size >= 3:
         shaped = shaped & (length.sort(1).values[:, :3].mean(1, keepdim=True) > o.length_gate)
     if o.length_min_solve_rate > 0:
-        shaped = shaped & (share > o.length_min_solve_rate)
+        shaped = shaped & (solve_rate > o.length_min_solve_rate)
     reward = torch.where(right, torch.where(shaped, torch.exp(-o.alpha * z), 1.0), wrong) + bonus
 
     # Group-relative normalisation. Equal rewards have spread exactly 0.
@@ -67,7 +67,7 @@ def lead_advantages_reference(table: torch.Tensor, group_size: int, o: Advantage
         advantage = off / (((off * off).sum(1, keepdim=True) / (group_size - 1)).sqrt() + o.eps)
 
     # AD: the weight's argument turns with the sign of the advantage.
-    rho = share if o.rate == "correct" else (reward > 0).to(table.dtype).mean(1, keepdim=True)
+    rho = solve_rate if o.rate == "correct" else (reward > 0).to(table.dtype).mean(1, keepdim=True)
     weight = difficulty_weight(rho, o)
     advantage = advantage * torch.where(advantage > 0, weight, difficulty_weight(1 - rho, o))
     if o.nonnegative_correct:

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
+from ._checks import check_rows, check_targets, no_second_derivative, refuse_forward_mode
 from ._head import accumulate, add_product_, add_rows_, check_shapes, chunk_size, computable, local, logits_of
 from ._rows import RowStats, row_gradient_, row_stats
 from .options import Softmax
-from .policy_loss import check_targets
 
 
 @torch.library.custom_op("lead_kernels::linear_logprobs", mutates_args=())
@@ -100,6 +100,7 @@ def _backward(ctx: Any, grad_logprob: torch.Tensor, grad_entropy: torch.Tensor, 
 
 
 linear_logprobs_op.register_autograd(_backward, setup_context=_save)
+linear_logprobs_backward_op.register_autograd(no_second_derivative)
 
 
 def linear_logprobs(
@@ -128,10 +129,14 @@ def linear_logprobs(
     Returns:
         logprobs, entropy: float32 [T] (float64 for float64), differentiable.
     Raises:
-        ValueError: a target outside the vocabulary, a sharded head.
+        ValueError: a target outside the vocabulary (on a GPU an assertion on the device, without a wait), shapes or
+            dtypes that do not fit, a sharded head.
+        NotImplementedError: a second or a forward-mode derivative.
     """
     head, bias = local(head_weight, "head_weight"), None if head_bias is None else local(head_bias, "head_bias")
-    check_shapes(hidden, head, bias, targets)
+    check_shapes(hidden, head, bias)
+    check_rows(hidden.shape[0], targets)
+    refuse_forward_mode(hidden, head, bias)
     step, softmax = chunk_size(hidden.shape[0], head, chunk_rows), Softmax(temperature, softcap).encode()
     logprobs, entropy, _ = torch.ops.lead_kernels.linear_logprobs(hidden, head, bias, targets, softmax, step)
     return logprobs, entropy

@@ -1,4 +1,4 @@
-"""Hidden states and head weight -> policy loss and both gradients, in chunks of rows: logits are never whole.
+"""Hidden states and head weight -> policy loss and both gradients, in chunks of rows of logits.
 
 Per chunk of C rows: logits_CV = hidden_CD head_VD^T + bias_V; loss and d logits by the row kernel of policy_loss.py,
 whose formulas these are; d hidden_CD = dlogits head; d head_VD += dlogits^T hidden; d bias_V += dlogits summed over its
@@ -22,11 +22,17 @@ from typing import Any
 
 import torch
 
+from ._checks import (
+    check_sequence_ids,
+    check_targets,
+    check_tokens,
+    refuse_forward_mode,
+    refuse_second_derivative,
+)
 from ._head import accumulate, add_product_, add_rows_, check_shapes, chunk_size, computable, local, logits_of
 from ._rows import Ready, RowStats, row_stats
 from .options import LossOptions, Softmax
 from .policy_loss import (
-    check_targets,
     compiled_or_no_grad,
     decode_sequences,
     encode_sequences,
@@ -67,6 +73,7 @@ def linear_policy_loss_op(
     chunk, and whether (1 or 0) the gradients of hidden, of head and of bias are asked for.
     """
     check_targets(targets, head.shape[0])
+    check_sequence_ids(sequence_ids, weights.numel())
     tokens = Tokens(targets, sequence_ids, behavior, old, reference)
     (o, softmax), (step, train_hidden, train_head, train_bias) = LossOptions.decode(options), plan
     rows, h, w, b = hidden.shape[0], computable(hidden), computable(head), None if bias is None else computable(bias)
@@ -125,6 +132,7 @@ def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _scale(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple:
     """Scale the gradients, which were taken in the forward; inputs but hidden, head and bias have none."""
+    refuse_second_derivative()
     asked_for = zip(ctx.saved_tensors, ctx.train, strict=True)
     grads = [g * grad_loss.to(g.dtype) if wanted else None for g, wanted in asked_for]
     return *grads, *[None] * (len(ctx.needs_input_grad) - len(grads))
@@ -161,10 +169,15 @@ def linear_policy_loss(
     Returns:
         PolicyLoss: fp32, or fp64 for fp64 inputs.
     Raises:
-        ValueError: shapes or options that do not fit, a target outside the vocabulary, a sharded head.
+        ValueError: a target outside the vocabulary, a sequence id without a sequence (on a GPU both are assertions on
+            the device, without a wait), shapes, dtypes or options that do not fit, what an option needs is missing, a
+            sharded head.
+        NotImplementedError: a second or a forward-mode derivative.
     """
     head, bias = local(head_weight, "head_weight"), None if head_bias is None else local(head_bias, "head_bias")
-    check_shapes(hidden, head, bias, tokens.targets)
+    check_shapes(hidden, head, bias)
+    check_tokens(tokens, hidden.shape[0], options)
+    refuse_forward_mode(hidden, head, bias)
     on, inputs = torch.is_grad_enabled(), (hidden, head, bias)
     train = [int(on and x is not None and x.requires_grad) for x in inputs]
     plan = [chunk_size(hidden.shape[0], head, chunk_rows), *train]

@@ -49,7 +49,7 @@ class Softmax(NamedTuple):
 class LossOptions:
     """The clipped policy loss; formulas in policy_loss.py.
 
-    Temperature and soft cap are no fields. They say how the tokens were sampled and what the model does, not what is
+    Temperature and soft cap are not fields. They say how the tokens were sampled and what the model does, not what is
     made of it: the trainer's key is rollout.temperature, and a field here would become a second key, loss.temperature,
     that could contradict it. The public functions take them as keywords, as `linear_logprobs` does, and they travel at
     the end of the list.

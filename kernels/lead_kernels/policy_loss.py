@@ -31,6 +31,14 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from ._checks import (
+    check_logits,
+    check_sequence_ids,
+    check_targets,
+    check_tokens,
+    refuse_forward_mode,
+    refuse_second_derivative,
+)
 from ._rows import Ready, RowStats, in_triton, row_gradient_, row_stats
 from .advantage import lead_advantages
 from .options import LossOptions, Softmax
@@ -85,16 +93,6 @@ def loss_weights(
     if constant is None or constant <= 0:
         raise ValueError(f"mean is 'constant' and constant is {constant}: give the number of tokens to divide by.")
     return torch.full_like(lengths, 1.0 / (n_sequences * constant))
-
-
-def check_targets(targets: torch.Tensor, vocabulary: int) -> None:
-    """Raise ValueError if a target is no column of the logits; on a GPU the error is asynchronous, without a wait."""
-    if targets.is_cuda:
-        inside = ((targets >= 0) & (targets < vocabulary)).all()
-        return torch._assert_async(inside, f"a target is outside the vocabulary of {vocabulary}")  # type: ignore
-    if targets.numel() and (int(targets.min()) < 0 or int(targets.max()) >= vocabulary):
-        bad = targets[(targets < 0) | (targets >= vocabulary)][0]
-        raise ValueError(f"target {int(bad)} is outside the vocabulary of {vocabulary}: check tokenizer and head.")
 
 
 def rows_loss(
@@ -260,6 +258,7 @@ def logits_loss_(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """loss, log-probs [T], entropy [T], metrics [12]; the gradient as in `policy_rows_`."""
     check_targets(tokens.targets, logits.shape[1])
+    check_sequence_ids(tokens.sequence_ids, sequences.weights.numel())
     terms = SequenceTerms()
     if needs_first_pass(options):
         row = RowStats(*row_stats(logits, tokens.targets, softmax).unbind(1))
@@ -320,6 +319,7 @@ def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _scale(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple:
     """Scale the gradient, which was taken in the forward; inputs but the logits have none."""
+    refuse_second_derivative()
     (grad,) = ctx.saved_tensors
     return grad * grad_loss.to(grad.dtype) if grad.dim() == 2 else None, *[None] * (len(ctx.needs_input_grad) - 1)
 
@@ -347,7 +347,7 @@ def policy_loss(
     softcap: float | None = None,
     inplace: bool = False,
 ) -> PolicyLoss:
-    """Policy loss of packed rows of logits.
+    """Compute the policy loss of packed rows of logits, differentiable once in them.
 
     Args:
         logits: [T, V], bf16, fp16, fp32 or fp64.
@@ -361,8 +361,13 @@ def policy_loss(
     Returns:
         PolicyLoss: fp32, or fp64 for fp64 logits.
     Raises:
-        ValueError: a target outside the vocabulary, shapes or options that do not fit.
+        ValueError: a target outside the vocabulary, a sequence id without a sequence (on a GPU both are assertions on
+            the device, without a wait), shapes, dtypes or options that do not fit, or what an option needs is missing.
+        NotImplementedError: a second or a forward-mode derivative.
     """
+    check_logits(logits)
+    check_tokens(tokens, logits.shape[0], options)
+    refuse_forward_mode(logits)
     train = logits.requires_grad and torch.is_grad_enabled()
     softmax = Softmax(temperature, softcap)
     encoded = options.encode(softmax)

@@ -257,7 +257,7 @@ def run_pack(c: Config, shape: Any, ranks: Ranks, lengths: Sequence[int], rows: 
                 pass
         tracker = Tracker(policy, optimizer, on_gpu)
         with tracker, Counter() as counter:
-            policy_loss(policy, pack, o, c).loss.backward()
+            policy_loss(policy, pack, o, c, reference_R=pack.behavior_R if c.loss.kl_coef else None).loss.backward()
     out = {"parameters": sum(p.numel() for p in policy.parameters())}
     out |= {f"forward_flops_{n}": policy.flops()(n) for n in (1, 2)}
     out |= dict(counter.counts) | {"sync_bytes": synced.counts["all_gather_bytes"]}

@@ -110,8 +110,8 @@ def row_case(
     weights[0], advantages[1] = 0.0, 0.0
     given: torch.Tensor | Groups = advantages
     if groups:
-        found = Outcomes(torch.tensor([1, 0, 1, 1, 0, 0]), 1000 * torch.arange(4, 10))
-        given = Groups(found.table(), 3, AdvantageOptions(std="mad"))
+        outcomes = Outcomes(torch.tensor([1, 0, 1, 1, 0, 0]), 1000 * torch.arange(4, 10))
+        given = Groups(outcomes.table(), 3, AdvantageOptions(std="mad"))
     tokens = Tokens(targets, ids, *(logp + 0.4 * draw(T) for _ in range(3)))
     by_sequence = options.ratio == "sequence"
     terms = SequenceTerms(*((0.2 * draw(S)[ids] if by_sequence else None) for _ in range(2)))
@@ -256,11 +256,11 @@ def check_fused_advantages(kernels: ModuleType, device: str = "cpu") -> None:
     for seed, (options, size) in enumerate(itertools.product(GROUP_OPTIONS, (1, 7))):
         g = torch.Generator().manual_seed(seed)
         S = 2 * size
-        found = Outcomes(
+        outcomes = Outcomes(
             torch.rand(S, generator=g) < 0.6, torch.randint(1, 14_000, (S,), generator=g), -torch.rand(S, generator=g),
             -torch.rand(S, generator=g),
         )  # fmt: skip
-        groups = Groups(found.table().to(device), size, options)
+        groups = Groups(outcomes.table().to(device), size, options)
         given = LeadAdvantages(*kernels.lead_advantages_triton(groups.table(), size, options)).advantage
         case = on(device, row_case(seed, S, 40, torch.bfloat16, LossOptions(), Softmax(), groups=False))
         tokens = case.tokens._replace(sequence_ids=torch.arange(S, device=device), old=None, behavior=None)

@@ -114,8 +114,8 @@ def _nvidia(asm: Any) -> dict[str, int]:
         return int(re.search(rf"\b{what}:(\d+)", said).group(1))  # type: ignore[union-attr]
 
     def widest(op: str) -> int:
-        found = re.findall(rf"\b{op}\.global\S*?(?:\.v(\d))?\.b(\d+)", asm["ptx"])
-        return max(int(n or 1) * int(bits) // 8 for n, bits in found)
+        widths = re.findall(rf"\b{op}\.global\S*?(?:\.v(\d))?\.b(\d+)", asm["ptx"])
+        return max(int(n or 1) * int(bits) // 8 for n, bits in widths)
 
     return {"registers": number("REG"), "spills": number("STACK") + number("LOCAL"),
             "load_bytes": widest("ld"), "store_bytes": widest("st")}  # fmt: skip
@@ -153,6 +153,7 @@ def every_row() -> Iterator[tuple[str, str, str]]:
 
 
 def resource_table() -> str:
+    """Format the table of docs/kernel_resources.md; compiles every row of it."""
     import triton
 
     columns = ("kernel", "dtype", "target", "block", "warps", "registers", "spills", "shared", "load_bytes",
