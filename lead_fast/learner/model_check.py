@@ -240,12 +240,12 @@ def pack_of(sequences: Sequence[Sequence[int]]) -> Pack:
 
 
 @torch.no_grad()
-def alone(model: Any, sequences: Sequence[Sequence[int]]) -> torch.Tensor:
+def alone(model: Any, sequences: Sequence[Sequence[int]], temperature: float = TEMPERATURE) -> torch.Tensor:
     """Log-probs of every token but the first of each sequence, by transformers' forward on that sequence alone."""
     out = []
     for s in sequences:
         ids = torch.tensor([s])
-        logprobs = (model(ids, use_cache=False).logits[0] / TEMPERATURE).log_softmax(-1)
+        logprobs = (model(ids, use_cache=False).logits[0] / temperature).log_softmax(-1)
         out.append(logprobs[:-1].gather(1, ids[0, 1:, None])[:, 0])
     return torch.cat(out)
 
