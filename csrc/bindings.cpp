@@ -7,6 +7,7 @@
 #include <torch/library.h>
 
 #include <cmath>
+#include <limits>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -16,6 +17,8 @@
 namespace {
 
 using at::Tensor;
+
+constexpr double NO_CAP = std::numeric_limits<double>::infinity();
 
 // The kernels for these logits on this CPU. torch decides, so ATEN_CPU_CAPABILITY is obeyed as by its own kernels.
 const lead::RowKernels& row_kernels(at::ScalarType dtype) {
@@ -72,8 +75,9 @@ void with_type(at::ScalarType dtype, F f) {
 }
 
 // -> [T, 4]: max, log_norm, log-prob of the target, entropy; float32, or float64 for float64.
-Tensor row_stats(const Tensor& logits, const Tensor& targets, double temperature) {
+Tensor row_stats(const Tensor& logits, const Tensor& targets, double temperature, std::optional<double> softcap) {
   check(logits, targets);
+  const double cap = softcap.value_or(NO_CAP);
   const auto& kernels = row_kernels(logits.scalar_type());
   const auto wide = logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   Tensor out = at::empty({logits.size(0), 4}, logits.options().dtype(wide));
@@ -84,21 +88,24 @@ Tensor row_stats(const Tensor& logits, const Tensor& targets, double temperature
     using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
     A* stats = out.mutable_data_ptr<A>();
     each_row(logits, [&](int64_t i, const void* row) {
-      const lead::RowStats s = kernels.stats(row, v, temperature);
-      const double z = static_cast<double>(static_cast<const T*>(row)[target[i]]);
+      const lead::RowStats s = kernels.stats(row, v, temperature, cap);
+      const double y = kernels.capped(static_cast<double>(static_cast<const T*>(row)[target[i]]), cap);
       stats[4 * i] = static_cast<A>(s.max);
       stats[4 * i + 1] = static_cast<A>(s.log_norm);
-      stats[4 * i + 2] = static_cast<A>((z - s.max) / temperature - s.log_norm);
+      stats[4 * i + 2] = static_cast<A>((y - s.max) / temperature - s.log_norm);
       stats[4 * i + 3] = static_cast<A>(s.log_norm - s.mean);
     });
   });
   return out;
 }
 
-// Writes d loss / d logits = (g (onehot_t - p) - h p (log p + H)) / temperature over the logits, or to `out` where given.
+// Writes d loss / d logits = (g (onehot_t - p) - h p (log p + H)) / temperature over the logits, or to `out` where given;
+// times 1 - tanh(logit / softcap)^2 where there is a soft cap.
 void row_gradient_(const Tensor& logits, const Tensor& targets, const Tensor& stats, const Tensor& grad_logprob,
-                   const Tensor& grad_entropy, double temperature, const std::optional<Tensor>& out) {
+                   const Tensor& grad_entropy, double temperature, const std::optional<Tensor>& out,
+                   std::optional<double> softcap) {
   check(logits, targets);
+  const double cap = softcap.value_or(NO_CAP);
   const auto& kernels = row_kernels(logits.scalar_type());
   const auto wide = logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   for (const Tensor& x : {stats, grad_logprob, grad_entropy})
@@ -120,10 +127,13 @@ void row_gradient_(const Tensor& logits, const Tensor& targets, const Tensor& st
       void* grad = to + i * step_bytes;
       const A* s = all + 4 * i;
       const double max = s[0], log_norm = s[1], logprob = s[2], entropy = s[3], gi = g[i], hi = h[i];
-      kernels.gradient(row, grad, v, temperature, max, log_norm, (-gi - hi * (entropy - log_norm)) / temperature,
+      // Read before the row is written over. The cap's derivative is 1 / cosh(z / cap)^2.
+      const double z = static_cast<double>(static_cast<const T*>(row)[target[i]]);
+      const double slope = cap < NO_CAP ? std::pow(std::cosh(z / cap), -2) : 1;
+      kernels.gradient(row, grad, v, temperature, cap, max, log_norm, (-gi - hi * (entropy - log_norm)) / temperature,
                        -hi / temperature);
       const double at_target = -gi * std::expm1(logprob) - (hi == 0 ? 0 : hi * std::exp(logprob) * (logprob + entropy));
-      static_cast<T*>(grad)[target[i]] = static_cast<T>(static_cast<A>(at_target / temperature));
+      static_cast<T*>(grad)[target[i]] = static_cast<T>(static_cast<A>(at_target / temperature * slope));
     });
   });
 }
@@ -164,10 +174,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lead_advantages(const Tensor&
 }  // namespace
 
 TORCH_LIBRARY(lead_kernels_cpu, m) {
-  m.def("row_stats(Tensor logits, Tensor targets, float temperature) -> Tensor");
+  m.def("row_stats(Tensor logits, Tensor targets, float temperature, float? softcap=None) -> Tensor");
   m.def(
       "row_gradient_(Tensor(a!) logits, Tensor targets, Tensor stats, Tensor grad_logprob, Tensor grad_entropy, "
-      "float temperature, Tensor(b!)? out=None) -> ()");
+      "float temperature, Tensor(b!)? out=None, float? softcap=None) -> ()");
   m.def(
       "lead_advantages(Tensor outcomes, int group_size, float[] options) -> (Tensor reward, Tensor advantage, "
       "Tensor solve_rate, Tensor kept, Tensor weight)");

@@ -3,6 +3,9 @@
 //
 //   x = (z - max z) / temperature     log_norm = log sum exp x     mean = sum x exp x / sum exp x
 //
+// With a soft cap c, c tanh(z / c) stands for z throughout, and the gradient is multiplied by 1 - tanh(z / c)^2. It is a
+// template's argument: rows without one pay nothing.
+//
 // Statistics take one look at each logit: every lane keeps its own running maximum m, s = sum exp(z - m) and
 // t = sum (z - m) exp(z - m), four vectors in registers at a time, and rescales s and t where its maximum moves, which
 // in random order happens about log(V) times. Subtracting before dividing by the temperature keeps an offset common to
@@ -73,6 +76,36 @@ struct Power<double> {
   static double of(double x) { return std::exp(x); }
 };
 
+// tanh(u) and its derivative. In float tanh(u) = 1 - 2 q with q = e / (1 + e), e = exp(-2 |u|), and below 0.55, where
+// that would cancel, u times a minimax polynomial in u^2: at most 2 units in the last place. The derivative 4 q (1 - q)
+// keeps its digits where tanh is 1 but for rounding. All sums are explicit multiply-adds, so that the compiler cannot fuse
+// one differently in another place: a row's maximum must have the same bits wherever it is computed.
+template <typename A>
+struct Tanh {
+  Vectorized<A> value, slope;
+};
+
+inline Tanh<float> tanh_of(const Vectorized<float>& u) {
+  using V = Vectorized<float>;
+  const V size = u.abs();
+  const V e = Power<float>::of(at::vec::clamp_min(size * V(-2.88539008f), V(Power<float>::zero)));
+  const V q = e / (V(1.0f) + e);
+  const V square = u * u;
+  V p(-0.00627423963f);
+  p = fmadd(p, square, V(0.0210716780f));
+  p = fmadd(p, square, V(-0.0538523085f));
+  p = fmadd(p, square, V(0.133325860f));
+  p = fmadd(p, square, V(-0.333333164f));
+  const V large = fmadd(q, V(-2.0f), V(1.0f)) | (u & V(-0.0f));
+  return {V::blendv(large, fmadd(p, u * square, u), size < V(0.55f)), V(4.0f) * q * (V(1.0f) - q)};
+}
+
+inline Tanh<double> tanh_of(const Vectorized<double>& u) {
+  using V = Vectorized<double>;
+  const V c = u.cosh();
+  return {u.tanh(), V(1) / (c * c)};
+}
+
 constexpr int UNROLL = 4;
 constexpr int BLOCK = 16;  // steps whose sums are kept apart
 
@@ -97,6 +130,17 @@ struct Row {
       for (int i = 0; i < UNROLL; i += 2) at::vec::convert_from_float<T>(v[i], v[i + 1]).store(z + i * V::size());
     }
   }
+
+  struct Cap {
+    V cap, inverse;
+    explicit Cap(double softcap) : cap(static_cast<A>(softcap)), inverse(static_cast<A>(1 / softcap)) {}
+    // Puts y for a vector of logits; returns dy/dz.
+    V apply(V& z) const {
+      const auto t = tanh_of(z * inverse);
+      z = fmadd(cap, t.value, V(A(0)));  // rounded before anything is subtracted from it
+      return t.slope;
+    }
+  };
 
   // The exponent that a logit has below the maximum; NaN stays NaN.
   static V exponent(const V& z, const V& max, const V& scale) {
@@ -142,8 +186,15 @@ struct Row {
     }
   };
 
-  static RowStats stats(const void* row, int64_t v, double temperature) {
+  static RowStats stats(const void* row, int64_t v, double temperature, double softcap) {
+    return softcap < std::numeric_limits<double>::infinity() ? stats_of<true>(row, v, temperature, softcap)
+                                                             : stats_of<false>(row, v, temperature, softcap);
+  }
+
+  template <bool CAPPED>
+  static RowStats stats_of(const void* row, int64_t v, double temperature, double softcap) {
     const T* z = static_cast<const T*>(row);
+    const Cap cap(softcap);
     const double scale = 1 / (temperature * Power<A>::log_base);
     const V scale_v(static_cast<A>(scale));
     Sums sums;
@@ -151,6 +202,8 @@ struct Row {
     int64_t j = 0;
     for (; j + STEP <= v; j += STEP) {
       load(z + j, part);
+      if constexpr (CAPPED)
+        for (V& x : part) cap.apply(x);
       sums.add(part, scale_v);
     }
     if (j < v) {
@@ -158,6 +211,12 @@ struct Row {
       std::fill(tail, tail + STEP, -std::numeric_limits<T>::infinity());
       std::memcpy(tail, z + j, (v - j) * sizeof(T));
       load(tail, part);
+      if constexpr (CAPPED)
+        for (int i = 0; i < UNROLL; ++i) {
+          cap.apply(part[i]);
+          const int64_t left = std::clamp<int64_t>(v - j - i * V::size(), 0, V::size());
+          part[i] = V::set(V(-std::numeric_limits<A>::infinity()), part[i], left);
+        }
       sums.add(part, scale_v);
     }
     sums.flush();
@@ -176,8 +235,15 @@ struct Row {
     return {double(top), std::log(sum), dot / sum * Power<A>::log_base};
   }
 
-  static void gradient(const void* row, void* out, int64_t v, double temperature, double max, double log_norm, double a,
-                       double b) {
+  static void gradient(const void* row, void* out, int64_t v, double temperature, double softcap, double max,
+                       double log_norm, double a, double b) {
+    (softcap < std::numeric_limits<double>::infinity() ? gradient_of<true> : gradient_of<false>)(
+        row, out, v, temperature, softcap, max, log_norm, a, b);
+  }
+
+  template <bool CAPPED>
+  static void gradient_of(const void* row, void* out, int64_t v, double temperature, double softcap, double max,
+                          double log_norm, double a, double b) {
     const T* z = static_cast<const T*>(row);
     T* grad = static_cast<T*>(out);
     if (a == 0 && b == 0) {
@@ -187,12 +253,16 @@ struct Row {
     const double scale = 1 / (temperature * Power<A>::log_base), norm = std::exp(-log_norm);
     const V scale_v(static_cast<A>(scale)), max_v(static_cast<A>(max));
     const V a_v(static_cast<A>(a * norm)), b_v(static_cast<A>(b * norm * Power<A>::log_base));
+    const Cap cap(softcap);
     const auto step = [&](const T* from, T* to) {
       V x[UNROLL];
       load(from, x);
       for (V& d : x) {
+        V slope;
+        if constexpr (CAPPED) slope = cap.apply(d);
         d = exponent(d, max_v, scale_v);
         d = Power<A>::of(d) * fmadd(b_v, d, a_v);
+        if constexpr (CAPPED) d = d * slope;
       }
       store(to, x);
     };
@@ -207,7 +277,15 @@ struct Row {
     }
   }
 
-  static constexpr RowKernels kernels{&stats, &gradient};
+  static double capped(double z, double softcap) {
+    V y(static_cast<A>(z));
+    if (softcap < std::numeric_limits<double>::infinity()) Cap(softcap).apply(y);
+    A lanes[V::size()];
+    y.store(lanes);
+    return lanes[0];
+  }
+
+  static constexpr RowKernels kernels{&stats, &gradient, &capped};
 };
 
 }  // namespace

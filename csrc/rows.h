@@ -4,20 +4,23 @@
 
 namespace lead {
 
-// Of x = (z - max) / temperature, in double whatever the logits' dtype.
+// Of x = (y - max) / temperature, where y = softcap tanh(z / softcap), or the logit z itself where softcap is infinity;
+// in double whatever the logits' dtype.
 struct RowStats {
-  double max;       // of the raw logits
+  double max;       // of y
   double log_norm;  // log sum exp x, never below 0
   double mean;      // sum p x, never above 0; the entropy is log_norm - mean
 };
 
 struct RowKernels {
   // One pass over a row of v logits.
-  RowStats (*stats)(const void* row, int64_t v, double temperature);
-  // out[j] = p_j (a + b x_j); out may be row. A probability that underflows, as that of a logit of -inf does, gives
-  // exactly 0.
-  void (*gradient)(const void* row, void* out, int64_t v, double temperature, double max, double log_norm, double a,
-                   double b);
+  RowStats (*stats)(const void* row, int64_t v, double temperature, double softcap);
+  // out[j] = p_j (a + b x_j) dy/dz; out may be row. A probability that underflows, as that of a logit of -inf without a
+  // soft cap does, gives exactly 0.
+  void (*gradient)(const void* row, void* out, int64_t v, double temperature, double softcap, double max,
+                   double log_norm, double a, double b);
+  // y of a logit, with the bits that `stats` compares to find the maximum.
+  double (*capped)(double z, double softcap);
 };
 
 // By dtype (float, bfloat16, half, double), for each instruction set that rows.cpp is compiled for.

@@ -12,6 +12,7 @@ import torch
 from lead_kernels import AdvantageOptions, Outcomes
 from lead_kernels._rows import cpu_extension, row_gradient_reference, row_stats_reference
 from lead_kernels.advantage import lead_advantages_reference
+from lead_kernels.options import Softmax
 
 ROOT = Path(__file__).parent.parent
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -34,25 +35,26 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def run(logits, targets, g, h, temperature=1.0):
+def run(logits, targets, g, h, temperature=1.0, softcap=None):
     """Statistics and gradient from csrc; the gradient is written over a copy."""
-    stats = cpp.row_stats(logits, targets, temperature)
+    stats = cpp.row_stats(logits, targets, temperature, softcap)
     grad = logits.clone()
-    cpp.row_gradient_(grad, targets, stats, g, h, temperature)
+    cpp.row_gradient_(grad, targets, stats, g, h, temperature, softcap=softcap)
     return stats, grad
 
 
-def spec(logits, targets, g, h, temperature, dtype):
+def spec(logits, targets, g, h, softmax, dtype):
     z = logits.to(dtype)
-    stats = row_stats_reference(z, targets, temperature)
-    return stats, row_gradient_reference(z, targets, stats, g.to(dtype), h.to(dtype), temperature)
+    stats = row_stats_reference(z, targets, softmax)
+    return stats, row_gradient_reference(z, targets, stats, g.to(dtype), h.to(dtype), softmax)
 
 
-def compare(logits, targets, g, h, temperature=1.0):
+def compare(logits, targets, g, h, temperature=1.0, softcap=None):
     """At most twice the error of the same computation by torch, or a few roundings where torch happens to be exact."""
-    stats, grad = run(logits, targets, g, h, temperature)
-    exact, exact_grad = spec(logits, targets, g, h, temperature, torch.float64)
-    torch_stats, torch_grad = spec(logits, targets, g, h, temperature, wide(logits.dtype))
+    stats, grad = run(logits, targets, g, h, temperature, softcap)
+    softmax = Softmax(temperature, softcap)
+    exact, exact_grad = spec(logits, targets, g, h, softmax, torch.float64)
+    torch_stats, torch_grad = spec(logits, targets, g, h, softmax, wide(logits.dtype))
     # float64: the specification has no more digits than what is compared
     unit = 16 * UNIT[torch.float64] if logits.dtype == torch.float64 else UNIT[torch.float32]
     for name, column in (("max", 0), ("log_norm", 1), ("logprob", 2), ("entropy", 3)):
@@ -66,6 +68,8 @@ def compare(logits, targets, g, h, temperature=1.0):
         baseline = baseline.clamp(min=baseline.mean())
     tiny = torch.finfo(logits.dtype).smallest_normal * torch.finfo(logits.dtype).eps
     room = 2 * baseline + 2 * UNIT[logits.dtype] * exact_grad.abs() + 8 * unit * exact_grad.abs().amax(1, keepdim=True)
+    if logits.dtype == torch.float64:  # and its onehot - p cancels where p is nearly 1
+        room += unit * (g.abs() + h.abs())[:, None] / temperature
     assert (error <= room + tiny).all(), f"gradient: error {error.amax():.2e}, torch's {baseline.amax():.2e}"
 
 
@@ -100,6 +104,42 @@ def test_temperatures(dtype, temperature):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_offsets(dtype, offset):
     compare(*rows((3, 3001), dtype, offset))
+
+
+@pytest.mark.parametrize("scale, softcap", [(0.1, 50.0), (3.0, 15.0), (20.0, 30.0), (99.0, 3.0), (3.0, 1e4)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_soft_caps(dtype, scale, softcap):
+    """Hardly bent, bent, saturated with ties at the cap, and a cap out of reach."""
+    for shape in ((6, 1), (6, 7), (3, 3001)):
+        compare(*rows(shape, dtype, scale=scale), 0.7, softcap)
+
+
+def test_a_soft_cap_keeps_the_digits_of_small_and_of_saturated_logits():
+    """tanh within 2 units in the last place, and its derivative within 8 where tanh itself is 1."""
+    u = torch.cat([torch.linspace(-12, 12, 100_001), torch.logspace(-30, 0, 1000), torch.tensor([0.0, 0.55, 200.0])])
+    z = 4 * u[:, None]
+    stats = cpp.row_stats(z, torch.zeros(len(u), dtype=torch.int64), 1.0, 4.0)
+    exact = 4 * torch.tanh(z[:, 0].double() / 4)
+    ulp = torch.nextafter(exact.float().abs(), torch.tensor(torch.inf)) - exact.float().abs()
+    assert ((stats[:, 0] - exact).abs() <= 2 * ulp).all()
+    # Two equal logits: p is 1/2 whatever they are, so the gradient of the one that is not the target is -g slope / 2.
+    pairs = z.expand(-1, 2).contiguous()
+    stats = torch.stack([stats[:, 0], torch.full_like(u, 2.0).log(), -torch.full_like(u, 2.0).log(), 0 * u], 1)
+    ones, grad = torch.ones_like(u), torch.empty_like(pairs)
+    cpp.row_gradient_(pairs, torch.zeros(len(u), dtype=torch.int64), stats, ones, 0 * u, 1.0, grad, 4.0)
+    slope = torch.cosh(z.double() / 4) ** -2
+    torch.testing.assert_close(grad[:, 1:].double(), -slope / 2, rtol=3e-6, atol=1e-37)
+    torch.testing.assert_close(grad[:, :1].double(), slope / 2, rtol=3e-6, atol=1e-37)
+
+
+def test_capped_logits_of_minus_infinity_have_the_probability_of_minus_the_cap():
+    logits = torch.tensor([[-torch.inf, 0.0, torch.inf], [0.0, -torch.inf, torch.nan]])
+    ones = torch.ones(2)
+    stats, grad = run(logits, torch.tensor([0, 1]), ones, ones, 1.0, 2.0)
+    expected = torch.tensor([-2.0, 0.0, 2.0]).log_softmax(0)[0]
+    torch.testing.assert_close(stats[0, 2], expected)
+    assert grad[0, 0] == 0 and grad[0, 2] == 0 and grad[0].isfinite().all()
+    assert stats[1, 2:].isnan().all() and grad[1].isnan().all()
 
 
 @pytest.mark.parametrize("order", ["ascending", "descending"])

@@ -24,6 +24,7 @@ from lead_kernels import (
 )
 from lead_kernels._head import add_in_slices_
 from lead_kernels._rows import cpu_extension
+from lead_kernels.options import Softmax
 
 pytestmark = pytest.mark.quick
 
@@ -173,16 +174,18 @@ def inputs(seed: int = 0) -> dict[str, torch.Tensor]:
         return torch.randn(*shape, dtype=torch.float64, generator=g)
 
     return {
-        "hidden": 0.6 * draw(T, D), "head": draw(V, D), "targets": torch.randint(V, (T,), generator=g),
+        "hidden": 0.6 * draw(T, D), "head": draw(V, D), "bias": draw(V), "targets": torch.randint(V, (T,), generator=g),
         "ids": torch.arange(T) % S, "advantages": draw(S), "weights": draw(S).abs(),
         "behavior": -2 * draw(T).abs(), "reference": -2 * draw(T).abs(),
     }  # fmt: skip
 
 
-def specification(x, *, ratio, entropy, kl, dual, cap, level, old, temperature=0.7):
+def specification(x, *, ratio, entropy, kl, dual, cap, level, old, temperature=0.7, softcap=None, biased=False):
     """The loss by its formulas and autograd alone, in fp64."""
-    hidden, head = (x[k].clone().requires_grad_() for k in ("hidden", "head"))
-    logp = (hidden @ head.T / temperature).log_softmax(-1)
+    hidden, head, bias = (x[k].clone().requires_grad_() for k in ("hidden", "head", "bias"))
+    z = hidden @ head.T + (bias if biased else 0)
+    y = z if softcap is None else softcap * torch.tanh(z / softcap)
+    logp = (y / temperature).log_softmax(-1)
     lp, h = logp.gather(1, x["targets"][:, None])[:, 0], -(logp.exp() * logp).sum(1)
     a, u = x["advantages"][x["ids"]], x["weights"][x["ids"]]
     base = x["behavior"] if old else lp.detach()
@@ -203,7 +206,7 @@ def specification(x, *, ratio, entropy, kl, dual, cap, level, old, temperature=0
     k = {"k1": -d, "k2": 0.5 * d * d, "k3": d.exp() - 1 - d}[kl]
     total = (u * (loss + 0.1 * k - entropy * h)).sum()
     total.backward()
-    return total.detach(), hidden.grad, head.grad
+    return total.detach(), hidden.grad, head.grad, bias.grad
 
 
 def arguments(x, *, ratio, entropy, kl, dual, cap, level, old):
@@ -224,19 +227,24 @@ def test_every_mode_equals_its_formula_with_gradients():
         x = inputs(seed)
         mode = {"ratio": ratio, "entropy": entropy, "kl": kl, "dual": dual, "cap": cap, "old": old,
                 "level": "sequence" if ratio == "sequence" or seed % 2 else "token"}  # fmt: skip
-        loss, d_hidden, d_head = specification(x, **mode)
+        biased, capped = seed // 4 % 2 == 0, HOT | {"softcap": 2.0 if seed // 2 % 2 == 0 else None}
+        loss, *expected = specification(x, **mode, **capped, biased=biased)
         for rows in (None, 7):
-            hidden, head = (x[k].clone().requires_grad_() for k in ("hidden", "head"))
-            out = linear_policy_loss(hidden, head, *arguments(x, **mode), chunk_rows=rows, **HOT)
+            hidden, head, bias = (x[k].clone().requires_grad_() for k in ("hidden", "head", "bias"))
+            head_bias = bias if biased else None
+            common = dict(chunk_rows=rows, head_bias=head_bias) | capped
+            out = linear_policy_loss(hidden, head, *arguments(x, **mode), **common)
             (3 * out.loss).backward()
             torch.testing.assert_close(out.loss.detach(), loss, atol=1e-12, rtol=1e-10)
-            torch.testing.assert_close(hidden.grad, 3 * d_hidden, atol=1e-10, rtol=1e-9)
-            torch.testing.assert_close(head.grad, 3 * d_head, atol=1e-10, rtol=1e-9)
-        logits = (x["hidden"] @ x["head"].T).requires_grad_()
-        again = policy_loss(logits, *arguments(x, **mode), **HOT)
+            for got, exact in zip((hidden.grad, head.grad, bias.grad), expected, strict=True):
+                assert (got is None) == (exact is None)
+                if exact is not None:
+                    torch.testing.assert_close(got, 3 * exact, atol=1e-10, rtol=1e-9)
+        logits = (x["hidden"] @ x["head"].T + (x["bias"] if biased else 0)).requires_grad_()
+        again = policy_loss(logits, *arguments(x, **mode), **capped)
         again.loss.backward()
         torch.testing.assert_close(again.loss.detach(), loss, atol=1e-12, rtol=1e-10)
-        torch.testing.assert_close(logits.grad @ x["head"], d_hidden, atol=1e-10, rtol=1e-9)
+        torch.testing.assert_close(logits.grad @ x["head"], expected[0], atol=1e-10, rtol=1e-9)
 
 
 def test_a_sequence_ratio_refuses_a_token_weight():
@@ -249,20 +257,27 @@ def test_a_sequence_ratio_refuses_a_token_weight():
 BASIC = dict(ratio="token", entropy=0.05, kl="k3", dual=None, cap=None, level="token", old=True)
 
 
-@pytest.mark.parametrize("train", ["hidden", "head"])
+@pytest.mark.parametrize("train", ["hidden", "head", "bias"])
 def test_gradient_for_one_alone(train):
     x = inputs()
-    _, d_hidden, d_head = specification(x, **BASIC)
-    given = {k: x[k].clone().requires_grad_(k == train) for k in ("hidden", "head")}
-    linear_policy_loss(given["hidden"], given["head"], *arguments(x, **BASIC), **HOT).loss.backward()
-    torch.testing.assert_close(given[train].grad, d_hidden if train == "hidden" else d_head, atol=1e-10, rtol=1e-9)
-    assert next(v for k, v in given.items() if k != train).grad is None
+    _, *expected = specification(x, **BASIC, softcap=1.5, biased=True)
+    given = {k: x[k].clone().requires_grad_(k == train) for k in ("hidden", "head", "bias")}
+    hidden, head, bias = given.values()
+    common = dict(softcap=1.5, head_bias=bias, **HOT)
+    linear_policy_loss(hidden, head, *arguments(x, **BASIC), **common).loss.backward()
+    for (name, tensor), exact in zip(given.items(), expected, strict=True):
+        if name == train:
+            torch.testing.assert_close(tensor.grad, exact, atol=1e-10, rtol=1e-9)
+        else:
+            assert tensor.grad is None
+    linear_logprobs(hidden, head, x["targets"], **common)[0].sum().backward()
+    assert [t.grad is not None for t in given.values()] == [k == train for k in given]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("vocabulary", [1, 7, 1003])
-@pytest.mark.parametrize("offset", [0.0, 1e4])
-def test_half_precision_is_as_good_as_torch_from_the_same_rounded_logits(dtype, vocabulary, offset):
+@pytest.mark.parametrize("offset, softcap", [(0.0, None), (1e4, None), (0.0, 6.0)])
+def test_half_precision_is_as_good_as_torch_from_the_same_rounded_logits(dtype, vocabulary, offset, softcap):
     if offset and dtype == torch.float16:
         pytest.skip("1e4 with differences below 8 is not representable in fp16")
     g = torch.Generator().manual_seed(vocabulary)
@@ -273,13 +288,14 @@ def test_half_precision_is_as_good_as_torch_from_the_same_rounded_logits(dtype, 
 
     def run(x):
         x = x.clone().requires_grad_()
-        out = policy_loss(x, *common)
+        out = policy_loss(x, *common, softcap=softcap)
         out.loss.backward()
         return out.logprobs.double(), x.grad.double()
 
     logp, grad = run(logits)
     exact_logp, exact_grad = run(logits.double())
-    base = logits.float().log_softmax(-1).gather(1, targets[:, None])[:, 0].double()
+    y = logits.float() if softcap is None else softcap * torch.tanh(logits.float() / softcap)
+    base = y.log_softmax(-1).gather(1, targets[:, None])[:, 0].double()
     assert (logp <= 0).all()
     assert (logp - exact_logp).abs().max() <= 2 * (base - exact_logp).abs().max() + 1e-7
     assert (grad - exact_grad).abs().max() <= 2 * torch.finfo(dtype).eps * exact_grad.abs().max() + 2e-6
@@ -346,14 +362,60 @@ def test_an_older_torch_adds_products_in_slices(monkeypatch: pytest.MonkeyPatch)
     assert torch.allclose(total, expected, rtol=1e-6, atol=1e-6) and sizes == [2048, 52] * 2
 
 
-def test_linear_logprobs_with_gradients():
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_linear_logprobs_with_gradients(softcap):
     x = inputs()
-    h, w = (x[k].clone().requires_grad_() for k in ("hidden", "head"))
-    run = lambda h, w: linear_logprobs(h, w, x["targets"], temperature=0.7, chunk_rows=5)  # noqa: E731
-    assert torch.autograd.gradcheck(run, (h, w))
-    logp = (x["hidden"] @ x["head"].T / 0.7).log_softmax(-1)
-    torch.testing.assert_close(run(h, w)[0].detach(), logp.gather(1, x["targets"][:, None])[:, 0])
-    torch.testing.assert_close(run(h, w)[1].detach(), -(logp.exp() * logp).sum(1))
+    trained = [x[k].clone().requires_grad_() for k in ("hidden", "head", "bias")]
+
+    def run(h, w, b):
+        return linear_logprobs(h, w, x["targets"], temperature=0.7, softcap=softcap, head_bias=b, chunk_rows=5)
+
+    assert torch.autograd.gradcheck(run, trained)
+    z = x["hidden"] @ x["head"].T + x["bias"]
+    logp = ((z if softcap is None else softcap * torch.tanh(z / softcap)) / 0.7).log_softmax(-1)
+    torch.testing.assert_close(run(*trained)[0].detach(), logp.gather(1, x["targets"][:, None])[:, 0])
+    torch.testing.assert_close(run(*trained)[1].detach(), -(logp.exp() * logp).sum(1))
+
+
+def test_a_bias_is_added_before_the_logits_are_rounded_and_its_gradient_is_summed_in_float32():
+    """4,000 rows of equal gradients in bfloat16: a running sum in bfloat16 would stop at 256 of them."""
+    x, rows = inputs(), 4000
+    hidden, head = torch.zeros(rows, D, dtype=torch.bfloat16), x["head"].bfloat16()
+    bias = x["bias"].bfloat16().requires_grad_()
+    targets = torch.zeros(rows, dtype=torch.int64)
+    runs = []
+    for _ in range(2):
+        bias.grad = None
+        logp, _ = linear_logprobs(hidden, head, targets, head_bias=bias, chunk_rows=700)
+        logp.sum().backward()
+        runs.append(bias.grad.clone())
+    assert torch.equal(*runs)
+    exact = rows * (torch.nn.functional.one_hot(torch.tensor(0), V) - bias.detach().double().softmax(0))
+    torch.testing.assert_close(runs[0].double(), exact, rtol=2**-7, atol=0)
+    linear = torch.nn.functional.linear(x["hidden"].bfloat16(), head, bias.detach()).float().log_softmax(-1)
+    logp, _ = linear_logprobs(x["hidden"].bfloat16(), head, x["targets"], head_bias=bias.detach())
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():  # else the product is taken in float32, with more digits
+        torch.testing.assert_close(logp, linear.gather(1, x["targets"][:, None])[:, 0])
+
+
+def test_multipliers_of_the_logits_are_folded_into_temperature_and_cap():
+    x = inputs()
+    z = x["hidden"] @ x["head"].T
+    for before, after, cap in ((0.25, 1.0, 2.0), (1.0, 3.0, 2.0), (0.5, 1.5, 4.0)):
+        logp = (after * cap * torch.tanh(before * z / cap) / 0.7).log_softmax(-1).gather(1, x["targets"][:, None])[:, 0]
+        folded = dict(softcap=cap / before, temperature=0.7 / (after * before))
+        torch.testing.assert_close(linear_logprobs(x["hidden"], x["head"], x["targets"], **folded)[0], logp)
+
+
+@pytest.mark.parametrize("bias", [torch.zeros(V + 1), torch.zeros(V, 1), torch.zeros(V, dtype=torch.float64)], ids=str)
+def test_a_bias_that_does_not_fit_is_refused(bias):
+    x = {k: v.float() if v.is_floating_point() else v for k, v in inputs().items()}
+    for call in (
+        lambda: linear_logprobs(x["hidden"], x["head"], x["targets"], head_bias=bias),
+        lambda: linear_policy_loss(x["hidden"], x["head"], *arguments(x, **BASIC), head_bias=bias),
+    ):
+        with pytest.raises(ValueError, match=r"head_bias is .* give \[V\] in the head's dtype"):
+            call()
 
 
 def test_loss_weights_make_the_means_they_name():
@@ -452,7 +514,8 @@ EVERY_ADVANTAGE = AdvantageOptions(False, 0.5, False, 0.25, 2.0, 3.0, 0.5, 1e-3,
 
 def test_options_survive_their_list_of_numbers():
     for options in (LossOptions(), EVERY_LOSS):
-        assert LossOptions.decode(options.encode(0.75)) == (options, 0.75)
+        for softmax in (Softmax(0.75), Softmax(1.5, 30.0)):
+            assert LossOptions.decode(options.encode(softmax)) == (options, softmax)
     for options in (AdvantageOptions(), EVERY_ADVANTAGE):
         assert AdvantageOptions.decode(options.encode()) == options
         groups = Groups.decode(*Groups(torch.zeros(6, 4), 3, options).encode())
@@ -467,7 +530,7 @@ def test_a_subclass_with_further_fields_travels_as_the_options_it_inherits():
     class Section(LossOptions):
         mean: str = "token"
 
-    assert LossOptions.decode(Section(kl_coef=0.5).encode(1.0)) == (LossOptions(kl_coef=0.5), 1.0)
+    assert LossOptions.decode(Section(kl_coef=0.5).encode(Softmax())) == (LossOptions(kl_coef=0.5), Softmax())
 
 
 WRONG_VALUES = [
@@ -492,10 +555,19 @@ def test_a_wrong_value_is_named_with_a_remedy(record, values, says):
     assert str(e.value) == says
 
 
-def test_a_temperature_of_0_is_refused():
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["temperature", "softcap"])
+def test_a_temperature_or_a_cap_out_of_range_is_refused(name, value):
     x = inputs()
-    with pytest.raises(ValueError, match="temperature is 0.0: give a value above 0"):
-        linear_policy_loss(x["hidden"], x["head"], *arguments(x, **BASIC), temperature=0.0)
+    given, z = {name: value}, x["hidden"] @ x["head"].T
+    for call in (
+        lambda: linear_policy_loss(x["hidden"], x["head"], *arguments(x, **BASIC), **given),
+        lambda: policy_loss(z, *arguments(x, **BASIC), **given),
+        lambda: policy_loss(z, *arguments(x, **BASIC), inplace=True, **given),
+        lambda: linear_logprobs(x["hidden"], x["head"], x["targets"], **given),
+    ):
+        with pytest.raises(ValueError, match=f"{name} is {value}: give a finite value above 0"):
+            call()
 
 
 def test_shapes_of_outcomes_and_sequences_that_do_not_fit():

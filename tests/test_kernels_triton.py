@@ -30,6 +30,7 @@ from lead_kernels import (  # noqa: E402
     linear_policy_loss,
     policy_loss,
 )
+from lead_kernels.options import Softmax  # noqa: E402
 from lead_kernels.testing import mutants, oracle, resources  # noqa: E402
 
 
@@ -97,17 +98,19 @@ def test_the_public_functions_run_the_kernels(monkeypatch: pytest.MonkeyPatch):
             _triton_rows, name, lambda *a, real=real, name=name, **k: (launched.append(name), real(*a, **k))[1]
         )
     hidden, head, tokens, weights = case()
-    sequences, ratio = Sequences(weights, GROUPS), LossOptions(ratio="sequence")
+    sequences, ratio, bias = Sequences(weights, GROUPS), LossOptions(ratio="sequence"), torch.linspace(-1, 1, len(head))
     results = []
     for dtype in (torch.float32, torch.float64):  # float64 is the specification, not Triton
-        h, w = (x.to(dtype, copy=True).requires_grad_() for x in (hidden, head))
-        out = linear_policy_loss(h, w, tokens, sequences, ratio, chunk_rows=4)
-        (out.loss + linear_logprobs(h, w, tokens.targets, chunk_rows=5)[0].sum()).backward()
+        h, w, b = (x.to(dtype, copy=True).requires_grad_() for x in (hidden, head, bias))
+        more: dict = {"softcap": 3.0, "head_bias": b}
+        out = linear_policy_loss(h, w, tokens, sequences, ratio, chunk_rows=4, **more)
+        (out.loss + linear_logprobs(h, w, tokens.targets, chunk_rows=5, **more)[0].sum()).backward()
         z = (hidden @ head.T).to(dtype, copy=True).requires_grad_()
-        direct = policy_loss(z, tokens, sequences)
+        direct = policy_loss(z, tokens, sequences, softcap=2.0)
         direct.loss.backward()
-        assert h.grad is not None and w.grad is not None and z.grad is not None
-        results.append([out.loss.detach(), h.grad, w.grad, z.grad, direct.loss.detach(), *direct.metrics.values()])
+        grads = [x.grad for x in (h, w, b, z)]
+        assert all(g is not None for g in grads)
+        results.append([out.loss.detach(), *grads, direct.loss.detach(), *direct.metrics.values()])
     assert set(launched) == {"policy_rows_triton", "row_stats_triton", "row_gradient_triton_", "lead_advantages_triton"}
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a.double(), b.double(), atol=2e-4, rtol=2e-5)
@@ -128,13 +131,14 @@ def test_the_row_kernel_needs_no_launch_for_its_advantages(monkeypatch: pytest.M
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
-def test_in_place_gives_the_same_gradient_over_the_logits():
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_in_place_gives_the_same_gradient_over_the_logits(softcap: float | None):
     hidden, head, tokens, weights = case()
     grads = []
     for inplace in (False, True):
         leaf = (hidden @ head.T).requires_grad_()
         z = leaf * 1.0
-        out = policy_loss(z, tokens, Sequences(weights, torch.ones(4)), inplace=inplace)
+        out = policy_loss(z, tokens, Sequences(weights, torch.ones(4)), inplace=inplace, softcap=softcap)
         (2 * out.loss).backward()
         grads.append(leaf.grad)
         if inplace:  # on a GPU the factor 2 is written over them too
@@ -174,24 +178,24 @@ def test_offsets_past_2_to_the_31():
 
 @pytest.mark.skipif(INTERPRETED, reason="one process is enough")
 @pytest.mark.parametrize("mode", [{}, {"ratio": "cispo"}, {"kl": "k2", "kl_coef": 0.3}, {"ratio": "sequence"}])
-def test_gradcheck(mode: dict):
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_gradcheck(mode: dict, softcap: float | None):
     hidden, head, tokens, weights = case(T=6, V=5, S=2)
-    h, w = (x.double().requires_grad_() for x in (hidden, head))
-    logp = linear_logprobs(h, w, tokens.targets)[0].detach()
+    h, w, b = (x.double().requires_grad_() for x in (hidden, head, torch.linspace(-1, 1, 5)))
+    logp = linear_logprobs(h, w, tokens.targets, softcap=softcap, head_bias=b)[0].detach()
     # CISPO's weight is detached: ratio exactly 1 where it is
     tokens = tokens._replace(behavior=logp, old=None if mode.get("ratio") == "cispo" else logp + 0.05,
                              reference=logp + 0.1 if "kl" in mode else None)  # fmt: skip
     common = tokens, Sequences(weights, torch.tensor([1.0, -0.5])), LossOptions(entropy_coef=0.1, **mode)
 
-    def of_hidden(h, w):
-        return linear_policy_loss(h, w, *common, chunk_rows=4).loss
+    def of_hidden(h, w, b):
+        return linear_policy_loss(h, w, *common, chunk_rows=4, softcap=softcap, head_bias=b).loss
 
     def of_logits(z):
-        return policy_loss(z, *common).loss
+        return policy_loss(z, *common, softcap=softcap).loss
 
-    assert torch.autograd.gradcheck(of_hidden, (h, w))
-    assert torch.autograd.gradcheck(of_logits, ((h @ w.T).detach().requires_grad_(),))
-    assert torch.autograd.gradcheck(lambda h, w: linear_logprobs(h, w, tokens.targets, temperature=0.7), (h, w))
+    assert torch.autograd.gradcheck(of_hidden, (h, w, b))
+    assert torch.autograd.gradcheck(of_logits, ((h @ w.T + b).detach().requires_grad_(),))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="one process is enough")
@@ -218,33 +222,40 @@ def test_activation_checkpointing_around_the_operators():
 def test_compile_sees_one_operator(fused: bool):
     hidden, head, tokens, weights = case()
     options, advantage_options = LossOptions(entropy_coef=0.1), AdvantageOptions()
+    more: dict = {"softcap": 3.0 if fused else None}
 
-    def step(h, w, lengths):
+    def step(h, w, b, lengths):
+        bias = b if fused else None
         groups = Groups(Outcomes(lengths > 5, lengths), 2, advantage_options)  # torch 2.11 traces no default of a tuple
         given = groups if fused else lead_advantages(*groups).advantage
-        out = linear_policy_loss(h, w, tokens, Sequences(weights, given), options)
-        logits = policy_loss(h @ w.T, tokens, Sequences(weights, given), options)
-        return out.loss + logits.loss + linear_logprobs(h, w, tokens.targets)[1].mean() + out.metrics["entropy"]
+        out = linear_policy_loss(h, w, tokens, Sequences(weights, given), options, head_bias=bias, **more)
+        logits = policy_loss(h @ w.T, tokens, Sequences(weights, given), options, **more)
+        entropy = linear_logprobs(h, w, tokens.targets, head_bias=bias, **more)[1]
+        return out.loss + logits.loss + entropy.mean() + out.metrics["entropy"]
 
     grads = []
     for f in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
-        h, w = (x.clone().requires_grad_() for x in (hidden, head))
-        f(h, w, torch.tensor([5, 9, 7, 6])).backward()
-        grads.append((h.grad, w.grad))
+        h, w, b = (x.clone().requires_grad_() for x in (hidden, head, torch.linspace(-1, 1, len(head))))
+        f(h, w, b, torch.tensor([5, 9, 7, 6])).backward()
+        grads.append((h.grad, w.grad, b.grad))
+        assert (b.grad is not None) == fused
     torch.testing.assert_close(*grads)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="one process is enough")
-@pytest.mark.parametrize("train", [[True, True], [True, False], [False, True]])
-def test_opcheck(train: list[bool]):
+@pytest.mark.parametrize("train", [[1, 1, 1], [1, 0, 0], [0, 1, 0], [0, 1, 1], [1, 1, None]])
+def test_opcheck(train: list):
     hidden, head, tokens, weights = case()
-    h, w = (x.clone().requires_grad_(t) for x, t in zip((hidden, head), train, strict=True))
-    z = (hidden @ head.T).requires_grad_()
-    ops, options = torch.ops.lead_kernels, LossOptions(importance_cap=1.5, entropy_coef=0.1).encode(0.7)
+    bias = torch.linspace(-1, 1, len(head))
+    h, w, b = (None if t is None else x.clone().requires_grad_(t == 1)
+               for x, t in zip((hidden, head, bias), train, strict=True))  # fmt: skip
+    z, softmax = (hidden @ head.T).requires_grad_(), Softmax(0.7, 3.0 if train[2] else None)
+    ops, options = torch.ops.lead_kernels, LossOptions(importance_cap=1.5, entropy_coef=0.1).encode(softmax)
     for sequences in ((weights, torch.ones(4), []), (weights, *GROUPS.encode())):
-        torch.library.opcheck(ops.linear_policy_loss.default, (h, w, *tokens, *sequences, options, 4, train))
+        plan = [4, *(t or 0 for t in train)]
+        torch.library.opcheck(ops.linear_policy_loss.default, (h, w, b, *tokens, *sequences, options, plan))
         torch.library.opcheck(ops.policy_loss.default, (z, *tokens, *sequences, options, True))
-    torch.library.opcheck(ops.linear_logprobs.default, (h, w, tokens.targets, 0.7, 4))
+    torch.library.opcheck(ops.linear_logprobs.default, (h, w, b, tokens.targets, softmax.encode(), 4))
     torch.library.opcheck(ops.lead_advantages.default, GROUPS.encode())
 
 
@@ -264,7 +275,7 @@ def test_the_table_has_every_row_without_spills_and_with_wide_loads():
         assert int(r["spills"]) == 0, r
         if r["kernel"] != "lead_advantages_kernel":
             assert int(r["load_bytes"]) == 16, r
-            assert int(r["store_bytes"]) == 16 or r["kernel"] == "row_stats_kernel", r
+            assert int(r["store_bytes"]) == 16 or r["kernel"].startswith("row_stats_kernel"), r
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs the compiler")
@@ -279,16 +290,20 @@ def test_cross_compiled_again(target: str):
 OPTIONAL = dict.fromkeys(("behavior_ptr", "old_ptr", "reference_ptr", "log_ratio_ptr", "importance_ptr"))
 GIVEN, FUSED = {"table_ptr": None}, {"advantage_ptr": None}  # advantages, or outcomes
 ONE = {"V": 1, "stride": 1, "grad_stride": 1, "T": 1}
+UNCAPPED = {"softcap": None}
 
 
 def variant(loss: dict | None = None, groups: dict | None = None, **constants) -> dict:
     options = {"loss_options": resources.loss(**(loss or {})), "group_options": resources.advantage(**(groups or {}))}
-    return {"BLOCK": 128, "BLOCK_G": 16} | options | constants
+    return {"BLOCK": 128, "BLOCK_G": 16} | UNCAPPED | options | constants
 
 
 PLAIN = {"length_reward": False, "difficulty": False, "std": "none"}
 FULL = {"std": "mad", "nonnegative_correct": True, "rate": "positive", "group_filter": "uniform"}
 VARIANTS = {
+    "soft cap": ("policy_rows_kernel", {k: v for k, v in variant(**GIVEN, **ONE).items() if k != "softcap"}),
+    "soft cap, statistics": ("row_stats_kernel", {"BLOCK": 128}),
+    "soft cap, gradient": ("row_gradient_kernel", {"BLOCK": 128}),
     "forward only": ("policy_rows_kernel", variant(**GIVEN, **OPTIONAL, grad_ptr=None)),
     "no old log-probs": ("policy_rows_kernel", variant(**GIVEN, **OPTIONAL)),
     "cispo": ("policy_rows_kernel", variant({"ratio": "cispo", "importance_cap": 2.0, "importance_mode": "mask",
@@ -298,9 +313,9 @@ VARIANTS = {
     "groups of one": ("policy_rows_kernel", variant({}, FULL, **FUSED, size=1)),
     "advantages of one": ("lead_advantages_kernel", variant({}, FULL, BLOCK=16, size=1)),
     "advantages": ("lead_advantages_kernel", variant({}, PLAIN, BLOCK=16)),
-    "statistics of one": ("row_stats_kernel", {"BLOCK": 128, "V": 1, "stride": 1}),
+    "statistics of one": ("row_stats_kernel", {"BLOCK": 128, "V": 1, "stride": 1} | UNCAPPED),
     "scale": ("scale_kernel", {"BLOCK": 4096}),
-    "gradient of one": ("row_gradient_kernel", {"BLOCK": 128, "V": 1, "stride": 1}),
+    "gradient of one": ("row_gradient_kernel", {"BLOCK": 128, "V": 1, "stride": 1} | UNCAPPED),
 }  # fmt: skip
 
 

@@ -24,8 +24,17 @@ TILES: dict[str, dict[int, Tile]] = {
 }
 
 
-def tile(dtype: torch.dtype, vocabulary: int) -> Tile:
-    """The tile for rows of `vocabulary` logits of `dtype`: the table's, less where a row is shorter."""
-    full = TILES["hip" if torch.version.hip else "cuda"][dtype.itemsize]
+def full_tile(architecture: str, itemsize: int, capped: bool) -> Tile:
+    """The tile of long rows. With a soft cap it is half the table's, by half the warps: the same work per thread.
+
+    At the table's 16 warps the capped kernel spilled 8 bytes on sm_80, where the compiler aims at two programs at once.
+    """
+    block, warps = TILES[architecture][itemsize]
+    return Tile(block // 2, warps // 2) if capped else Tile(block, warps)
+
+
+def tile(dtype: torch.dtype, vocabulary: int, capped: bool) -> Tile:
+    """The tile for rows of `vocabulary` logits of `dtype`: that of long rows, less where a row is shorter."""
+    full = full_tile("hip" if torch.version.hip else "cuda", dtype.itemsize, capped)
     block = min(full.block, max(128, 1 << (vocabulary - 1).bit_length()))
     return Tile(block, max(1, full.warps * block // full.block))

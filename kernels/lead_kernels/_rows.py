@@ -3,6 +3,8 @@
     x = (z - max z) / temperature    log_norm = log sum exp x    logp = x_t - log_norm    H = log_norm - sum p x
     d z = (g (onehot_t - p) - h p (log p + H)) / temperature         g = d loss / d logp, h = d loss / d H
 
+With a soft cap c, y = c tanh(z / c) stands for z in all of it, and d z = d y (1 - (y / c)^2).
+
 Everything between the two, from log-prob to g and h, is O(1) a row and lives in policy_loss.py. On a CPU it runs in C++
 (csrc/rows.cpp), on a GPU in Triton (_triton_rows.py; float64 excepted); a machine without those runs the plain torch
 below, which is the specification. Logits of half precision are exact inputs: log-sum-exp and gather are float32 from
@@ -21,11 +23,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .options import Softmax
+
 
 class RowStats(NamedTuple):
-    """What is known of every row: max of the raw logits, log_norm, log-prob of the target, entropy.
+    """What is known of every row: max of the logits, log_norm, log-prob of the target, entropy.
 
-    [T] each, the columns of a [T, 4] tensor that `row_stats` makes: RowStats(*stats.unbind(1)).
+    The maximum is that of the capped logits where there is a cap. [T] each, the columns of a [T, 4] tensor that
+    `row_stats` makes: RowStats(*stats.unbind(1)).
     """
 
     top: torch.Tensor
@@ -92,7 +97,7 @@ class Ready(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, loss: torch.Tensor, grads: list[torch.Tensor | None], *inputs: torch.Tensor):  # type: ignore
+    def forward(ctx: Any, loss: torch.Tensor, grads: list[torch.Tensor | None], *inputs: Any):  # type: ignore
         ctx.grads = grads  # as saved tensors they would be shared, and so copied when they are handed out
         return loss.clone()
 
@@ -118,11 +123,16 @@ def scaled(grad: torch.Tensor, factor: torch.Tensor, keep: bool) -> torch.Tensor
     return grad * factor.to(grad.dtype)
 
 
-def row_stats_reference(logits: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
+def capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    """softcap tanh(z / softcap), or z itself."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def row_stats_reference(logits: torch.Tensor, targets: torch.Tensor, softmax: Softmax) -> torch.Tensor:
     """max, log_norm, logp, H of every row: float32 (float64 for float64) [T, 4]."""
-    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    top = z.amax(1, keepdim=True)
-    x = (z - top) / temperature
+    y = capped(logits.to(torch.promote_types(logits.dtype, torch.float32)), softmax.softcap)
+    top = y.amax(1, keepdim=True)
+    x = (y - top) / softmax.temperature
     log_norm = x.logsumexp(1, keepdim=True)
     p = (x - log_norm).exp()
     entropy = (log_norm - torch.where(p > 0, p * x, 0.0).sum(1, keepdim=True)).clamp(min=0)
@@ -135,32 +145,37 @@ def row_gradient_reference(
     stats: torch.Tensor,
     g: torch.Tensor,
     h: torch.Tensor,
-    temperature: float,
+    softmax: Softmax,
 ) -> torch.Tensor:
     """The gradient [T, V] in the logits' dtype, rounded once, after all scaling."""
     top, log_norm, _, entropy = stats.unsqueeze(-1).unbind(1)
-    x = (logits.to(stats.dtype) - top) / temperature
+    temperature, softcap = softmax
+    y = capped(logits.to(stats.dtype), softcap)
+    x = (y - top) / temperature
     p = (x - log_norm).exp()
     inner = torch.where(p > 0, x - log_norm + entropy, 0.0)
     grad = p * (-g[:, None] - h[:, None] * inner) / temperature
-    return grad.scatter_add_(1, targets[:, None], (g / temperature)[:, None]).to(logits.dtype)
+    grad.scatter_add_(1, targets[:, None], (g / temperature)[:, None])
+    if softcap is not None:
+        grad *= torch.cosh(logits.to(stats.dtype) / softcap) ** -2  # 1 - tanh^2, without what that cancels
+    return grad.to(logits.dtype)
 
 
-def row_stats(logits: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
+def row_stats(logits: torch.Tensor, targets: torch.Tensor, softmax: Softmax) -> torch.Tensor:
     """max, log_norm, logp, H of every row.
 
     Args:
         logits: [T, V], bf16, fp16, fp32 or fp64.
         targets: int64 [T], each in 0..V-1 (checked by the caller).
-        temperature: above 0.
+        softmax: temperature and soft cap.
     Returns:
         float32 (float64 for float64) [T, 4].
     """
     if kernels := in_triton(logits):
-        return kernels.row_stats_triton(logits, targets, temperature)
+        return kernels.row_stats_triton(logits, targets, softmax)
     if cpp := in_cpp(logits):
-        return cpp.row_stats(logits, targets.contiguous(), temperature)
-    return row_stats_reference(logits, targets, temperature)
+        return cpp.row_stats(logits, targets.contiguous(), *softmax)
+    return row_stats_reference(logits, targets, softmax)
 
 
 def row_gradient_(
@@ -169,15 +184,17 @@ def row_gradient_(
     stats: torch.Tensor,
     g: torch.Tensor,
     h: torch.Tensor,
-    temperature: float,
+    softmax: Softmax,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Write the gradient over `logits`, or to `out`, given d loss / d logp and d loss / d H of every row ([T])."""
     to = logits if out is None else out
     if kernels := in_triton(logits):
-        kernels.row_gradient_triton_(logits, targets, stats, g, h, temperature, to)
+        kernels.row_gradient_triton_(logits, targets, stats, g, h, softmax, to)
         return to
     if cpp := in_cpp(logits):
-        cpp.row_gradient_(logits, targets.contiguous(), stats, g.contiguous(), h.contiguous(), temperature, to)
+        temperature, softcap = softmax
+        grads = g.contiguous(), h.contiguous()
+        cpp.row_gradient_(logits, targets.contiguous(), stats, *grads, temperature, to, softcap)
         return to
-    return to.copy_(row_gradient_reference(logits, targets, stats, g, h, temperature))
+    return to.copy_(row_gradient_reference(logits, targets, stats, g, h, softmax))

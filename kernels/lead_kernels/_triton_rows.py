@@ -6,6 +6,8 @@ importance weight, KL, loss, metrics, and the gradient written where the caller 
 same tensor. `row_stats_kernel` and `row_gradient_kernel` are its two halves for linear_logprobs, whose loss is not
 known here.
 
+A soft cap is None, which the compiler sees, or a number: rows without one pay nothing.
+
 Formulas: _rows.py and policy_loss.py, whose plain torch is the specification. dtypes: logits and gradient bf16, fp16 or
 fp32 (last dimension contiguous, any row stride); arithmetic and results fp32; the gradient is rounded once, after
 scaling. A target outside 0..V-1 or a sequence outside 0..S-1 is never read: its log-prob or its loss is NaN. Rows
@@ -24,7 +26,7 @@ import triton.language as tl
 from ._device import tile
 from ._triton_advantage import group_advantage, group_block, in_kernel, lead_advantages_triton  # noqa: F401
 from .advantage import Groups
-from .options import AdvantageOptions, LossOptions
+from .options import AdvantageOptions, LossOptions, Softmax
 from .policy_loss import LOG_RATIO_CAP as CAP
 from .policy_loss import RowMetrics, Sequences, SequenceTerms, Tokens
 
@@ -47,19 +49,49 @@ KL_REFERENCE = place("kl_reference")
 
 
 @triton.jit
-def row_statistics(row_ptr, target, V, inverse, BLOCK: tl.constexpr):
-    """max of the raw logits, and of x = (z - max) / temperature: log sum exp, log-prob of the target, entropy."""
+def soft_cap(z, cap):
+    """y = cap tanh(z / cap), rounded before anything is added to it.
+
+    tanh is 1 - 2 q with q = 1 / (1 + exp(2 |z / cap|)), or near 0, where that would cancel, a polynomial.
+    """
+    u = z * (1.0 / cap)
+    size = tl.abs(u)
+    q = 1.0 / (1.0 + tl.exp(2.0 * size))
+    square = u * u
+    p = tl.fma(square, -0.00627423963, 0.0210716780)
+    p = tl.fma(p, square, -0.0538523085)
+    p = tl.fma(p, square, 0.133325860)
+    p = tl.fma(p, square, -0.333333164)
+    large = tl.fma(q, -2.0, 1.0)
+    t = tl.where(size < 0.55, tl.fma(p, u * square, u), tl.where(u < 0, -large, large))
+    return tl.fma(t, cap, 0.0)
+
+
+@triton.jit
+def soft_cap_slope(z, cap):
+    """dy / dz = 4 q (1 - q), with the digits that 1 - tanh^2 would lose where tanh is 1 but for rounding."""
+    q = 1.0 / (1.0 + tl.exp(2.0 * tl.abs(z * (1.0 / cap))))
+    return 4.0 * q * (1.0 - q)
+
+
+@triton.jit
+def row_statistics(row_ptr, target, V, inverse, softcap, BLOCK: tl.constexpr):
+    """max of the logits as capped, and of x = (y - max) / temperature: log sum exp, log-prob of the target, entropy."""
     inf = float("inf")
     cols = tl.arange(0, BLOCK)
     # Read before the loop, whose reductions are barriers: when any warp writes a gradient over the row, all have it.
     inside = (target >= 0) & (target < V)
     at_target = tl.load(row_ptr + target, mask=inside, other=float("nan")).to(tl.float32)
+    if softcap is not None:
+        at_target = soft_cap(at_target, softcap)
     top = -inf
     sum_B = tl.zeros([BLOCK], tl.float32)
     dot_B = tl.zeros([BLOCK], tl.float32)  # of x e^x
     for start in range(0, V, BLOCK):
         at = start + cols
         z = tl.load(row_ptr + at, mask=at < V, other=-inf).to(tl.float32)
+        if softcap is not None:
+            z = tl.where(at < V, soft_cap(z, softcap), -inf)  # the cap of -inf is finite
         higher = tl.maximum(top, tl.max(z, 0))
         # Where nothing but -inf was seen, all sums are 0 and the shift is too.
         shift = tl.where(top == -inf, 0.0, (higher - top) * inverse)
@@ -76,8 +108,11 @@ def row_statistics(row_ptr, target, V, inverse, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def write_gradient(row_ptr, out_ptr, target, V, inverse, top, log_norm, entropy, g, h, BLOCK: tl.constexpr):
-    """d z = (g (onehot - p) - h p (log p + H)) / temperature over a row; zeros without reading where g = h = 0."""
+def write_gradient(row_ptr, out_ptr, target, V, inverse, softcap, top, log_norm, entropy, g, h, BLOCK: tl.constexpr):
+    """d z = (g (onehot - p) - h p (log p + H)) / temperature over a row; zeros without reading where g = h = 0.
+
+    With a soft cap that is d y, and d z = d y dy/dz.
+    """
     cols = tl.arange(0, BLOCK)
     if (g == 0) & (h == 0):
         for start in range(0, V, BLOCK):
@@ -88,18 +123,23 @@ def write_gradient(row_ptr, out_ptr, target, V, inverse, top, log_norm, entropy,
         for i in range(0, tiles):
             at = (tiles - 1 - i) * BLOCK + cols
             z = tl.load(row_ptr + at, mask=at < V, other=-float("inf")).to(tl.float32)
+            if softcap is not None:
+                slope = soft_cap_slope(z, softcap)
+                z = soft_cap(z, softcap)
             log_p = (z - top) * inverse - log_norm
             p = tl.exp(log_p)
             inner = tl.where(p > 0, log_p + entropy, 0.0)
             d = p * (-g - h * inner) + tl.where(at == target, g, 0.0)
+            if softcap is not None:
+                d = d * slope
             tl.store(out_ptr + at, (d * inverse).to(out_ptr.dtype.element_ty), mask=at < V)
 
 
 @triton.jit
-def row_stats_kernel(logits_ptr, stride, target_ptr, stats_ptr, V, inverse, BLOCK: tl.constexpr):
+def row_stats_kernel(logits_ptr, stride, target_ptr, stats_ptr, V, inverse, softcap, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + row)
-    top, log_norm, logp, entropy = row_statistics(logits_ptr + row * stride, target, V, inverse, BLOCK)
+    top, log_norm, logp, entropy = row_statistics(logits_ptr + row * stride, target, V, inverse, softcap, BLOCK)
     tl.store(stats_ptr + 4 * row, top)
     tl.store(stats_ptr + 4 * row + 1, log_norm)
     tl.store(stats_ptr + 4 * row + 2, logp)
@@ -108,12 +148,13 @@ def row_stats_kernel(logits_ptr, stride, target_ptr, stats_ptr, V, inverse, BLOC
 
 @triton.jit
 def row_gradient_kernel(
-    logits_ptr, stride, grad_ptr, grad_stride, target_ptr, stats_ptr, g_ptr, h_ptr, V, inverse, BLOCK: tl.constexpr
+    logits_ptr, stride, grad_ptr, grad_stride, target_ptr, stats_ptr, g_ptr, h_ptr, V, inverse, softcap,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     write_gradient(
         logits_ptr + row * stride, grad_ptr + row * grad_stride, tl.load(target_ptr + row), V, inverse,
-        tl.load(stats_ptr + 4 * row),
+        softcap, tl.load(stats_ptr + 4 * row),
         tl.load(stats_ptr + 4 * row + 1), tl.load(stats_ptr + 4 * row + 3), tl.load(g_ptr + row), tl.load(h_ptr + row),
         BLOCK,
     )  # fmt: skip
@@ -124,7 +165,7 @@ def policy_rows_kernel(
     logits_ptr, stride, grad_ptr, grad_stride, target_ptr, sequence_ptr, weight_ptr,
     advantage_ptr, table_ptr, size, group_options,  # [S], or None and the outcomes [S, 4] of groups of `size`
     behavior_ptr, old_ptr, reference_ptr, log_ratio_ptr, importance_ptr,  # [T], each may be None
-    loss_ptr, logp_ptr, entropy_ptr, sums_ptr, T, S, V, inverse, loss_options,
+    loss_ptr, logp_ptr, entropy_ptr, sums_ptr, T, S, V, inverse, softcap, loss_options,
     BLOCK_G: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -141,7 +182,7 @@ def policy_rows_kernel(
         _, every, _, _, _ = group_advantage(table_ptr, first, size, group_options, BLOCK_G)
         a = tl.sum(tl.where(tl.arange(0, BLOCK_G) == sequence - first, every, 0.0), 0)
 
-    top, log_norm, logp, entropy = row_statistics(row_ptr, target, V, inverse, BLOCK)
+    top, log_norm, logp, entropy = row_statistics(row_ptr, target, V, inverse, softcap, BLOCK)
 
     # From here to the gradient: rows_loss of policy_loss.py. tl.where, not minimum: it keeps NaN.
     old = logp
@@ -218,7 +259,7 @@ def policy_rows_kernel(
     if grad_ptr is not None:
         out_ptr = grad_ptr + row * grad_stride
         h = -u * loss_options.entropy_coef
-        write_gradient(row_ptr, out_ptr, target, V, inverse, top, log_norm, entropy, u * g, h, BLOCK)
+        write_gradient(row_ptr, out_ptr, target, V, inverse, softcap, top, log_norm, entropy, u * g, h, BLOCK)
 
 
 @triton.jit
@@ -242,16 +283,16 @@ def scale_triton_(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def row_stats_triton(logits: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
+def row_stats_triton(logits: torch.Tensor, targets: torch.Tensor, softmax: Softmax) -> torch.Tensor:
     """max, log_norm, logp, H of every row: float32 [T, 4]."""
     T, V = logits.shape
     stats = torch.empty(T, 4, dtype=torch.float32, device=logits.device)
     if T:
-        block, warps = tile(logits.dtype, V)
+        block, warps = tile(logits.dtype, V, softmax.softcap is not None)
         with torch.cuda.device_of(logits):
             row_stats_kernel[(T,)](
-                logits, logits.stride(0), targets.contiguous(), stats, V, 1.0 / temperature, BLOCK=block,
-                num_warps=warps, enable_fp_fusion=True,
+                logits, logits.stride(0), targets.contiguous(), stats, V, 1.0 / softmax.temperature,
+                softmax.softcap, BLOCK=block, num_warps=warps, enable_fp_fusion=True,
             )  # fmt: skip
     return stats
 
@@ -262,17 +303,18 @@ def row_gradient_triton_(
     stats: torch.Tensor,
     g: torch.Tensor,
     h: torch.Tensor,
-    temperature: float,
+    softmax: Softmax,
     out: torch.Tensor,
 ) -> None:
     """Write the gradient to `out`, which may be the logits."""
     T, V = logits.shape
     if T:
-        block, warps = tile(logits.dtype, V)
+        block, warps = tile(logits.dtype, V, softmax.softcap is not None)
         with torch.cuda.device_of(logits):
             row_gradient_kernel[(T,)](
                 logits, logits.stride(0), out, out.stride(0), targets.contiguous(), stats, g.contiguous(),
-                h.contiguous(), V, 1.0 / temperature, BLOCK=block, num_warps=warps, enable_fp_fusion=True,
+                h.contiguous(), V, 1.0 / softmax.temperature, softmax.softcap, BLOCK=block, num_warps=warps,
+                enable_fp_fusion=True,
             )  # fmt: skip
 
 
@@ -282,7 +324,7 @@ def policy_rows_triton(
     sequences: Sequences,
     terms: SequenceTerms,
     options: LossOptions,
-    temperature: float,
+    softmax: Softmax,
     gradient: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """loss, logp, entropy: float32 [T]; sums float32 [8, T] in the order of RowMetrics; `gradient` is written.
@@ -307,14 +349,15 @@ def policy_rows_triton(
         assert advantages.shape == (S,)
     reference = tokens.reference if options.kl_coef else None
     if T:
-        block, warps = tile(logits.dtype, V)
+        block, warps = tile(logits.dtype, V, softmax.softcap is not None)
         with torch.cuda.device_of(logits):
             policy_rows_kernel[(T,)](
                 logits, logits.stride(0), gradient, 0 if gradient is None else gradient.stride(0),
                 tokens.targets.contiguous(), tokens.sequence_ids.contiguous(), flat(sequences.weights),
                 advantages, table, size, in_kernel(group_options, AdvantageOptions),
                 flat(tokens.behavior), flat(tokens.old), flat(reference), flat(terms.log_ratio), flat(terms.importance),
-                loss, logp, entropy, sums, T, S, V, 1.0 / temperature, in_kernel(options, LossOptions),
-                BLOCK_G=group_block(size), BLOCK=block, num_warps=warps, enable_fp_fusion=True,
+                loss, logp, entropy, sums, T, S, V, 1.0 / softmax.temperature, softmax.softcap,
+                in_kernel(options, LossOptions), BLOCK_G=group_block(size), BLOCK=block, num_warps=warps,
+                enable_fp_fusion=True,
             )  # fmt: skip
     return loss, logp, entropy, sums

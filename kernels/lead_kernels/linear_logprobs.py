@@ -1,12 +1,13 @@
 """Hidden states and head weight -> log-probs of the targets and entropy, in chunks of rows.
 
-    z = hidden head^T / temperature      logp = z_t - lse(z)      H = lse - sum p z
+    z = hidden head^T + bias      y = softcap tanh(z / softcap), or z      x = y / temperature
+    logp = x_t - lse(x)           H = lse - sum p x
 
 For behaviour and reference passes (forward only) and for SFT (with gradients; the backward makes each chunk's logits
 again, so that any function of log-probs and entropy can follow).
 
 dtypes: hidden and head of one float dtype; log-probs and entropy fp32 (fp64 for fp64), rounded from logits of the
-inputs' dtype; d(head) accumulated in fp32 (fp64). Refuses targets outside 0..V-1 and a sharded head.
+inputs' dtype; d(head) and d(bias) accumulated in fp32 (fp64). Refuses targets outside 0..V-1 and a sharded head.
 
 Floor: one GEMM forward, 2 T D V FLOPs; four with the backward.
 
@@ -17,29 +18,34 @@ from typing import Any
 
 import torch
 
-from ._head import accumulate, add_product_, check_shapes, chunk_size, computable, local
+from ._head import accumulate, add_product_, add_rows_, check_shapes, chunk_size, computable, local, logits_of
 from ._rows import RowStats, row_gradient_, row_stats
+from .options import Softmax
 from .policy_loss import check_targets
 
 
 @torch.library.custom_op("lead_kernels::linear_logprobs", mutates_args=())
 def linear_logprobs_op(
-    hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, temperature: float, step: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """log-probs [T], entropy [T], and the rows' statistics [T, 4], which the backward needs."""
+    hidden: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, softmax: list[float],
+    step: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """log-probs [T], entropy [T], and the rows' statistics [T, 4], which the backward needs.
+
+    Args: `Softmax.encode`; step: rows of a chunk; the others as of the public function.
+    """
     check_targets(targets, head.shape[0])
-    hidden, head = computable(hidden), computable(head)
+    hidden, head, bias = computable(hidden), computable(head), None if bias is None else computable(bias)
     buffer, parts = torch.empty(step, head.shape[0], dtype=head.dtype, device=head.device), []
     for i in range(0, max(1, hidden.shape[0]), step):
-        h = hidden[i : i + step]
-        parts.append(row_stats(torch.mm(h, head.T, out=buffer[: len(h)]), targets[i : i + step], temperature))
+        at = slice(i, i + step)
+        parts.append(row_stats(logits_of(hidden[at], head, bias, buffer), targets[at], Softmax.decode(softmax)))
     stats = torch.cat(parts)
     row = RowStats(*stats.unbind(1))
     return row.logprob.clone(), row.entropy.clone(), stats
 
 
 @linear_logprobs_op.register_fake
-def _(hidden, head, targets, temperature, step):
+def _(hidden, head, bias, targets, softmax, step):
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     T = hidden.shape[0]
     return hidden.new_empty(T, dtype=dtype), hidden.new_empty(T, dtype=dtype), hidden.new_empty(T, 4, dtype=dtype)
@@ -47,48 +53,50 @@ def _(hidden, head, targets, temperature, step):
 
 @torch.library.custom_op("lead_kernels::linear_logprobs_backward", mutates_args=())
 def linear_logprobs_backward_op(
-    hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, stats: torch.Tensor, grad_logprob: torch.Tensor,
-    grad_entropy: torch.Tensor, temperature: float, step: int, train_hidden: bool, train_head: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """d hidden [T, D], d head [V, D]; empty where not asked for."""
-    dtypes = hidden.dtype, head.dtype
-    hidden, head = computable(hidden), computable(head)
+    hidden: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, stats: torch.Tensor,
+    grad_logprob: torch.Tensor, grad_entropy: torch.Tensor, softmax: list[float], step: int, train: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """d hidden [T, D], d head [V, D], d bias [V]; empty where `train` does not ask for it."""
+    dtype, (train_hidden, train_head, train_bias) = hidden.dtype, train
+    hidden, head, bias = computable(hidden), computable(head), None if bias is None else computable(bias)
     grad_hidden = torch.empty(hidden.shape if train_hidden else (0,), dtype=hidden.dtype, device=hidden.device)
-    grad_head = torch.empty(head.shape if train_head else (0,), dtype=accumulate(head.dtype), device=head.device)
+    grad_head, grad_bias = (
+        torch.empty(shape if wanted else (0,), dtype=accumulate(head.dtype), device=head.device)
+        for shape, wanted in ((head.shape, train_head), (head.shape[:1], train_bias))
+    )
     buffer = torch.empty(step, head.shape[0], dtype=head.dtype, device=head.device)
     for i in range(0, max(1, hidden.shape[0]), step):
         at = slice(i, i + step)
-        h = hidden[at]
-        logits_CV = torch.mm(h, head.T, out=buffer[: len(h)])
-        d_CV = row_gradient_(logits_CV, targets[at], stats[at], grad_logprob[at], grad_entropy[at], temperature)
+        logits_CV, grads = logits_of(hidden[at], head, bias, buffer), (grad_logprob[at], grad_entropy[at])
+        d_CV = row_gradient_(logits_CV, targets[at], stats[at], *grads, Softmax.decode(softmax))
         if train_hidden:
             torch.mm(d_CV, head, out=grad_hidden[at])
         if train_head:
-            add_product_(grad_head, d_CV.T, h, first=i == 0)
-    return grad_hidden.to(dtypes[0]), grad_head.to(dtypes[1])
+            add_product_(grad_head, d_CV.T, hidden[at], first=i == 0)
+        if train_bias:
+            add_rows_(grad_bias, d_CV, first=i == 0)
+    return grad_hidden.to(dtype), grad_head.to(dtype), grad_bias.to(dtype)
 
 
 @linear_logprobs_backward_op.register_fake
-def _(hidden, head, targets, stats, grad_logprob, grad_entropy, temperature, step, train_hidden, train_head):
-    return (
-        torch.empty(hidden.shape if train_hidden else (0,), dtype=hidden.dtype, device=hidden.device),
-        torch.empty(head.shape if train_head else (0,), dtype=head.dtype, device=head.device),
-    )
+def _(hidden, head, bias, targets, stats, grad_logprob, grad_entropy, softmax, step, train):
+    shapes = zip((hidden.shape, head.shape, head.shape[:1]), train, strict=True)
+    return tuple(torch.empty(s if wanted else (0,), dtype=hidden.dtype, device=hidden.device) for s, wanted in shapes)
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
-    hidden, head, targets, ctx.temperature, ctx.step = inputs
+    *tensors, ctx.softmax, ctx.step = inputs
     _, _, stats = output
-    ctx.save_for_backward(hidden, head, targets, stats)
+    ctx.save_for_backward(*tensors, stats)
 
 
 def _backward(ctx: Any, grad_logprob: torch.Tensor, grad_entropy: torch.Tensor, grad_stats: Any) -> tuple:
-    hidden, head, targets, stats = ctx.saved_tensors
-    train_hidden, train_head, *others = ctx.needs_input_grad
-    d_hidden, d_head = torch.ops.lead_kernels.linear_logprobs_backward(
-        hidden, head, targets, stats, grad_logprob, grad_entropy, ctx.temperature, ctx.step, train_hidden, train_head
+    train = list(ctx.needs_input_grad[:3])  # hidden, head, bias
+    grads = torch.ops.lead_kernels.linear_logprobs_backward(
+        *ctx.saved_tensors, grad_logprob, grad_entropy, ctx.softmax, ctx.step, train
     )
-    return d_hidden if train_hidden else None, d_head if train_head else None, *[None] * len(others)
+    grads = [g if wanted else None for g, wanted in zip(grads, train, strict=True)]
+    return *grads, *[None] * (len(ctx.needs_input_grad) - len(grads))
 
 
 linear_logprobs_op.register_autograd(_backward, setup_context=_save)
@@ -100,23 +108,30 @@ def linear_logprobs(
     targets: torch.Tensor,
     *,
     temperature: float = 1.0,
+    softcap: float | None = None,
+    head_bias: torch.Tensor | None = None,
     chunk_rows: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute log-probs of the targets and entropy under softmax(hidden @ head_weight.T / temperature).
+
+    Differentiable in hidden, head_weight and head_bias.
 
     Args:
         hidden: [T, D], any float dtype.
         head_weight: [V, D], same dtype; a plain tensor or a replicated DTensor.
         targets: int64 [T], each in 0..V-1.
         temperature: divides the logits.
+        softcap: bound on the logits, softcap tanh(z / softcap), before the temperature; None: none. `options.Softmax`
+            says how a model's multipliers are folded into the two.
+        head_bias: [V], the head's dtype, added to the logits before anything else; None: none.
         chunk_rows: most rows of logits at once; None: as many as fit 64 MiB (2 GiB on a GPU).
     Returns:
         logprobs, entropy: float32 [T] (float64 for float64), differentiable.
     Raises:
         ValueError: a target outside the vocabulary, a sharded head.
     """
-    head = local(head_weight)
-    check_shapes(hidden, head, targets)
-    step = chunk_size(hidden.shape[0], head, chunk_rows)
-    logprobs, entropy, _ = torch.ops.lead_kernels.linear_logprobs(hidden, head, targets, temperature, step)
+    head, bias = local(head_weight, "head_weight"), None if head_bias is None else local(head_bias, "head_bias")
+    check_shapes(hidden, head, bias, targets)
+    step, softmax = chunk_size(hidden.shape[0], head, chunk_rows), Softmax(temperature, softcap).encode()
+    logprobs, entropy, _ = torch.ops.lead_kernels.linear_logprobs(hidden, head, bias, targets, softmax, step)
     return logprobs, entropy

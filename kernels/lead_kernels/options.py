@@ -1,6 +1,6 @@
 """Options of the loss and of the advantages: names, defaults, documentation, permitted values, and their wire form.
 
-Each record is the one home of its options. The trainer's configuration inherits both, so that the docstring under a
+Each record is the one home of its options. The trainer's configuration inherits the two, so that the docstring under a
 field is also the help text of a configuration key. A torch.library operator takes no records: on the way to one an
 instance is a list of numbers, written by `encode` and read by `decode` here, and by AdvantageOptions::decode in
 csrc/rows.h. Triton's kernels read the fields by name (_triton_advantage.py).
@@ -12,19 +12,47 @@ and None, where a field may be None, as infinity.
 import math
 from dataclasses import dataclass, fields
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 Kinds = dict[str, Any]  # name of a field -> bool, int, float, "float or None", or a tuple of choices
 FLOAT_OR_NONE = "float or None"
+
+
+class Softmax(NamedTuple):
+    """How log-probs follow from logits z: log_softmax(y / temperature), y = softcap tanh(z / softcap), or z.
+
+    What a model multiplies its logits by needs no parameter of its own. Multiplied by m before they are capped at c:
+    softcap c / m and temperature T / m. Multiplied by m after that, or never capped: temperature T / m.
+    """
+
+    temperature: float = 1.0
+    """Of sampling; above 0."""
+    softcap: float | None = None
+    """Bound on the logits, as in Gemma 2; above 0; none: the logits as they are."""
+
+    def encode(self) -> list[float]:
+        """The two as numbers. Raises ValueError for a value that is not finite and above 0."""
+        for name, value in zip(self._fields, self, strict=True):
+            if name == "temperature" or value is not None:
+                fits = isinstance(value, (int, float)) and 0 < value < math.inf
+                check(name, value, fits, "a finite value above 0")
+        return [float(self.temperature), math.inf if self.softcap is None else float(self.softcap)]
+
+    @staticmethod
+    def decode(encoded: list[float]) -> "Softmax":
+        """What `encode` was called on."""
+        temperature, softcap = encoded
+        return Softmax(temperature, None if softcap == math.inf else softcap)
 
 
 @dataclass(frozen=True)
 class LossOptions:
     """The clipped policy loss; formulas in policy_loss.py.
 
-    The temperature is no field. It says how the tokens were sampled and not what is made of them: the trainer's key is
-    rollout.temperature, and a field here would become a second key, loss.temperature, that could contradict it. The
-    public functions take it as a keyword, as `linear_logprobs` does, and it travels as the last number of the list.
+    Temperature and soft cap are no fields. They say how the tokens were sampled and what the model does, not what is
+    made of it: the trainer's key is rollout.temperature, and a field here would become a second key, loss.temperature,
+    that could contradict it. The public functions take them as keywords, as `linear_logprobs` does, and they travel at
+    the end of the list.
 
     Raises:
         ValueError: a value out of range, or a ratio per sequence with importance weights per token.
@@ -62,15 +90,14 @@ class LossOptions:
             if self.ratio == "sequence" and self.importance_level == "token":
                 raise ValueError("importance_level is 'token' and ratio 'sequence': give importance_level=sequence.")
 
-    def encode(self, temperature: float) -> list[float]:
-        """These options and the sampling temperature as numbers. Raises ValueError for a temperature of 0 or less."""
-        check("temperature", temperature, temperature > 0, "a value above 0")
-        return [*numbers(self, LOSS), float(temperature)]
+    def encode(self, softmax: Softmax) -> list[float]:
+        """These options and the softmax as numbers. Raises ValueError for a temperature or soft cap of 0 or less."""
+        return [*numbers(self, LOSS), *softmax.encode()]
 
     @staticmethod
-    def decode(encoded: list[float]) -> tuple["LossOptions", float]:
-        """The options and the temperature that `encode` was given."""
-        return LossOptions(**values(encoded[:-1], LOSS)), encoded[-1]
+    def decode(encoded: list[float]) -> tuple["LossOptions", Softmax]:
+        """The options and the softmax that `encode` was given."""
+        return LossOptions(**values(encoded[: len(LOSS)], LOSS)), Softmax.decode(encoded[len(LOSS) :])
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ For a row with logits z / temperature, target t, sequence s, advantage A, token 
     loss = sum u (l + kl_coef KL - entropy_coef H)
 
 and d loss / d z = [ g (onehot_t - p) - h p (log p + H) ] / temperature, with g = d loss / d logp, h = d loss / d H.
+With a soft cap c, c tanh(z / c) stands for z, and d loss / d z has the factor 1 - tanh(z / c)^2.
 
 dtypes: logits bf16, fp16, fp32 or fp64; accumulated in fp32 (fp64 for fp64); loss, log-probs, entropy fp32 (fp64);
 gradient in the logits' dtype, scaled before rounding. Refuses targets outside 0..V-1.
@@ -32,7 +33,7 @@ import torch
 
 from ._rows import Ready, RowStats, in_triton, row_gradient_, row_stats
 from .advantage import Groups, lead_advantages
-from .options import LossOptions
+from .options import LossOptions, Softmax
 
 LOG_RATIO_CAP = 20.0
 DEFAULT = LossOptions()
@@ -279,7 +280,7 @@ def policy_rows_(
     sequences: Sequences,
     terms: SequenceTerms,
     options: LossOptions,
-    temperature: float,
+    softmax: Softmax,
     gradient: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """loss [T], log-probs [T], entropy [T] and metrics [12] in the order of METRICS; `sequences` by `for_row_kernel`.
@@ -288,7 +289,7 @@ def policy_rows_(
     """
     if kernels := in_triton(logits):
         loss_T, logprob_T, entropy_T, sums = kernels.policy_rows_triton(
-            logits, tokens, sequences, terms, options, temperature, gradient
+            logits, tokens, sequences, terms, options, softmax, gradient
         )
         count = torch.full((1,), float(loss_T.numel()), device=logits.device)
         most = logprob_T.amax() if loss_T.numel() else count[0] - float("inf")
@@ -296,13 +297,13 @@ def policy_rows_(
         metrics = torch.cat([count, entropy_T.sum()[None], sums.sum(1), torch.stack([most, diff])])
         return loss_T, logprob_T, entropy_T, metrics
     assert isinstance(sequences.advantages, torch.Tensor)
-    stats = row_stats(logits, tokens.targets, temperature)
+    stats = row_stats(logits, tokens.targets, softmax)
     row, index = RowStats(*stats.unbind(1)), tokens.sequence_ids.long()
     advantage_T, weight_T = (x.to(stats.dtype)[index] for x in (sequences.advantages, sequences.weights))
     rows = rows_loss(row.logprob, row.entropy, advantage_T, weight_T, tokens, terms, options)
     if gradient is not None:
         grads = rows.grad_logprob_T, rows.grad_entropy_T
-        row_gradient_(logits, tokens.targets, stats, *grads, temperature, gradient)
+        row_gradient_(logits, tokens.targets, stats, *grads, softmax, gradient)
     metrics = torch.stack([rows.metrics[k].to(stats.dtype) for k in METRICS])
     return rows.loss_T, row.logprob.clone(), row.entropy.clone(), metrics
 
@@ -312,17 +313,17 @@ def logits_loss_(
     tokens: Tokens,
     sequences: Sequences,
     options: LossOptions,
-    temperature: float,
+    softmax: Softmax,
     gradient: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """loss, log-probs [T], entropy [T], metrics [12]; the gradient as in `policy_rows_`."""
     check_targets(tokens.targets, logits.shape[1])
     terms = SequenceTerms()
     if needs_first_pass(options):
-        row = RowStats(*row_stats(logits, tokens.targets, temperature).unbind(1))
+        row = RowStats(*row_stats(logits, tokens.targets, softmax).unbind(1))
         terms = sequence_terms(row.logprob, tokens, sequences.weights.numel(), options)
     sequences = for_row_kernel(sequences, logits)
-    rows = policy_rows_(logits, tokens, sequences, terms, options, temperature, gradient)
+    rows = policy_rows_(logits, tokens, sequences, terms, options, softmax, gradient)
     loss_T, logprobs, entropy, metrics = rows
     return loss_T.sum(), logprobs, entropy, metrics
 
@@ -401,6 +402,7 @@ def policy_loss(
     options: LossOptions = DEFAULT,
     *,
     temperature: float = 1.0,
+    softcap: float | None = None,
     inplace: bool = False,
 ) -> PolicyLoss:
     """Policy loss of packed rows of logits.
@@ -411,6 +413,8 @@ def policy_loss(
         sequences: of each sequence, [S]; its advantages may be the Groups they follow from.
         options: of the loss; formulas at the top of this file.
         temperature: divides the logits, as it did when the tokens were sampled.
+        softcap: bound on the logits, softcap tanh(z / softcap), before the temperature; None: none. `options.Softmax`
+            says how a model's multipliers are folded into the two.
         inplace: write the gradient over the logits, which are lost (not under torch.compile).
     Returns:
         PolicyLoss: fp32, or fp64 for fp64 logits.
@@ -418,18 +422,19 @@ def policy_loss(
         ValueError: a target outside the vocabulary, shapes or options that do not fit.
     """
     train = logits.requires_grad and torch.is_grad_enabled()
+    softmax = Softmax(temperature, softcap)
+    encoded = options.encode(softmax)
     if inplace:
         with torch.no_grad():
             grad = logits.detach()
             encode_sequences(sequences)  # refuses what does not fit
-            options.encode(temperature)
             loss, logprobs, entropy, metrics = logits_loss_(
-                grad, tokens, sequences, options, temperature, grad if train else None
+                grad, tokens, sequences, options, softmax, grad if train else None
             )
     else:
         with compiled_or_no_grad():
             loss, logprobs, entropy, metrics, grad = torch.ops.lead_kernels.policy_loss(
-                logits, *tokens, *encode_sequences(sequences), options.encode(temperature), train
+                logits, *tokens, *encode_sequences(sequences), encoded, train
             )
     if train and not torch.compiler.is_compiling():
         loss = Ready.apply(loss, [grad], logits)

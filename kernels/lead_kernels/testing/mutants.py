@@ -69,6 +69,36 @@ WRONG: dict[str, tuple[str, str, str]] = {
         "tl.zeros([BLOCK], out_ptr.dtype.element_ty), mask=at < V)",
         "tl.zeros([BLOCK], out_ptr.dtype.element_ty), mask=at < 0)",
     ),
+    "derivative of the soft cap forgotten": (
+        ROWS,
+        "d = d * slope",
+        "d = d * 1.0",
+    ),
+    "derivative of the soft cap without its square": (
+        ROWS,
+        "4.0 * q * (1.0 - q)",
+        "2.0 * q",
+    ),
+    "soft cap after the temperature": (
+        ROWS,
+        "at < V, soft_cap(z, softcap), -inf",
+        "at < V, soft_cap(z * inverse, softcap) / inverse, -inf",
+    ),
+    "target not capped": (
+        ROWS,
+        "at_target = soft_cap(at_target, softcap)",
+        "at_target = at_target * 1.0",
+    ),
+    "tail capped too": (
+        ROWS,
+        "tl.where(at < V, soft_cap(z, softcap), -inf)",
+        "soft_cap(z, softcap)",
+    ),
+    "tanh by a difference of exponentials near 0": (
+        ROWS,
+        "size < 0.55",
+        "size < 0.0",
+    ),
     "clip bounds exchanged": (
         ROWS,
         "1 - loss_options.clip_low, 1 + loss_options.clip_high",

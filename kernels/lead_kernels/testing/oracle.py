@@ -19,7 +19,7 @@ import torch
 
 from .._rows import RowStats, row_gradient_reference, row_stats_reference
 from ..advantage import Groups, LeadAdvantages, Outcomes, lead_advantages_reference
-from ..options import AdvantageOptions, LossOptions
+from ..options import AdvantageOptions, LossOptions, Softmax
 from ..policy_loss import RowMetrics, Sequences, SequenceTerms, Tokens, rows_loss
 
 
@@ -62,7 +62,15 @@ MODES: list[LossOptions] = [
     LossOptions(kl="k3", kl_coef=0.1, entropy_coef=-0.02),
     LossOptions(ratio="sequence", importance_cap=1.2, importance_level="sequence"),
 ]
-TEMPERATURES = {2: 0.6, 5: 2.0}  # of the modes that are not run at 1
+# of the modes that are not run with the default
+SOFTMAX = {2: Softmax(0.6), 3: Softmax(0.7, 4.0), 5: Softmax(2.0), 6: Softmax(1.3, 2.0), 7: Softmax(1.0, 30.0)}
+# scale of the logits, soft cap, dtype: hardly bent, bent, saturated, with ties at the cap
+CAPPED = [
+    (0.5, 1e4, torch.float32),
+    (3.0, 15.0, torch.bfloat16),
+    (20.0, 30.0, torch.float32),
+    (99.0, 3.0, torch.float16),
+]
 GROUP_OPTIONS: list[AdvantageOptions] = [
     AdvantageOptions(),
     AdvantageOptions(length_gate=5500, rate="positive", group_filter="official"),
@@ -80,11 +88,11 @@ class Case(NamedTuple):
     sequences: Sequences
     terms: SequenceTerms
     options: LossOptions
-    temperature: float
+    softmax: Softmax
 
 
 def row_case(
-    seed: int, T: int, V: int, dtype: torch.dtype, options: LossOptions, temperature: float, groups: bool
+    seed: int, T: int, V: int, dtype: torch.dtype, options: LossOptions, softmax: Softmax, groups: bool
 ) -> Case:
     """A case of T rows in 6 sequences; the first has weight 0, the second no advantage."""
     g = torch.Generator().manual_seed(seed)
@@ -96,7 +104,7 @@ def row_case(
 
     logits = (3 * draw(T, V)).to(dtype)
     targets = torch.randint(V, (T,), generator=g)
-    logp = RowStats(*row_stats_reference(logits, targets, temperature).unbind(1)).logprob
+    logp = RowStats(*row_stats_reference(logits, targets, softmax).unbind(1)).logprob
     weights, advantages = draw(S).abs() + 0.2, draw(S)
     weights[0], advantages[1] = 0.0, 0.0
     given: torch.Tensor | Groups = advantages
@@ -106,7 +114,7 @@ def row_case(
     tokens = Tokens(targets, ids, *(logp + 0.4 * draw(T) for _ in range(3)))
     by_sequence = options.ratio == "sequence"
     terms = SequenceTerms(*((0.2 * draw(S)[ids] if by_sequence else None) for _ in range(2)))
-    return Case(logits, tokens, Sequences(weights, given), terms, options, temperature)
+    return Case(logits, tokens, Sequences(weights, given), terms, options, softmax)
 
 
 def specification(case: Case, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -115,12 +123,12 @@ def specification(case: Case, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     given = case.sequences.advantages
     if isinstance(given, Groups):
         given = lead_advantages_reference(given.table(), given.group_size, given.options).advantage
-    stats = row_stats_reference(logits, targets, case.temperature)
+    stats = row_stats_reference(logits, targets, case.softmax)
     row = RowStats(*stats.unbind(1))
     terms = SequenceTerms(*(None if x is None else x.to(dtype) for x in case.terms))
     advantage_T, weight_T = (x.to(dtype)[ids] for x in (given, case.sequences.weights))
     rows = rows_loss(row.logprob, row.entropy, advantage_T, weight_T, case.tokens, terms, case.options)
-    grad = row_gradient_reference(logits, targets, stats, rows.grad_logprob_T, rows.grad_entropy_T, case.temperature)
+    grad = row_gradient_reference(logits, targets, stats, rows.grad_logprob_T, rows.grad_entropy_T, case.softmax)
     metrics = torch.stack([rows.metrics[k].to(dtype) for k in RowMetrics._fields])
     return rows.loss_T, row.logprob, row.entropy, metrics, grad
 
@@ -165,14 +173,18 @@ def row_cases() -> Iterator[Case]:
     """Every mode, dtypes, vocabularies around the tile's edges, offsets, masked logits, a NaN row."""
     entropy = LossOptions(entropy_coef=0.1)
     for V, dtype in ((1, torch.float32), (7, torch.bfloat16), (9001, torch.float32), (20_001, torch.bfloat16)):
-        yield row_case(V, 3, V, dtype, entropy, 0.3, groups=False)
+        yield row_case(V, 3, V, dtype, entropy, Softmax(0.3), groups=False)
     for i, mode in enumerate(MODES):
         dtype = (torch.float32, torch.bfloat16, torch.float16)[i % 3]
-        yield row_case(i, 13, 500, dtype, mode, TEMPERATURES.get(i, 1.0), groups=i % 2 == 1)
+        yield row_case(i, 13, 500, dtype, mode, SOFTMAX.get(i, Softmax()), groups=i % 2 == 1)
     for offset in (1e4, -1e4):
-        case = row_case(3, 7, 600, torch.float32, entropy, 1.0, groups=False)
+        case = row_case(3, 7, 600, torch.float32, entropy, Softmax(), groups=False)
         yield case._replace(logits=case.logits + offset)
-    case = row_case(4, 7, 9000, torch.float32, entropy, 1.0, groups=False)
+    for i, (scale, softcap, dtype) in enumerate(CAPPED):
+        case = row_case(20 + i, 5, 9001, dtype, entropy, Softmax(0.8, softcap), groups=False)
+        tokens = case.tokens._replace(behavior=None, old=None, reference=None)
+        yield case._replace(logits=case.logits * scale, tokens=tokens)
+    case = row_case(4, 7, 9000, torch.float32, entropy, Softmax(), groups=False)
     logits, targets = case.logits, case.tokens.targets
     logits[0, :8500] = -torch.inf  # whole tiles of -inf, the target among the rest
     targets[0] = 8600
@@ -182,13 +194,25 @@ def row_cases() -> Iterator[Case]:
     logits[3, 99] = 1e30
     targets[3] = 99
     yield case
-    yield row_case(5, 1, 33, torch.float32, LossOptions(), 1.0, groups=True)
-    yield row_case(6, 0, 33, torch.float32, LossOptions(), 1.0, groups=False)
+    case = row_case(7, 4, 300, torch.float32, entropy, Softmax(0.7, 5.0), groups=False)
+    case.logits[0, :200] = -torch.inf  # capped, they are -5 and have a probability
+    case.logits[1, 7] = torch.inf
+    case.logits[2, 77] = torch.nan
+    yield case
+    yield row_case(5, 1, 33, torch.float32, LossOptions(), Softmax(), groups=True)
+    yield row_case(6, 0, 33, torch.float32, LossOptions(), Softmax(softcap=3.0), groups=False)
 
 
 def check_halves(kernels: ModuleType, device: str = "cpu") -> None:
     """The kernels of linear_logprobs, with rows further apart than they are long."""
-    for V, dtype in ((1, torch.float32), (300, torch.bfloat16), (5000, torch.float32)):
+    shapes = (
+        (1, torch.float32, 3.0),
+        (300, torch.bfloat16, None),
+        (5000, torch.float32, None),
+        (700, torch.float32, 8.0),
+    )
+    for V, dtype, softcap in shapes:
+        softmax = Softmax(0.7, softcap)
         g = torch.Generator().manual_seed(V)
         wide = (3 * torch.randn(6, V + 40, generator=g)).to(dtype).to(device)
         logits = wide[:, 8 : 8 + V]
@@ -196,13 +220,13 @@ def check_halves(kernels: ModuleType, device: str = "cpu") -> None:
         targets = torch.randint(V, (6,), generator=g)
         u, h = torch.randn(2, 6, generator=g)
         cpu = logits.cpu().clone()
-        exact, base = (row_stats_reference(cpu.to(t), targets, 0.7) for t in (torch.float64, torch.float32))
+        exact, base = (row_stats_reference(cpu.to(t), targets, softmax) for t in (torch.float64, torch.float32))
         with poisoned_memory():
-            stats = kernels.row_stats_triton(logits, targets.to(device), 0.7)
+            stats = kernels.row_stats_triton(logits, targets.to(device), softmax)
         close("statistics", stats, exact, base)
-        exact_grad = row_gradient_reference(cpu.double(), targets, exact, u.double(), h.double(), 0.7)
-        base_grad = row_gradient_reference(cpu.float(), targets, base, u, h, 0.7)
-        kernels.row_gradient_triton_(logits, targets.to(device), stats, u.to(device), h.to(device), 0.7, logits)
+        exact_grad = row_gradient_reference(cpu.double(), targets, exact, u.double(), h.double(), softmax)
+        base_grad = row_gradient_reference(cpu.float(), targets, base, u, h, softmax)
+        kernels.row_gradient_triton_(logits, targets.to(device), stats, u.to(device), h.to(device), softmax, logits)
         close("gradient", logits, exact_grad, base_grad, 5e-6 + torch.finfo(dtype).eps * exact_grad.abs().max().item())
         assert torch.equal(wide[:, 8 + V :], beside), "written past the end of a row"
 
@@ -237,7 +261,7 @@ def check_fused_advantages(kernels: ModuleType, device: str = "cpu") -> None:
         )  # fmt: skip
         groups = Groups(found.table().to(device), size, options)
         given = LeadAdvantages(*kernels.lead_advantages_triton(groups.table(), size, options)).advantage
-        case = on(device, row_case(seed, S, 40, torch.bfloat16, LossOptions(), 1.0, groups=False))
+        case = on(device, row_case(seed, S, 40, torch.bfloat16, LossOptions(), Softmax(), groups=False))
         tokens = case.tokens._replace(sequence_ids=torch.arange(S, device=device), old=None, behavior=None)
         case = case._replace(tokens=tokens, sequences=Sequences(torch.ones(S, device=device), groups))
         loss, *fused = launch(kernels, case, False, device)

@@ -76,11 +76,11 @@ ALL_GROUPS: dict[str, Any] = {"nonnegative_correct": True, "rate": "positive", "
 
 def compiled(kernel: str, dtype: str, target: str) -> Resources:
     """What the compiler makes of a kernel with its row of the tile table; no GPU needed, not under the interpreter."""
-    from .._device import TILES
+    from .._device import full_tile
 
     name, backend = kernel.split(",")[0], TARGETS[target][0]
-    block, warps = TILES[backend][4 if dtype == "fp32" else 2]
-    constants: dict[str, Any] = {"BLOCK": block}
+    block, warps = full_tile(backend, 4 if dtype == "fp32" else 2, kernel in CAPPED)
+    constants: dict[str, Any] = {"BLOCK": block} | ({} if kernel in CAPPED else {"softcap": None})
     if name == "policy_rows_kernel":
         absent = "advantage_ptr" if kernel == GROUPED else "table_ptr"
         constants |= {
@@ -139,7 +139,9 @@ def _amd(asm: Any) -> dict[str, int]:
 
 
 GROUPED = "policy_rows_kernel, groups"
-KERNELS = ("policy_rows_kernel", GROUPED, "row_stats_kernel", "row_gradient_kernel")
+ROW_KERNELS = ("policy_rows_kernel", "row_stats_kernel", "row_gradient_kernel")
+CAPPED = tuple(f"{name}, soft cap" for name in ROW_KERNELS)
+KERNELS = ("policy_rows_kernel", GROUPED, "row_stats_kernel", "row_gradient_kernel", *CAPPED)
 
 
 def every_row() -> Iterator[tuple[str, str, str]]:
@@ -161,7 +163,8 @@ def resource_table() -> str:
         f"Triton {triton.__version__}, cross-compiled without a GPU by `python -m lead_kernels.testing resources`; "
         "nothing here was run or timed on one. Registers are a thread's; spills and shared memory in bytes; loads and "
         "stores are the widest of the kernel, in bytes a thread. policy_rows_kernel is compiled with all its options; "
-        "`groups`: the advantage computed inside, from groups of up to 1,024.",
+        "`groups`: the advantage computed inside, from groups of up to 1,024; `soft cap`: the logits capped. A head's "
+        "bias is added by the product, so the kernels are the same with one.",
         "",
         "| " + " | ".join(columns) + " |",
         "|" + " --- |" * len(columns),
