@@ -372,6 +372,7 @@ from lead_fast.sft import pack_loss
 ranks = start(ParallelConfig(sequence=2))
 worst = 0.0
 for name in ("gpt_oss, sinks", "gemma2", "mistral, window"):
+    torch.manual_seed(0)
     model = build(FAMILIES[name].config(), False).eval()
     randomize(model, 0)
     sequences, grads = sequences_of(0), []

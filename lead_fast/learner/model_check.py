@@ -214,7 +214,9 @@ def small_copy(shape: PretrainedConfig, trust_remote_code: bool, longest: int | 
                 size = sum(p.numel() for p in build(copy.deepcopy(small), trust_remote_code).parameters())
             if size > MOST_PARAMETERS:
                 raise NotReducible(f"its small copy would have {size / 1e6:.0f} million parameters")
-            model = build(small, trust_remote_code).eval()
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)  # the same on every rank: so is the verdict
+                model = build(small, trust_remote_code).eval()
             randomize(model, seed)
             widen(model, sequences_of(seed))
             return model
