@@ -82,8 +82,8 @@ def probe_head(model: Any) -> HeadForm:
     hidden = torch.cat([direction * size / width**0.5 for size in SPREAD], 1)
     product = small(hidden)
     ids = torch.zeros(1, hidden.shape[1], dtype=torch.int64)
-    given: dict[str, Any] = {"last_hidden_state": hidden}
-    outputs: Any = _Outputs(**given)
+    fields: Any = {"last_hidden_state": hidden}
+    outputs: Any = _Outputs(**fields)
     try:
         model.lm_head, model.model.forward = small, lambda *_, **__: outputs
         logits = model(input_ids=ids, use_cache=False).logits

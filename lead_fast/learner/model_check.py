@@ -214,7 +214,9 @@ def small_copy(shape: PretrainedConfig, trust_remote_code: bool, longest: int | 
                 size = sum(p.numel() for p in build(copy.deepcopy(small), trust_remote_code).parameters())
             if size > MOST_PARAMETERS:
                 raise NotReducible(f"its small copy would have {size / 1e6:.0f} million parameters")
-            model = build(small, trust_remote_code).eval()
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)  # the same on every rank: so is the verdict
+                model = build(small, trust_remote_code).eval()
             randomize(model, seed)
             widen(model, sequences_of(seed))
             return model
@@ -240,12 +242,12 @@ def pack_of(sequences: Sequence[Sequence[int]]) -> Pack:
 
 
 @torch.no_grad()
-def alone(model: Any, sequences: Sequence[Sequence[int]]) -> torch.Tensor:
+def alone(model: Any, sequences: Sequence[Sequence[int]], temperature: float = TEMPERATURE) -> torch.Tensor:
     """Log-probs of every token but the first of each sequence, by transformers' forward on that sequence alone."""
     out = []
     for s in sequences:
         ids = torch.tensor([s])
-        logprobs = (model(ids, use_cache=False).logits[0] / TEMPERATURE).log_softmax(-1)
+        logprobs = (model(ids, use_cache=False).logits[0] / temperature).log_softmax(-1)
         out.append(logprobs[:-1].gather(1, ids[0, 1:, None])[:, 0])
     return torch.cat(out)
 
