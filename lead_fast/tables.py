@@ -7,8 +7,8 @@ paper ("7B LEAD") or a name of your own; without one it is the row that the mode
 Results go to tables.md in --output, and to the screen.
 
 An interval is the central 95 % over resamples of each problem's own responses: the problems are the paper's, so what
-differs between two evaluations of one model is the luck of its samples. With fewer than 8 samples it is the one of
-scores.py, over problems. A value is marked where the paper's lies outside.
+differs between two evaluations of one model is the luck of its samples. For votes (Cons@k), and with fewer than 8
+samples, it is the wider one of scores.py, over problems. A value is marked where the paper's lies outside.
 """
 
 import argparse
@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .reward.verifier import normalize
 from .runtime.jsonl import each_jsonl
 from .scores import interval
 
@@ -120,9 +119,8 @@ class Evaluation:
     def measure(self, key: str) -> Measured:
         """A value of the record by its name there, such as pass_at_1."""
         ci = self.record.get(f"{key}_ci")
-        if self.samples >= LEAST_SAMPLES and self.rows and key in ("pass_at_1", "cons_at_k", "length_mean"):
-            draws = resampled(self.rows)[key]
-            ci = list(np.quantile(draws, [0.025, 0.975])) if draws is not None else ci
+        if self.samples >= LEAST_SAMPLES and self.rows and key in ("pass_at_1", "length_mean"):
+            ci = list(np.quantile(resampled(self.rows)[key], [0.025, 0.975]))
         return Measured(self.record.get(key), ci)
 
 
@@ -131,41 +129,23 @@ def reference(row: dict[str, Any]) -> str:
     return str(row.get("reference", row.get("answer", "")))
 
 
-def resampled(rows: Sequence[dict[str, Any]], draws: int = DRAWS) -> dict[str, np.ndarray | None]:
+def resampled(rows: Sequence[dict[str, Any]], draws: int = DRAWS) -> dict[str, np.ndarray]:
     """Means over problems of `draws` evaluations whose samples are drawn anew, for each problem from its own.
 
-    In a vote wrong answers are one candidate where they are spelled alike (reward.verifier.normalize); the value itself
-    stands on mathematical equality.
+    Votes are left out: among samples drawn with replacement a majority is another than among as many fresh ones.
     """
     rng = np.random.default_rng(0)
-    votes = all(r["votes"] is not None for r in rows)
-    keys = ("pass_at_1", "length_mean", "cons_at_k", "correct", "answered", "precision")
-    sums = {key: np.zeros(draws) for key in keys}
+    sums = {key: np.zeros(draws) for key in ("pass_at_1", "length_mean", "correct", "answered", "precision")}
     for r in rows:
-        correct, lengths = np.array(r["correct"], dtype=float), np.array(r["lengths"], dtype=float)
-        index = rng.integers(0, len(correct), (draws, len(correct)))
-        right = correct[index].sum(1)
+        index = rng.integers(0, len(r["correct"]), (draws, len(r["correct"])))
+        correct = np.array(r["correct"])[index].sum(1)
         answered = np.array([e is not None for e in r["extracted"]])[index].sum(1)
-        sums["correct"] += right
+        sums["correct"] += correct
         sums["answered"] += answered
-        sums["precision"] += right / np.maximum(1, answered)
-        sums["pass_at_1"] += right / len(correct)
-        sums["length_mean"] += lengths[index].mean(1)
-        if votes:
-            wrong = {
-                normalize(e) for e, ok in zip(r["extracted"], r["correct"], strict=True) if e is not None and not ok
-            }
-            place = {text: i for i, text in enumerate(sorted(wrong), 1)}
-            ballot = np.zeros((len(correct), len(place) + 1))
-            for i, (e, ok) in enumerate(zip(r["extracted"], r["correct"], strict=True)):
-                if ok or e is not None:
-                    ballot[i, 0 if ok else place[normalize(e)]] = 1
-            counts = ballot[index].sum(1)
-            most = counts.max(1)
-            won = (counts[:, 0] == most) & (most > 0)
-            sums["cons_at_k"] += won / np.maximum(1, (counts == most[:, None]).sum(1))
-    out: dict[str, np.ndarray | None] = {key: total / len(rows) for key, total in sums.items()}
-    return out if votes else out | {"cons_at_k": None}
+        sums["precision"] += correct / np.maximum(1, answered)
+        sums["pass_at_1"] += correct / len(r["correct"])
+        sums["length_mean"] += np.array(r["lengths"], dtype=float)[index].mean(1)
+    return {key: total / len(rows) for key, total in sums.items()}
 
 
 def read_evaluation(path: Path, label: str = "") -> Evaluation:

@@ -275,11 +275,15 @@ class Cell:
             left = until - time.monotonic()
             if left <= 0 or len(got) > most:
                 return None
-            readable, writable, _ = select.select([taken], [given] if data else [], [], left)
+            poller = select.poll()  # select knows no descriptor above 1023
+            poller.register(taken, select.POLLIN)
+            if data:
+                poller.register(given, select.POLLOUT)
+            ready = dict(poller.poll(1000 * left))
             try:
-                if writable:
+                if given in ready:
                     data = data[os.write(given, data) :]
-                if readable:
+                if taken in ready:
                     piece = os.read(taken, 1 << 16)
                     got += piece
                     if not piece:
