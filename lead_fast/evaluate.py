@@ -1,12 +1,15 @@
 """Held-out accuracy on the raw 0/1 score: Pass@1, pass@k, Cons@k and lengths, with intervals (see scores.py).
 
     torchrun --nproc_per_node N -m lead_fast.evaluate --model DIR --data.test=AIME24 [--evaluate.samples=32 ...]
+    ... -m lead_fast.evaluate --model DIR --data.test=LiveCodeBench --allow_code        # docs/code.md
     python -m lead_fast.evaluate --compare LABEL=DIR LABEL=DIR [--output=DIR]
+    python -m lead_fast.evaluate --tables [LABEL=]DIR[,DIR...] ... [--output=DIR]        # docs/tables.md
+    python -m lead_fast.evaluate --lighteval DIR [--python=FILE] [--output=DIR]
 
-The set is AIME24, AIME25, MATH500, AMC23, Minerva, OlympiadBench, a hub set or a file. DIR gets samples.jsonl (every
-graded answer), evaluation.json, table.md and evaluation.png. What samples.jsonl holds is not sampled again, so an
-evaluation that was stopped is resumed by the same command. Where no recipe is named, a run directory's own
-configuration holds (its lengths, instruction and grading), else the recipe `tiny`.
+The set is AIME24, AIME25, MATH500, AMC23, Minerva, OlympiadBench, LiveCodeBench, a hub set or a file. DIR gets
+samples.jsonl (every graded answer), evaluation.json, table.md and evaluation.png. What samples.jsonl holds is not
+sampled again, so an evaluation that was stopped is resumed by the same command. Where no recipe is named, a run
+directory's own configuration holds (its lengths, instruction and grading), else the recipe `tiny`.
 """
 
 import argparse
@@ -20,10 +23,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from . import crosscheck, tables
 from .checks import check, check_folder, chosen_engine
 from .cli import dump, load_config, take_dry_run
 from .command import run_command
 from .config import Config
+from .data.livecodebench import load_code_test, parse_source
 from .data.prompts import load_test
 from .learner.model import load_tokenizer, resolve
 from .machine import look_at_machine
@@ -31,6 +36,7 @@ from .records import Batch, Problem, Sample
 from .report import parse_labelled
 from .reward.function import RewardFunction
 from .reward.grading import grade
+from .reward.programs import Programs, counted, protection
 from .reward.verifier import Verifier
 from .rollout.collect import gather, rollout
 from .rollout.engine import Engine, EngineFailure, Progress, Sampling, silent
@@ -117,7 +123,7 @@ def evaluate(
     engine: Engine,
     problems: list[Problem],
     prompts: list[list[int]],
-    verifier: Verifier,
+    verifier: Verifier | Programs,
     c: Config,
     ranks: Ranks,
     progress: Progress = silent,
@@ -159,9 +165,13 @@ def evaluate(
             progress if samples is None else silent,
             shared_by=c.rollout.tensor_parallel,
         )
-        graded = grade(asked[0], part.responses, verifier, c.reward, function, trains=False)
+        if isinstance(verifier, Programs):
+            graded = verifier.grade(asked[0], part.responses, c.reward)
+            own: dict[int, float | None] = dict.fromkeys(graded)  # programs do not vote
+        else:
+            graded = grade(asked[0], part.responses, verifier, c.reward, function, trains=False)
+            own = {i: majority(samples, verifier) for i, samples in graded.items()}
         batch = gather(part, graded, *asked, ranks)
-        own = {i: majority(samples, verifier) for i, samples in graded.items()}
         votes = {i: v for rank in ranks.gather_objects(own) for i, v in rank.items()}
         if ranks.main:
             new = answered(batch, votes, texts=samples is not None)
@@ -250,6 +260,10 @@ def main(args: list[str] | None = None) -> None:
     dry, args = take_dry_run(args)
     if any(a.startswith("--compare") for a in args):
         return compare(args)
+    for flag, command in (("--tables", tables.main), ("--lighteval", crosscheck.main)):
+        if any(a.split("=")[0] == flag for a in args):
+            return command(args)
+    allowed, args = "--allow_code" in args, [a for a in args if a != "--allow_code"]
     c: Config = load_config([*own_settings(args), *args], about=__doc__)
     alone: dict[str, Any] = {"extra_problems": 0, "gpu_memory": c.evaluate.gpu_memory}  # no trainer beside the engine
     c = dataclasses.replace(c, rollout=dataclasses.replace(c.rollout, **alone))
@@ -259,13 +273,26 @@ def main(args: list[str] | None = None) -> None:
     if ranks.main:
         print(f"Settings of recipe {c.recipe}.", flush=True)
     shape = look_at_machine(c.model, ranks, engine=chosen_engine(c, ranks.device.type))
+    code = parse_source(c.data.test) is not None
+    if code and not allowed:
+        raise ValueError(f"{c.data.test} is graded by running programs that a model wrote: allow it with --allow_code.")
+    if code:
+        guard = protection()
+        if ranks.main:
+            print(guard, flush=True)
     if dry:
         if ranks.main:
             print(dump(c))
         return stop()
     check_engine(shape, c, ranks.device.type, c.data.max_prompt_tokens + c.rollout.max_tokens)
     tokenizer = load_tokenizer(c.model)
-    problems, prompts = load_test(c, tokenizer, ranks)
+    grader: Verifier | Programs
+    if code:
+        problems, prompts, tests = load_code_test(c, tokenizer)
+        grader = Programs(tests)
+    else:
+        problems, prompts = load_test(c, tokenizer, ranks)
+        grader = Verifier(timeout_s=c.reward.verifier_timeout_s)
     folder = Path(c.output or f"runs/evaluate-{Path(c.model.path).name}-{Path(c.data.test).stem}")
     folder.mkdir(parents=True, exist_ok=True)
     samples = Samples(folder / "samples.jsonl", asked(c, problems))
@@ -278,12 +305,16 @@ def main(args: list[str] | None = None) -> None:
             print(f"evaluate {at}/{of}", flush=True)
 
     leaving = partial(any_rank_caught, asked_to_stop, ranks)
-    with Verifier(timeout_s=c.reward.verifier_timeout_s) as verifier:
+    with grader as verifier:
         engine = make_engine(c, tokenizer, ranks)
         try:
             record, _ = evaluate(engine, problems, prompts, verifier, c, ranks, progress, samples, leaving=leaving)
         except EngineFailure as e:
             raise ValueError(f"{e}: what was sampled is in {samples.path}; the same command resumes.") from e
+    if isinstance(grader, Programs):
+        counts = counted(ranks.gather_objects(grader.reasons))
+        if ranks.main:
+            print(counts, flush=True)
     if ranks.main and not record:
         done = f"{len(samples.done)} of {len(problems)} problems are in {samples.path}"
         print(f"Asked to stop: {done}; the same command resumes.", flush=True)
@@ -291,6 +322,7 @@ def main(args: list[str] | None = None) -> None:
         record = {"model": c.model.path, "data": c.data.test} | record
         (folder / "evaluation.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         print(write(folder, {Path(c.model.path).name: record}))
+        print(tables.groups_table(folder))
         print(f"Evaluation: {folder}", flush=True)
     stop()
 

@@ -79,6 +79,8 @@ def load_problems(
         ValueError: no such file or dataset, a file that cannot be read, a missing column, a cell that is neither text
             nor a number, an empty question or reference, no problem left.
     """
+    if source.lower().startswith("livecodebench"):
+        raise ValueError(f"{source} is solved by programs: only python -m lead_fast.evaluate --allow_code takes it.")
     name, table, sample = _open(source, split)
     wanted = Columns(problem_column, reference_column, difficulty_column, solution_column)
     at = find_columns(source, table.columns, sample, wanted, references=references)
