@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from jobs import python, same
+from jobs import Job, faulty, python, same, small, weights
 
 from lead_fast import train
 from lead_fast.cli import load_config
@@ -145,6 +145,16 @@ def test_where_host_memory_is_short_the_run_waits_for_the_write(writer, trained,
     assert "too little host memory is free" in capsys.readouterr().out
 
 
+def test_the_copy_in_host_memory_is_kept_and_not_counted_twice(writer, trained, monkeypatch):
+    assert writer.save(1, trained[1], trained[2], {}, wait=True)
+    monkeypatch.setattr(checkpoint, "available_bytes", lambda: 1e6)
+    staged, stage = [], writer._stager.stage
+    monkeypatch.setattr(writer._stager, "stage", lambda state: staged.append(stage(state)) or staged[-1])
+    assert writer.save(2, trained[1], trained[2], {}, wait=True) and writer.save(3, *trained[1:], {}, wait=True)
+    first, second = (next(iter(state["model"].values())).to_local() for state in staged)
+    assert first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+
+
 def test_leaving_waits_for_the_write_and_says_what_failed(trained, tmp_path, slow_disk, monkeypatch, capsys):
     checkpoints = Checkpoints(tmp_path, trained[0])
     assert checkpoints.save(1, trained[1], trained[2], {}, wait=False)
@@ -188,6 +198,23 @@ def test_killed_in_the_middle_of_a_write_the_checkpoint_before_is_resumed(traine
     state = checkpoint.load(tmp_path, policy, optimizer, ranks)
     assert state and state["step"] == 1
     assert "step-2.partial is passed over (it was cut short while it was written): resuming" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_killed_at_every_stage_of_a_write_the_job_restarts_to_the_weights_of_an_unbroken_one(tiny_run):
+    """Two ranks; the steps do not wait for the write, so the kill comes in the midst of a later one."""
+    stages = {"writing": 1, "written": 0, "listed": 0, "renamed": 0}
+    faults = [
+        {"do": "kill", "at": at, "step": step, "rank": rank, "restart": restart}
+        for restart, (step, (at, rank)) in enumerate(zip((2, 3, 4, 4), stages.items(), strict=True))
+    ]
+    run = tiny_run.parent / "stages"
+    job = Job(2, *faulty(faults), *small(tiny_run.parent, f"--output={run}", "--resume"), restarts=4)
+    out = job.wait(timeout=400)
+    assert job.code == 0 and not job.alive(), out[-3000:]
+    for fault in faults:
+        assert out.count(f"fault: kill at {fault['at']}, step {fault['step']}") == 1, out[-3000:]
+    assert "checkpoint step-2.partial is passed over (it was cut short" in out and same(weights(run), weights(tiny_run))
 
 
 def test_all_ranks_resume_from_what_the_first_one_sees(trained, tmp_path, monkeypatch):

@@ -14,7 +14,8 @@
 #SBATCH --signal=TERM@900
 set -euo pipefail
 run=${RUN:-runs/slurm-$SLURM_JOB_ID}
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+first=${hosts%%$'\n'*}
 # 900 s before the job's time ends the ranks get SIGTERM: they finish the step and save. torchrun waits for them so long.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-840}
 srun --ntasks-per-node=1 --kill-on-bad-exit=1 "${VENV:-.venv}/bin/torchrun" \

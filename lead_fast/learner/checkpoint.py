@@ -84,6 +84,7 @@ class Checkpoints:
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint", self._enter_thread)
         self._pending: tuple[int, _Hashes, int, concurrent.futures.Future[str]] | None = None
         self._newest = -1  # the step that was written last
+        self._has_staged = False  # then the host memory for it is taken already
         self._failures: list[str] = []
         at_stop.append(self.close)
 
@@ -108,7 +109,8 @@ class Checkpoints:
             return False
         hashes = _Hashes()
         args = (self.run, step, extra, hashes, self.ranks)
-        if _fits_host(state, self.ranks):
+        if self._has_staged or _fits_host(state, self.ranks):
+            self._has_staged = True
             staged: Any = self._stager.stage(state)
             if self.ranks.device.type == "cuda":
                 torch.cuda.synchronize(self.ranks.device)

@@ -298,10 +298,10 @@ def _first_line(e: BaseException) -> str:
 
 
 def leave_together(fault: str, ranks: Ranks) -> None:
-    """Raise ValueError on every rank with the first rank's fault, if any has one. A collective.
+    """Raise ValueError, with the fault that came first, on this rank and on those that have started.
 
-    Where ranks share an engine, the others may hang in what failed here: after a minute this rank speaks for itself
-    and leaves, and the launcher ends them.
+    A rank that failed does not wait for the others to start, or to hang with it in an engine that they share: it
+    leaves and speaks for itself (see ranks.complaint), and the launcher ends them.
     """
     if first := ranks.first_fault(fault):
         raise ValueError(first)

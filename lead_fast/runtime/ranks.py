@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import itertools
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,27 +101,26 @@ class Ranks:
                     f"Rank {rank} was started with {other} and rank 0 with {first}: give all machines the same command."
                 )
 
-    def first_fault(self, fault: str, patience_s: float = 60.0) -> str:
-        """The first fault of any rank, or ""; a collective that a rank with a fault leaves though others never come.
+    def first_fault(self, fault: str) -> str:
+        """The fault that came first on any rank, or "" once all ranks are here without one.
 
-        Other ranks may hang in what failed here (an engine over several ranks), so one that has a fault waits for them
-        only so long, and they for one another until all have reported.
+        Unlike in a collective, nobody waits where there is a fault: other ranks may be long in what failed here, hang
+        in it (an engine over several ranks), or fail because this one left.
 
         Args:
             fault: what is wrong on this rank, or "".
-            patience_s: seconds that a rank with a fault waits for the others' reports.
         """
         ticket = f"fault-{next(self.tickets)}"
-        store, keys = self.store, [f"{ticket}/{rank}" for rank in range(self.world)]
-        store.set(keys[self.rank], fault)
+        store, first, arrived = self.store, f"{ticket}/first", f"{ticket}/arrived"
+        if fault:
+            return store.compare_set(first, "", fault).decode()
+        store.add(arrived, 1)
         with self.waiting("the other ranks' reports"):
-            for key in [keys[self.rank], *keys] if fault else keys:
-                patience = datetime.timedelta(seconds=patience_s) if fault else datetime.timedelta(days=1)
-                try:
-                    store.wait([key], patience)
-                except dist.DistStoreError:
-                    return fault
-        return next((text for text in (store.get(key).decode() for key in keys) if text), "")
+            while store.add(arrived, 0) < self.world:
+                if store.check([first]):
+                    return store.get(first).decode()
+                time.sleep(POLL_S)
+        return ""
 
     def say_once(self, what: str, text: str) -> None:
         """Print `text` on the first rank that has something to say of `what`; the others stay silent. No collective."""
@@ -212,6 +212,7 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+POLL_S = 0.2
 ALONE_S = 5.0  # that a rank with a mistake to report waits for the first rank to report it
 
 
@@ -230,5 +231,5 @@ def complaint(e: ValueError) -> str | int:
     try:
         dist.distributed_c10d._get_default_store().wait(["complaint"], datetime.timedelta(seconds=ALONE_S))
     except dist.DistError:
-        return f"error: on rank {rank}: {e}"
+        return f"error: {e}" if str(e).startswith("On rank") else f"error: on rank {rank}: {e}"
     return 1
