@@ -17,7 +17,7 @@ from lead_fast.learner.packing import assign, make_pack
 from lead_fast.records import Score
 from lead_fast.reward.extraction import extract_boxed, graded_text, is_degenerate
 from lead_fast.reward.terms import soft_overlong_penalty, wrong_reward
-from lead_fast.reward.verifier import normalize, quick
+from lead_fast.reward.verifier import quick
 from lead_kernels import AdvantageOptions, Outcomes, lead_advantages
 
 pytestmark = pytest.mark.quick
@@ -228,8 +228,8 @@ def test_the_sides_of_think_make_up_the_text(before, after):
 
 @given(TEXT)
 @LAW
-def test_what_is_no_answer_is_right_to_nobody_and_anything_equals_itself_or_is_left_to_the_checker(text):
-    assert quick("", text) is False and quick(text, text) in ((True, None) if normalize(text) else (False,))
+def test_what_is_no_answer_is_right_to_nobody_and_anything_equals_itself(text):
+    assert quick("", text) is False and quick(text, text) is any(map(str.isalnum, text))
 
 
 @given(st.integers(-(10**12), 10**12), st.integers(-(10**12), 10**12))

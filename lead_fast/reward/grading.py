@@ -32,7 +32,11 @@ def score(
             ok,
             answer,
             r.truncated or (where != "all" and "</think>" not in r.text),
-            degenerate and (r.finish_reason == "repetition" or is_degenerate(r.text, longest_word=longest_word)),
+            degenerate
+            and (
+                r.finish_reason == "repetition"
+                or is_degenerate(r.text, longest_word=longest_word, from_start=longest_word is not None)
+            ),
         )
         for r, ok, answer in zip(responses, correct, extracted, strict=True)
     ]

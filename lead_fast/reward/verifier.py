@@ -1,18 +1,11 @@
-"""Whether an answer equals a reference, checked in processes that may be killed.
+"""Whether an answer equals a reference, checked in a process that may be killed where no rule tells.
 
-Equal after normalisation is right; two plain integers that differ are wrong; all else goes to math-verify in a worker
-process with a time limit, and what stalls, crashes or is absurdly long is wrong. What is decided here and not by
-math-verify:
+`answers.py` holds the types, the rules and their reasons; most answers are decided there, in microseconds. What no
+rule decides goes to math-verify unrewritten, in a worker process whose CPU time is limited: what needs longer, crashes
+or is absurdly long is wrong. A busy machine does not shorten the limit.
 
-- Dropped: dollar signs, \\left, \\right, \\displaystyle, thousands separators of a whole number, degree signs (in
-  trigonometric functions they become radians), a leading \\approx, a unit in \\text{} behind a number. Words that
-  change the number (`or`, `million`, anything with a digit) are no unit, and 5 km is not 5 m.
-- 50% is 50 as well as 0.5; x = 5 is 5; the last member of a chain of equalities counts; an interval may be written as
-  an inequality; a set is no tuple; the case of words does not matter, that of single letters is left to math-verify.
-- A decimal equals what it agrees with to six places (math-verify's rule): 0.333333 is 1/3 and 0.33 is not. Numbers
-  with a power of ten, and tiny ones, must agree to one part in a million: 2e-18 is not 2e-17.
-- A unit in plain text behind a number is dropped too (3 dollars, 9.6 m/s); a unit's symbol only where the other
-  side is a plain number, for 5 m may be a product. Where the reference is a choice's letter, the first letter tells.
+math-verify rounds to six places, drops words, and compares fragments where it cannot parse. So the worker takes its
+yes only where both sides were parsed, neither is without a value, and exact sides agree to many digits.
 
 sympy evaluates text with Python's `eval` wherever it is handed a string, and latex2sympy hands it number tokens; the
 worker lets numbers and sympy's own closed forms through and refuses all else, so nothing in an answer is run as code.
@@ -25,152 +18,28 @@ import select
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from decimal import Decimal
 from types import TracebackType
 
+from .answers import decide, readings
 from .extraction import MAX_ANSWER_CHARS
+from .formulas import Unread
 
-# --------------------------------------------------------------------------------------------------------- comparison
+WALL_FACTOR = 10
+"""Wall-clock limit of a worker as a multiple of its CPU limit: for one that sleeps or waits, not for a busy machine."""
 
-
-_SPELLING = str.maketrans({"−": "-", "×": "\\times ", "·": "\\cdot ", "÷": "/", "π": "\\pi ", "∞": "\\infty ",
-    "√": "\\sqrt ", "²": "^2", "³": "^3", "½": "\\frac12", "¼": "\\frac14", "¾": "\\frac34", "≤": "\\le ", "≥": "\\ge ",
-    "≠": "\\ne ", "∪": "\\cup ", "∩": "\\cap ", "∈": "\\in ", "∅": "\\emptyset ", "°": "^\\circ "})  # fmt: skip
-_DROP = re.compile(
-    r"\\(?:left|right)(?![a-z])\.?|(?<!\\)\\!|\\?\$|\\(?:displaystyle|limits)(?![a-z])|^\s*(?:\\approx|≈)"
-)
-_SPACE = re.compile(r"(?<!\\)\\[,;: ]|~|\\q?quad(?![a-z])")
-_UNIT = re.compile(
-    r"(?<=[\d}a-z])\s*\\(?:text|mathrm|mbox|textrm)\s*\{((?:[^{}\d,;=<>\\]|\^-?\d)*)\}((?:\^\{?-?\d\}?)?)$"
-)
-_WORDS = re.compile(r"\\(?:text|mathrm|mbox|textrm)\{[^{}]*\}$")
-_NO_UNIT = re.compile(
-    r"(?i)\b(?:or|and|not|to|than|if|when|for|mod|base|over|times|plus|minus|half|pi|dozen|\w*(?:hundred|thousand|illion))\b"
-)
-_UNITS = frozenset("mm cm dm m km in ft yd mi mg g kg lb oz ms s sec min h hr hours minutes seconds days ml l".split())
-_DEGREES = re.compile(r"(\d+(?:\.\d+)?)?\s*(?:\^\s*\{\s*\\circ\s*\}|\^\s*\\circ(?![a-z])|\\degree(?![a-z]))")
-_TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
-_PLAIN_UNIT = re.compile(
-    r"(?<=[\d}])(?:\s|\\,|~)*(dollars?|cents?|degrees?|units?|miles?|meters?|metres?|feet|foot|inch(?:es)?|hours?"
-    r"|minutes?|seconds?|days?|weeks?|months?|years?|(?:square|cubic) [a-z]+"
-    r"|(?:[kcmdnu]?m|[km]?g|s|h|[kM]?J|N|[kM]?W|[kMG]?Hz|[kMG]?eV"
-    r"|K|Pa|V|A|C|mol|erg|ft|in)(?:/[a-z]+)?)(\^\{?-?\d\}?)?$"
-)
-_PERCENT = re.compile(r"(?<=\d)\s*(?:percent|\\(?:text|mathrm|mbox)\{\s*percent\s*\})$")
-_NUMBER = re.compile(r"^([-+]?\d{1,30}(?:\.\d{1,30})?|[-+]?\.\d{1,30})(?:\\times10\^\{?(-?\d{1,3})\}?)?$", re.ASCII)
-_CHOICE = re.compile(r"^\(?([A-E])\)?$")
-_CHOSEN = re.compile(r"^(?:\\(?:text|textbf|mathrm|mathbf)\s*\{)?\s*(?:\(([A-E])\)|([A-E])(?=[).:}]))")
-_EULER = re.compile(r"(?<![a-zA-Z])e\^\{((?:[^{}]|\{[^{}]*\})*)\}")
-_IMAGINARY = re.compile(r"(?<![a-zA-Z])i(?![a-zA-Z])")
-_WHOLE_TEXT = re.compile(r"^\\(?:text|textit|textrm|mathrm|mbox|textbf|mathbf|boldsymbol)\s*\{([^{}]*)\}$")
-_MIXED = re.compile(r"^(-?)(\d+)\s*(?:\\frac\{(\d+)\}\{(\d+)\}|\s(\d+)/(\d+))$")
-_RECURRING = re.compile(r"^(-?)(\d*)\.(\d*)\\(?:overline|bar|dot)\{?(\d+)\}?$")
-_THOUSANDS = re.compile(r"^[-+]?\d{1,3}(?:(?:,|\{,\}|\s)\d{3})+(?:\.\d+)?(?:\\?%)?$")
-_INTEGER = re.compile(r"^[+-]?\d+$", re.ASCII)
-_BASE = re.compile(r"^(\d+)_\{?(\d+)\}?$", re.ASCII)
+# ---------------------------------------------------------------------------------------------------------- undecided
 
 
-def normalize(answer: str) -> str:
-    """One spelling for what mathematicians write in several; spaces stay only where they part two words or numbers."""
-    return _normalize(answer)[0]
-
-
-def _normalize(answer: str) -> tuple[str, str]:
-    """The answer in one spelling, and the unit that was dropped from it."""
-    s = "".join(c for c in answer.translate(_SPELLING) if c.isprintable() or c in "\n\t")
-    s = _SPACE.sub(" ", _DROP.sub("", s)).strip().removesuffix(".").strip()
-    s = re.sub(r"\\[dt]frac(?![a-z])", r"\\frac", s).replace("\\%", "%").replace("\\varnothing", "\\emptyset")
-    s = re.sub(r"\\(?:text|mathrm|mbox)\{\s*(?:or|and)\s*\}", ",", s)
-    s = re.sub(r"\\cdot(?![a-z])", r"\\times", s)
-    if m := _WHOLE_TEXT.match(s):
-        s = m.group(1).strip()
-    s = _DEGREES.sub(r"(\\frac{\1\\pi}{180})" if _TRIGONOMETRIC.search(s) else r"\1", s).strip()
-    s = _EULER.sub(_euler, s)
-    unit = ""
-    if (m := _UNIT.search(s)) and not _NO_UNIT.search(m.group(1)):
-        s, unit = s[: m.start()].strip(), "".join(m.groups()).replace(" ", "").strip(".").lower()
-    if m := re.match(r"^[a-zA-Z]\s*=\s*([^=]+)$", s):
-        s = m.group(1)
-    s = re.sub(r"\\frac\s*(\d)\s*(\d)(?!\d)", r"\\frac{\1}{\2}", s)
-    if m := _MIXED.match(s):
-        sign, whole, a, b, c, d = m.groups()
-        top, bottom = int(a or c), int(b or d)
-        s = f"{sign}\\frac{{{int(whole) * bottom + top}}}{{{bottom}}}"
-    if m := _RECURRING.match(s):  # 0.1(6) = (16 - 1) / 90
-        sign, whole, start, cycle = m.groups()
-        top = int(whole + start + cycle) - int(whole + start or "0")
-        s = f"{sign}\\frac{{{top}}}{{{'9' * len(cycle) + '0' * len(start)}}}"
-    if m := re.match(r"^([-+]?\d+(?:\.\d+)?)[eE]([-+]?\d+)$", s):
-        s = f"{m.group(1)}\\times10^{{{m.group(2)}}}"
-    if _THOUSANDS.match(s):
-        s = re.sub(r",|\{,\}|\s", "", s)
-    s = re.sub(r"\s+", " ", s)
-    return re.sub(r"(?<![\da-zA-Z]) | (?![\da-zA-Z])|(?<=\d) (?=[a-zA-Z])|(?<=[a-zA-Z]) (?=\d)", "", s), unit
-
-
-def _euler(m: re.Match) -> str:
-    """e^{i x} in cosine and sine where x is a closed form of numbers: math-verify takes i and e for letters."""
-    exponent, found = _IMAGINARY.subn("", m.group(1))
-    exponent = exponent.strip().replace("{}", "{1}")
-    exponent += "1" * (exponent in ("", "-"))
-    if found != 1 or not re.fullmatch(r"(?:[\d(){}/\s-]|\\pi|\\frac|\\times)*", exponent):
-        return m.group()
-    return f"(\\cos({exponent})+i\\sin({exponent}))"
-
-
-def plain_units(answer: str, other: str) -> str:
-    """The answer with a unit in plain text behind its number set as \\text{...}, which comparison knows."""
-    s = _PERCENT.sub("%", answer.strip().strip("$").removesuffix(".").strip())
-    if not (m := _PLAIN_UNIT.search(s)):
-        return s if s.endswith("%") else answer
-    if len(m.group(1)) < 4 and not _NUMBER.match(normalize(other)):
-        return answer
-    return f"{s[: m.start()]}\\text{{ {m.group(1)}}}{m.group(2) or ''}"
-
-
-def _numbers(a: str, b: str) -> bool | None:
-    """Two decimals, where their size or a percent sign is beyond math-verify's six places; else None."""
-    x, y = (_NUMBER.match(s.removesuffix("%")) for s in (a, b))
-    if not x or not y:
-        return None
-    one, two = (Decimal(m.group(1)).scaleb(int(m.group(2) or 0)) for m in (x, y))
-    near = abs(one - two) <= Decimal("1e-6") * max(abs(one), abs(two))
-    if a.endswith("%") or b.endswith("%"):
-        return True if near else None
-    tiny = 0 < max(abs(one), abs(two)) < Decimal("1e-3")
-    return near if tiny or x.group(2) or y.group(2) else None
-
-
-def quick(answer: str, gold: str) -> bool | None:
-    """Right or wrong where a glance tells, else None."""
+def quick(answer: str, reference: str) -> bool | None:
+    """Right or wrong where the rules tell, else None."""
     if len(answer) > MAX_ANSWER_CHARS:
         return False
-    if m := _CHOICE.match(normalize(gold)):
-        if chosen := _CHOSEN.match(answer.strip().strip("$")):
-            return (chosen.group(1) or chosen.group(2)) == m.group(1)
-    answer, gold = plain_units(answer, gold), plain_units(gold, answer)
-    (a, unit_a), (b, unit_b) = _normalize(answer), _normalize(gold)
-    if not a or (unit_a != unit_b and {unit_a, unit_b} <= _UNITS):
-        return False
-    if a == b or (a.lower() == b.lower() and len(a) > 1 and a.replace(" ", "").isalpha()):
-        return True
-    if _INTEGER.match(a) and _INTEGER.match(b):
-        return int(a) == int(b)
-    if (near := _numbers(a, b)) is not None:
-        return near
-    if (m := _BASE.match(a)) and (n := _BASE.match(b)) and m.group(2) != n.group(2):
-        return False
-    if {_bracket(a), _bracket(b)} == {"set", "tuple"}:
-        return False
-    if any(map(str.isdigit, a)) and bool(_WORDS.search(a)) != bool(_WORDS.search(b)):
-        return False  # words that are no unit: math-verify would drop them and take `5 million` for 5
-    return False if _tower(a) else None
+    told = decide(answer, reference)
+    return False if told is None and (_tower(answer) or _unbalanced(answer)) else told
 
 
-def _bracket(s: str) -> str:
-    """`set` for \\{1,2\\}, `tuple` for (1,2) or [1,2], where the brackets hold numbers only."""
-    listed = re.match(r"^(\\\{|[(\[])[-\d.,/\s]*,[-\d.,/\s]*(?:\\\}|[)\]])$", s)
-    return "" if not listed else "set" if listed.group(1) == "\\{" else "tuple"
+def _unbalanced(s: str) -> bool:
+    return s.count("{") - s.count("\\{") != s.count("}") - s.count("\\}")
 
 
 def _tower(s: str) -> bool:
@@ -188,7 +57,10 @@ def _tower(s: str) -> bool:
 
 
 def worker() -> None:
-    """Reads [answer, gold] as JSON lines, writes true or false. Runs in a process of its own; ends when stdin does."""
+    """Read [answer, reference, seconds] as JSON lines, write true or false; end when stdin does.
+
+    Each comparison may use so many seconds of this process's CPU time: the kernel's profiling timer ends the process.
+    """
     import ctypes
     import logging
     import resource
@@ -214,24 +86,48 @@ def worker() -> None:
     out = sys.stdout
     print("ready", file=out, flush=True)
     for line in sys.stdin:
-        answer, gold = json.loads(line)
+        answer, reference, seconds = json.loads(line)
+        signal.setitimer(signal.ITIMER_PROF, max(seconds, 1e-3))  # SIGPROF is not handled: it ends the process
         try:
             ours, theirs = (
-                parse(f"${normalize(x)}$", extraction_config=config, parsing_timeout=0) for x in (answer, gold)
+                parse(f"${x.strip().strip('$')}$", extraction_config=config, parsing_timeout=0)
+                for x in (answer, reference)
             )
-            ok = bool(ours and theirs) and not (_endless(ours) and not _endless(theirs))
-            ok = ok and verify(theirs, ours, timeout_seconds=None, allow_set_relation_comp=True)
+            ok = bool(ours and theirs) and not isinstance(ours[0], str) and not isinstance(theirs[0], str)
+            ok = ok and verify(theirs[0], ours[0], timeout_seconds=None, allow_set_relation_comp=True)
+            ok = ok and _endless(ours) == _endless(theirs) and not _undefined(ours) and not _undefined(theirs)
+            ok = ok and not _apart(ours[0], theirs[0], "." in answer or "." in reference)
         except (Exception, RecursionError):  # whatever a parser raises on an answer: the answer is wrong
             ok = False
+        signal.setitimer(signal.ITIMER_PROF, 0)
         print(json.dumps(bool(ok)), file=out, flush=True)
 
 
 def _endless(parsed: list) -> bool:
-    """A number without bound or value among what was parsed: math-verify's tolerance takes it for any other number."""
+    """A number without bound among what was parsed: math-verify's tolerance takes it for any other number."""
     import sympy
 
-    without = (sympy.oo, -sympy.oo, sympy.zoo, sympy.nan)
-    return any(isinstance(x, sympy.Expr) and x.has(*without) for x in parsed)
+    return any(isinstance(x, sympy.Expr) and x.has(sympy.oo, -sympy.oo) for x in parsed)
+
+
+def _undefined(parsed: list) -> bool:
+    """A number without a value, before or after evaluation: two of them are not equal."""
+    import sympy
+
+    without = (sympy.zoo, sympy.nan)
+    return any(isinstance(x, sympy.Expr) and (x.has(*without) or x.doit().has(*without)) for x in parsed)
+
+
+def _apart(a: object, b: object, rounded: bool) -> bool:
+    """Whether numbers that math-verify's rounding took for equal differ: in the 6th digit, exact ones in the 30th."""
+    import sympy
+
+    if not (isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr)) or a.free_symbols or b.free_symbols:
+        return False
+    x, y = (sympy.N(v, 60) for v in (a, b))
+    if not (x.is_number and y.is_number) or not (x.is_finite and y.is_finite):
+        return False
+    return bool(abs(x - y) > max(abs(x), abs(y)) * sympy.Float(10, 60) ** (-6 if rounded else -30))
 
 
 def _only_numbers(parse_expr: Callable) -> Callable:
@@ -252,15 +148,15 @@ class _Worker:
     def __init__(self) -> None:
         self.process: subprocess.Popen | None = None
 
-    def ask(self, answer: str, gold: str, timeout_s: float) -> bool:
+    def ask(self, answer: str, reference: str, timeout_s: float) -> bool:
         if self.process is not None and self.process.poll() is not None:
             self.kill()  # died between two answers: not this one's fault
         process = self.process or self._start()
         assert process.stdin and process.stdout
         try:
-            process.stdin.write((json.dumps([answer, gold]) + "\n").encode())
+            process.stdin.write((json.dumps([answer, reference, timeout_s]) + "\n").encode())
             process.stdin.flush()
-            line = self._line(timeout_s)
+            line = self._line(WALL_FACTOR * timeout_s)
         except (BrokenPipeError, OSError):
             line = ""
         if not line:
@@ -277,12 +173,12 @@ class _Worker:
             env=env,
             start_new_session=True,  # Ctrl-C in the terminal is the trainer's to answer
         )
-        ready = self._line(120.0) == "ready"
+        ready = self._line(600.0) == "ready"
         if ready:
             assert self.process.stdin
-            self.process.stdin.write(b'["x+1", "1+x"]\n')
+            self.process.stdin.write(b'["x+1", "1+x", 60]\n')
             self.process.stdin.flush()
-            ready = self._line(60.0) == "true"
+            ready = self._line(600.0) == "true"
         if not ready:  # or every answer would be wrong, and nobody would know why
             self.kill()
             raise RuntimeError("The answer checker does not start: are math-verify and sympy installed as pinned?")
@@ -310,7 +206,8 @@ class Verifier:
     """Checks answers; a context manager, so that no process is left behind.
 
     Args:
-        timeout_s: wall-clock limit for one answer, seconds; past it the answer is wrong and the worker is replaced.
+        timeout_s: limit of the worker's CPU time for one answer, seconds; past it the answer is wrong and the worker
+            is replaced. Ten times as long by the clock ends it, too.
     """
 
     def __init__(self, timeout_s: float = 5.0):
@@ -328,24 +225,28 @@ class Verifier:
 
     def grade(self, pairs: Sequence[tuple[str | None, str]]) -> list[bool]:
         """Whether each (extracted answer, reference) agrees; no answer is wrong."""
-        return [answer is not None and self._equal(answer, gold) for answer, gold in pairs]
+        return [answer is not None and self._equal(answer, reference) for answer, reference in pairs]
 
     def same(self, answer: str, other: str) -> bool:
         """Whether two answers, both wrong, are one: for votes. One that timed out before is like no other."""
         return not {answer, other} & self.timed_out and self._equal(answer, other)
 
     def parses(self, answer: str) -> bool:
-        """Whether a reference can be graded against: a whole number, or math-verify finds it equal to itself."""
-        if _INTEGER.match(normalize(answer)):
-            return True
-        balanced = answer.count("{") == answer.count("}")  # math-verify would compare what is not as plain text
-        return balanced and len(answer) <= MAX_ANSWER_CHARS and self.worker.ask(answer, answer, self.timeout_s)
+        """Whether a reference can be graded against: a rule reads it, or math-verify finds it equal to itself."""
+        if len(answer) > MAX_ANSWER_CHARS or _unbalanced(answer):
+            return False  # math-verify would compare what is not balanced as plain text
+        try:
+            if readings(answer, False):
+                return True
+        except (Unread, RecursionError):
+            return False
+        return self.worker.ask(answer, answer, self.timeout_s)
 
-    def _equal(self, answer: str, gold: str) -> bool:
-        told = quick(answer, gold)
+    def _equal(self, answer: str, reference: str) -> bool:
+        told = quick(answer, reference)
         if told is not None:
             return told
-        key = plain_units(answer, gold), plain_units(gold, answer)
+        key = answer, reference
         if key not in self.seen:
             if len(self.seen) > 100_000:
                 self.seen.clear()
