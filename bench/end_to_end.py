@@ -124,14 +124,13 @@ def run_trl(a: argparse.Namespace) -> None:
 
     def evaluate(model: Any, step: int) -> None:
         places = range(trainer.accelerator.process_index, len(test), a.ranks)
+        pad = tokenizer.pad_token_id
         longest = max(len(test_prompts[i]) for i in places)
-        ids = torch.tensor(
-            [[tokenizer.pad_token_id] * (longest - len(test_prompts[i])) + test_prompts[i] for i in places]
-        )
+        ids = torch.tensor([[pad] * (longest - len(test_prompts[i])) + test_prompts[i] for i in places])
         out = model.generate(
-            input_ids=ids, attention_mask=(ids != tokenizer.pad_token_id).to(torch.int64), do_sample=True, temperature=1.0,
+            input_ids=ids, attention_mask=torch.ne(ids, pad).to(torch.int64), do_sample=True, temperature=1.0,
             num_return_sequences=2, max_new_tokens=config.rollout.max_tokens, top_k=0,
-            pad_token_id=tokenizer.pad_token_id,
+            pad_token_id=pad,
         )  # fmt: skip
         texts = tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
         ok = torch.tensor([float(sum(right(texts, [test[i].reference for i in places for _ in range(2)])))])

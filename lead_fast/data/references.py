@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from ..records import Problem
 from ..reward.extraction import MAX_ANSWER_CHARS
-from ..reward.verifier import Verifier, normalize
+from ..reward.verifier import Verifier
 from ..runtime.ranks import Ranks
 from .columns import parsed
 from .read import say
@@ -21,6 +21,7 @@ MANY_WORDS = 20
 """A text of so many words is a sentence or a solution, which nobody repeats in a box."""
 NO_ANSWER = frozenset({"proof", "notfound", "not found", "see solution", "nan", "null", "n/a"})
 """What sets write where there is no answer (NuminaMath: proof, notfound), lower case."""
+_SIGNS = re.compile(r"\\(?:left|right|displaystyle|q?quad|[,;:! ])(?![A-Za-z])|[\s$.~{}]")
 _WORD = re.compile(r"(?<![\\A-Za-z])[^\W\d_]{2,}")
 _COMMANDS = """frac dfrac tfrac sqrt pi cdot times div left right pm infty le leq ge geq ne cup cap in text mathrm
     mathbf mathbb circ degree sin cos tan log ln theta alpha beta gamma lambda mu angle triangle binom overline ldots
@@ -44,7 +45,7 @@ def at_a_glance(reference: str) -> str | None:
         return f"a text of {len(words)} words"
     if reference.count("{") != reference.count("}"):
         return "its braces do not match"
-    if not re.search(r"\d", reference) and not normalize(reference):
+    if not _SIGNS.sub("", reference):
         return "nothing is left of it but signs that comparison drops"
     return "" if len(reference) <= 200 and _PLAIN.fullmatch(reference) else None
 
