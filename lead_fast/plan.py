@@ -7,7 +7,8 @@ parallel.pack_tokens or the longest sequence, whichever is more. Seconds rest on
 bench/gpu.py measured in its place where results for the device are there. Training and
 generation do not coincide: vLLM sleeps (level 2) while the policy trains. It ends with code 1, and says what to change,
 where a run does not fit. Not counted: a reference model (loss.kl_coef), a pass that recomputes old log-probs, and what
-model.compile and model.liger save. Ranks that share a pack (parallel.sequence) hold and compute its share each.
+model.compile and model.liger save, and the all-reduces of an engine over several GPUs unless its iterations were
+measured. Ranks that share a pack (parallel.sequence) hold and compute its share each.
 """
 
 import argparse
