@@ -10,7 +10,7 @@
 6 engine       sleep, wake, sync and canary of vLLM beside a trainer, `tiny`
 7 attention    each installed implementation against plain attention, and its rate forward and backward
 
-Every part writes its result (FOLDER, default bench/results: DEVICE-N-NAME.json) after each measurement, so that a
+Every part writes its result (in FOLDER, default bench/results, as JSON) after each measurement, so that a
 machine that is taken away leaves what was measured. A part that lacks something says so in a sentence and the next one
 runs; one that crashes or reaches its limit does not stop the next. `python -m lead_fast.plan` reads the results of its
 device. On a CPU the shapes are small and the times mean nothing: it shows that the way there works.

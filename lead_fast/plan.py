@@ -3,11 +3,12 @@
     python -m lead_fast.plan --recipe lead-14b --gpus 8 --device h200 [--measured FILE ...] [--section.key=value ...]
 
 Memory, traffic and work are those of the trainer itself, run without memory (learner/fake_step.py), for a pack of
-parallel.pack_tokens or the longest sequence, whichever is more. Seconds rest on the table ASSUMPTIONS, and on what
-bench/gpu.py measured in its place where results for the device are there. Training and
-generation do not coincide: vLLM sleeps (level 2) while the policy trains. It ends with code 1, and says what to change,
-where a run does not fit. Not counted: a reference model (loss.kl_coef), a pass that recomputes old log-probs, and what
-model.compile and model.liger save. Ranks that share a pack (parallel.sequence) hold and compute its share each.
+parallel.pack_tokens or the longest sequence, whichever is more. Seconds rest on the table ASSUMPTIONS, and in its place
+on what bench/gpu.py measured, where there are results of the device. Training and generation do not coincide: vLLM
+sleeps (level 2) while the policy trains. It ends with code 1, and says what to change, where a run does not fit. Not
+counted: a reference model (loss.kl_coef), a pass that recomputes old log-probs, what model.compile and model.liger
+save, and the all-reduces of an engine over several GPUs unless its iterations were measured. Ranks that share a pack
+(parallel.sequence) hold and compute its share each.
 """
 
 import argparse
