@@ -248,7 +248,7 @@ def test_a_checkpoint_is_read_before_an_engine_shares_the_gpu(trained, tmp_path,
 
     monkeypatch.setattr(train, "Learner", learner)
     monkeypatch.setattr(train, "make_engine", engine)
-    monkeypatch.setattr(train, "stop_on_sigterm", lambda: [])
+    monkeypatch.setattr(train, "stop_on_signals", lambda ranks: [])
     with pytest.raises(RuntimeError, match="enough"):
         train.train(c, trained[0], Path(tmp_path))
     assert order == ["resume", "engine"]

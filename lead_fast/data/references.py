@@ -21,7 +21,7 @@ MANY_WORDS = 20
 """A text of so many words is a sentence or a solution, which nobody repeats in a box."""
 NO_ANSWER = frozenset({"proof", "notfound", "not found", "see solution", "nan", "null", "n/a"})
 """What sets write where there is no answer (NuminaMath: proof, notfound), lower case."""
-_SIGNS = re.compile(r"\\(?:left|right|displaystyle|q?quad|[,;:! ])(?![A-Za-z])|[\s$.~{}]")
+_SIGNS = re.compile(r"\\(?:left|right|displaystyle|text|mathrm|mbox|q?quad|[,;:! ])(?![A-Za-z])|[\s$.~{}]")
 _WORD = re.compile(r"(?<![\\A-Za-z])[^\W\d_]{2,}")
 _COMMANDS = """frac dfrac tfrac sqrt pi cdot times div left right pm infty le leq ge geq ne cup cap in text mathrm
     mathbf mathbb circ degree sin cos tan log ln theta alpha beta gamma lambda mu angle triangle binom overline ldots
