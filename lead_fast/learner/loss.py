@@ -120,6 +120,7 @@ def rounding_limit(policy: Policy, pack: Pack, c: Config, ranks: Ranks) -> float
         return torch.stack([(a - b).abs().sum().float() / 2, torch.tensor(float(len(a)), device=a.device)])
 
     total, rows = ranks.all_sum(policy(pack, change)).tolist()
+    policy.to_shards()
     blocks = policy.model.config.num_hidden_layers
     return MARGIN * max(unit, total / max(1.0, rows) * (2 * blocks + 1) ** 0.5)
 
