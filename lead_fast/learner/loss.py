@@ -106,7 +106,7 @@ def rounding_limit(policy: Policy, pack: Pack, c: Config, ranks: Ranks) -> float
     to u, the dtype's unit roundoff, and independently; after the last norm that is a relative error of the hidden
     states of about u sqrt(2 L + 1). What such an error does to these log-probs is measured, not assumed: they are
     computed again from hidden states that are u larger or smaller, element by element, and the mean change is
-    multiplied by sqrt(2 L + 1). It is no less than u, to which a log-prob near 1 is rounded itself. In float32, products
+    multiplied by sqrt(2 L + 1). It is no less than u, to which a log-prob near 1 is rounded itself. In float32 products
     are summed up in the compute dtype itself, D terms in an order of each side's own: another sqrt(D). MARGIN covers
     that both sides round, and what is rounded inside the blocks. A collective.
     """
