@@ -23,6 +23,7 @@ from ..config import ModelConfig
 from .attention import choose, packed_attention, refuse
 from .head import KEYS as HEAD_KEYS
 from .head import present
+from .loss import pack_logprobs
 from .model import LayoutError, check_layout, head_dim
 from .packing import Pack, make_pack
 from .policy import Policy
@@ -255,8 +256,6 @@ def alone(model: Any, sequences: Sequence[Sequence[int]], temperature: float = T
 @torch.no_grad()
 def packed(policy: Policy, sequences: Sequence[Sequence[int]]) -> torch.Tensor:
     """The same by the trainer's path, of all sequences in one pack."""
-    from .loss import pack_logprobs
-
     return pack_logprobs(policy, pack_of(sequences), TEMPERATURE)
 
 
