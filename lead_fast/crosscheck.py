@@ -11,6 +11,7 @@ The counts and every disagreement are written as JSON, and the first disagreemen
 import argparse
 import datetime
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -53,11 +54,16 @@ for row in parquet.read_table(sys.argv[1]).to_pylist():
 """
 
 
+def lighteval_reference(text: str) -> str:
+    """A reference as lighteval's extraction finds it: a plain number as it is, all else between dollar signs."""
+    return text if re.fullmatch(r"-?\d+(?:\.\d+)?", text) or "$" in text or "\\boxed" in text else f"${text}$"
+
+
 def details(rows: list[dict[str, Any]], task: str, where: str) -> list[dict[str, Any]]:
     """Problems of samples.jsonl as lighteval's details: a row a problem, with its Doc, ModelResponse and metrics."""
     out = []
     for row in rows:
-        gold, texts = reference(row), row["texts"]
+        gold, texts = lighteval_reference(reference(row)), row["texts"]
         graded = [graded_text(t, where) for t in texts] if where != "all" else None
         out.append({
             "doc": FIELDS_OF_DOC | {"query": row["problem"], "choices": [gold], "gold_index": 0, "id": row["id"],

@@ -213,6 +213,8 @@ def test_details_are_lightevals(folders, tmp_path):
     assert sorted(read[0]) == ["doc", "metric", "model_response"] and len(read) == len(rows) == 8
     assert read[0]["doc"]["choices"] == ["1"] and read[0]["doc"]["query"] == "q0" and read[0]["doc"]["num_samples"] == 4
     assert read[0]["model_response"]["text"] == rows[0]["texts"] and read[0]["metric"] == {"avg@n:n=4": 0.25}
+    golds = [crosscheck.lighteval_reference(t) for t in ("204", "-0.5", "\\sqrt{2}", "$x$", "\\boxed{2}")]
+    assert golds == ["204", "-0.5", "$\\sqrt{2}$", "$x$", "\\boxed{2}"]
     sides = crosscheck.details([rows[0] | {"texts": ["a</think>b"]}], "t|0", "after_think")
     assert sides[0]["model_response"]["text_post_processed"] == ["b"]
 

@@ -357,7 +357,7 @@ def outcome(settings: dict, job: dict, given: int) -> dict:
                     status = "output limit"
         if ended in ready and not status:
             status = "ended"
-    code = None
+    code = -signal.SIGKILL
     if status == "ended":
         _, raw = os.waitpid(pid, 0)
         code = os.waitstatus_to_exitcode(raw)
