@@ -106,7 +106,7 @@ class RewardConfig:
     overlong_buffer: int = 0
     """Soft overlong penalty (DAPO): falls from 0 to -1 over the last so many tokens before the limit; 0 is off."""
     verifier_timeout_s: float = 5.0
-    """Limit on checking one answer, seconds; past it the answer counts as wrong."""
+    """Limit on the CPU time of checking one answer, seconds; past it the answer counts as wrong."""
 
 
 @dataclass(frozen=True)
