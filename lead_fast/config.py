@@ -162,7 +162,7 @@ class RewardConfig:
     overlong_buffer: CountOrOff = 0
     """Soft overlong penalty (DAPO): falls from 0 to -1 over this many tokens before rollout.max_tokens; 0 is off."""
     verifier_timeout_s: Seconds = 5.0
-    """Time limit for checking one answer, seconds; beyond it the answer counts as wrong."""
+    """Limit on checking one answer, seconds of the checker's CPU time; past it the answer counts as wrong."""
     function: str = ""
     """Reward function of your own, `path/to/FILE.py:name` or `module:name` (docs/own-reward.md); empty: none."""
     mode: Literal["replace", "add"] = "replace"

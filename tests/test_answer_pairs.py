@@ -1,8 +1,10 @@
 """The verifier on labelled pairs: bench/verifier.py's suites, every rule's examples, the page of rules."""
 
+import random
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ sys.path.append(str(ROOT / "bench"))
 import verifier as bench  # noqa: E402
 
 from lead_fast.reward.answers import COMPARISONS, READERS, decide, readings  # noqa: E402
+from lead_fast.reward.formulas import _TOKEN  # noqa: E402
 from lead_fast.reward.verifier import Verifier, quick  # noqa: E402
 
 REPOSITORY = bench.from_file("answer_pairs.jsonl", "repository", "source")
@@ -136,6 +139,31 @@ def test_faults_that_were_found(verifier, answer, reference, right):
 )
 def test_near_relatives_of_the_faults_are_refused(verifier, answer, reference):
     assert verifier.grade([(answer, reference)]) == [False], (readings(answer, True), readings(reference, False))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_string_of_pieces_is_decided_soon_and_equals_itself(seed):
+    """The rules run in the trainer's own process, where nothing stops them: no error, no stall, whatever is read."""
+    rng = random.Random(seed)
+    texts = [t for p in (*REPOSITORY, *FAULTS) for t in (p.reference, p.answer)]
+    pieces = sorted({m.group() for t in texts for m in _TOKEN.finditer(t)})
+    for _ in range(300):
+        text, reference = "".join(rng.choices(pieces, k=rng.randint(1, 40))), rng.choice(texts)
+        began = time.process_time()
+        assert quick(text, reference) in (True, False, None) and quick(reference, text) in (True, False, None)
+        assert quick(text, f"{text} ") in (True, False)
+        assert time.process_time() - began < 2
+
+
+@pytest.mark.parametrize("n", [99, 1999, 10**9 + 7, 10**40 + 1])
+@pytest.mark.parametrize(
+    "form",
+    ["(x+y+z+w)^{%d}", r"\sin^{%d} x", "%d!", r"(\sqrt2+\sqrt3)^{%d}", r"\binom{%d}{500}", "2^{%d}+1", "((x+1)!)^{%d}"],
+)
+def test_what_is_too_large_is_left_undecided_soon(form, n):
+    began = time.process_time()
+    assert quick(form % n, "(1+x)^{99}+z") in (False, None) and quick(form % n + r"+\pi", "3") in (False, None)
+    assert time.process_time() - began < 4
 
 
 def test_a_suite_that_is_missing_is_named():

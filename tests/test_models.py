@@ -23,7 +23,7 @@ from lead_fast.learner.head import HeadForm, probe_head
 from lead_fast.learner.loss import pack_logprobs, rounding_limit
 from lead_fast.learner.model import EMBEDDED, load_model, load_tokenizer
 from lead_fast.learner.model_check import CPU, build, check_model, pack_of, sequences_of
-from lead_fast.learner.policy import Policy, make_policy
+from lead_fast.learner.policy import Policy, load_policy
 from lead_fast.records import Problem
 from lead_fast.rollout import transformers_engine
 from lead_fast.rollout.engine import visible_text
@@ -341,7 +341,7 @@ def test_a_head_that_differs_from_a_tied_embedding_survives_export(folder, tmp_p
 
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     c = load_config([f"--model={folder}"])
-    policy = make_policy(load_model(c.model), c.model, c.parallel, single_rank)
+    policy = load_policy(c.model, c.parallel, single_rank)
     checkpoint.export(tmp_path / "final", policy, load_tokenizer(c.model), torch.float32, single_rank)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "final", dtype=torch.float32)
     assert torch.equal(again.lm_head.weight, weights["lm_head.weight"])
@@ -351,7 +351,7 @@ def test_a_head_that_differs_from_a_tied_embedding_survives_export(folder, tmp_p
 
 def test_a_tied_head_stays_tied_in_an_export(folder, tmp_path, single_rank):
     c = load_config([f"--model={folder}"])
-    policy = make_policy(load_model(c.model), c.model, c.parallel, single_rank)
+    policy = load_policy(c.model, c.parallel, single_rank)
     checkpoint.export(tmp_path / "final", policy, load_tokenizer(c.model), torch.float32, single_rank)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "final", dtype=torch.float32)
     assert again.config.tie_word_embeddings and again.lm_head.weight is again.model.embed_tokens.weight

@@ -101,7 +101,9 @@ def recorded_batch(t: SimpleNamespace, record: dict[str, list]) -> Any:
 
 def new_learner(t: SimpleNamespace, c: Any, ranks: Any) -> Any:
     """A learner that nobody watches."""
-    return t.Learner(c, ranks, SimpleNamespace(phase=t.PhaseTimer(), progress=lambda *where: None))
+    return t.Learner(
+        c, ranks, SimpleNamespace(phase=t.PhaseTimer(), progress=lambda *where: None, folder=Path("nowhere"))
+    )
 
 
 def compute(record: dict[str, list]) -> dict[str, list]:

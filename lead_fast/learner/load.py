@@ -82,14 +82,22 @@ def _unlike(model: nn.Module, files: dict[str, str]) -> str:
     for name, p in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(p), []).append(name)
     for names in aliases.values():
-        if not any(name in files for name in names):
+        held = [name for name in names if name in files]
+        if not held:
             return f"its files have no tensor {names[0]}"
+        if not all(torch.equal(_stored(files, held[0]), _stored(files, name)) for name in held[1:]):
+            return f"its files hold {' and '.join(held)} apart, which its configuration ties"
     for where, module in model.named_modules():
         for name in module._buffers:
             stored = f"{where}.{name}".removeprefix(".") in files and name not in module._non_persistent_buffers_set
             if not stored and not _is_rotary(module):
                 return f"it computes the buffer {where}.{name}"
     return ""
+
+
+def _stored(files: dict[str, str], name: str) -> torch.Tensor:
+    with safe_open(files[name], "pt") as f:
+        return f.get_tensor(name)
 
 
 def _is_rotary(module: nn.Module) -> bool:

@@ -25,7 +25,7 @@ Node = tuple[Any, ...]
 Monomial = tuple[tuple[str, Fraction], ...]
 Polynomial = dict[Monomial, Fraction]
 
-MAX_TERMS, MAX_BITS, MAX_PRODUCTS = 400, 40_000, 60_000
+MAX_TERMS, MAX_BITS, MAX_PRODUCTS = 400, 40_000, 25_000
 ONE: Polynomial = {(): Fraction(1)}
 ZERO = Fraction(0)
 
@@ -112,7 +112,9 @@ class Algebra:
                 extra = power if extra is None else self.times(extra, power)
             if e:
                 out.append((atom, e))
-        if c.numerator.bit_length() + c.denominator.bit_length() > 2 * MAX_BITS:
+        bits = c.numerator.bit_length() + c.denominator.bit_length()
+        self.products += bits >> 9  # long numbers take long
+        if bits > 2 * MAX_BITS:
             raise Undecided
         single: Polynomial = {tuple(sorted(out)): c} if c else {}
         return single if extra is None else self.times(single, extra)
@@ -512,6 +514,8 @@ class Algebra:
                     out = self.plus(out, {m: c})
                     continue
                 changed = True
+                if dict(m)[squared] > 20:
+                    raise Undecided
                 rest = {a: (e - 2 if a == squared else e) for a, e in m}
                 cos2 = {(("cos" + squared[3:], Fraction(2)),): Fraction(-1), (): Fraction(1)}
                 out = self.plus(out, self.times(self.term(rest, c), cos2))

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import mpmath
@@ -224,6 +225,8 @@ _LABEL = re.compile(r"(?i:(?:option|choice|answer|ans)\s*[:.]?\s*)?(?:\(([A-E])\
 
 
 def read_choice(ts: Tokens, answer: bool) -> Choice | None:
+    if ts[0].kind not in ("text", "run") and ts[0].text != "(":
+        return None
     text = _flat(ts)
     if m := _LABEL.fullmatch(text):
         return Choice(frozenset(m.group(1) or m.group(2)))
@@ -646,7 +649,7 @@ def read_numeral(ts: Tokens, answer: bool) -> Numeral | None:
 
 def read_infinity(ts: Tokens, answer: bool) -> Infinity | None:
     text = _flat(ts)
-    return Infinity(-1 if text[0] == "-" else 1) if re.fullmatch(r"[+-]? ?\\infty", text) else None
+    return Infinity(-1 if text[0] == "-" else 1) if re.fullmatch(r"[+-]? ?(?:\\infty|(?i:infinity))", text) else None
 
 
 # -- quantity
@@ -1051,13 +1054,17 @@ def lists(a: Items, b: Items) -> bool | None:
         return every([same(x, y) for x, y in zip(ones, twos, strict=True)])
     undecided = False
     for y in twos:
-        found = [same(x, y) for x in ones]
-        if True in found:
-            ones.pop(found.index(True))
-        elif None in found:
-            undecided = True
+        unsure = False
+        for i, x in enumerate(ones):
+            found = same(x, y)
+            if found:
+                ones.pop(i)
+                break
+            unsure = unsure or found is None
         else:
-            return False
+            if not unsure:
+                return False
+            undecided = True
     return None if undecided else True
 
 
@@ -1500,6 +1507,12 @@ def readings(text: str, answer: bool) -> list[Any]:
     return out
 
 
+@lru_cache(512)
+def _of_reference(text: str) -> tuple[Any, ...]:
+    """A group's responses share their reference."""
+    return tuple(readings(text, False))
+
+
 _INTEGER = re.compile(r"[+-]?\d+", re.ASCII)
 
 
@@ -1512,7 +1525,7 @@ def decide(answer: str, reference: str) -> bool | None:
     if _INTEGER.fullmatch(answer) and _INTEGER.fullmatch(reference):
         return int(answer) == int(reference)
     try:
-        ours, theirs = readings(answer, True), readings(reference, False)
+        ours, theirs = readings(answer, True), _of_reference(reference)
     except (Unread, RecursionError):
         return False  # unbalanced, or turned around: not what it looks like
     if not ours or not theirs:

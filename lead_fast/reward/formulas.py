@@ -67,7 +67,8 @@ def spelled(text: str) -> str:
     if not text.isascii():
         text = _plain(text)
     s = "".join(c for c in text if c.isprintable() or c in "\n\t")
-    s = re.sub(r"(?<!\\)\\(?:\[|\]|\(|\))", " ", s).replace("**", "^") if "\\" in s or "**" in s else s
+    s = re.sub(r"(?<!\\)\\(?:\[|\]|\(|\))", " ", s) if "\\" in s else s
+    s = re.sub(r"^\s*\*\*(.*)\*\*\s*$", r"\1", s).replace("**", "^") if "**" in s else s
     s = re.sub(r"(?<!\\)\$", "", s)
     s = _DOUBLED.sub(r"\\", s) if r"\\" in s else s
     s = re.sub(r",\s*\\!\s*(?=\d)", "{,}", s)
@@ -230,6 +231,8 @@ CLOSE = set(OPEN.values())
 
 def split(ts: list[Token], at: set[str]) -> tuple[list[list[Token]], list[str]]:
     """Pieces between separators outside brackets and environments, and the separators; a half-open interval is one."""
+    if at.isdisjoint([t.text.lower() for t in ts]):
+        return [list(ts)], []
     parts: list[list[Token]] = [[]]
     between: list[str] = []
     depth = 0
@@ -433,6 +436,8 @@ class Parser:
             return self.braced()
         t = self.take()
         if t.kind in ("num", "run") and len(t.text) > 1:
+            if "." in t.text:
+                raise Unread
             self.at -= 1
             self.ts[self.at : self.at + 1] = [Token(t.kind, t.text[0], t.spaced), Token(t.kind, t.text[1:])]
             return self.base()
@@ -501,6 +506,8 @@ class Parser:
         if not self.seen("{"):
             t = self.take()
             if t.kind in ("num", "run") and len(t.text) > 1:
+                if "." in t.text:
+                    raise Unread
                 self.at -= 1
                 self.ts[self.at : self.at + 1] = [Token(t.kind, t.text[0], t.spaced), Token(t.kind, t.text[1:])]
                 self.take()
