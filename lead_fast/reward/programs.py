@@ -154,6 +154,10 @@ class PidsGroup:
         self.folder: Path | None = None
         parent = self._parent()
         if parent is not None:
+            for old in parent.glob("lead-fast-*-*"):  # of a process that was killed
+                if not os.path.exists(f"/proc/{old.name.split('-')[2]}"):
+                    with contextlib.suppress(OSError):
+                        old.rmdir()
             try:
                 (parent / name).mkdir()
                 (parent / name / "pids.max").write_text(str(most))
