@@ -89,6 +89,7 @@ def run_trl(a: argparse.Namespace) -> None:
     from lead_fast.learner.model import load_tokenizer, resolve
     from lead_fast.reward.extraction import extract_boxed
     from lead_fast.reward.verifier import Verifier
+    from lead_fast.rollout.engine import token_id
 
     torch.set_num_threads(1)
     config = load_config([f"--config={FROZEN}", *job(a)])
@@ -124,7 +125,7 @@ def run_trl(a: argparse.Namespace) -> None:
 
     def evaluate(model: Any, step: int) -> None:
         places = range(trainer.accelerator.process_index, len(test), a.ranks)
-        pad = tokenizer.pad_token_id
+        pad = token_id(tokenizer, "pad")
         longest = max(len(test_prompts[i]) for i in places)
         ids = torch.tensor([[pad] * (longest - len(test_prompts[i])) + test_prompts[i] for i in places])
         out = model.generate(
