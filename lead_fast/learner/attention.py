@@ -189,7 +189,7 @@ def varlen_attention(
     windowed = features.window is not None and features.window < longest
     window = (features.window - 1, 0) if windowed and features.window else (-1, 0)
     out = _varlen(query, key, value, cu_seqlens, longest, scaling, implementation, window, features.softcap)
-    return out[..., :width]
+    return out if out.shape[-1] == width else out[..., :width]
 
 
 def refuse(implementation: Attention, *, softcap: bool, sinks: bool) -> str | None:
