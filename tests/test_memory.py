@@ -163,7 +163,7 @@ if ranks.main:
     write("yarn", LlamaForCausalLM, LlamaConfig, tie_word_embeddings=False,
           rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4,
                            "original_max_position_embeddings": 32})
-    for name in ("renamed", "misshapen", "damaged"):
+    for name in ("renamed", "misshapen", "damaged", "lacking"):
         (here / name).mkdir()
         for f in tiny.iterdir():
             if f.name != "model.safetensors":
@@ -172,6 +172,8 @@ if ranks.main:
     save_file({k.removeprefix("model."): v for k, v in tensors.items()}, here / "renamed" / "model.safetensors",
               metadata={"format": "pt"})
     (here / "damaged" / "model.safetensors").write_bytes((tiny / "model.safetensors").read_bytes()[:100_000])
+    del tensors["model.norm.weight"]
+    save_file(tensors, here / "lacking" / "model.safetensors", metadata={"format": "pt"})
     tensors["model.norm.weight"] = torch.ones(3)
     save_file(tensors, here / "misshapen" / "model.safetensors", metadata={"format": "pt"})
 ranks.barrier()
@@ -202,7 +204,7 @@ for name in ("tiny", "tied", "yarn", "renamed"):
         "files": sorted(n for n in files[0] if files[0] != files[1] and files[0][n] != files[1].get(n)),
         "scaling": getattr(parts.model.model.rotary_emb, "attention_scaling", None)
         == getattr(unsharded.model.model.rotary_emb, "attention_scaling", None)}
-for name in ("misshapen", "damaged"):
+for name in ("misshapen", "damaged", "lacking"):
     try:
         load_policy(load_config([f"--model={here / name}"]).model, c.parallel, ranks)
     except ValueError as e:
@@ -293,6 +295,7 @@ def test_a_rank_never_holds_more_than_its_shards_and_one_unit_while_it_loads(loa
 
 
 def test_what_is_wrong_with_a_models_files_is_one_sentence(loading):
+    assert loading["lacking"].endswith("is incomplete: its files have no tensor model.norm.weight.")
     assert "cannot be loaded: model.safetensors is damaged (" in loading["damaged"] and "\n" not in loading["damaged"]
     assert "cannot be loaded: model.norm.weight has shape [3] in its files and [" in loading["misshapen"]
 

@@ -57,7 +57,7 @@ class Learner:
         self.reference = load_policy(c.model, sharded, ranks).eval() if c.loss.kl_coef else None
         self.optimizer = make_optimizer(self.policy, c.optim)
         self.c = rehearse(self.policy, self.reference, self.optimizer, c, ranks)
-        self.checkpoints = checkpoint.Checkpoints(journal.folder, ranks, partial(journal.progress, "save"))
+        self._checkpoints: checkpoint.Checkpoints | None = None  # from the first save on
         self.checked = c.optim.updates > 1  # engine and trainer are compared at the first step with a gradient
 
     def step(self, batch: Batch, credit: LeadAdvantages, step: int) -> dict[str, Any]:
@@ -73,8 +73,7 @@ class Learner:
             ValueError: at the first step with a gradient, the engine's log-probs differ from the policy's.
         """
         c, ranks, flops = self.c, self.ranks, self.policy.flops()
-        for sentence in self.checkpoints.failures():
-            self.journal.metrics.warn(sentence)
+        self._report_failed_saves()
         if c.debug:
             must_be_finite("rollout's log-probs", *map(torch.tensor, batch.logprobs), most=ROUNDING)
             must_be_finite("rewards and advantages", credit.reward, credit.advantage)
@@ -166,16 +165,22 @@ class Learner:
         Returns:
             whether it was begun, or with `wait` written. A write that fails later is reported with the next step.
         """
-        saved = self.checkpoints.save(step, self.policy, self.optimizer, state, wait=wait)
-        for sentence in self.checkpoints.failures():
-            self.journal.metrics.warn(sentence)
+        if self._checkpoints is None:
+            progress = partial(self.journal.progress, "save")
+            self._checkpoints = checkpoint.Checkpoints(self.journal.folder, self.ranks, progress)
+        saved = self._checkpoints.save(step, self.policy, self.optimizer, state, wait=wait)
+        self._report_failed_saves()
         return saved
+
+    def _report_failed_saves(self) -> None:
+        for sentence in self._checkpoints.failures() if self._checkpoints else []:
+            self.journal.metrics.warn(sentence)
 
     def export(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write the model in Hugging Face layout, after a checkpoint that is still being written. A collective."""
-        self.checkpoints.finish()
-        for sentence in self.checkpoints.failures():
-            self.journal.metrics.warn(sentence)
+        if self._checkpoints:
+            self._checkpoints.finish()
+        self._report_failed_saves()
         checkpoint.export(folder, self.policy, tokenizer, getattr(torch, self.c.model.dtype), self.ranks)
 
 

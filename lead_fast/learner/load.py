@@ -29,7 +29,7 @@ def open_model(config: ModelConfig, ranks: Ranks, device: torch.device) -> tuple
     loaded by transformers, unsharded on every rank; then there is nothing left to fill. The first rank says so.
 
     Raises:
-        ValueError: the model cannot be loaded.
+        ValueError: the model cannot be loaded, or lacks a tensor, which transformers would draw at random.
     """
     path = resolve(config.path)
     shape = load_shape(config)
@@ -44,6 +44,8 @@ def open_model(config: ModelConfig, ranks: Ranks, device: torch.device) -> tuple
     except (OSError, ValueError):
         return load_model(config), None  # which says what is wrong
     model.tie_weights()
+    if lacking := _lacking(model, files):
+        raise ValueError(f"model.path {config.path} is incomplete: its files have no tensor {lacking}.")
     if reason := _unlike(model, files):
         if ranks.main and files:
             print(f"Loading {config.path} unsharded on every rank ({reason}).", flush=True)
@@ -76,17 +78,39 @@ def tensor_files(path: str) -> dict[str, str]:
     return {}
 
 
-def _unlike(model: nn.Module, files: dict[str, str]) -> str:
-    """Why the model cannot be filled from these files tensor by tensor, or ""."""
+def _missing(model: nn.Module, files: dict[str, str]) -> str:
+    """The first of the model's parameters that the files have under none of its names, or ""."""
     aliases: dict[int, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(p), []).append(name)
-    for names in aliases.values():
-        held = [name for name in names if name in files]
-        if not held:
-            return f"its files have no tensor {names[0]}"
-        if not all(torch.equal(_stored(files, held[0]), _stored(files, name)) for name in held[1:]):
-            return f"its files hold {' and '.join(held)} apart, which its configuration ties"
+    return next((names[0] for names in aliases.values() if not any(name in files for name in names)), "")
+
+
+def _apart(model: nn.Module, files: dict[str, str]) -> list[str]:
+    """Names of one parameter for which the files hold different tensors."""
+    aliases: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if name in files:
+            aliases.setdefault(id(p), []).append(name)
+    for first, *others in aliases.values():
+        if not all(torch.equal(_stored(files, first), _stored(files, name)) for name in others):
+            return [first, *others]
+    return []
+
+
+def _lacking(model: nn.Module, files: dict[str, str]) -> str:
+    """A parameter that the files do not hold, although they name their tensors as the model does; or ""."""
+    known = {name for name, _ in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]}
+    others = [name for name in files if name not in known and not name.endswith("inv_freq")]  # older files have those
+    return _missing(model, files) if files and not others else ""
+
+
+def _unlike(model: nn.Module, files: dict[str, str]) -> str:
+    """Why the model cannot be filled from these files tensor by tensor, or ""."""
+    if missing := _missing(model, files):
+        return f"its files have no tensor {missing}"
+    if apart := _apart(model, files):
+        return f"its files hold {' and '.join(apart)} apart, which its configuration ties"
     for where, module in model.named_modules():
         for name in module._buffers:
             stored = f"{where}.{name}".removeprefix(".") in files and name not in module._non_persistent_buffers_set
