@@ -333,14 +333,22 @@ def test_a_worker_that_waits_for_its_turn_does_not_use_up_its_limit():
     with Verifier(timeout_s=20.0) as v:
         assert v.grade([SUM]) == [True]
         assert v.worker.process is not None
-        v.timeout_s, pid = 2.0, v.worker.process.pid
+        v.timeout_s, pid = 0.5, v.worker.process.pid
         os.kill(pid, signal.SIGSTOP)
-        timer = threading.Timer(3.0, os.kill, (pid, signal.SIGCONT))
-        timer.start()
-        began = time.monotonic()
+        timers = [threading.Timer(1.0, os.kill, (pid, signal.SIGCONT))]
+        timers[0].start()
         assert v.grade([(r"\sum_{k=1}^{5} k", "15")]) == [True] and v.kills == 0
-        assert time.monotonic() - began > 2.5
-        timer.join()
+        v.timeout_s, began = 1.0, time.monotonic()
+        timers += [
+            threading.Timer(0.3, os.kill, (pid, signal.SIGSTOP)),
+            threading.Timer(2.3, os.kill, (pid, signal.SIGCONT)),
+        ]
+        for timer in timers[1:]:
+            timer.start()
+        assert v.grade([STALL]) == [False] and v.kills == 1
+        assert time.monotonic() - began > 2.7, "what it used before it was stopped and after is its limit"
+        for timer in timers:
+            timer.join()
 
 
 def test_a_worker_that_sleeps_for_ever_is_stopped_by_the_clock(monkeypatch):

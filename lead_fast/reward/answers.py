@@ -1077,8 +1077,8 @@ def distinct(xs: list[Any]) -> list[Any]:
 
 
 def in_order(a: Any, b: Any) -> bool | None:
-    if a_braces := isinstance(a, Items) and a.braces or isinstance(b, Items) and b.braces:
-        return not a_braces
+    if any(isinstance(x, Items) and x.braces for x in (a, b)):
+        return one_item(a, b)
     if len(a.items) != len(b.items):
         return False if not all(isinstance(y, Tuple) for x in (a, b) for y in x.items) else sets(a, b)
     if any(isinstance(x, Tuple) and (x.opening, x.closing) != ("(", ")") for x in (a, b)):
@@ -1380,7 +1380,7 @@ COMPARISONS = (
     Comparison(
         Items, Tuple, in_order, True,
         "The same values in the same order, round brackets, no set.", "Coordinates may be given without brackets.",
-        (("(1,2)", "1,2", True), ("(1,2)", "2,1", False), ("(1,2)", r"\{1,2\}", False)),
+        (("(1,2)", "1,2", True), ("(1,2)", "2,1", False), ("(1,2)", r"\{1,2\}", False), ("(1,2)", r"\{(1,2)\}", True)),
     ),
     *(
         Comparison(Items, b, one_item, True, "A list of one value is that value.", "One solution.", pairs)
