@@ -49,8 +49,10 @@ def stop_on_signals(ranks: Ranks, unit: str = "step") -> list[int]:
         for number, handler in before.items():
             signal.signal(number, handler)
         os.close(write)
+        listener.join(5)  # a thread that still runs while the interpreter ends can abort the process
 
-    threading.Thread(target=listen, name="signals", daemon=True).start()
+    listener = threading.Thread(target=listen, name="signals", daemon=True)
+    listener.start()
     at_stop.append(restore)
     return caught
 
