@@ -133,11 +133,11 @@ def _variable(pid: int, name: str) -> str:
 
 
 def small(folder: Path, *more: str) -> list[str]:
-    """Arguments of a run of a few seconds, whose answers go through the checker's own process (a float, not an int)."""
+    """Arguments of a run of a few seconds, whose references (limits) go through the checker's own process."""
     data = folder / "problems.jsonl"
     if not data.exists():
         rows = make_problems(64, seed=1, split="train")
-        data.write_text("".join(json.dumps(r | {"answer": f"{r['answer']}.0"}) + "\n" for r in rows))
+        data.write_text("".join(json.dumps(r | {"answer": rf"\lim_{{x\to 0}} {r['answer']}"}) + "\n" for r in rows))
     return ["--rollout.problems=4", "--rollout.group_size=4", "--rollout.max_tokens=48", "--evaluate.every=0",
             f"--data.train={data}", "--optim.lr=1e-3", f"--steps={STEPS}", "--checkpoint_every=1", *more]  # fmt: skip
 

@@ -24,7 +24,7 @@ from packaging.version import Version
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lead_fast import machine, train
+from lead_fast import command, machine, train
 from lead_fast.checks import check, chosen_engine
 from lead_fast.cli import load_config
 from lead_fast.evaluate import main as evaluate_main
@@ -346,7 +346,7 @@ def test_the_first_lines_of_lead_14b_say_what_was_fitted_and_why(monkeypatch, ca
     ranks = SimpleNamespace(world=8, main=True, device=torch.device("cuda", 0))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     monkeypatch.setattr(train, "start", lambda parallel: ranks)
-    monkeypatch.setattr(train, "stop", lambda: None)
+    monkeypatch.setattr(command, "stop", lambda: None)
     monkeypatch.setattr(train, "look_at_machine", lambda *a, **k: None)
     train.main(["--recipe=lead-14b", "--dry-run"])
     out = capsys.readouterr().out

@@ -337,7 +337,7 @@ def test_selective_checkpointing_keeps_attentions_output(kind, times, single_ran
             return f(*a, **(k or {}))
 
     with Attentions():
-        policy(pack, lambda h, w: (h @ w.T).logsumexp(-1).sum()).backward()
+        policy(pack, lambda h, head: (h @ head.weight.T).logsumexp(-1).sum()).backward()
     assert count == times * len(policy.model.model.layers)
 
 
@@ -454,7 +454,6 @@ def test_attention_is_named():
 @pytest.mark.parametrize(
     "args,words",
     [
-        (["--parallel.pack_tokens=-1"], "parallel.pack_tokens is -1"),
         (["--parallel.offload=activations"], "model.activation_checkpointing=none"),
         (["--model.compile", "--model.activation_checkpointing=selective"], "must see single operators"),
     ],

@@ -228,7 +228,11 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def _decode(self, work: Work, s: Sampling, progress: Progress) -> dict[int, list[Response]]:
-        """Prompts enter as rows get free, at most an engine's equal part of them at once."""
+        """Prompts of an engine's equal part enter as rows get free.
+
+        The part is taken at once: what runs beside a prompt then depends on no clock, and a run that was stopped and
+        resumed has the bits of one that was not.
+        """
         greedy = s.temperature == 0
         rows = 1 if greedy else work.n  # n greedy responses are n times the same
         at_once = min(work.prompts_per_engine, max(1, self.batch_size // rows))
@@ -243,15 +247,12 @@ class TransformersEngine:
         )
         running: dict[int, list[Response | None]] = {}
         out: dict[int, list[Response]] = {}
-        waiting = True
+        waiting = work.take(work.prompts_per_engine)
         while waiting or running:
             if waiting and decoder.free >= rows:
-                taken = work.take(decoder.free // rows)
-                waiting = bool(taken)
-                if taken:
-                    decoder.add([(i, work.prompts[i], work.seeds[i]) for i in taken], rows)
-                    running |= {i: [None] * rows for i in taken}
-                continue
+                entering, waiting = waiting[: decoder.free // rows], waiting[decoder.free // rows :]
+                decoder.add([(i, work.prompts[i], work.seeds[i]) for i in entering], rows)
+                running |= {i: [None] * rows for i in entering}
             for (number, place), row in decoder.step().items():
                 running[number][place] = self._response(row.tokens, row.logprobs, s)
                 if None not in running[number]:

@@ -54,8 +54,8 @@ def main() -> None:
     def optimiser_step() -> None:
         pack = make_pack(range(4), prompts[:4], [[5 + i, 9, 30, 7] for i in range(4)], None, ranks.device)
 
-        def loss(h: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-            return -(h @ w.T).float().log_softmax(-1).gather(1, pack.targets_R[:, None]).mean()
+        def loss(h: torch.Tensor, head: Any) -> torch.Tensor:
+            return -(h @ head.weight.T).float().log_softmax(-1).gather(1, pack.targets_R[:, None]).mean()
 
         policy(pack, loss).backward()
         assert update(policy, optimizer, c.optim.lr, 1.0) > 0

@@ -48,7 +48,7 @@ def plain_gradient(model: Any) -> dict[str, torch.Tensor]:
 def packed_gradient(model: Any, ranks: Ranks, *args: str) -> tuple[dict[str, torch.Tensor], Any, Any]:
     """The trainer's own gradient: FSDP2, packs, the head's kernel. Returns it with policy and configuration."""
     c = load_config([f"--rollout.temperature={TEMPERATURE}", *args])
-    policy = make_policy(copy.deepcopy(model), c.model, c.parallel, ranks)
+    policy = make_policy(copy.deepcopy(model), None, c.model, c.parallel, ranks)
     prompts, responses, logprobs, advantages = sequences()
     weights = torch.full((len(prompts),), 0.01, device=ranks.device)
     o = Objective(advantages.to(ranks.device), weights)

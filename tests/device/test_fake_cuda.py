@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from lead_fast.cli import load_config
 from lead_fast.learner.attention import Attention
+from lead_fast.learner.head import HeadForm
 from lead_fast.learner.loss import Objective, pack_logprobs, policy_loss
 from lead_fast.learner.packing import Pack, make_pack
 from lead_fast.learner.policy import Policy, prepare_blocks
@@ -117,7 +118,7 @@ def fake_policy(recipe: str, *args: str) -> tuple[Any, Policy]:
         for name, b in module._buffers.items():
             if b is not None:
                 module._buffers[name] = on_cuda(b)
-    policy = Policy(model, attention=Attention("torch's varlen_attn"))
+    policy = Policy(model, attention=Attention("torch's varlen_attn"), head_form=HeadForm())
     prepare_blocks(policy, c.model, CUDA)
     return c, policy
 
@@ -198,7 +199,8 @@ def test_inside_the_heads_operators_nothing_waits_for_the_device(options, groups
         linear_policy_loss(hidden, head, tokens, Sequences(given, each), options, temperature=0.6)
         linear_logprobs(hidden, head, long, temperature=0.6)
         (loss_call,), (logprobs_call,) = map(watch.calls, ("kernels.linear_policy_loss", "kernels.linear_logprobs"))
-        loss, *_, d_hidden, d_head = linear_policy_loss_op._init_fn(**loss_call | {"train": [True, True]})
+        plan = [loss_call["plan"][0], 1, 1, 0]
+        loss, *_, d_hidden, d_head, _ = linear_policy_loss_op._init_fn(**loss_call | {"plan": plan})
         linear_logprobs_op._init_fn(**logprobs_call)
     rows = _head.chunk_size(T, head, None)
     chunks = -(-T // rows)
