@@ -1,7 +1,7 @@
 """Held-out accuracy on the raw 0/1 score: Pass@1, pass@k, Cons@k and lengths, with intervals (see scores.py).
 
     torchrun --nproc_per_node N -m lead_fast.evaluate --model DIR --data.test=AIME24 [--evaluate.samples=32 ...]
-    ... -m lead_fast.evaluate --model DIR --data.test=LiveCodeBench --allow_code        # docs/code.md
+    ... -m lead_fast.evaluate --model DIR --data.test=LiveCodeBench --allow_code        # docs/livecodebench.md
     python -m lead_fast.evaluate --compare LABEL=DIR LABEL=DIR [--output=DIR]
     python -m lead_fast.evaluate --tables [LABEL=]DIR[,DIR...] ... [--output=DIR]        # docs/tables.md
     python -m lead_fast.evaluate --lighteval DIR [--python=FILE] [--output=DIR]

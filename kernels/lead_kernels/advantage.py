@@ -16,6 +16,9 @@ multiple of the group size.
 On CUDA Triton runs (_triton_advantage.py), on a CPU the C++ of csrc/lead_advantages.cpp. The policy loss takes the same
 outcomes and computes its advantages by the same device function, so that both have the same bits (policy_loss.py).
 
+The formulas are written three times: here, in _triton_advantage.py and in csrc/lead_advantages.cpp. Who changes one
+changes all three, the golden vectors of tests/test_kernels.py and the record of tests/test_recorded_step.py.
+
 Floor: S x (16 + 8) bytes, a few microseconds at any batch size: one launch.
 
 Legend: P problems, G responses in a group, S = P x G sequences, a group's responses side by side.

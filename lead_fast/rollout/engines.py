@@ -1,4 +1,10 @@
-"""The engine that `rollout.engine` means on this machine."""
+"""The engine that `rollout.engine` means on this machine.
+
+A new engine is a file here with the methods of engine.Engine, a name in RolloutConfig.engine, a branch in `make_engine`
+and in `check_engine`, and its room beside the trainer in learner/memory.py. What else asks whether the engine is vLLM:
+checks.py (what it can do), machine.py (whether it is installed), evaluate.py (its memory), and the remedies that
+sync.py and learner/loss.py name.
+"""
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 

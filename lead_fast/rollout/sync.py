@@ -56,8 +56,8 @@ def compare(sent: dict[str, tuple[float, float, int]], engine: Engine, tensor_pa
 
     Compared are sum and sum of squares of every tensor, added up for fused ones.
 
-    Names of the engine that nobody sent are an error, unless there are sent names that it does not know either: then
-    it calls them differently, and those tensors are not compared. An engine over several ranks holds parts: only
+    A tensor of the engine that was not sent is an error. Exception: where some sent names are unknown to the engine
+    too, it renames tensors, and the renamed ones are not compared. An engine over several ranks holds parts: only
     tensors that it holds complete are compared.
     """
     held = engine.checksums()

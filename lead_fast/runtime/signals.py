@@ -1,8 +1,8 @@
 """SIGTERM and Ctrl-C (SIGINT): the step is finished and saved, and the process ends with 0; a second Ctrl-C leaves now.
 
 torchrun hands either signal on to its ranks, and kills them where they have not ended 30 s later (--shutdown-timeout,
-where it has it); a second Ctrl-C reaches them as SIGTERM. So after an interrupt any signal ends a rank at once, and
-after SIGTERM only an interrupt does: a scheduler may send SIGTERM to ranks and launcher, and it then arrives twice.
+where it has it); a second Ctrl-C reaches them as SIGTERM. So after Ctrl-C any second signal ends a rank at once. After
+SIGTERM a second SIGTERM is ignored, for schedulers often send two, and only Ctrl-C ends it.
 """
 
 import os
