@@ -95,7 +95,7 @@ def pack_logprobs(policy: Policy, pack: Pack, temperature: float) -> torch.Tenso
     return policy(pack, lambda h, head: linear_logprobs(h, head.weight, pack.targets_R, **head.options(temperature))[0])
 
 
-MARGIN = 16  # how much larger than the estimate a difference between equal weights may be
+MARGIN = 8  # how much larger than the estimate a difference between equal weights may be
 
 
 @torch.no_grad()
@@ -106,9 +106,9 @@ def rounding_limit(policy: Policy, pack: Pack, c: Config, ranks: Ranks) -> float
     to u, the dtype's unit roundoff, and independently; after the last norm that is a relative error of the hidden
     states of about u sqrt(2 L + 1). What such an error does to these log-probs is measured, not assumed: they are
     computed again from hidden states that are u larger or smaller, element by element, and the mean change is
-    multiplied by sqrt(2 L + 1). It is no less than u, to which a log-prob near 1 is rounded itself. In float32 products
-    are summed up in the compute dtype itself, D terms in an order of each side's own: another sqrt(D). MARGIN covers
-    that both sides round, and what is rounded inside the blocks. A collective.
+    multiplied by sqrt(2 L + 1). It is no less than u / 2, the mean error of rounding a log-prob near 1 itself. In
+    float32 products are summed up in the compute dtype itself, D terms in an order of each side's own: another sqrt(D).
+    MARGIN covers that both sides round, and what is rounded inside the blocks. A collective.
     """
     unit = torch.finfo(getattr(torch, c.model.dtype)).eps / 2
 
@@ -124,7 +124,7 @@ def rounding_limit(policy: Policy, pack: Pack, c: Config, ranks: Ranks) -> float
     policy.to_shards()
     shape = policy.model.config
     sums = shape.hidden_size**0.5 if c.model.dtype == "float32" else 1.0
-    return MARGIN * sums * max(unit, total / max(1.0, rows) * (2 * shape.num_hidden_layers + 1) ** 0.5)
+    return MARGIN * sums * max(unit / 2, total / max(1.0, rows) * (2 * shape.num_hidden_layers + 1) ** 0.5)
 
 
 def check_agreement(difference: float, limit: float, c: Config, device_type: str) -> None:
