@@ -2,7 +2,7 @@
 
     python bench/ablation.py [--seeds 0 1 2] [--ranks 2] [--runs runs/ablation] [--out docs/ablation]
 
-Runs that are finished already are kept, so a broken-off ablation goes on where it was. Writes a table (table.md), a
+Finished runs are kept, so an interrupted ablation resumes. Writes a table (table.md), a
 picture (compare.png) and every run's metrics.jsonl under --out.
 """
 
