@@ -73,7 +73,9 @@ def build_root(seen: list[str], box_bytes: int, machine: int) -> None:
     places = ("/mnt", "/media", "/srv", "/opt", "/tmp")
     root = next(p for p in places if os.path.isdir(p) and not any(f"{s}/".startswith(f"{p}/") for s in seen))
     mount("tmpfs", root, "tmpfs", NOSUID | NODEV, "size=1m,mode=755")
-    for path in seen:
+    os.makedirs(f"{root}/tmp")
+    mount("tmpfs", f"{root}/tmp", "tmpfs", NOSUID | NODEV, f"size={box_bytes},nr_inodes=4096,mode=1777")
+    for path in seen:  # after /tmp, for an environment may lie in there
         target = root + path
         os.makedirs(os.path.dirname(target), exist_ok=True)
         if os.path.islink(path):
@@ -91,8 +93,6 @@ def build_root(seen: list[str], box_bytes: int, machine: int) -> None:
         os.symlink(to, f"{root}/dev/{name}")
     os.makedirs(f"{root}/proc")
     mount("proc", f"{root}/proc", "proc", NOSUID | NODEV | NOEXEC)
-    os.makedirs(f"{root}/tmp")
-    mount("tmpfs", f"{root}/tmp", "tmpfs", NOSUID | NODEV, f"size={box_bytes},nr_inodes=4096,mode=1777")
     set_attributes(root, 1 | NOSUID | NODEV, recursive=False)
     os.chdir(root)
     call("syscall", PIVOT_ROOT[machine], b".", b".")
