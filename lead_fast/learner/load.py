@@ -78,23 +78,25 @@ def tensor_files(path: str) -> dict[str, str]:
     return {}
 
 
+def _aliases(model: nn.Module) -> list[list[str]]:
+    """The names of each parameter, several where it is tied."""
+    names: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), []).append(name)
+    return list(names.values())
+
+
 def _missing(model: nn.Module, files: dict[str, str]) -> str:
     """The first of the model's parameters that the files have under none of its names, or ""."""
-    aliases: dict[int, list[str]] = {}
-    for name, p in model.named_parameters(remove_duplicate=False):
-        aliases.setdefault(id(p), []).append(name)
-    return next((names[0] for names in aliases.values() if not any(name in files for name in names)), "")
+    return next((names[0] for names in _aliases(model) if not any(name in files for name in names)), "")
 
 
 def _apart(model: nn.Module, files: dict[str, str]) -> list[str]:
     """Names of one parameter for which the files hold different tensors."""
-    aliases: dict[int, list[str]] = {}
-    for name, p in model.named_parameters(remove_duplicate=False):
-        if name in files:
-            aliases.setdefault(id(p), []).append(name)
-    for first, *others in aliases.values():
-        if not all(torch.equal(_stored(files, first), _stored(files, name)) for name in others):
-            return [first, *others]
+    for names in _aliases(model):
+        held = [name for name in names if name in files]
+        if not all(torch.equal(_stored(files, held[0]), _stored(files, name)) for name in held[1:]):
+            return held
     return []
 
 

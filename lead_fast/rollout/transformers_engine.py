@@ -257,7 +257,7 @@ class TransformersEngine:
                 running[number][place] = self._response(row.tokens, row.logprobs, s)
                 if None not in running[number]:
                     out[number] = [r for r in running.pop(number) for _ in range(work.n // rows) if r is not None]
-                    progress(len(out), max(work.prompts_per_engine, len(out)))
+                    progress(len(out), work.prompts_per_engine)
         return out
 
     @torch.inference_mode()
