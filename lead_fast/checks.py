@@ -115,6 +115,11 @@ def check(c: Config, world: int, *, trains: bool = True, device_type: str = "cpu
             f"rollout.tensor_parallel is {r.tensor_parallel} and extra_problems {r.extra_problems}, "
             "which only vLLM can do: give --rollout.engine=vllm."
         )
+    if r.extra_problems > r.problems * r.max_age:
+        raise ValueError(
+            f"rollout.extra_problems is {r.extra_problems}, more than {r.max_age} steps of {r.problems} problems can "
+            f"train on: give at most {r.problems * r.max_age}, or a higher rollout.max_age."
+        )
     if c.optim.updates > 1 and c.loss.old_logprobs == "current":
         raise ValueError(
             f"optim.updates is {c.optim.updates} with loss.old_logprobs=current: later updates need the ratio; "

@@ -143,6 +143,8 @@ class RolloutConfig:
     """Size of the buckets in which weights are gathered and sent to the engine, MiB."""
     extra_problems: CountOrOff = 0
     """Problems asked beyond what a step needs; the first complete groups are used, the others resumed (vLLM only)."""
+    max_age: Count = 2
+    """With extra_problems: steps that a group may wait; those that would wait longer are finished first."""
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ class Response:
     finish_reason: `stop` (end of sequence or stop string), `length`, `repetition`, or `unfinished` (goes on in the next
     step).
     policy_version: number of optimiser batches that the weights had seen when the first token was sampled.
+    continued: of every later part of a response that was resumed, (policy version, index of the part's first token).
     """
 
     token_ids: list[int]
@@ -37,6 +38,14 @@ class Response:
     finish_reason: str
     text: str
     policy_version: int
+    continued: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def parts(self) -> list[tuple[int, int]]:
+        """Policy version and number of tokens of every part, in order; a part without tokens is left out."""
+        starts = [(self.policy_version, 0), *self.continued]
+        ends = [start for _, start in starts[1:]] + [self.length]
+        return [(version, end - start) for (version, start), end in zip(starts, ends, strict=True) if end > start]
 
     @property
     def length(self) -> int:
@@ -102,6 +111,8 @@ class Batch:
     """Share of the ranks' time between their own last token and the slowest rank's."""
     refilled: int = 0
     """Groups that stand in for dropped ones."""
+    backlog: dict[str, float] = field(default_factory=dict)
+    """Where more problems are asked than a step needs: what metrics.jsonl keeps of those that wait."""
     solve_rates: list[dict] = field(default_factory=list)
     """Of every problem graded on the way, dropped ones included: problem, correct, sampled."""
 
@@ -128,6 +139,11 @@ class Batch:
     @property
     def lengths(self) -> list[int]:
         return [s.response.length for s in self.samples]
+
+    def ages(self, version: int) -> list[list[int]]:
+        """Per response the age of each token: policy updates between the one that sampled it and `version`."""
+        parts = [s.response.parts for s in self.samples]
+        return [[version - v for v, tokens in part for _ in range(tokens)] for part in parts]
 
     def counted(self) -> list[dict]:
         """Of every problem, how many samples are correct: what `lead_fast.data select` chooses by."""

@@ -15,7 +15,7 @@ from lead_fast.learner.loss import check_agreement
 from lead_fast.learner.model import load_model, load_tokenizer
 from lead_fast.records import Batch, Group, Problem, Response, Sample, Score
 from lead_fast.rollout import engine as engine_module
-from lead_fast.rollout.collect import Backlog
+from lead_fast.rollout.backlog import Backlog
 from lead_fast.rollout.engine import Sampling, Work, fingerprint
 from lead_fast.rollout.sync import compare
 from lead_fast.rollout.transformers_engine import TransformersEngine
@@ -58,7 +58,7 @@ def test_ranks_that_share_an_engine_take_the_same_prompts():
     first, second = (Work([[1]] * 5, 1, [0] * 5, store, "x", 1, {}, 2, member, 2) for member in range(2))
     assert [first.take(2), first.take(2), first.take(2)] == [[0, 1], [2, 3], [4]]
     assert [second.take(2), second.take(2), second.take(2)] == [[0, 1], [2, 3], [4]]
-    first.finish(), second.finish(), first.finish(), second.finish()
+    first.finish(0), second.finish(0), first.finish(1), second.finish(1)
     assert first.enough() and second.enough()
 
 
@@ -90,7 +90,7 @@ def graded(problem: int) -> Group:
 
 def test_every_problem_asked_is_trained_once_in_whatever_order_groups_end():
     rng = random.Random(0)
-    backlog = Backlog(lambda at: at % 7, 3, 2, 0)  # a small data set, that comes round
+    backlog = Backlog(lambda at: at % 7, 3, 2, 40)  # a small data set, that comes round
     trained: list[int] = []
     for _ in range(40):
         asked = backlog.ask()
@@ -103,11 +103,11 @@ def test_every_problem_asked_is_trained_once_in_whatever_order_groups_end():
         trained += now
     everything = [at % 7 for at in range(backlog.position)]
     assert sorted([*trained, *backlog.waiting]) == sorted(everything)
-    assert Backlog(lambda at: at % 7, 3, 2, backlog.position, backlog.waiting).ask() == backlog.ask()
+    assert Backlog(lambda at: at % 7, 3, 2, 40, backlog.state()).ask() == backlog.ask()
 
 
 def test_without_extra_problems_nothing_waits():
-    backlog = Backlog(lambda at: at, 3, 0, 6)
+    backlog = Backlog(lambda at: at, 3, 0, position=6)
     assert backlog.ask() == [6, 7, 8] and backlog.begun == {}
     backlog.settle(Batch([graded(p) for p in (6, 7, 8)], [0, 1, 2]))
     assert backlog.ask() == [9, 10, 11]
@@ -246,3 +246,16 @@ def test_a_sync_that_failed_does_not_advise_the_engine_in_use(engine, monkeypatc
     for name, said in (("transformers", "report this"), ("vllm", "give --rollout.engine=transformers, or report this")):
         with pytest.raises(ValueError, match=f"w differs .rank 1.: {said}"):
             sync.publish(None, engine, 1, load_config([f"--rollout.engine={name}"]), ranks)  # type: ignore[arg-type]
+
+
+def test_a_stop_string_that_began_before_a_response_was_cut_off_still_ends_it():
+    vllm = object.__new__(VllmEngine)
+    vllm.tokenizer = load_tokenizer(load_config([]).model)
+    ids = vllm.tokenizer("Compute 3+4. The answer is 7. So", add_special_tokens=False)["input_ids"]
+    pieces = [vllm.tokenizer.decode(ids[: n + 1]) for n in range(len(ids))]
+    end = next(n + 1 for n, text in enumerate(pieces) if "answer" in text)
+    assert 1 < end < len(ids)
+    for begun in range(1, end):  # wherever it was cut off, if part of the string was there or all came later
+        assert vllm._stop_across(begun, ids, ("answer",)) in (end, len(ids))
+    assert vllm._stop_across(end - 1, ids, ("answer",)) == end
+    assert vllm._stop_across(end - 1, ids, ("nothing",)) == vllm._stop_across(0, ids, ("answer",)) == len(ids)

@@ -38,7 +38,8 @@ from lead_fast.learner.model import load_tokenizer
 from lead_fast.learner.optimizer import make_optimizer, update
 from lead_fast.learner.packing import make_pack
 from lead_fast.records import Sample
-from lead_fast.rollout.collect import Backlog, gather, rollout, sampling_seed
+from lead_fast.rollout.backlog import Backlog
+from lead_fast.rollout.collect import gather, rollout, sampling_seed
 from lead_fast.rollout.sync import canary, publish
 from lead_fast.rollout.vllm_engine import VllmEngine
 
@@ -138,19 +139,21 @@ for name, ends in {"repeated": True, "left alone": False}.items():
 
 # Over-sampling with an early cut, over several steps.
 log = []
-backlog = Backlog(lambda at: at % 12, 3, 2, 0)
+backlog = Backlog(lambda at: at % 12, 3, 2)
 for step in range(3):
     asked = backlog.ask()
+    engine.version = step
     sampled = rollout(engine, [prompts[p] for p in asked], 4, Sampling(64, 0.8),
-                    100 + step, ranks, begun=backlog.begun, want=3)
+                    100 + step, ranks, begun=backlog.begun, want=3, due=backlog.due)
     begun = {asked[i]: [r.token_ids for r in g] for i, g in backlog.begun.items()}
     assert asked == backlog.waiting
     batch = backlog.settle(together(sampled, asked))
     trained = {problems.index(g.problem): responses(g) for g in batch.groups}
     log.append({"asked": asked, "begun": begun, "trained": tokens(trained), "waiting": backlog.waiting,
+                "parts": [r.parts for g in trained.values() for r in g],
                 "finish": [r.finish_reason for g in trained.values() for r in g],
                 "difference": differences(trained, 0.8, which=sorted(trained))})
-out["steps"] = log
+out["steps"], engine.version = log, 0
 
 # Weights move: stale, synced, and synced with something missing.
 optimiser_step()
@@ -368,6 +371,13 @@ def test_cut_off_answers_go_on_and_every_problem_is_trained_once(one):
             for start, response in zip(step["begun"].get(problem, [[]] * 4), answers, strict=True):
                 assert response[: len(start)] == start
         assert step["difference"][0] < NATS[dtype]
+    assert any(len(parts) > 1 for step in out["steps"] for parts in step["parts"])
+    for now, step in enumerate(out["steps"]):
+        responses = [r for answers in step["trained"].values() for r in answers]
+        for parts, response in zip(step["parts"], responses, strict=True):
+            versions = [version for version, _ in parts]
+            assert versions == sorted(set(versions)) and versions[-1] <= now
+            assert sum(tokens for _, tokens in parts) == len(response)
     assert len(set(trained)) == len(trained) == 9
     assert any(any(answers) for step in out["steps"] for answers in step["begun"].values())
     for before, after in zip(out["steps"], out["steps"][1:], strict=False):

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lead_kernels import LeadAdvantages
+from lead_kernels.records import LOG_RATIO_CAP
 
 from ..config import Config
 from ..records import Batch
@@ -82,6 +83,7 @@ class Learner:
         kept_S = credit.kept.repeat_interleave(c.rollout.group_size)
         size = len(tokens) // c.optim.updates
         groups = outcomes(batch.scores, batch.lengths, c, ranks.device)
+        ages = batch.ages(step) if c.rollout.extra_problems else None
         updates, parts, norms, balance, trained = [], [], [], [], set()
         with self.journal.phase("pack"):
             for first in range(0, len(tokens), size):
@@ -91,7 +93,9 @@ class Learner:
                 live = [i for i, moves in enumerate(needs_gradient(o, c)) if moves]
                 plan = assign([tokens[i] for i in live], c.parallel.pack_tokens, ranks.teams, flops)
                 balance.append(efficiency(plan, [tokens[i] for i in live], flops))
-                updates.append((o, [self._pack([live[i] for i in members], batch) for members in plan[ranks.team]]))
+                updates.append(
+                    (o, [self._pack([live[i] for i in members], batch, ages) for members in plan[ranks.team]])
+                )
                 trained.update(live)
         with self.journal.phase("train"):  # old log-probs are the policy's before the first of the updates
             old = [[self._old_logprobs(pack) for pack in packs] for _, packs in updates]
@@ -113,17 +117,20 @@ class Learner:
         }
         record = means(sums, len(norms), reference=self.reference is not None) | skipped
         record |= {"grad_norm": sum(norms) / len(norms), "learning_rate": lr, "packs": passes}
+        if ages:
+            record["importance_by_age"] = weight_by_age(sums, c.rollout.max_age)
         record |= {"packing_efficiency": sum(balance) / len(balance), "groups_dropped": int((~credit.kept).sum())}
         if not self.checked and sums["tokens"]:
-            fullest = max(updates[0][1], key=lambda pack: len(pack.rows_R))
-            limit = rounding_limit(self.policy, fullest, c, ranks)
-            check_agreement(record["logprob_diff_mean"], limit, c, ranks.device.type)
+            if not ages or not any(map(any, ages)):  # of a resumed run older weights sampled some: the canary has to do
+                fullest = max(updates[0][1], key=lambda pack: len(pack.rows_R))
+                limit = rounding_limit(self.policy, fullest, c, ranks)
+                check_agreement(record["logprob_diff_mean"], limit, c, ranks.device.type)
             self.checked = True
         return record
 
-    def _pack(self, members: list[int], batch: Batch) -> Pack:
+    def _pack(self, members: list[int], batch: Batch, ages: list[list[int]] | None) -> Pack:
         part = (self.ranks.member, self.ranks.sequence)
-        return make_pack(members, batch.prompts, batch.responses, batch.logprobs, self.ranks.device, part)
+        return make_pack(members, batch.prompts, batch.responses, batch.logprobs, self.ranks.device, part, ages)
 
     def _old_logprobs(self, pack: Pack) -> torch.Tensor | None:
         """Log-probs of the response tokens for the ratio's denominator, where a pass of their own is asked for."""
@@ -146,7 +153,7 @@ class Learner:
                 must_be_finite(where, result.logprobs, old_R, ref_R, most=ROUNDING)
                 must_be_finite("loss and entropy of that pack", result.loss, result.entropy)
             result.loss.backward()
-            out.append(result.metrics | {"loss": result.loss.detach()})
+            out.append(result.metrics | {"loss": result.loss.detach()} | age_sums(result.logprobs, pack, c))
         return out
 
     def resume(self) -> dict[str, Any]:
@@ -182,6 +189,24 @@ class Learner:
             self._checkpoints.finish()
         self._report_failed_saves()
         checkpoint.export(folder, self.policy, tokenizer, getattr(torch, self.c.model.dtype), self.ranks)
+
+
+def age_sums(logprob_R: torch.Tensor, pack: Pack, c: Config) -> dict[str, torch.Tensor]:
+    """Per age of the pack's response tokens, their number and the sum of their importance weights (policy / engine)."""
+    if pack.age_R is None:
+        return {}
+    assert pack.behavior_R is not None
+    weight_R = (logprob_R.float() - pack.behavior_R).clamp(max=LOG_RATIO_CAP).exp()
+    age_R, ages = pack.age_R.long(), c.rollout.max_age + 1
+    sums = weight_R.new_zeros(2, ages).index_put_((torch.zeros_like(age_R), age_R), weight_R, accumulate=True)
+    sums.index_put_((torch.ones_like(age_R), age_R), torch.ones_like(weight_R), accumulate=True)
+    return {f"{name}_{age}": sums[k, age] for k, name in enumerate(("weight_age", "tokens_age")) for age in range(ages)}
+
+
+def weight_by_age(sums: dict[str, float], max_age: int) -> list[float | None]:
+    """Mean importance weight of the trained tokens of age 0, 1, ... `max_age`; None where there are none."""
+    counted = [(sums[f"weight_age_{age}"], sums[f"tokens_age_{age}"]) for age in range(max_age + 1)]
+    return [weight / tokens if tokens else None for weight, tokens in counted]
 
 
 def means(sums: dict[str, float], updates: int, *, reference: bool) -> dict[str, Any]:

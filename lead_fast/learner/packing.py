@@ -22,6 +22,7 @@ class Pack:
     targets_R: int64 [R], those next tokens.
     sequence_ids_R: int32 [R], index of the row's sequence in the whole batch (0..S-1).
     behavior_R: float32 [R], the engine's log-probs of the targets, or None where there is no engine (SFT).
+    age_R: int32 [R], policy updates since the target was sampled, or None where all are 0.
     lengths: tokens of the sequences that cu_seqlens separates, on the host: nobody asks the device for them.
     """
 
@@ -33,6 +34,7 @@ class Pack:
     sequence_ids_R: torch.Tensor
     behavior_R: torch.Tensor | None
     lengths: list[int]
+    age_R: torch.Tensor | None = None
 
 
 def flops_per_sequence(linear_params: int, layers: int, hidden: int) -> Callable[[int], float]:
@@ -91,6 +93,7 @@ def make_pack(
     logprobs: Sequence[Sequence[float]] | None,
     device: torch.device,
     part: tuple[int, int] = (0, 1),
+    ages: Sequence[Sequence[int]] | None = None,
 ) -> Pack:
     """One pack of the sequences `members` (indices into the batch). An empty pack holds one token and no rows.
 
@@ -101,6 +104,7 @@ def make_pack(
         device: where the tensors go.
         part: (i, n), the i-th of n equal parts of the pack's tokens and their rows, for ranks that share it; the pack
             is filled up to a multiple of n with a sequence of its own, and cu_seqlens are the whole pack's.
+        ages: of every response token, or None.
     """
     ids: list[int] = []
     positions: list[int] = []
@@ -109,6 +113,7 @@ def make_pack(
     targets: list[int] = []
     owner: list[int] = []
     behavior: list[float] = []
+    age: list[int] = []
     for s in members:
         prompt, response = prompts[s], responses[s]
         start, n = len(ids), len(prompt) + len(response) - 1  # the last token is only ever a target
@@ -120,9 +125,12 @@ def make_pack(
         owner += [s] * len(response)
         if logprobs is not None:
             behavior += logprobs[s]
+        if ages is not None:
+            age += ages[s]
     if not ids:
         ids, positions, cu = [0], [0], [0, 1]
     assert len(rows) == len(targets) and (logprobs is None or len(behavior) == len(rows))
+    assert ages is None or len(age) == len(rows)
     i, n = part
     if n > 1:
         if fill := -len(ids) % n:
@@ -135,6 +143,7 @@ def make_pack(
         rows = [rows[k] - first for k in here]
         targets, owner = [targets[k] for k in here], [owner[k] for k in here]
         behavior = [behavior[k] for k in here] if logprobs is not None else []
+        age = [age[k] for k in here] if ages is not None else []
 
     def tensor(x: list, dtype: torch.dtype) -> torch.Tensor:
         return torch.tensor(x, dtype=dtype).to(device, non_blocking=True)
@@ -148,6 +157,7 @@ def make_pack(
         tensor(owner, torch.int32),
         None if logprobs is None else tensor(behavior, torch.float32),
         [end - start for start, end in itertools.pairwise(cu)],
+        None if ages is None else tensor(age, torch.int32),
     )
 
 

@@ -2,8 +2,7 @@
 
 import time
 import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from ..records import Batch, Group, Problem, Response, Sample
 from ..runtime.ranks import Ranks
@@ -40,6 +39,7 @@ def rollout(
     shared_by: int = 1,
     begun: dict[int, list[Response]] | None = None,
     want: int | None = None,
+    due: int = 0,
 ) -> Rollout:
     """Sample responses to the prompts that this rank takes, as its engine drains, so that no rank waits for another's.
 
@@ -50,6 +50,7 @@ def rollout(
         shared_by: neighbouring ranks that share an engine.
         begun: by prompt, responses to continue.
         want: stop when so many groups are complete; the rest comes back unfinished, as `leftover`.
+        due: the first so many prompts must be complete by then.
     """
     began = time.perf_counter()
     work = Work(
@@ -63,6 +64,7 @@ def rollout(
         want,
         ranks.rank % shared_by,
         shared_by,
+        due,
     )
     failure = None
     try:
@@ -106,47 +108,3 @@ def gather(
     seconds = [s for _, _, s, _ in parts]
     idle = 1 - sum(seconds) / len(seconds) / max(seconds)
     return Batch([Group(problems[i], prompts[i], by_place[i]) for i in order], order, leftover, idle)
-
-
-class Backlog:
-    """Which problems a step asks, where more may be asked than a step needs: each is asked once, none is dropped.
-
-    A step asks `size + extra` problems, those waiting from earlier steps first, and trains on the `size` that are
-    complete first; the others wait, with what was sampled of them. With extra = 0 nothing ever waits.
-
-    Args:
-        stream: position in the data to problem.
-        size: groups to train on a step.
-        extra: problems asked beyond that.
-        position: where in the data to begin.
-        waiting: problems to ask again, from the start.
-    """
-
-    def __init__(self, stream: Callable[[int], int], size: int, extra: int, position: int, waiting: Sequence[int] = ()):
-        self.stream, self.size, self.extra, self.position = stream, size, extra, position
-        self.entries: list[tuple[int, list[Response]]] = [(p, []) for p in waiting]  # problem, what there is of it
-
-    @property
-    def waiting(self) -> list[int]:
-        """Problems that were asked and not trained on yet."""
-        return [problem for problem, _ in self.entries]
-
-    def ask(self) -> list[int]:
-        """The step's problems."""
-        while len(self.entries) < self.size + self.extra:
-            self.entries.append((self.stream(self.position), []))
-            self.position += 1
-        return self.waiting
-
-    @property
-    def begun(self) -> dict[int, list[Response]]:
-        """By place in the step: responses to continue."""
-        return {i: responses for i, (_, responses) in enumerate(self.entries) if responses}
-
-    def settle(self, batch: Batch) -> Batch:
-        """The first `size` complete groups, those asked earliest first; what is left waits."""
-        complete = dict(zip(batch.indices, batch.groups, strict=True))
-        kept = batch.indices[: self.size]
-        left = {**batch.leftover, **{i: [s.response for s in g.samples] for i, g in complete.items()}}
-        self.entries = [(p, left.get(i, [])) for i, (p, _) in enumerate(self.entries) if i not in kept]
-        return replace(batch, groups=[complete[i] for i in kept], indices=kept, leftover={})

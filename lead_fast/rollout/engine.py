@@ -58,6 +58,7 @@ class Work:
     store, name: the counter and its key, new for every step; engines: how many take from it.
     begun: by prompt, responses that an earlier step left unfinished.
     want: stop as soon as so many groups are complete, over all engines; None: when all are.
+    due: the first so many prompts must be complete before that.
     member: index in the group of ranks that share an engine; the first decides, the others follow.
     """
 
@@ -71,6 +72,7 @@ class Work:
     want: int | None = None
     member: int = 0
     members: int = 1
+    due: int = 0
     _turn: int = 0
 
     @property
@@ -83,16 +85,21 @@ class Work:
         end = self._agree(lambda: self.store.add(f"{self.name}/taken", most))
         return list(range(min(end - most, len(self.prompts)), min(end, len(self.prompts))))
 
-    def finish(self) -> None:
-        """Count one complete group."""
+    def finish(self, prompt: int) -> None:
+        """Count the group of a prompt as complete."""
         if self.want is not None and self.member == 0:
             self.store.add(f"{self.name}/complete", 1)
+            if prompt < self.due:
+                self.store.add(f"{self.name}/due", 1)
 
     def enough(self) -> bool:
-        """As many groups are complete as are wanted."""
+        """As many groups are complete as are wanted, all that are due among them."""
         if self.want is None:
             return False
-        return self._agree(lambda: self.store.add(f"{self.name}/complete", 0)) >= self.want
+        return bool(self._agree(lambda: int(self._count("due") >= self.due and self._count("complete") >= self.want)))
+
+    def _count(self, what: str) -> int:
+        return self.store.add(f"{self.name}/{what}", 0)
 
     def _agree(self, decide: Callable[[], int]) -> int:
         """The first member's decision, for all that share its engine."""

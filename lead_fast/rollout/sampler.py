@@ -15,7 +15,8 @@ from ..reward.verifier import Verifier
 from ..runtime.journal import Journal
 from ..runtime.jsonl import read_jsonl
 from ..runtime.ranks import Ranks
-from .collect import Backlog, gather, rollout, sampling_seed
+from .backlog import Backlog
+from .collect import gather, rollout, sampling_seed
 from .engine import Engine, Sampling
 
 
@@ -56,14 +57,14 @@ class Sampler:
         self.stream: ProblemStream | SolveRateStream = kind(len(problems), r.problems, c.seed)
         self.spare = ProblemStream(len(problems), r.problems, c.seed + 1)
         self.place = {p.problem: i for i, p in enumerate(problems)}
-        position, waiting = state.get("asked", step * r.problems), state.get("waiting", ())
-        self.backlog = Backlog(self._problem_at, r.problems, r.extra_problems, position, waiting)
+        position = step * r.problems
+        self.backlog = Backlog(self._problem_at, r.problems, r.extra_problems, r.max_age, state, position)
         if step and isinstance(self.stream, SolveRateStream):  # the first rank's file speaks for all
             self._tell(ranks.gather_objects(read_jsonl(Path(journal.folder) / "solved.jsonl") if ranks.main else [])[0])
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the order of problems."""
-        return {"asked": self.backlog.position, "waiting": self.backlog.waiting}
+        return self.backlog.state()
 
     def collect(self, step: int) -> Batch:
         """Sample and grade the groups of a step, 0 being the first. A collective.
@@ -73,7 +74,8 @@ class Sampler:
         """
         asked = self.backlog.ask()
         want = self.c.rollout.problems if self.c.rollout.extra_problems else None
-        batch = self.backlog.settle(self._sample(asked, step, begun=self.backlog.begun, want=want))
+        sampled = self._sample(asked, step, begun=self.backlog.begun, want=want, due=self.backlog.due)
+        batch = self.backlog.settle(sampled)
         batch = self._replace_dropped(replace(batch, solve_rates=batch.counted()), set(asked), step)
         self.engine.sleep()  # only now: there is no waking without new weights
         self._tell(batch.solve_rates)
@@ -86,6 +88,7 @@ class Sampler:
         again: int = 0,
         begun: dict[int, list[Response]] | None = None,
         want: int | None = None,
+        due: int = 0,
     ) -> Batch:
         """Graded groups of these problems; `again` counts the rounds that replace dropped ones."""
         c = self.c
@@ -103,6 +106,7 @@ class Sampler:
                 shared_by=c.rollout.tensor_parallel,
                 begun=begun,
                 want=want,
+                due=due,
             )
         with self.journal.phase("reward"):
             samples = grade(problems, sampled.responses, self.verifier, c.reward, self.function)

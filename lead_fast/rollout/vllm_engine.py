@@ -52,6 +52,7 @@ class VllmEngine:
         try:
             import vllm  # type: ignore
             from vllm.sampling_params import RepetitionDetectionParams, RequestOutputKind  # type: ignore
+            from vllm.v1.engine import FinishReason  # type: ignore
         except ImportError as e:
             raise ValueError(
                 f"rollout.engine is vllm, which is installed and cannot be imported ({e}): install it again with "
@@ -67,6 +68,7 @@ class VllmEngine:
         self.asleep = False
         self.sums: list[Checksum] = []
         self.sampling_params, self.output_kind = vllm.SamplingParams, RequestOutputKind
+        self.aborted = FinishReason.ABORT
         self.repeats = RepetitionDetectionParams(**REPEATS)
         self.eos_ids = eos_ids(generation_config(path), tokenizer)
         special: dict[str, Any] = {"enable_sleep_mode": True}
@@ -153,8 +155,8 @@ class VllmEngine:
                 for i in taken:
                     group = self._begin(i, work, sampling)
                     if group.complete:  # an earlier step finished it
-                        complete[i] = self._responses(group)
-                        work.finish()
+                        complete[i] = self._responses(group, sampling)
+                        work.finish(i)
                     else:
                         groups[i] = group
             if not groups and not more:
@@ -164,12 +166,15 @@ class VllmEngine:
                 group = groups[int(i)]
                 group.take(output, int(j) if j else None)
                 if group.complete:
-                    complete[int(i)] = self._responses(groups.pop(int(i)))
-                    work.finish()
+                    complete[int(i)] = self._responses(groups.pop(int(i)), sampling)
+                    work.finish(int(i))
             progress(len(complete), work.prompts_per_engine)
             if work.enough():
+                for output in self._cut_off():
+                    i, _, j = output.request_id.partition(".")
+                    groups[int(i)].take(output, int(j), ended=False)
                 engine.abort_request([name for g in groups.values() for name in g.requests])
-                return complete | {i: self._responses(g) for i, g in groups.items()}
+                return complete | {i: self._responses(g, sampling) for i, g in groups.items()}
 
     def _step(self, complete: dict[int, list[Response]]) -> list[Any]:
         try:
@@ -177,6 +182,11 @@ class VllmEngine:
         except Exception as e:  # whatever vLLM raises in a step: the run ends, what is complete is handed back
             reason = next(iter(str(e).strip().splitlines()), "no reason given")
             raise EngineFailure(f"{type(e).__name__}: {reason}", complete) from e
+
+    def _cut_off(self) -> list[Any]:
+        """What there is of every request that is not finished, as vLLM itself would hand it to a queue on an abort."""
+        states = self.llm.llm_engine.output_processor.request_states.values()
+        return [s.make_request_output([], None, self.aborted, None) for s in states]
 
     def _begin(self, i: int, work: Work, s: Sampling) -> "_Group":
         """Hand prompt i to vLLM: one request for all n, or, where they may be cut off, one for each."""
@@ -186,7 +196,8 @@ class VllmEngine:
                 f"A prompt has {len(prompt)} tokens and the engine's context is {self.context}: "
                 "lower data.max_prompt_tokens or give --data.drop_long_prompts."
             )
-        group = _Group(work.begun.get(i) or [Response([], [], "unfinished", "", self.version) for _ in range(work.n)])
+        empty = Response([], [], "unfinished", "", self.version)
+        group = _Group(work.begun.get(i) or [empty] * work.n)
         if s.temperature == 0:  # n greedy responses are n times the same, and vLLM takes only one
             group.copies = work.n
             self._add(group, i, 0, work, s)
@@ -222,29 +233,44 @@ class VllmEngine:
                 skip_special_tokens=False,  # a stop string may be one
                 logprobs=0,
                 flat_logprobs=True,
-                output_kind=self.output_kind.FINAL_ONLY if work.want is None else self.output_kind.DELTA,
+                output_kind=self.output_kind.FINAL_ONLY,  # no Python per token
                 repetition_detection=self.repeats if s.end_repetition else None,
             ),
         )
 
-    def _responses(self, group: "_Group") -> list[Response]:
+    def _responses(self, group: "_Group", s: Sampling) -> list[Response]:
         out = []
-        for tokens, logprobs, finish, version in zip(
-            group.tokens, group.logprobs, group.finished, group.versions, strict=True
+        for begun, tokens, logprobs, finish in zip(
+            group.begun, group.tokens, group.logprobs, group.finished, strict=True
         ):
+            if (end := self._stop_across(begun.length, tokens, s.stop)) < len(tokens):
+                tokens, logprobs, finish = tokens[:end], logprobs[:end], "stop"
             text = visible_text(self.tokenizer, tokens, self.eos_ids)
-            out.append(Response(tokens, logprobs, finish or "unfinished", text, version))
+            later = begun.continued
+            if 0 < begun.length < len(tokens) and self.version != begun.parts[-1][0]:
+                later = (*later, (self.version, begun.length))
+            version = begun.policy_version if begun.length else self.version
+            out.append(Response(tokens, logprobs, finish or "unfinished", text, version, later))
         return out[:1] * group.copies if group.copies > 1 else out
+
+    def _stop_across(self, begun: int, tokens: list[int], stop: tuple[str, ...]) -> int:
+        """Tokens up to the end of a stop string that began before place `begun`, which vLLM cannot see; else all."""
+        most = max(map(len, stop), default=0)  # tokens of a stop string at most: each has a character or more
+        for end in range(begun + 1, min(len(tokens), begun + most) + 1) if begun else ():
+            tail = str(self.tokenizer.decode(tokens[max(0, begun - most) : end], skip_special_tokens=False))
+            if any(word in tail for word in stop):
+                return end
+        return len(tokens)
 
 
 class _Group:
     """What has come back of one prompt's n responses."""
 
     def __init__(self, begun: list[Response]):
+        self.begun = begun
         self.tokens = [list(r.token_ids) for r in begun]
         self.logprobs = [list(r.logprobs) for r in begun]
         self.finished = [None if r.finish_reason == "unfinished" else r.finish_reason for r in begun]
-        self.versions = [r.policy_version for r in begun]
         self.requests: list[str] = []
         self.copies = 1
 
@@ -252,8 +278,8 @@ class _Group:
     def complete(self) -> bool:
         return bool(self.finished[0]) if self.copies > 1 else all(self.finished)
 
-    def take(self, output: Any, j: int | None) -> None:
-        """The new tokens of a request: of response j, or, of a request for all n, of each output's own."""
+    def take(self, output: Any, j: int | None, *, ended: bool = True) -> None:
+        """The tokens of a request that ended, or is cut off: of response j, or, of a request for all n, of each."""
         for new in output.outputs:
             k = new.index if j is None else j
             ids, flat = list(new.token_ids), new.logprobs
@@ -261,6 +287,8 @@ class _Group:
             assert [flat.token_ids[a] for a in at] == ids, "vLLM's log-probs are of other tokens than it sampled"
             self.tokens[k] += ids
             self.logprobs[k] += [flat.logprobs[a] for a in at]
+            if not ended:
+                continue
             if new.finish_reason in ("abort", "error"):
                 raise RuntimeError(f"vLLM ended request {output.request_id} with {new.finish_reason}")
             self.finished[k] = new.finish_reason

@@ -73,7 +73,9 @@ class Journal:
         """
         elapsed_s, seconds = self.elapsed_s, dict(self.phase.seconds)
         record = describe(batch, credit, self.c.rollout.group_size) | update | synced
-        record |= {"rollout_idle_share": batch.idle_share, "groups_refilled": batch.refilled}
+        record |= {"rollout_idle_share": batch.idle_share, "groups_refilled": batch.refilled} | batch.backlog
+        if self.c.rollout.extra_problems:
+            record |= staleness(batch, done - 1)
         record |= {"elapsed_s": elapsed_s, "seconds": seconds}
         record["tokens_per_s"] = record["tokens"] / sum(s for phase, s in seconds.items() if phase not in ASIDE)
         record["alerts"] = self.health.look(done, record)
@@ -150,6 +152,16 @@ def skipped_batch(batch: Batch, credit: LeadAdvantages, record: dict) -> dict:
         "groups": [dataclasses.asdict(g) for g in batch.groups],
         "reward": credit.reward,
         "advantage": credit.advantage,
+    }
+
+
+def staleness(batch: Batch, version: int) -> dict[str, Any]:
+    """How old the tokens are, in policy updates, when policy `version` is trained on them."""
+    ages = torch.tensor([age for response in batch.ages(version) for age in response])
+    return {
+        "staleness_mean": ages.float().mean().item(),
+        "staleness_max": int(ages.max()),
+        "tokens_by_age": (torch.bincount(ages) / len(ages)).tolist(),
     }
 
 
