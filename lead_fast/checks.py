@@ -1,8 +1,10 @@
 """What can be known wrong in a configuration before any model is loaded: ranges and combinations."""
 
+import dataclasses
 import os
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 from .cli import ranges, wanted
 from .config import Config, ModelConfig, ParallelConfig, SftConfig
@@ -17,6 +19,36 @@ def chosen_engine(c: Config, device_type: str) -> str:
     if c.rollout.engine == "auto":
         return "vllm" if device_type == "cuda" else "transformers"
     return c.rollout.engine
+
+
+def quantized(c: Config) -> bool:
+    """Whether rollouts are of rounded weights or a rounded cache, and so of another policy than the trainer's."""
+    return c.rollout.quantization != "none" or c.rollout.kv_dtype != "auto"
+
+
+IMPORTANCE_CAP = 2.0
+
+
+def fit_quantized(c: Config, args: list[str]) -> tuple[Config, list[str]]:
+    """With rounded rollouts, weigh tokens by policy / engine up to IMPORTANCE_CAP, unless `args` say otherwise.
+
+    The ratio's denominator is then the policy itself (or a pass before the updates, if there are several): with the
+    engine's log-probs in it the weight would be 1.
+
+    Returns:
+        the configuration, and sentences (without full stops) on what was changed.
+    """
+    given = {a.split("=")[0].removeprefix("--").replace("-", "_") for a in args}
+    if not quantized(c):
+        return c, []
+    changes: dict[str, Any] = {}
+    if c.loss.importance_cap is None and "loss.importance_cap" not in given:
+        changes |= {"importance_cap": IMPORTANCE_CAP, "importance_level": "token", "importance_mode": "truncate"}
+    if c.loss.old_logprobs == "engine" and "loss.old_logprobs" not in given:
+        changes["old_logprobs"] = "current" if c.optim.updates == 1 else "recompute"
+    said = ", ".join(f"loss.{key} {value}" for key, value in changes.items())
+    reasons = [f"{said}, because the rollout is quantised"] if changes else []
+    return dataclasses.replace(c, loss=dataclasses.replace(c.loss, **changes)), reasons
 
 
 def check_values(c: Config | SftConfig) -> None:
@@ -115,6 +147,19 @@ def check(c: Config, world: int, *, trains: bool = True, device_type: str = "cpu
             f"rollout.tensor_parallel is {r.tensor_parallel} and extra_problems {r.extra_problems}, "
             "which only vLLM can do: give --rollout.engine=vllm."
         )
+    check_speculation(c, chosen_engine(c, device_type))
+    if chosen_engine(c, device_type) != "vllm" and quantized(c):
+        raise ValueError(
+            f"rollout.quantization is {r.quantization} and kv_dtype {r.kv_dtype}, which only vLLM can do: give "
+            "--rollout.engine=vllm, or none and auto."
+        )
+    if trains and quantized(c) and (c.loss.importance_cap is None or c.loss.old_logprobs == "engine"):
+        raise ValueError(
+            f"rollout.quantization is {r.quantization} and kv_dtype {r.kv_dtype} with loss.importance_cap="
+            f"{'none' if c.loss.importance_cap is None else c.loss.importance_cap} and loss.old_logprobs="
+            f"{c.loss.old_logprobs}: rounded rollouts are another policy's, which takes importance weights; leave the "
+            "two out, or give a cap (2) and --loss.old_logprobs=current or recompute."
+        )
     if r.extra_problems > r.problems * r.max_age:
         raise ValueError(
             f"rollout.extra_problems is {r.extra_problems}, more than {r.max_age} steps of {r.problems} problems can "
@@ -124,6 +169,27 @@ def check(c: Config, world: int, *, trains: bool = True, device_type: str = "cpu
         raise ValueError(
             f"optim.updates is {c.optim.updates} with loss.old_logprobs=current: later updates need the ratio; "
             "give --loss.old_logprobs=engine or recompute."
+        )
+
+
+def check_speculation(c: Config, engine: str) -> None:
+    """Refuse a drafter that the engine cannot use, lacks or does not need. Raises ValueError."""
+    s, key = c.rollout.speculative, "rollout.speculative"
+    if s.method == "none":
+        if s.model:
+            raise ValueError(f"{key}.model is {s.model} and {key}.method none: give a method, or no model.")
+        return
+    if engine != "vllm":
+        raise ValueError(f"{key}.method is {s.method}, which only vLLM can do: give --rollout.engine=vllm, or none.")
+    own = s.method in ("ngram", "mtp")
+    if own and s.model:
+        raise ValueError(f"{key}.model is {s.model}, but {s.method} drafts without a model of its own: leave it out.")
+    if not own and not s.model:
+        raise ValueError(f"{key}.model is empty: {s.method} needs the path or hub name of a drafter.")
+    if c.rollout.min_p:
+        raise ValueError(
+            f"rollout.min_p is {c.rollout.min_p} with {key}.method={s.method}: vLLM cannot verify under min_p; give "
+            f"--rollout.min_p=0, or --{key}.method=none."
         )
 
 

@@ -88,15 +88,19 @@ def read_toml(name: str, folder: Path, kind: str, cls: Any = Config) -> dict[str
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as e:
         raise ValueError(f"{path} is not valid TOML: {e}.") from e
-    leaves = [
-        f"{k}.{kk}" if isinstance(v, dict) else k
-        for k, v in tree.items()
-        for kk in (v if isinstance(v, dict) else [""])
-    ]
-    for leaf in leaves:
+    for leaf in _leaves(tree, keys(cls)):
         if leaf not in keys(cls):
             raise unknown_key(leaf, path.name, cls)
     return tree
+
+
+def _leaves(tree: dict[str, Any], known: list[str], prefix: str = "") -> list[str]:
+    """Dotted keys of nested dicts, down to a known key or to what is no dict."""
+    out = []
+    for k, v in tree.items():
+        section = isinstance(v, dict) and prefix + k not in known
+        out += _leaves(v, known, f"{prefix}{k}.") if section else [prefix + k]
+    return out
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -111,8 +115,9 @@ def from_tree(tree: dict[str, Any], cls: Any = Config) -> Any:
     import pydantic
 
     for key in keys(cls):
-        *section, leaf = key.split(".")
-        value = (tree.get(section[0], {}) if section else tree).get(leaf)
+        value: Any = tree
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
         if isinstance(value, bool) and is_number(type_of(key, cls)):  # pydantic would take true for 1
             raise ValueError(f"{key} is {json.dumps(value)}: give {wanted(key, cls)}.")
     try:
@@ -202,13 +207,10 @@ def load_config(
             print(help_text(from_tree(tree, cls), about or ""))
         raise SystemExit(0)
     for key, value in given.items():
-        if known := _dict_key(key, cls):
-            section, name = known
-            tree = merge(tree, {section[0]: {section[1]: {name: _scalar(value)}}})
-            continue
-        *section, leaf = key.split(".")
-        parsed = _value(key, value, cls)
-        tree = merge(tree, {section[0]: {leaf: parsed}} if section else {leaf: parsed})
+        parsed = _scalar(value) if _dict_key(key, cls) else _value(key, value, cls)
+        for part in reversed(key.split(".")):
+            parsed = {part: parsed}
+        tree = merge(tree, parsed)
     return from_tree(tree, cls)
 
 
@@ -235,11 +237,10 @@ def _value(key: str, text: str, cls: Any) -> Any:
         raise ValueError(f"{key} is {text}: give {wanted(key, cls)}.") from e
 
 
-def _dict_key(key: str, cls: Any) -> tuple[list[str], str] | None:
-    """[section, field] and name of a key of the form section.field.name whose field is a dict, else None."""
-    *field, name = key.split(".")
-    known = len(field) == 2 and ".".join(field) in keys(cls) and get_origin(bare(type_of(".".join(field), cls))) is dict
-    return (field, name) if known and name else None
+def _dict_key(key: str, cls: Any) -> bool:
+    """Whether a key has the form section.field.name and its field is a dict."""
+    field, _, name = key.rpartition(".")
+    return bool(name) and field in keys(cls) and get_origin(bare(type_of(field, cls))) is dict
 
 
 def _scalar(text: str) -> bool | int | float | str:
@@ -266,8 +267,15 @@ def dump(c: Config | SftConfig) -> str:
     out = "".join(line(k, v) for k, v in tree.items() if not isinstance(v, dict))
     for section, values in tree.items():
         if isinstance(values, dict):
-            out += f"\n[{section}]\n" + "".join(line(k, v) for k, v in values.items() if v is not None)
+            plain = {k: v for k, v in values.items() if v is not None and not _is_section(f"{section}.{k}", type(c))}
+            out += f"\n[{section}]\n" + "".join(line(k, v) for k, v in plain.items())
+            for name in [k for k in values if _is_section(f"{section}.{k}", type(c))]:
+                out += f"\n[{section}.{name}]\n" + "".join(line(k, v) for k, v in values[name].items() if v is not None)
     return out
+
+
+def _is_section(key: str, cls: Any) -> bool:
+    return dataclasses.is_dataclass(type_of(key, cls))
 
 
 # ------------------------------------------------------------------------------------------------------------- --help
@@ -284,17 +292,20 @@ def help_text(c: Config | SftConfig, about: str) -> str:
     """What --help prints: every flag that load_config accepts, with its description and its value in `c`."""
     lines = [about.strip(), "", f"Every key with its value under recipe {c.recipe}; --KEY=VALUE changes it."]
     lines += ["", *(line for flag, text in FLAGS.items() for line in _entry(flag, text))]
-    fields = dataclasses.fields(c)
-    for section in [None, *(f for f in fields if dataclasses.is_dataclass(f.type))]:
-        values: Any = c if section is None else getattr(c, section.name)
-        prefix, docs = "" if section is None else f"{section.name}.", _descriptions(type(values))
-        lines += ["", f"{section.name}: {type(values).__doc__}" if section else "general:"]
-        for f in dataclasses.fields(values):
-            if not dataclasses.is_dataclass(f.type):
-                shown = _shown(getattr(values, f.name))
-                choices = _choices(prefix + f.name, type(c))
-                lines += _entry(f"--{prefix}{f.name}={shown}", f"{docs[f.name]}{choices}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_section_help(c, type(c))])
+
+
+def _section_help(values: Any, cls: Any, name: str = "") -> list[str]:
+    """Entries of a section's keys, and then of the sections in it."""
+    docs, prefix = _descriptions(type(values)), f"{name}." if name else ""
+    lines = ["", f"{name}: {type(values).__doc__}" if name else "general:"]
+    fields = dataclasses.fields(values)
+    for f in [f for f in fields if not dataclasses.is_dataclass(f.type)]:
+        shown = _shown(getattr(values, f.name))
+        lines += _entry(f"--{prefix}{f.name}={shown}", f"{docs[f.name]}{_choices(prefix + f.name, cls)}")
+    for f in [f for f in fields if dataclasses.is_dataclass(f.type)]:
+        lines += _section_help(getattr(values, f.name), cls, prefix + f.name)
+    return lines
 
 
 def _entry(flag: str, text: str) -> list[str]:

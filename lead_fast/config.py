@@ -110,6 +110,20 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class SpeculativeConfig:
+    """Speculative decoding by vLLM: a drafter proposes, the model verifies; the distribution stays the model's."""
+
+    method: Literal["none", "ngram", "draft_model", "eagle", "eagle3", "mtp"] = "none"
+    """Drafter: n-grams of the sequence itself, a smaller model, an EAGLE head, the model's own MTP layers; or none."""
+    model: str = ""
+    """Path or hub name of the drafter (draft_model, eagle, eagle3); it is not trained."""
+    tokens: Annotated[int, Range(1, 64)] = 3
+    """Tokens proposed per verification."""
+    max_batch: Count = 64
+    """Largest number of running responses with which an engine still speculates; above it the products are full."""
+
+
+@dataclass(frozen=True)
 class RolloutConfig:
     """How responses are sampled."""
 
@@ -145,6 +159,11 @@ class RolloutConfig:
     """Problems asked beyond what a step needs; the first complete groups are used, the others resumed (vLLM only)."""
     max_age: Count = 2
     """With extra_problems: steps that a group may wait; those that would wait longer are finished first."""
+    quantization: Literal["none", "fp8_per_channel", "fp8_per_block", "fp8_per_tensor"] = "none"
+    """How vLLM rounds the weights of linear layers after each sync; other than none brings token importance weights."""
+    kv_dtype: Literal["auto", "fp8", "fp8_per_token_head"] = "auto"
+    """Format of vLLM's key-value cache: the model's, or fp8 at scale 1, or fp8 with scales taken at run time."""
+    speculative: SpeculativeConfig = SpeculativeConfig()
 
 
 @dataclass(frozen=True)

@@ -111,8 +111,8 @@ class Batch:
     """Share of the ranks' time between their own last token and the slowest rank's."""
     refilled: int = 0
     """Groups that stand in for dropped ones."""
-    backlog: dict[str, float] = field(default_factory=dict)
-    """Where more problems are asked than a step needs: what metrics.jsonl keeps of those that wait."""
+    counts: dict[str, float] = field(default_factory=dict)
+    """What metrics.jsonl keeps of the rollout: groups that wait, tokens that a drafter proposed."""
     solve_rates: list[dict] = field(default_factory=list)
     """Of every problem graded on the way, dropped ones included: problem, correct, sampled."""
 

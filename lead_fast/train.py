@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from .checks import check, chosen_engine
+from .checks import check, chosen_engine, fit_quantized
 from .cli import RECIPES, load_config, names, take_dry_run
 from .command import in_run_directory, run_command
 from .config import Config
@@ -136,9 +136,10 @@ def main(args: list[str] | None = None) -> None:
     ranks = start(c.parallel)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world))
     c, fitted = fit_engine(c, args, ranks.world, here, ranks.device.type)
+    c, weighed = fit_quantized(c, args)
     if ranks.main:
         reason = "as asked" if named else f"{why}; name another with --recipe ({', '.join(names(RECIPES))})"
-        for sentence in (reason, *fitted):
+        for sentence in (reason, *fitted, *weighed):
             print(f"Recipe {c.recipe}: {sentence}.", flush=True)
     check(c, ranks.world, device_type=ranks.device.type)
     shape = look_at_machine(c.model, ranks, engine=chosen_engine(c, ranks.device.type))

@@ -95,7 +95,7 @@ def test_every_group_is_trained_on_once_within_its_age_and_lengths_are_unbiased(
             trained[p] = step
             oldest = max(oldest, step - first_asked[p])
             assert [s.response.length for s in g.samples] == FakeEngine().lengths([p])
-        assert batch.backlog["group_age_max"] <= max_age and batch.backlog["groups_waiting"] == extra
+        assert batch.counts["group_age_max"] <= max_age and batch.counts["groups_waiting"] == extra
         if step > max_age:
             later += mean_lengths(batch)
     assert oldest <= max_age
@@ -119,7 +119,7 @@ def test_dropping_what_is_late_would_bias_the_length():
 
 
 def test_the_length_bias_of_the_first_steps_is_measured_when_their_last_group_is_trained_on():
-    books = {step: (batch, batch.backlog) for step, _, batch in train(Backlog(lambda at: at, 8, 8, 2), 6)}
+    books = {step: (batch, batch.counts) for step, _, batch in train(Backlog(lambda at: at, 8, 8, 2), 6)}
     reported = {b["length_bias_step"]: (step, b["length_bias"]) for step, (_, b) in books.items() if "length_bias" in b}
     step, bias = reported[1]
     asked = [sum(FakeEngine().lengths([p])) / GROUP_SIZE for p in range(16)]

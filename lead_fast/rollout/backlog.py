@@ -104,7 +104,9 @@ class Backlog:
             tokens = [r.length for e in self.entries for r in e.responses]
             books["groups_waiting"] = len(self.entries)
             books["tokens_waiting_mean"] = sum(tokens) / len(tokens) if tokens else 0.0
-        return replace(batch, groups=[complete[i] for i in kept], indices=kept, leftover={}, backlog=books)
+        return replace(
+            batch, groups=[complete[i] for i in kept], indices=kept, leftover={}, counts=batch.counts | books
+        )
 
     def _count(self, kept: dict[int, Group]) -> dict[str, float]:
         """Ages of the groups that are trained on, and the length bias of the last step whose groups all are."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from ..records import Batch, Group, Problem, Response, Sample
 from ..runtime.ranks import Ranks
-from .engine import Engine, EngineFailure, Progress, Sampling, Work, silent
+from .engine import Engine, EngineFailure, Progress, Sampling, Speculation, Work, silent
 
 
 def sampling_seed(*parts: int) -> int:
@@ -18,13 +18,15 @@ def sampling_seed(*parts: int) -> int:
 class Rollout:
     """What one rank sampled: responses by the place of their prompt among those that were asked.
 
-    seconds: that it took; failure: what its engine died of, if it did; leftover: responses that were cut off.
+    seconds: that it took; failure: what its engine died of, if it did; leftover: responses that were cut off;
+    speculation: what its drafter came to.
     """
 
     responses: dict[int, list[Response]]
     seconds: float
     failure: str | None = None
     leftover: dict[int, list[Response]] = field(default_factory=dict)
+    speculation: Speculation = Speculation()
 
 
 def rollout(
@@ -75,7 +77,8 @@ def rollout(
         responses = {}
     left = {i: r for i, r in responses.items() if any(x.finish_reason == "unfinished" for x in r)}
     complete = {i: responses[i] for i in sorted(responses) if i not in left}
-    return Rollout(complete, time.perf_counter() - began, failure, left)
+    speculation = Speculation() if work.member else engine.speculation
+    return Rollout(complete, time.perf_counter() - began, failure, left, speculation)
 
 
 def gather(
@@ -94,17 +97,19 @@ def gather(
     Raises:
         EngineFailure: on every rank, if any rank's engine died.
     """
-    parts = ranks.gather_objects((samples, rollout.leftover, rollout.seconds, rollout.failure))
-    for rank, (_, _, _, failure) in enumerate(parts):
+    parts = ranks.gather_objects((samples, rollout.leftover, rollout.seconds, rollout.failure, rollout.speculation))
+    for rank, (*_, failure, _) in enumerate(parts):
         if failure:
             raise EngineFailure(f"the engine of rank {rank} died ({failure})", {})
     by_place: dict[int, list[Sample]] = {}
     leftover: dict[int, list[Response]] = {}
-    for part, left, _, _ in parts:
+    for part, left, *_ in parts:
         assert not by_place.keys() & part.keys(), "a prompt was answered twice"
         by_place |= part
         leftover |= left
     order = sorted(by_place)
-    seconds = [s for _, _, s, _ in parts]
+    seconds = [s for _, _, s, *_ in parts]
     idle = 1 - sum(seconds) / len(seconds) / max(seconds)
-    return Batch([Group(problems[i], prompts[i], by_place[i]) for i in order], order, leftover, idle)
+    groups = [Group(problems[i], prompts[i], by_place[i]) for i in order]
+    counts = sum((part[-1] for part in parts), Speculation()).metrics()
+    return Batch(groups, order, leftover, idle, counts=counts)

@@ -5,7 +5,7 @@ load_weights brings the new weights.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Protocol
 
 import torch
@@ -115,6 +115,25 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Speculation:
+    """Tokens that a drafter proposed and the model accepted, and how often the model verified."""
+
+    proposed: int = 0
+    accepted: int = 0
+    verifications: int = 0
+
+    def __add__(self, other: "Speculation") -> "Speculation":
+        return Speculation(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def metrics(self) -> dict[str, float]:
+        """Acceptance length (tokens per verification, the model's own included) and rate; nothing without a drafter."""
+        if not self.verifications:
+            return {}
+        rate = self.accepted / self.proposed if self.proposed else 0.0
+        return {"acceptance_length": 1 + self.accepted / self.verifications, "acceptance_rate": rate}
+
+
+@dataclass(frozen=True)
 class Checksum:
     """Of one of the engine's tensors: the names of the tensors that it holds, sum and sum of squares in fp64, size."""
 
@@ -169,6 +188,11 @@ class Engine(Protocol):
         Raises:
             EngineFailure: the engine died on the way.
         """
+        ...
+
+    @property
+    def speculation(self) -> Speculation:
+        """Of the last generate; empty without a drafter."""
         ...
 
     def load_weights(self, buckets: Iterable[list[tuple[str, torch.Tensor]]], version: int) -> None:

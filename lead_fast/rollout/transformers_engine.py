@@ -32,7 +32,18 @@ from ..learner.model_check import (
 from ..records import Response
 from ..runtime.ranks import Ranks
 from .decoding import Decoder, decode, decodes
-from .engine import Checksum, Progress, Sampling, Work, eos_ids, fingerprint, silent, token_id, visible_text
+from .engine import (
+    Checksum,
+    Progress,
+    Sampling,
+    Speculation,
+    Work,
+    eos_ids,
+    fingerprint,
+    silent,
+    token_id,
+    visible_text,
+)
 
 
 class SampledLogprobs(LogitsProcessor):
@@ -185,6 +196,7 @@ class TransformersEngine:
         self.batch_size = config.rollout.batch_size
         self.device = ranks.device
         self.version = 0
+        self.speculation = Speculation()
         self.eos_ids = eos_ids(self.model.generation_config, tokenizer)
         self.continuous = decodes(self.model.config)
         if not self.continuous and ranks.main:

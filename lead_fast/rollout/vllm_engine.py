@@ -19,12 +19,23 @@ import torch
 import torch.nn.functional as F
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from ..config import Config
+from ..config import Config, RolloutConfig
 from ..learner.model import resolve
 from ..records import Response
 from ..runtime.hardware import how_to_install
 from ..runtime.ranks import Ranks, at_stop
-from .engine import Checksum, EngineFailure, Progress, Sampling, Work, eos_ids, fingerprint, silent, visible_text
+from .engine import (
+    Checksum,
+    EngineFailure,
+    Progress,
+    Sampling,
+    Speculation,
+    Work,
+    eos_ids,
+    fingerprint,
+    silent,
+    visible_text,
+)
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in this process, where the weights are
@@ -32,6 +43,7 @@ ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1",
 }
+NGRAM = (2, 4)  # shortest and longest n-gram that is looked up
 REPEATS = {"max_pattern_size": 64, "min_pattern_size": 1, "min_count": 32}  # tokens, and times in a row
 
 
@@ -67,6 +79,7 @@ class VllmEngine:
         self.version = 0
         self.asleep = False
         self.sums: list[Checksum] = []
+        self.speculation = Speculation()
         self.sampling_params, self.output_kind = vllm.SamplingParams, RequestOutputKind
         self.aborted = FinishReason.ABORT
         self.repeats = RepetitionDetectionParams(**REPEATS)
@@ -74,6 +87,7 @@ class VllmEngine:
         special: dict[str, Any] = {"enable_sleep_mode": True}
         if self.cpu:
             keep_weights_in_place()
+            keep_temperatures()
             # Seeded sampling rewinds its generator after a partial prefill, which a CPU's generator cannot.
             special = {"enforce_eager": True, "enable_chunked_prefill": False}
             special["max_num_batched_tokens"] = max(8192, self.context)
@@ -93,6 +107,9 @@ class VllmEngine:
                 use_tqdm_on_load=False,
                 seed=config.seed,
                 **special,
+                **drafter(r),
+                quantization=None if r.quantization == "none" else r.quantization,
+                kv_cache_dtype=r.kv_dtype,
             )
             fault = ""
         except Exception as e:  # whatever vLLM raises on a model or a machine that it cannot serve
@@ -108,6 +125,10 @@ class VllmEngine:
                 f"longest sequence ({self.context:,}); rollout.batch_size is {r.batch_size}.",
                 flush=True,
             )
+        self.before: dict[str, tuple[float, float, int]] = {}
+        self.quantized = r.quantization != "none"
+        if self.quantized:
+            self.llm.apply_model(lambda model: _watch(model, self.before))
         at_stop.append(self.llm.llm_engine.engine_core.shutdown)
 
     # ------------------------------------------------------------------------------------------------------ weights
@@ -126,9 +147,15 @@ class VllmEngine:
         if sleeps:  # first room for the weights alone: the key-value cache takes what the buckets leave
             awake = self.llm.wake_up(tags=["weights"])
             assert not awake, "vLLM woke its key-value cache with its weights: no room was left for the buckets"
+        if self.quantized:  # layer by layer: loaded in full, rounded, and put where the rounded one was
+            self.before.clear()
+            self.llm.apply_model(_begin_reload)
         for bucket in buckets:
             self.llm.apply_model(lambda model, bucket=bucket: _load(model, bucket))
-        self.sums = self.llm.apply_model(_checksums)[0]  # while the cache sleeps
+        if self.quantized:
+            shape = self.llm.llm_engine.vllm_config.model_config
+            self.llm.apply_model(lambda model: _finish_reload(model, shape))
+        self.sums = self.llm.apply_model(lambda model: _checksums(model, self.before))[0]  # while the cache sleeps
         if sleeps:
             awake = self.llm.wake_up(tags=["kv_cache"])
             assert awake, "vLLM did not wake its key-value cache"
@@ -143,6 +170,7 @@ class VllmEngine:
     # --------------------------------------------------------------------------------------------------- generation
 
     def generate(self, work: Work, sampling: Sampling, progress: Progress = silent) -> dict[int, list[Response]]:
+        self.speculation = Speculation()
         groups: dict[int, _Group] = {}
         complete: dict[int, list[Response]] = {}
         engine = self.llm.llm_engine
@@ -164,7 +192,7 @@ class VllmEngine:
             for output in self._step(complete):
                 i, _, j = output.request_id.partition(".")
                 group = groups[int(i)]
-                group.take(output, int(j) if j else None)
+                self.speculation += group.take(output, int(j) if j else None)
                 if group.complete:
                     complete[int(i)] = self._responses(groups.pop(int(i)), sampling)
                     work.finish(int(i))
@@ -278,8 +306,12 @@ class _Group:
     def complete(self) -> bool:
         return bool(self.finished[0]) if self.copies > 1 else all(self.finished)
 
-    def take(self, output: Any, j: int | None, *, ended: bool = True) -> None:
-        """The tokens of a request that ended, or is cut off: of response j, or, of a request for all n, of each."""
+    def take(self, output: Any, j: int | None, *, ended: bool = True) -> Speculation:
+        """The tokens of a request that ended, or is cut off: of response j, or, of a request for all n, of each.
+
+        Returns what its drafter came to, which vLLM tells when a request has ended.
+        """
+        speculation = Speculation()
         for new in output.outputs:
             k = new.index if j is None else j
             ids, flat = list(new.token_ids), new.logprobs
@@ -292,6 +324,32 @@ class _Group:
             if new.finish_reason in ("abort", "error"):
                 raise RuntimeError(f"vLLM ended request {output.request_id} with {new.finish_reason}")
             self.finished[k] = new.finish_reason
+            if drafts := new.spec_decode_metrics:
+                accepted = sum(n * times for n, times in enumerate(drafts.histogram))
+                speculation += Speculation(drafts.num_draft_tokens, accepted, sum(drafts.histogram))
+        return speculation
+
+
+def drafter(r: RolloutConfig) -> dict[str, Any]:
+    """Keywords for vLLM that rollout.speculative means.
+
+    Level 2 of sleep drops all weights; a drafter's, which no sync brings, are kept in host memory meanwhile.
+    """
+    s = r.speculative
+    if s.method == "none":
+        return {}
+    schedule = [(1, s.max_batch, s.tokens), (s.max_batch + 1, max(r.batch_size, s.max_batch + 1), 0)]
+    speculative: dict[str, Any] = {"method": s.method, "num_speculative_tokens": s.tokens}
+    speculative["num_speculative_tokens_per_batch_size"] = schedule if s.max_batch < r.batch_size else None
+    if s.method == "ngram":
+        speculative |= {"prompt_lookup_max": NGRAM[1], "prompt_lookup_min": NGRAM[0]}
+    if s.model:
+        speculative |= {"model": resolve(s.model), "draft_tensor_parallel_size": r.tensor_parallel}
+    return {
+        "speculative_config": speculative,
+        "per_request_spec_decode_metrics": "summary",
+        "sleep_preserve_parameter_names": ["draft.*"] if s.method != "ngram" else [],
+    }
 
 
 # ------------------------------------------------------------------------------------------------------ start-up errors
@@ -351,23 +409,77 @@ def keep_weights_in_place() -> None:
     utils.dispatch_cpu_unquantized_gemm = plain
 
 
+def keep_temperatures() -> None:
+    """Repeat a request's temperature for each of its drafts.
+
+    On a CPU vLLM 0.32 loses the repeated values, for they go through a copy in int64, and verifies drafts at whatever
+    temperature the memory holds; the canary sees that.
+    """
+    from vllm.v1.sample import rejection_sampler  # type: ignore
+
+    def repeated(x: torch.Tensor, ends: torch.Tensor, n: int, replace_from: int = 0, replace_to: int = 0):
+        x = torch.where(x == replace_from, torch.full_like(x, replace_to), x)
+        return x.repeat_interleave(torch.diff(ends, prepend=ends.new_zeros(1)), output_size=n)
+
+    rejection_sampler.expand_batch_to_tokens = repeated
+
+
 def _load(model: Any, bucket: list[tuple[str, torch.Tensor]]) -> None:
     model.load_weights(bucket)
 
 
-def _checksums(model: Any) -> list[Checksum]:
-    """Of every parameter, with the Hugging Face names of the tensors that it was put together from."""
+def _watch(model: Any, sums: dict[str, tuple[float, float, int]]) -> None:
+    """Have the fingerprint of every quantised layer's weight taken when it is complete, before it is rounded."""
+    from vllm.model_executor.layers.quantization.online.fp8 import OnlineLinearBase  # type: ignore
+
+    for name, layer in model.named_modules():
+        method = getattr(layer, "quant_method", None)
+        if isinstance(method, OnlineLinearBase):
+            rounded: Any = method.process_weights_after_loading
+
+            def watched(layer: Any, name: str = name, rounded: Any = rounded) -> None:
+                if not getattr(layer, "_already_called_process_weights_after_loading", False):
+                    (sums[f"{name}.weight"],) = fingerprint([layer.weight.detach()])
+                rounded(layer)
+
+            method.process_weights_after_loading = watched
+            sums[f"{name}.weight"] = (0.0, 0.0, 0)
+    if not sums:
+        raise ValueError("vLLM quantised none of the model's layers: give --rollout.quantization=none.")
+
+
+def _begin_reload(model: Any) -> None:
+    from vllm.model_executor.model_loader.reload import initialize_layerwise_reload  # type: ignore
+
+    initialize_layerwise_reload(model)
+
+
+def _finish_reload(model: Any, shape: Any) -> None:
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload  # type: ignore
+
+    finalize_layerwise_reload(model, shape)
+
+
+def _checksums(model: Any, before: dict[str, tuple[float, float, int]]) -> list[Checksum]:
+    """Of every parameter, with the Hugging Face names of the tensors that it was put together from.
+
+    Of a quantised layer's weight, what it was `before` it was rounded; its scales follow from that.
+    """
     packed = getattr(model, "packed_modules_mapping", {})
-    names, tensors = [], []
-    for name, p in model.named_parameters():
+    layers = {name.rpartition(".")[0] for name in before}
+    parameters = {
+        name: p.detach()
+        for name, p in model.named_parameters()
+        if name.rpartition(".")[0] not in layers or name.endswith(".bias")
+    }
+    sums = dict(zip(parameters, fingerprint(list(parameters.values())), strict=True)) | before
+    out = []
+    for name, values in sums.items():
         parts = name.split(".")
         at = next((i for i, part in enumerate(parts) if part in packed), None)
-        if at is None:
-            names.append((name,))
-        else:
-            names.append(tuple(".".join([*parts[:at], one, *parts[at + 1 :]]) for one in packed[parts[at]]))
-        tensors.append(p.detach())
-    return [Checksum(n, *values) for n, values in zip(names, fingerprint(tensors), strict=True)]
+        ones = [parts] if at is None else [[*parts[:at], one, *parts[at + 1 :]] for one in packed[parts[at]]]
+        out.append(Checksum(tuple(map(".".join, ones)), *values))
+    return out
 
 
 def context_of(path: str, trust_remote_code: bool, wanted: int) -> int:

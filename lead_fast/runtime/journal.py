@@ -73,7 +73,7 @@ class Journal:
         """
         elapsed_s, seconds = self.elapsed_s, dict(self.phase.seconds)
         record = describe(batch, credit, self.c.rollout.group_size) | update | synced
-        record |= {"rollout_idle_share": batch.idle_share, "groups_refilled": batch.refilled} | batch.backlog
+        record |= {"rollout_idle_share": batch.idle_share, "groups_refilled": batch.refilled} | batch.counts
         if self.c.rollout.extra_problems:
             record |= staleness(batch, done - 1)
         record |= {"elapsed_s": elapsed_s, "seconds": seconds}
