@@ -163,7 +163,7 @@ class RolloutConfig:
     """How vLLM rounds the weights of linear layers after each sync; other than none brings token importance weights."""
     kv_dtype: Literal["auto", "fp8", "fp8_per_token_head"] = "auto"
     """Format of vLLM's key-value cache: the model's, or fp8 at scale 1, or fp8 with scales taken at run time."""
-    speculative: SpeculativeConfig = SpeculativeConfig()
+    speculative: SpeculativeConfig = field(default_factory=SpeculativeConfig)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from .data.prompts import load_test, load_train
 from .evaluate import evaluate
 from .learner.advantage import advantages
 from .learner.learner import Learner
+from .learner.loss import mismatch
 from .learner.model import load_tokenizer
 from .learner.model_check import check_model
 from .machine import fit_engine, look_at_machine, pick_recipe
@@ -81,6 +82,7 @@ def train(c: Config, ranks: Ranks, folder: Path) -> None:
             if c.evaluate.every and (done % c.evaluate.every == 0 or done == c.steps):
                 held_out(done)
             journal.step(done, batch, credit, update, synced)
+            run.leave_if(mismatch(update["kl_behavior"], c), done)
             leaving = any_rank_caught(asked_to_stop, ranks)
             due = c.checkpoint_every and done % c.checkpoint_every == 0
             saved = bool(leaving or due) and run.save(done, wait=leaving)  # its seconds are told with the next step
@@ -114,6 +116,12 @@ class Run:
         """Write a checkpoint after `step` steps; returns whether it was written, without `wait` whether it began."""
         with self.journal.phase("save"):
             return self.learner.save(step, self.journal.state() | self.sampler.state(), wait=wait)
+
+    def leave_if(self, fault: str, step: int) -> None:
+        """Where there is a fault after `step` steps, save them and end the run in a sentence."""
+        if fault:
+            saved = self.save(step)
+            raise ValueError(f"After step {step} {fault}{f' --output={self.folder} --resume' if saved else ''}.")
 
     @contextlib.contextmanager
     def saved_on_failure(self, when: str, step: int) -> Iterator[None]:

@@ -7,13 +7,15 @@ import random
 import pytest
 import torch
 
-from lead_fast.checks import check
+from lead_fast.checks import check, fit_quantized
 from lead_fast.cli import load_config
 from lead_fast.learner.learner import age_sums, weight_by_age
+from lead_fast.learner.loss import mismatch
 from lead_fast.learner.packing import make_pack
 from lead_fast.records import Batch, Group, Problem, Response, Sample, Score
 from lead_fast.rollout.backlog import Backlog, decoded, encoded
 from lead_fast.rollout.engine import Sampling, Work
+from lead_fast.rollout.vllm_engine import drafter
 from lead_fast.runtime.journal import staleness
 
 pytestmark = pytest.mark.quick
@@ -170,3 +172,51 @@ def test_more_extra_problems_than_max_age_can_train_on_are_refused():
     with pytest.raises(ValueError, match="give at most 16, or a higher rollout.max_age"):
         check(load_config(args), 2)
     check(load_config([*args, "--rollout.max_age=3"]), 2)
+
+
+def test_a_quantised_rollout_brings_importance_weights_and_a_bound():
+    args = ["--rollout.engine=vllm", "--rollout.kv_dtype=fp8"]
+    c, said = fit_quantized(load_config(args), args)
+    assert (c.loss.importance_cap, c.loss.importance_level, c.loss.old_logprobs) == (2.0, "token", "current")
+    assert "importance_cap 2.0" in said[0] and "old_logprobs current" in said[0]
+    check(c, 2)
+    two = [*args, "--optim.updates=2"]
+    assert fit_quantized(load_config(two), two)[0].loss.old_logprobs == "recompute"
+    own = [*args, "--loss.importance_cap=5", "--loss.old_logprobs=recompute"]
+    assert fit_quantized(load_config(own), own) == (load_config(own), [])
+    for kept in ("--loss.importance_cap=none", "--loss.old_logprobs=engine"):
+        with pytest.raises(ValueError, match="takes importance weights"):
+            check(fit_quantized(load_config([*args, kept]), [*args, kept])[0], 2)
+    plain = load_config([])
+    assert fit_quantized(plain, []) == (plain, [])
+    with pytest.raises(ValueError, match="which only vLLM can do"):
+        check(fit_quantized(load_config(args[1:]), args[1:])[0], 2)
+    assert mismatch(0.049, c) == mismatch(float("nan"), c) == mismatch(9.0, plain) == ""
+    assert "kl_behavior is 0.06 nats per token" in mismatch(0.06, c)
+
+
+def test_drafters_that_cannot_be_used_are_refused():
+    key = "--rollout.speculative"
+    for args, words in [
+        ([f"{key}.method=ngram"], "which only vLLM can do"),
+        (["--rollout.engine=vllm", f"{key}.method=eagle3"], "needs the path or hub name of a drafter"),
+        (["--rollout.engine=vllm", f"{key}.method=ngram", f"{key}.model=x"], "without a model of its own"),
+        (["--rollout.engine=vllm", f"{key}.model=x"], "give a method, or no model"),
+        (["--rollout.engine=vllm", f"{key}.method=mtp", "--rollout.min_p=0.1"], "cannot verify under min_p"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            check(load_config(args), 2)
+
+
+def test_what_vllm_is_told_of_a_drafter():
+    key = "--rollout.speculative"
+    assert drafter(load_config([]).rollout) == {}
+    r = load_config([f"{key}.method=draft_model", f"{key}.model=tiny", "--rollout.batch_size=256"]).rollout
+    told = drafter(r)
+    assert told["speculative_config"]["num_speculative_tokens_per_batch_size"] == [(1, 64, 3), (65, 256, 0)]
+    assert told["speculative_config"]["model"].endswith("tiny") and told["sleep_preserve_parameter_names"] == [
+        "draft.*"
+    ]
+    r = load_config([f"{key}.method=ngram", "--rollout.batch_size=64"]).rollout
+    assert drafter(r)["speculative_config"]["num_speculative_tokens_per_batch_size"] is None
+    assert drafter(r)["sleep_preserve_parameter_names"] == []

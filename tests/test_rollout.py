@@ -15,6 +15,7 @@ from lead_fast.learner.loss import check_agreement
 from lead_fast.learner.model import load_model, load_tokenizer
 from lead_fast.records import Batch, Group, Problem, Response, Sample, Score
 from lead_fast.rollout import engine as engine_module
+from lead_fast.rollout import vllm_engine
 from lead_fast.rollout.backlog import Backlog
 from lead_fast.rollout.engine import Sampling, Work, fingerprint
 from lead_fast.rollout.sync import compare
@@ -194,9 +195,11 @@ class StubLLM:
         return self.answers["reset"]
 
 
-def sleeping(llm: StubLLM) -> VllmEngine:
+def sleeping(llm: StubLLM, *, quantized: bool = False) -> VllmEngine:
     out = object.__new__(VllmEngine)
-    out.llm, out.cpu, out.asleep = llm, False, True
+    out.llm, out.cpu, out.asleep, out.quantized, out.before = llm, False, True, quantized, {"old": (1.0, 1.0, 1)}
+    if not quantized:
+        out.before = {}
     return out
 
 
@@ -210,6 +213,17 @@ def test_vllm_is_checked_before_its_cache_takes_the_memory_and_its_answers_are_a
                            ({"reset": False}, "prefix cache")]:  # fmt: skip
         with pytest.raises(AssertionError, match=words):
             sleeping(StubLLM(**answers)).load_weights(iter([]), 1)
+
+
+def test_rounded_weights_are_reloaded_layer_by_layer_between_waking_and_the_cache(monkeypatch):
+    llm = StubLLM()
+    llm.vllm_config = type("Config", (), {"model_config": None})  # type: ignore[attr-defined]
+    monkeypatch.setattr(vllm_engine, "_begin_reload", lambda model: llm.asked.append("begin"))
+    monkeypatch.setattr(vllm_engine, "_finish_reload", lambda model, shape: llm.asked.append("finish"))
+    engine = sleeping(llm, quantized=True)
+    engine.load_weights(iter([[("weight", torch.ones(2, 2))]] * 2), 3)
+    assert llm.asked == ["weights", "begin", "load", "load", "finish", "checksums", "kv_cache", "reset"]
+    assert engine.before == {"old": (0.0, 0.0, 0)}  # what layers held before the last sync says nothing of this one
 
 
 def test_vllms_reason_and_a_remedy_that_is_not_the_engine_in_use():

@@ -4,6 +4,7 @@ Because the weights are global, the sum over packs and ranks is the loss of the 
 Legend: S sequences of the whole batch, R response rows of a pack, D hidden, V vocabulary.
 """
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ import torch
 
 from lead_kernels import Groups, PolicyLoss, Sequences, Tokens, linear_logprobs, linear_policy_loss, loss_weights
 
-from ..checks import chosen_engine
+from ..checks import chosen_engine, quantized
 from ..config import Config
 from ..runtime.ranks import Ranks
 from .head import Head
@@ -95,6 +96,8 @@ def pack_logprobs(policy: Policy, pack: Pack, temperature: float) -> torch.Tenso
     return policy(pack, lambda h, head: linear_logprobs(h, head.weight, pack.targets_R, **head.options(temperature))[0])
 
 
+QUANTIZED_NATS = 0.1  # mean difference with rounded weights or cache; `tiny` in fp8 has 0.01 (python bench/rollout.py)
+QUANTIZED_KL = 0.05  # nats per token between a quantised engine and the trainer, beyond which a run ends
 MARGIN = 8  # how much larger than the estimate a difference between equal weights may be
 
 
@@ -108,7 +111,8 @@ def rounding_limit(policy: Policy, pack: Pack, c: Config, ranks: Ranks) -> float
     computed again from hidden states that are u larger or smaller, element by element, and the mean change is
     multiplied by sqrt(2 L + 1). It is no less than u / 2, the mean error of rounding a log-prob near 1 itself. In
     float32 products are summed up in the compute dtype itself, D terms in an order of each side's own: another sqrt(D).
-    MARGIN covers that both sides round, and what is rounded inside the blocks. A collective.
+    MARGIN covers that both sides round, and what is rounded inside the blocks. With a quantised rollout the limit is no
+    less than QUANTIZED_NATS, which sees a wrong computation, and no longer weights that are a step old. A collective.
     """
     unit = torch.finfo(getattr(torch, c.model.dtype)).eps / 2
 
@@ -124,7 +128,8 @@ def rounding_limit(policy: Policy, pack: Pack, c: Config, ranks: Ranks) -> float
     policy.to_shards()
     shape = policy.model.config
     sums = shape.hidden_size**0.5 if c.model.dtype == "float32" else 1.0
-    return MARGIN * sums * max(unit / 2, total / max(1.0, rows) * (2 * shape.num_hidden_layers + 1) ** 0.5)
+    limit = MARGIN * sums * max(unit / 2, total / max(1.0, rows) * (2 * shape.num_hidden_layers + 1) ** 0.5)
+    return max(limit, QUANTIZED_NATS) if quantized(c) else limit
 
 
 def check_agreement(difference: float, limit: float, c: Config, device_type: str) -> None:
@@ -148,16 +153,40 @@ def disagreement(difference: float, limit: float, c: Config, device_type: str, d
 
     The remedy is never the engine in use. That the weights are equal was checked tensor by tensor before.
     """
-    used = chosen_engine(c, device_type)
-    remedy = (
-        "give --rollout.engine=transformers, which computes what the trainer computes"
-        if used == "vllm"
-        else "give --rollout.engine=vllm where vLLM is installed, or another model"
-    )
+    used, r = chosen_engine(c, device_type), c.rollout
+    format = c.model.dtype
+    if r.kv_dtype != "auto":
+        format += f" with a cache in {r.kv_dtype}"
+        remedy = f"give --rollout.kv_dtype={'fp8_per_token_head or ' * (r.kv_dtype == 'fp8')}auto"
+    elif quantized(c):
+        format += f" with weights in {r.quantization}"
+        remedy = "give --rollout.quantization=none"
+    elif r.speculative.method != "none":
+        remedy = "give --rollout.speculative.method=none"
+    elif used == "vllm":
+        remedy = "give --rollout.engine=transformers, which computes what the trainer computes"
+    else:
+        remedy = "give --rollout.engine=vllm where vLLM is installed, or another model"
     return (
         f"the engine's ({used}) log-probs of the tokens that it sampled differ from the trainer's by {difference:.3g} "
-        f"nats on average{detail}; rounding in {c.model.dtype} explains {limit:.2g} at most and the weights are equal, "
+        f"nats on average{detail}; rounding in {format} explains {limit:.2g} at most and the weights are equal, "
         f"so the engine computes model type, temperature or log-probs in another way: {remedy}"
+    )
+
+
+def mismatch(kl: float, c: Config) -> str:
+    """In words, without a full stop: a quantised rollout has moved too far from the trainer's policy; or "".
+
+    Args:
+        kl: KL(engine || policy) as estimated on the batch's trained tokens, nats per token (`kl_behavior`).
+        c: of the run.
+    """
+    if not quantized(c) or kl <= QUANTIZED_KL or math.isnan(kl):
+        return ""
+    return (
+        f"kl_behavior is {kl:.3g} nats per token, over {QUANTIZED_KL:g}: rollouts with rollout.quantization="
+        f"{c.rollout.quantization} and kv_dtype={c.rollout.kv_dtype} are no longer the policy's; resume with "
+        "--rollout.quantization=none --rollout.kv_dtype=auto"
     )
 
 

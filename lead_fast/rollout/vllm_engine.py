@@ -148,7 +148,7 @@ class VllmEngine:
             awake = self.llm.wake_up(tags=["weights"])
             assert not awake, "vLLM woke its key-value cache with its weights: no room was left for the buckets"
         if self.quantized:  # layer by layer: loaded in full, rounded, and put where the rounded one was
-            self.before.clear()
+            self.before.update(dict.fromkeys(self.before, (0.0, 0.0, 0)))
             self.llm.apply_model(_begin_reload)
         for bucket in buckets:
             self.llm.apply_model(lambda model, bucket=bucket: _load(model, bucket))
