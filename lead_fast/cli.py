@@ -207,7 +207,7 @@ def load_config(
             print(help_text(from_tree(tree, cls), about or ""))
         raise SystemExit(0)
     for key, value in given.items():
-        parsed = _scalar(value) if _dict_key(key, cls) else _value(key, value, cls)
+        parsed: Any = _scalar(value) if _dict_key(key, cls) else _value(key, value, cls)
         for part in reversed(key.split(".")):
             parsed = {part: parsed}
         tree = merge(tree, parsed)

@@ -96,7 +96,7 @@ def pack_logprobs(policy: Policy, pack: Pack, temperature: float) -> torch.Tenso
     return policy(pack, lambda h, head: linear_logprobs(h, head.weight, pack.targets_R, **head.options(temperature))[0])
 
 
-QUANTIZED_NATS = 0.1  # mean difference with rounded weights or cache; `tiny` in fp8 has 0.01 (python bench/rollout.py)
+QUANTIZED_NATS = 0.1  # mean difference with rounded weights or cache; ten times what `tiny` has (docs/rollouts.md)
 QUANTIZED_KL = 0.05  # nats per token between a quantised engine and the trainer, beyond which a run ends
 MARGIN = 8  # how much larger than the estimate a difference between equal weights may be
 

@@ -94,9 +94,10 @@ class Work:
 
     def enough(self) -> bool:
         """As many groups are complete as are wanted, all that are due among them."""
-        if self.want is None:
+        want = self.want
+        if want is None:
             return False
-        return bool(self._agree(lambda: int(self._count("due") >= self.due and self._count("complete") >= self.want)))
+        return bool(self._agree(lambda: int(self._count("due") >= self.due and self._count("complete") >= want)))
 
     def _count(self, what: str) -> int:
         return self.store.add(f"{self.name}/{what}", 0)

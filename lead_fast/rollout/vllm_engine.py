@@ -433,7 +433,7 @@ def _watch(model: Any, sums: dict[str, tuple[float, float, int]]) -> None:
     from vllm.model_executor.layers.quantization.online.fp8 import OnlineLinearBase  # type: ignore
 
     for name, layer in model.named_modules():
-        method = getattr(layer, "quant_method", None)
+        method: Any = getattr(layer, "quant_method", None)
         if isinstance(method, OnlineLinearBase):
             rounded: Any = method.process_weights_after_loading
 
