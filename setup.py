@@ -54,7 +54,7 @@ def extension() -> dict:
 
     module = CppExtension(
         "lead_kernels._C",
-        ["csrc/bindings.cpp", "csrc/lead_advantages.cpp"],
+        ["csrc/bindings.cpp", "csrc/lead_advantages.cpp", "csrc/row_loss.cpp"],
         extra_compile_args=flags,
         depends=["csrc/rows.cpp", "csrc/rows.h"],
         optional=True,  # an extension that was not built is no error

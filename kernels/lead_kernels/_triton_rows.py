@@ -164,7 +164,7 @@ def policy_rows_kernel(
     logits_ptr, stride, grad_ptr, grad_stride, target_ptr, sequence_ptr, weight_ptr,
     advantage_ptr, table_ptr, size, group_options,  # [S], or None and the outcomes [S, 4] of groups of `size`
     behavior_ptr, old_ptr, reference_ptr, log_ratio_ptr, importance_ptr,  # [T], each may be None
-    loss_ptr, logp_ptr, entropy_ptr, sums_ptr, T, S, V, inverse, softcap, loss_options,
+    loss_ptr, logp_ptr, entropy_ptr, sums_ptr, T, S, V, inverse, softcap, low, high, loss_options,
     BLOCK_G: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -192,22 +192,29 @@ def policy_rows_kernel(
         log_r = tl.load(log_ratio_ptr + row)
     capped = log_r > LOG_RATIO_CAP
     r = tl.exp(tl.where(capped, LOG_RATIO_CAP, log_r))
-    low, high = 1 - loss_options.clip_low, 1 + loss_options.clip_high
     below, above = r < low, r > high
     clipped = tl.where(below, low, tl.where(above, high, r))
     if loss_options.ratio == "cispo":
         loss = -clipped * a * logp
         g = -clipped * a
+    elif loss_options.ratio == "sapo":
+        tau = tl.where(a > 0, loss_options.sapo_positive, loss_options.sapo_negative)
+        gate, rest = 1 / (1 + tl.exp(tau * (1 - r))), 1 / (1 + tl.exp(tau * (r - 1)))
+        loss = -a * (4 / tau) * gate
+        g = -a * tl.where(capped, 0.0, 4 * r * gate * rest)
     else:
         free, bound = r * a, clipped * a
+        constant = tl.where(a > 0, above, below) | capped
+        if loss_options.delta is not None:
+            over = r > loss_options.delta
+            free = tl.where(over, loss_options.delta, r) * a
+            constant = constant | over
         loss = -tl.where(bound < free, bound, free)
-        live = ((a > 0) & (above == 0)) | ((a <= 0) & (below == 0))
-        g = tl.where(live, -free, 0.0)
-        g = tl.where(capped, 0.0, g)
         if loss_options.dual_clip is not None:
             dual = (a < 0) & (loss > -loss_options.dual_clip * a)
             loss = tl.where(dual, -loss_options.dual_clip * a, loss)
-            g = tl.where(dual, 0.0, g)
+            constant = constant | dual
+        g = tl.where(constant, 0.0 * a, -r * a)  # 0 a, not 0: NaN stays NaN
     diff = 0.0
     truncated = False
     if behavior_ptr is not None:
@@ -282,8 +289,17 @@ def scale_triton_(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def row_stats_triton(logits: torch.Tensor, targets: torch.Tensor, softmax: Softmax) -> torch.Tensor:
+def refuse(target_logits: torch.Tensor | None) -> None:
+    """Raise NotImplementedError for exact logits of the targets."""
+    if target_logits is not None:
+        raise NotImplementedError("target_logits are not in the Triton kernels.")
+
+
+def row_stats_triton(
+    logits: torch.Tensor, targets: torch.Tensor, softmax: Softmax, target_logits: torch.Tensor | None = None
+) -> torch.Tensor:
     """max, log_norm, logp, H of every row: float32 [T, 4]."""
+    refuse(target_logits)
     T, V = logits.shape
     stats = torch.empty(T, 4, dtype=torch.float32, device=logits.device)
     if T:
@@ -304,8 +320,10 @@ def row_gradient_triton_(
     h: torch.Tensor,
     softmax: Softmax,
     out: torch.Tensor,
+    target_logits: torch.Tensor | None = None,
 ) -> None:
     """Write the gradient to `out`, which may be the logits."""
+    refuse(target_logits)
     T, V = logits.shape
     if T:
         block, warps = tile(logits.dtype, V, softmax.softcap is not None)
@@ -325,11 +343,13 @@ def policy_rows_triton(
     options: LossOptions,
     softmax: Softmax,
     gradient: torch.Tensor | None,
+    target_logits: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """loss, logp, entropy: float32 [T]; sums float32 [8, T] in the order of RowMetrics; `gradient` is written.
 
     `gradient`: the logits' shape and dtype, may be the logits; None: forward only.
     """
+    refuse(target_logits)
     (T, V), S = logits.shape, sequences.weights.numel()
     assert all(x is None or x.shape == (T,) for x in (*tokens, *terms))
     loss, logp, entropy = (torch.empty(T, dtype=torch.float32, device=logits.device) for _ in range(3))
@@ -356,7 +376,7 @@ def policy_rows_triton(
                 advantages, table, size, in_kernel(group_options, AdvantageOptions),
                 flat(tokens.behavior), flat(tokens.old), flat(reference), flat(terms.log_ratio), flat(terms.importance),
                 loss, logp, entropy, sums, T, S, V, 1.0 / softmax.temperature, softmax.softcap,
-                in_kernel(options, LossOptions), BLOCK_G=group_block(size), BLOCK=block, num_warps=warps,
-                enable_fp_fusion=True,
+                *options.clip_range, in_kernel(options, LossOptions), BLOCK_G=group_block(size), BLOCK=block,
+                num_warps=warps, enable_fp_fusion=True,
             )  # fmt: skip
     return loss, logp, entropy, sums

@@ -101,13 +101,63 @@ WRONG: dict[str, tuple[str, str, str]] = {
     ),
     "clip bounds exchanged": (
         ROWS,
-        "1 - loss_options.clip_low, 1 + loss_options.clip_high",
-        "1 - loss_options.clip_high, 1 + loss_options.clip_low",
+        "r < low, r > high",
+        "r < 2 - high, r > 2 - low",
     ),
     "gradient through a clipped ratio": (
         ROWS,
-        "(a > 0) & (above == 0)",
-        "(a > 0) & (above == above)",
+        "tl.where(a > 0, above, below) | capped",
+        "((a < 0) & below) | capped",
+    ),
+    "gradient through a ratio past the cap of its logarithm": (
+        ROWS,
+        "tl.where(a > 0, above, below) | capped",
+        "tl.where(a > 0, above, below)",
+    ),
+    "NaN advantage swallowed where the clip is active": (
+        ROWS,
+        "0.0 * a, -r * a",
+        "0.0, -r * a",
+    ),
+    "CISPO bounded below unasked": (
+        ROWS,
+        "*options.clip_range,",
+        "max(0.8, options.clip_range[0]), options.clip_range[1],",
+    ),
+    "CISPO without its upper bound": (
+        ROWS,
+        "g = -clipped * a",
+        "g = -tl.where(below, low, r) * a",
+    ),
+    "CISPO's weight not detached": (
+        ROWS,
+        "g = -clipped * a",
+        "g = -clipped * a * (1 + logp)",
+    ),
+    "SAPO with one steepness for both signs": (
+        ROWS,
+        "loss_options.sapo_positive, loss_options.sapo_negative",
+        "loss_options.sapo_positive, loss_options.sapo_positive",
+    ),
+    "SAPO's derivative by the ratio, not by its logarithm": (
+        ROWS,
+        "4 * r * gate * rest",
+        "4 * gate * rest",
+    ),
+    "SAPO's loss not divided by its steepness": (
+        ROWS,
+        "(4 / tau) * gate",
+        "4 * gate",
+    ),
+    "gradient past delta": (
+        ROWS,
+        "constant = constant | over",
+        "constant = constant | (over & (a > 0))",
+    ),
+    "delta on the gradient alone": (
+        ROWS,
+        "tl.where(over, loss_options.delta, r) * a",
+        "r * a",
     ),
     "dual clip on good answers": (
         ROWS,
