@@ -19,22 +19,27 @@ class Tile(NamedTuple):
 
 # bytes of a logit -> tile, by architecture; AMD's warps are 64 wide, so half as many
 TILES: dict[str, dict[int, Tile]] = {
-    "cuda": {2: Tile(8192, 16), 4: Tile(4096, 16)},
+    "cuda": {2: Tile(16384, 16), 4: Tile(8192, 16)},
     "hip": {2: Tile(8192, 8), 4: Tile(4096, 8)},
+}
+# A kernel that writes no gradient looks at a row once: small programs, many to a processor, hide each other's ends.
+FORWARD: dict[str, dict[int, Tile]] = {
+    "cuda": {2: Tile(2048, 4), 4: Tile(2048, 4)},
+    "hip": {2: Tile(2048, 2), 4: Tile(2048, 2)},
 }
 
 
-def full_tile(architecture: str, itemsize: int, capped: bool) -> Tile:
-    """The tile of long rows. With a soft cap it is half the table's, by half the warps: the same work per thread.
+def full_tile(architecture: str, itemsize: int, capped: bool, gradient: bool) -> Tile:
+    """The tile of long rows. A soft cap needs registers of its own: fewer logits a thread, or the kernel spills."""
+    block, warps = (TILES if gradient else FORWARD)[architecture][itemsize]
+    return Tile(block // (4 if gradient else 2) if capped else block, warps)
 
-    At the table's 16 warps the capped kernel spilled 8 bytes on sm_80, where the compiler aims at two programs at once.
+
+def tile(dtype: torch.dtype, vocabulary: int, capped: bool, gradient: bool) -> Tile:
+    """The tile for rows of `vocabulary` logits: that of long rows, less where a row has none of those.
+
+    128 logits at least: a row shorter than that is a rest without a full tile, and takes the exact path.
     """
-    block, warps = TILES[architecture][itemsize]
-    return Tile(block // 2, warps // 2) if capped else Tile(block, warps)
-
-
-def tile(dtype: torch.dtype, vocabulary: int, capped: bool) -> Tile:
-    """The tile for rows of `vocabulary` logits of `dtype`: that of long rows, less where a row is shorter."""
-    full = full_tile("hip" if torch.version.hip else "cuda", dtype.itemsize, capped)
-    block = min(full.block, max(128, 1 << (vocabulary - 1).bit_length()))
+    full = full_tile("hip" if torch.version.hip else "cuda", dtype.itemsize, capped, gradient)
+    block = min(full.block, max(128, 1 << (vocabulary.bit_length() - 1)))
     return Tile(block, max(1, full.warps * block // full.block))
