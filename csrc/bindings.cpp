@@ -53,6 +53,14 @@ void check(const Tensor& logits, const Tensor& targets) {
                       " is outside the vocabulary of ", logits.size(1));
 }
 
+// An exact logit for each target, in `wide`, or nothing.
+void check_target_logits(const std::optional<Tensor>& given, const Tensor& targets, at::ScalarType wide) {
+  if (given)
+    TORCH_CHECK_VALUE(given->scalar_type() == wide && given->sizes() == targets.sizes() && given->is_contiguous(),
+                      "target_logits are ", given->scalar_type(), " ", given->sizes(), ": give contiguous ", wide, " ",
+                      targets.sizes());
+}
+
 // f(row index, row) for every row; a thread gets rows worth at least 16 thousand logits.
 template <typename F>
 void each_row(const Tensor& logits, F f) {
@@ -74,12 +82,15 @@ void with_type(at::ScalarType dtype, F f) {
   }
 }
 
-// -> [T, 4]: max, log_norm, log-prob of the target, entropy; float32, or float64 for float64.
-Tensor row_stats(const Tensor& logits, const Tensor& targets, double temperature, std::optional<double> softcap) {
+// -> [T, 4]: max, log_norm, log-prob of the target, entropy; float32, or float64 for float64. target_logits, of that
+// dtype [T], stand for the targets' logits where given.
+Tensor row_stats(const Tensor& logits, const Tensor& targets, double temperature, std::optional<double> softcap,
+                 const std::optional<Tensor>& target_logits) {
   check(logits, targets);
   const double cap = softcap.value_or(NO_CAP);
   const auto& kernels = row_kernels(logits.scalar_type());
   const auto wide = logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  check_target_logits(target_logits, targets, wide);
   Tensor out = at::empty({logits.size(0), 4}, logits.options().dtype(wide));
   const int64_t* target = targets.const_data_ptr<int64_t>();
   const int64_t v = logits.size(1);
@@ -87,12 +98,13 @@ Tensor row_stats(const Tensor& logits, const Tensor& targets, double temperature
     using T = std::remove_pointer_t<decltype(type)>;
     using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
     A* stats = out.mutable_data_ptr<A>();
+    const A* exact = target_logits ? target_logits->const_data_ptr<A>() : nullptr;
     each_row(logits, [&](int64_t i, const void* row) {
-      const lead::RowStats s = kernels.stats(row, v, temperature, cap);
-      const double y = kernels.capped(static_cast<double>(static_cast<const T*>(row)[target[i]]), cap);
+      const double z = exact ? exact[i] : static_cast<double>(static_cast<const T*>(row)[target[i]]);
+      const lead::RowStats s = kernels.stats(row, v, target[i], z, temperature, cap);
       stats[4 * i] = static_cast<A>(s.max);
       stats[4 * i + 1] = static_cast<A>(s.log_norm);
-      stats[4 * i + 2] = static_cast<A>((y - s.max) / temperature - s.log_norm);
+      stats[4 * i + 2] = static_cast<A>(s.logprob);
       stats[4 * i + 3] = static_cast<A>(s.log_norm - s.mean);
     });
   });
@@ -103,7 +115,7 @@ Tensor row_stats(const Tensor& logits, const Tensor& targets, double temperature
 // times 1 - tanh(logit / softcap)^2 where there is a soft cap.
 void row_gradient_(const Tensor& logits, const Tensor& targets, const Tensor& stats, const Tensor& grad_logprob,
                    const Tensor& grad_entropy, double temperature, const std::optional<Tensor>& out,
-                   std::optional<double> softcap) {
+                   std::optional<double> softcap, const std::optional<Tensor>& target_logits) {
   check(logits, targets);
   const double cap = softcap.value_or(NO_CAP);
   const auto& kernels = row_kernels(logits.scalar_type());
@@ -111,6 +123,7 @@ void row_gradient_(const Tensor& logits, const Tensor& targets, const Tensor& st
   for (const Tensor& x : {stats, grad_logprob, grad_entropy})
     TORCH_CHECK_VALUE(x.scalar_type() == wide && x.size(0) == logits.size(0) && x.is_contiguous(),
                       "stats and gradients must be contiguous ", wide, ", a row or a number for each row of logits");
+  check_target_logits(target_logits, targets, wide);
   const Tensor& grads = out ? *out : logits;
   TORCH_CHECK_VALUE(grads.sizes() == logits.sizes() && grads.scalar_type() == logits.scalar_type() &&
                         (grads.stride(1) == 1 || grads.size(1) == 1),
@@ -122,17 +135,18 @@ void row_gradient_(const Tensor& logits, const Tensor& targets, const Tensor& st
     using T = std::remove_pointer_t<decltype(type)>;
     using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
     const A *all = stats.const_data_ptr<A>(), *g = grad_logprob.const_data_ptr<A>(),
-            *h = grad_entropy.const_data_ptr<A>();
+            *h = grad_entropy.const_data_ptr<A>(), *exact = target_logits ? target_logits->const_data_ptr<A>() : nullptr;
     each_row(logits, [&](int64_t i, const void* row) {
       void* grad = to + i * step_bytes;
       const A* s = all + 4 * i;
       const double max = s[0], log_norm = s[1], logprob = s[2], entropy = s[3], gi = g[i], hi = h[i];
       // Read before the row is written over. The cap's derivative is 1 / cosh(z / cap)^2.
-      const double z = static_cast<double>(static_cast<const T*>(row)[target[i]]);
+      const double z = exact ? exact[i] : static_cast<double>(static_cast<const T*>(row)[target[i]]);
       const double slope = cap < NO_CAP ? std::pow(std::cosh(z / cap), -2) : 1;
       kernels.gradient(row, grad, v, temperature, cap, max, log_norm, (-gi - hi * (entropy - log_norm)) / temperature,
                        -hi / temperature);
-      const double at_target = -gi * std::expm1(logprob) - (hi == 0 ? 0 : hi * std::exp(logprob) * (logprob + entropy));
+      const double p = std::exp(logprob);
+      const double at_target = -gi * std::expm1(logprob) - (hi == 0 || p == 0 ? 0 : hi * p * (logprob + entropy));
       static_cast<T*>(grad)[target[i]] = static_cast<T>(static_cast<A>(at_target / temperature * slope));
     });
   });
@@ -174,10 +188,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lead_advantages(const Tensor&
 }  // namespace
 
 TORCH_LIBRARY(lead_kernels_cpu, m) {
-  m.def("row_stats(Tensor logits, Tensor targets, float temperature, float? softcap=None) -> Tensor");
+  m.def("row_stats(Tensor logits, Tensor targets, float temperature, float? softcap=None, "
+      "Tensor? target_logits=None) -> Tensor");
   m.def(
       "row_gradient_(Tensor(a!) logits, Tensor targets, Tensor stats, Tensor grad_logprob, Tensor grad_entropy, "
-      "float temperature, Tensor(b!)? out=None, float? softcap=None) -> ()");
+      "float temperature, Tensor(b!)? out=None, float? softcap=None, Tensor? target_logits=None) -> ()");
   m.def(
       "lead_advantages(Tensor outcomes, int group_size, float[] options) -> (Tensor reward, Tensor advantage, "
       "Tensor solve_rate, Tensor kept, Tensor weight)");

@@ -123,6 +123,12 @@ struct Row {
         std::tie(v[i], v[i + 1]) = at::vec::convert_to_float<T>(Vectorized<T>::loadu(z + i * V::size()));
     }
   }
+  // The first n of STEP logits, and zeros.
+  static void load(const T* z, int64_t n, V (&v)[UNROLL]) {
+    T part[STEP] = {};
+    std::memcpy(part, z, n * sizeof(T));
+    load(part, v);
+  }
   static void store(T* z, const V (&v)[UNROLL]) {
     if constexpr (std::is_same_v<T, A>) {
       for (int i = 0; i < UNROLL; ++i) v[i].store(z + i * V::size());
@@ -186,54 +192,67 @@ struct Row {
     }
   };
 
-  static RowStats stats(const void* row, int64_t v, double temperature, double softcap) {
-    return softcap < std::numeric_limits<double>::infinity() ? stats_of<true>(row, v, temperature, softcap)
-                                                             : stats_of<false>(row, v, temperature, softcap);
+  static RowStats stats(const void* row, int64_t v, int64_t target, double exact, double temperature, double softcap) {
+    return (softcap < std::numeric_limits<double>::infinity() ? stats_of<true> : stats_of<false>)(
+        row, v, target, exact, temperature, softcap);
   }
 
+  // The target is left out of the vectors and joins their sums at the end, in double: it may have another logit than the
+  // row has, and taken out of a sum afterwards it would leave the rounding of p near 1 behind.
   template <bool CAPPED>
-  static RowStats stats_of(const void* row, int64_t v, double temperature, double softcap) {
+  static RowStats stats_of(const void* row, int64_t v, int64_t target, double exact, double temperature,
+                           double softcap) {
     const T* z = static_cast<const T*>(row);
     const Cap cap(softcap);
     const double scale = 1 / (temperature * Power<A>::log_base);
     const V scale_v(static_cast<A>(scale));
     Sums sums;
     V part[UNROLL];
+    // Adds z[j .. j + STEP) to the sums, but for the target and what is past the row's end.
+    const auto add_some = [&](int64_t j) {
+      A some[STEP];
+      load(z + j, std::min(v - j, STEP), part);
+      for (int i = 0; i < UNROLL; ++i) {
+        if constexpr (CAPPED) cap.apply(part[i]);
+        part[i].store(some + i * V::size());
+      }
+      std::fill(some + std::min(v - j, STEP), some + STEP, -std::numeric_limits<A>::infinity());
+      if (target >= j && target < j + STEP) some[target - j] = -std::numeric_limits<A>::infinity();
+      for (int i = 0; i < UNROLL; ++i) part[i] = V::loadu(some + i * V::size());
+      sums.add(part, scale_v);
+    };
     int64_t j = 0;
-    for (; j + STEP <= v; j += STEP) {
-      load(z + j, part);
-      if constexpr (CAPPED)
-        for (V& x : part) cap.apply(x);
-      sums.add(part, scale_v);
-    }
-    if (j < v) {
-      T tail[STEP];
-      std::fill(tail, tail + STEP, -std::numeric_limits<T>::infinity());
-      std::memcpy(tail, z + j, (v - j) * sizeof(T));
-      load(tail, part);
-      if constexpr (CAPPED)
-        for (int i = 0; i < UNROLL; ++i) {
-          cap.apply(part[i]);
-          const int64_t left = std::clamp<int64_t>(v - j - i * V::size(), 0, V::size());
-          part[i] = V::set(V(-std::numeric_limits<A>::infinity()), part[i], left);
-        }
-      sums.add(part, scale_v);
+    for (const int64_t stop : {target / STEP * STEP, v / STEP * STEP}) {
+      for (; j < stop; j += STEP) {
+        load(z + j, part);
+        if constexpr (CAPPED)
+          for (V& x : part) cap.apply(x);
+        sums.add(part, scale_v);
+      }
+      if (j < v) add_some(j);
+      j += STEP;
     }
     sums.flush();
 
     A max[V::size()];
     sums.max.store(max);
-    A top = max[0];
+    const double y = CAPPED ? capped(exact, softcap) : exact;
+    double top = y;
     for (A m : max) top = m > top ? m : top;
-    double sum = 0, dot = 0;
+    const double own = (y - top) * scale;
+    double sum = power(own), dot = sum == 0 ? 0 : sum * own;
     for (int l = 0; l < V::size(); ++l) {
-      const double x = std::max((double(max[l]) - double(top)) * scale, double(Power<A>::zero));
-      const double factor = x == Power<A>::zero ? 0 : std::exp(x * Power<A>::log_base);  // a lane of NaN stays NaN
+      const double x = std::max((double(max[l]) - top) * scale, double(Power<A>::zero));
+      const double factor = power(x);
       sum += factor * sums.s[l];
       dot += factor * (sums.t[l] + x * sums.s[l]);
     }
-    return {double(top), std::log(sum), dot / sum * Power<A>::log_base};
+    const double log_norm = std::log(sum);
+    return {top, log_norm, own * Power<A>::log_base - log_norm, dot / sum * Power<A>::log_base};
   }
+
+  // base^x; 0 where it is as good as that, NaN for NaN.
+  static double power(double x) { return x <= Power<A>::zero ? 0 : std::exp(x * Power<A>::log_base); }
 
   static void gradient(const void* row, void* out, int64_t v, double temperature, double softcap, double max,
                        double log_norm, double a, double b) {
@@ -277,15 +296,16 @@ struct Row {
     }
   }
 
+  // y of a logit, with the bits that it would have in a vector.
   static double capped(double z, double softcap) {
     V y(static_cast<A>(z));
-    if (softcap < std::numeric_limits<double>::infinity()) Cap(softcap).apply(y);
+    Cap(softcap).apply(y);
     A lanes[V::size()];
     y.store(lanes);
     return lanes[0];
   }
 
-  static constexpr RowKernels kernels{&stats, &gradient, &capped};
+  static constexpr RowKernels kernels{&stats, &gradient};
 };
 
 }  // namespace

@@ -9,18 +9,17 @@ namespace lead {
 struct RowStats {
   double max;       // of y
   double log_norm;  // log sum exp x, never below 0
+  double logprob;   // x of the target - log_norm, never above 0
   double mean;      // sum p x, never above 0; the entropy is log_norm - mean
 };
 
 struct RowKernels {
-  // One pass over a row of v logits.
-  RowStats (*stats)(const void* row, int64_t v, double temperature, double softcap);
+  // One pass over a row of v logits, of which `exact` stands for that of the target.
+  RowStats (*stats)(const void* row, int64_t v, int64_t target, double exact, double temperature, double softcap);
   // out[j] = p_j (a + b x_j) dy/dz; out may be row. A probability that underflows, as that of a logit of -inf without a
   // soft cap does, gives exactly 0.
   void (*gradient)(const void* row, void* out, int64_t v, double temperature, double softcap, double max,
                    double log_norm, double a, double b);
-  // y of a logit, with the bits that `stats` compares to find the maximum.
-  double (*capped)(double z, double softcap);
 };
 
 // By dtype (float, bfloat16, half, double), for each instruction set that rows.cpp is compiled for.

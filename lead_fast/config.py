@@ -200,6 +200,9 @@ class LossConfig(LossOptions):
         "clip_low": Range(0, MANY),
         "clip_high": Range(0, MANY),
         "dual_clip": Range(1, MANY, above=True),
+        "delta": Range(1.2, MANY),  # from 1 + clip_high
+        "sapo_positive": Range(0, 1000, above=True),
+        "sapo_negative": Range(0, 1000, above=True),
         "importance_cap": Range(0, MANY, above=True),
         "kl_coef": Range(0, 1000, zero="no reference model"),
         "entropy_coef": Range(-1000, 1000),

@@ -5,14 +5,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lead_kernels import AdvantageOptions, Outcomes
-from lead_kernels._rows import cpu_extension, row_gradient_reference, row_stats_reference
+from lead_kernels._rows import cpu_extension, row_gradient_, row_gradient_reference, row_stats, row_stats_reference
 from lead_kernels.advantage import lead_advantages_reference
 from lead_kernels.options import Softmax
+from lead_kernels.policy_loss import for_row_kernel, policy_rows_
+from lead_kernels.testing import oracle
 
 ROOT = Path(__file__).parent.parent
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -306,6 +309,41 @@ def test_every_instruction_set_that_this_cpu_has(capability):
     inner = "not instruction_set and not compiler and not without_torch and not shared_out"
     done = python("-m", "pytest", "-q", "-x", "-k", inner, __file__, ATEN_CPU_CAPABILITY=capability)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-2000:]
+
+
+def launchers() -> SimpleNamespace:
+    """Row kernels under the names by which the oracle calls Triton's: those of this CPU."""
+
+    def policy_rows(logits, tokens, sequences, *rest):
+        loss, logp, entropy, metrics = policy_rows_(logits, tokens, for_row_kernel(sequences, logits), *rest)
+        return loss, logp, entropy, metrics[2:-2, None]
+
+    def row_gradient(*arguments):
+        *most, out, target_logits = arguments if len(arguments) == 8 else (*arguments, None)
+        row_gradient_(*most, out=out, target_logits=target_logits)
+
+    return SimpleNamespace(
+        policy_rows_triton=policy_rows, row_stats_triton=row_stats, row_gradient_triton_=row_gradient
+    )
+
+
+@pytest.mark.parametrize("backend", ["C++", "plain torch"])
+def test_the_oracle_of_the_triton_kernels_accepts_these(backend, monkeypatch):
+    if backend == "plain torch":
+        monkeypatch.setattr("lead_kernels._rows.cpu_extension", lambda: None)
+    kernels = launchers()
+    oracle.check_rows(kernels)
+    oracle.check_target_logits(kernels)
+
+
+def test_exact_logits_of_the_targets_are_refused_in_another_dtype_or_size():
+    logits, targets, g, h = rows((3, 50), torch.bfloat16)
+    stats = cpp.row_stats(logits, targets, 1.0)
+    for wrong in (torch.zeros(3, dtype=torch.bfloat16), torch.zeros(2), torch.zeros(3, dtype=torch.float64)):
+        with pytest.raises(ValueError, match="target_logits are .*: give contiguous"):
+            cpp.row_stats(logits, targets, 1.0, None, wrong)
+        with pytest.raises(ValueError, match="target_logits are .*: give contiguous"):
+            cpp.row_gradient_(logits, targets, stats, g, h, 1.0, None, None, wrong)
 
 
 # ------------------------------------------------------------------------------------------------------ lead_advantages

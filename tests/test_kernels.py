@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 
 import pytest
 import torch
@@ -160,11 +161,19 @@ def test_permuting_a_group_permutes_its_advantages(members, rng):
 # --------------------------------------------------------------------------------------------------------------- losses
 
 T, D, V, S = 23, 8, 17, 5
-OPTIONS = list(
-    itertools.product(
-        ["token", "sequence", "cispo"], [0.0, 0.1], ["k1", "k2", "k3"], [None, 1.5], [None, 2.0], [False, True]
+OPTIONS = [
+    mode
+    for mode in itertools.product(
+        ["token", "sequence", "cispo", "sapo"], [0.0, 0.1], ["k1", "k2", "k3"], [None, 1.5], [None, 2.0], [False, True]
     )
-)
+    if mode[0] in ("token", "sequence") or mode[3] is None
+]
+
+
+def without_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the plain torch form run, as on a machine where csrc was not built."""
+    for module in ("_rows", "advantage"):
+        monkeypatch.setattr(f"lead_kernels.{module}.cpu_extension", lambda: None)
 
 
 def inputs(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -193,9 +202,14 @@ def specification(x, *, ratio, entropy, kl, dual, cap, level, old, temperature=0
     if ratio == "sequence":
         log_r = torch.stack([log_r[x["ids"] == s].mean() for s in range(S)])[x["ids"]]
     r = log_r.exp()
-    clipped = r.clamp(0.8, 1.2)
-    loss = -clipped.detach() * a * lp if ratio == "cispo" else -torch.minimum(r * a, clipped * a)
-    if dual is not None and ratio != "cispo":
+    if ratio == "cispo":
+        loss = -r.clamp(max=1.2).detach() * a * lp
+    elif ratio == "sapo":
+        tau = torch.where(a > 0, a.new_tensor(1.0), 1.05)
+        loss = -4 / tau * torch.sigmoid(tau * (r - 1)) * a
+    else:
+        loss = -torch.minimum(r * a, r.clamp(0.8, 1.2) * a)
+    if dual is not None:
         loss = torch.where(a < 0, torch.minimum(loss, -dual * a), loss)
     if cap is not None:
         log_w = base.detach() - x["behavior"]
@@ -220,6 +234,99 @@ def arguments(x, *, ratio, entropy, kl, dual, cap, level, old):
 
 
 HOT = {"temperature": 0.7}
+
+
+# options, ratio, advantage -> loss and its derivative by the log-prob, which is log 0.5 = -0.693147; worked out by hand
+BY_HAND = [
+    ({}, 1.5, 2.0, -2.4, 0.0),  # clipped: -1.2 x 2
+    ({}, 1.5, -2.0, 3.0, 3.0),
+    ({}, 0.5, 2.0, -1.0, -1.0),
+    ({}, 0.5, -2.0, 1.6, 0.0),  # clipped: 0.8 x 2
+    ({"clip_low": 0.6, "clip_high": 0.4}, 0.5, -2.0, 1.0, 1.0),
+    ({"clip_low": 0.6, "clip_high": 0.4}, 1.5, 2.0, -2.8, 0.0),
+    ({"dual_clip": 4.0}, 5.0, -2.0, 8.0, 0.0),
+    ({"delta": 4.0}, 5.0, -2.0, 8.0, 0.0),  # min(5, 4) x 2
+    ({"delta": 4.0}, 3.0, -2.0, 6.0, 6.0),
+    ({"delta": 4.0}, 5.0, 2.0, -2.4, 0.0),
+    ({"ratio": "cispo"}, 0.5, -2.0, -0.693147, 1.0),  # no lower bound: 0.5 x 2 x log 0.5
+    ({"ratio": "cispo"}, 1.5, 2.0, 1.663553, -2.4),  # the upper bound is a weight of 1.2
+    ({"ratio": "cispo", "clip_low": 0.2}, 0.5, -2.0, -1.109035, 1.6),  # asked for: 0.8 x 2 x log 0.5
+    ({"ratio": "cispo", "clip_high": 4.0}, 1.5, 2.0, 2.079442, -3.0),
+    ({"ratio": "sapo"}, 1.0, 2.0, -4.0, -2.0),  # at ratio 1 the derivative of GRPO
+    ({"ratio": "sapo"}, 1.0, -2.0, 3.809524, 2.0),  # 4 / 1.05
+    ({"ratio": "sapo"}, 2.0, 2.0, -5.848469, -3.145791),  # sigmoid(1) = 0.731059; 0.731059 x 0.268941 x 4 x 2 x 2
+    ({"ratio": "sapo"}, 0.5, -2.0, 2.831877, 0.934140),  # sigmoid(-0.525) = 0.371684
+]
+
+
+def run_ratio(options: LossOptions, log_r: float, advantage: float, dtype=torch.float64) -> tuple[float, float]:
+    """Loss and d loss / d log-prob of one row with log-prob log 0.5 and this ratio."""
+    logits = torch.zeros(1, 2, dtype=dtype, requires_grad=True)
+    old = torch.tensor([0.5], dtype=torch.float64).log() - log_r
+    zero = torch.zeros(1, dtype=torch.int64)
+    tokens, sequences = Tokens(zero, zero, old, old), Sequences(torch.ones(1), torch.tensor([advantage]))
+    out = policy_loss(logits, tokens, sequences, options)
+    out.loss.backward()
+    assert logits.grad is not None
+    return out.loss.item(), 2 * logits.grad[0, 0].item()  # d logp / d z is 1 - p
+
+
+@pytest.mark.parametrize("options, r, a, loss, slope", BY_HAND)
+def test_ratio_modes_give_what_was_worked_out_by_hand(options, r, a, loss, slope):
+    assert run_ratio(LossOptions(**options), math.log(r), a) == (
+        pytest.approx(loss, abs=1e-6),
+        pytest.approx(slope, abs=1e-6),
+    )
+
+
+def test_delta_is_a_dual_clip():
+    for log_r, a in itertools.product(torch.linspace(-2, 3, 21).tolist(), (-1.5, 0.0, 0.5)):
+        one, other = (run_ratio(LossOptions(**{name: 2.5}), log_r, a) for name in ("delta", "dual_clip"))
+        assert one == pytest.approx(other, rel=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["C++", "plain torch"])
+@pytest.mark.parametrize("options", [
+    {}, {"dual_clip": 1.5}, {"delta": 1.5}, {"ratio": "cispo"}, {"ratio": "sapo"}, {"ratio": "sequence"},
+    {"importance_cap": 1.5, "importance_mode": "mask"}, {"kl_coef": 0.1}, {"entropy_coef": 0.1},
+], ids=str)  # fmt: skip
+def test_an_advantage_of_nan_gives_a_gradient_of_nan_in_its_rows_alone(options, backend, monkeypatch):
+    """With ratios below, within and above the clip, and past the cap of their logarithm."""
+    if backend == "plain torch":
+        without_cpp(monkeypatch)
+    log_r = torch.tensor([-3.0, 0.0, 0.5, 1.0, 30.0]).repeat(2)
+    logits = torch.randn(10, 7, generator=torch.Generator().manual_seed(3))
+    targets, ids = torch.arange(10) % 7, torch.arange(10) // 5
+    logp = logits.log_softmax(1).gather(1, targets[:, None])[:, 0]
+    tokens = Tokens(targets, ids, logp - 2, logp - log_r, logp)
+    for dtype in (torch.float32, torch.bfloat16):
+        z = logits.to(dtype, copy=True).requires_grad_()
+        sequences = Sequences(torch.ones(2), torch.tensor([torch.nan, -1.0]))
+        out = policy_loss(z, tokens, sequences, LossOptions(**options))
+        out.loss.backward()
+        assert out.loss.isnan() and z.grad[:5].isnan().all() and z.grad[5:].isfinite().all()
+
+
+@pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
+def test_estimators_of_the_kl_divergence_have_the_documented_gradients_in_expectation(kl):
+    """The expectation is exact: a row for each token of the vocabulary, weighted with its probability."""
+    g = torch.Generator().manual_seed(8)
+    policy, reference = torch.randn(2, 9, dtype=torch.float64, generator=g).log_softmax(1)
+    z = policy.clone().requires_grad_()
+    every = torch.arange(9)
+    tokens = Tokens(every, every, reference=reference)
+    sequences = Sequences(policy.exp(), torch.zeros(9, dtype=torch.float64))
+    out = policy_loss(z.expand(9, 9), tokens, sequences, LossOptions(kl=kl, kl_coef=1.0))
+    out.loss.backward()
+    z2 = policy.clone().requires_grad_()
+    p = z2.log_softmax(0)
+    divergence = {
+        "k1": 0 * z2.sum(),
+        "k2": (p.exp() * (p - reference)).sum(),
+        "k3": (reference.exp() * (reference - p)).sum(),
+    }
+    divergence[kl].backward()
+    torch.testing.assert_close(z.grad, z2.grad, atol=1e-12, rtol=1e-10)
 
 
 def test_every_mode_equals_its_formula_with_gradients():
@@ -327,8 +434,7 @@ def test_targets_out_of_range_are_an_error(target):
 def test_sequence_ids_out_of_range_are_an_error(at, monkeypatch):
     for plain in (False, True):
         if plain:
-            for module in ("_rows", "advantage"):
-                monkeypatch.setattr(f"lead_kernels.{module}.cpu_extension", lambda: None)
+            without_cpp(monkeypatch)
         x = inputs()
         x["ids"][3] = at
         for inplace in (False, True):
@@ -562,8 +668,7 @@ def test_any_shape_and_any_chunk_equals_torch(T, V, S, chunk, rng):
 def test_outcomes_give_the_bits_of_advantages_computed_beforehand(backend, dtype, options, monkeypatch):
     """On a CPU; test_kernels_triton.py does the same for Triton's row kernel."""
     if backend == "plain torch":
-        for module in ("_rows", "advantage"):
-            monkeypatch.setattr(f"lead_kernels.{module}.cpu_extension", lambda: None)
+        without_cpp(monkeypatch)
     elif cpu_extension() is None:
         pytest.skip("the extension is not built")
     x, g = inputs(), torch.Generator().manual_seed(5)
@@ -593,21 +698,25 @@ def test_outcomes_give_the_bits_of_advantages_computed_beforehand(backend, dtype
         assert torch.equal(-loss.loss, before[i])
 
 
-EVERY_LOSS = LossOptions("cispo", 0.1, 0.3, 2.5, 1.5, "mask", "sequence", "k2", 0.25, -0.5)
+EVERY_LOSS = [
+    LossOptions("sequence", 0.1, 0.3, 2.5, None, 2.0, 3.0, 1.5, "mask", "sequence", "k2", 0.25, -0.5),
+    LossOptions(delta=3.5),
+]
 EVERY_ADVANTAGE = AdvantageOptions(False, 0.5, False, 0.25, 2.0, 3.0, 0.5, 1e-3, "mad", 4000, 0.125, True, "positive",
                                    "uniform")  # fmt: skip
 
 
 def test_options_survive_their_list_of_numbers():
-    for options in (LossOptions(), EVERY_LOSS):
+    for options in (LossOptions(), *EVERY_LOSS):
         for softmax in (Softmax(0.75), Softmax(1.5, 30.0)):
             assert LossOptions.decode(options.encode(softmax)) == (options, softmax)
     for options in (AdvantageOptions(), EVERY_ADVANTAGE):
         assert AdvantageOptions.decode(options.encode()) == options
         groups = Groups.decode(*Groups(torch.zeros(6, 4), 3, options).encode())
         assert groups[1:] == (3, options)
-    for every, default in ((EVERY_LOSS, LossOptions()), (EVERY_ADVANTAGE, AdvantageOptions())):
-        same = [f.name for f in dataclasses.fields(default) if getattr(every, f.name) == getattr(default, f.name)]
+    for every, default in ((EVERY_LOSS, LossOptions()), ([EVERY_ADVANTAGE], AdvantageOptions())):
+        names = [f.name for f in dataclasses.fields(default)]
+        same = [name for name in names if all(getattr(o, name) == getattr(default, name) for o in every)]
         assert not same, f"no other value of {same} is tried"
 
 
@@ -620,11 +729,34 @@ def test_a_subclass_with_further_fields_travels_as_the_options_it_inherits():
 
 
 WRONG_VALUES = [
-    (LossOptions, {"ratio": "tokens"}, "ratio is 'tokens': give one of token, sequence, cispo."),
+    (LossOptions, {"ratio": "tokens"}, "ratio is 'tokens': give one of token, sequence, cispo, sapo."),
     (LossOptions, {"clip_low": -0.1}, "clip_low is -0.1: give 0 or more."),
     (LossOptions, {"clip_high": float("nan")}, "clip_high is nan: give a finite number."),
     (LossOptions, {"dual_clip": 1.0}, "dual_clip is 1.0: give a value above 1."),
     (LossOptions, {"importance_cap": 0.0}, "importance_cap is 0.0: give a value above 0."),
+    (LossOptions, {"sapo_negative": 0.0}, "sapo_negative is 0.0: give a value above 0."),
+    (
+        LossOptions,
+        {"ratio": "cispo", "dual_clip": 3.0},
+        "ratio is 'cispo' with dual_clip 3.0, which bounds nothing there: leave dual_clip out, or give ratio=token.",
+    ),
+    (
+        LossOptions,
+        {"ratio": "sapo", "clip_low": 0.2},
+        "ratio is 'sapo' with clip_low 0.2, which bounds nothing there: leave clip_low out, or give ratio=token.",
+    ),
+    (
+        LossOptions,
+        {"dual_clip": 3.0, "delta": 4.0},
+        "Both delta (4.0) and dual_clip (3.0) bound the loss of negative advantages: give one of them.",
+    ),
+    (LossOptions, {"delta": 1.0}, "delta is 1.0: give a value above 1."),
+    (LossOptions, {"delta": 1.1}, "delta is 1.1: give 1.2, which is 1 + clip_high, or more."),
+    (
+        LossOptions,
+        {"delta": 1.3, "clip_high": 0.5},
+        "delta 1.3 is below 1 + clip_high, so it would clip where clip_high does not: give 1.5 or more.",
+    ),
     (AdvantageOptions, {"std": "max"}, "std is 'max': give one of sample, none, mad."),
     (AdvantageOptions, {"length_gate": -1}, "length_gate is -1: give 0 (off) or more."),
     (AdvantageOptions, {"length_min_solve_rate": 2}, "length_min_solve_rate is 2: give a share between 0 and 1."),

@@ -5,6 +5,10 @@
 
 With a soft cap c, y = c tanh(z / c) stands for z in all of it, and d z = d y (1 - (y / c)^2).
 
+A target may have an exact logit z* besides the rounded one in the matrix (`target_logits`, float32): z* stands in its
+place in all of it, the maximum, log_norm, H and the gradient included. A log-prob takes the rounding of its own logit
+one to one and that of all others weighted by their p, so this one number per row removes most of it.
+
 Everything between the two, from log-prob to g and h, is O(1) a row and lives in policy_loss.py. On a CPU it runs in C++
 (csrc/rows.cpp), on a GPU in Triton (_triton_rows.py; float64 excepted); a machine without those runs the plain torch
 below, which is the specification. Logits of half precision are exact inputs: log-sum-exp and gather are float32 from
@@ -130,9 +134,20 @@ def capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def row_stats_reference(logits: torch.Tensor, targets: torch.Tensor, softmax: Softmax) -> torch.Tensor:
+def with_targets(
+    logits: torch.Tensor, targets: torch.Tensor, target_logits: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """The logits in `dtype`, with `target_logits` [T], where given, in place of those of the targets."""
+    z = logits.to(dtype)
+    return z if target_logits is None else z.scatter(1, targets[:, None], target_logits[:, None].to(dtype))
+
+
+def row_stats_reference(
+    logits: torch.Tensor, targets: torch.Tensor, softmax: Softmax, target_logits: torch.Tensor | None = None
+) -> torch.Tensor:
     """max, log_norm, logp, H of every row: float32 (float64 for float64) [T, 4]."""
-    y = capped(logits.to(torch.promote_types(logits.dtype, torch.float32)), softmax.softcap)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    y = capped(with_targets(logits, targets, target_logits, dtype), softmax.softcap)
     top = y.amax(1, keepdim=True)
     x = (y - top) / softmax.temperature
     log_norm = x.logsumexp(1, keepdim=True)
@@ -148,36 +163,43 @@ def row_gradient_reference(
     g: torch.Tensor,
     h: torch.Tensor,
     softmax: Softmax,
+    target_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The gradient [T, V] in the logits' dtype, rounded once, after all scaling."""
     top, log_norm, _, entropy = stats.unsqueeze(-1).unbind(1)
     temperature, softcap = softmax
-    y = capped(logits.to(stats.dtype), softcap)
+    z = with_targets(logits, targets, target_logits, stats.dtype)
+    y = capped(z, softcap)
     x = (y - top) / temperature
     p = (x - log_norm).exp()
     inner = torch.where(p > 0, x - log_norm + entropy, 0.0)
     grad = p * (-g[:, None] - h[:, None] * inner) / temperature
     grad.scatter_add_(1, targets[:, None], (g / temperature)[:, None])
     if softcap is not None:
-        grad *= torch.cosh(logits.to(stats.dtype) / softcap) ** -2  # 1 - tanh^2, without what that cancels
+        grad *= torch.cosh(z / softcap) ** -2  # 1 - tanh^2, without what that cancels
     return grad.to(logits.dtype)
 
 
-def row_stats(logits: torch.Tensor, targets: torch.Tensor, softmax: Softmax) -> torch.Tensor:
+def row_stats(
+    logits: torch.Tensor, targets: torch.Tensor, softmax: Softmax, target_logits: torch.Tensor | None = None
+) -> torch.Tensor:
     """max, log_norm, logp, H of every row.
 
     Args:
         logits: [T, V], bf16, fp16, fp32 or fp64.
         targets: int64 [T], each in 0..V-1 (checked by the caller).
         softmax: temperature and soft cap.
+        target_logits: exact logits of the targets, before the cap and with the head's bias, float32 (float64 for
+            float64) [T]; they stand for those in `logits`. None: those in `logits`.
     Returns:
         float32 (float64 for float64) [T, 4].
     """
     if kernels := in_triton(logits):
-        return kernels.row_stats_triton(logits, targets, softmax)
+        return kernels.row_stats_triton(logits, targets, softmax, target_logits)
     if cpp := in_cpp(logits):
-        return cpp.row_stats(logits, targets.contiguous(), *softmax)
-    return row_stats_reference(logits, targets, softmax)
+        exact = None if target_logits is None else target_logits.contiguous()
+        return cpp.row_stats(logits, targets.contiguous(), *softmax, exact)
+    return row_stats_reference(logits, targets, softmax, target_logits)
 
 
 def row_gradient_(
@@ -188,15 +210,20 @@ def row_gradient_(
     h: torch.Tensor,
     softmax: Softmax,
     out: torch.Tensor | None = None,
+    target_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Write the gradient over `logits`, or to `out`, given d loss / d logp and d loss / d H of every row ([T])."""
+    """Write the gradient over `logits`, or to `out`, given d loss / d logp and d loss / d H of every row ([T]).
+
+    `stats` and `target_logits`: what `row_stats` returned and what it was given.
+    """
     to = logits if out is None else out
     if kernels := in_triton(logits):
-        kernels.row_gradient_triton_(logits, targets, stats, g, h, softmax, to)
+        kernels.row_gradient_triton_(logits, targets, stats, g, h, softmax, to, target_logits)
         return to
     if cpp := in_cpp(logits):
         temperature, softcap = softmax
         grads = g.contiguous(), h.contiguous()
-        cpp.row_gradient_(logits, targets.contiguous(), stats, *grads, temperature, to, softcap)
+        exact = None if target_logits is None else target_logits.contiguous()
+        cpp.row_gradient_(logits, targets.contiguous(), stats, *grads, temperature, to, softcap, exact)
         return to
-    return to.copy_(row_gradient_reference(logits, targets, stats, g, h, softmax))
+    return to.copy_(row_gradient_reference(logits, targets, stats, g, h, softmax, target_logits))

@@ -129,27 +129,29 @@ def interleave(even, odd):
 
 
 @triton.jit
-def exact_statistics(row_ptr, V, scale, softcap, BLOCK: tl.constexpr):
+def exact_tile(row_ptr, start, target, z_target, V, softcap, BLOCK: tl.constexpr):
+    """Logits of a row as capped, with the target's in its place and -inf past the row's end."""
+    at = start + tl.arange(0, BLOCK)
+    z = tl.load(row_ptr + at, mask=at < V, other=-float("inf")).to(tl.float32)
+    z = tl.where((at == target) & (at < V), z_target, z)
+    if softcap is not None:
+        z = tl.where(at < V, soft_cap(z, softcap), -float("inf"))  # the cap of -inf is finite
+    return z
+
+
+@triton.jit
+def exact_statistics(row_ptr, target, z_target, V, scale, softcap, BLOCK: tl.constexpr):
     """max y, sum e and sum of e x for x = (y - max) * scale, e = 2^x: a look for each of the two, for any row."""
-    inf = float("inf")
-    cols = tl.arange(0, BLOCK)
-    top_B = tl.full([BLOCK], -inf, tl.float32)
+    top_B = tl.full([BLOCK], -float("inf"), tl.float32)
     for start in range(0, V, BLOCK):
-        at = start + cols
-        z = tl.load(row_ptr + at, mask=at < V, other=-inf).to(tl.float32)
-        if softcap is not None:
-            z = tl.where(at < V, soft_cap(z, softcap), -inf)  # the cap of -inf is finite
-        top_B = tl.maximum(top_B, z)
+        top_B = tl.maximum(top_B, exact_tile(row_ptr, start, target, z_target, V, softcap, BLOCK))
     top = tl.max(top_B, 0)
     sum_B = tl.zeros([BLOCK], tl.float32)
     dot_B = tl.zeros([BLOCK], tl.float32)
     for start in range(0, V, BLOCK):
-        at = start + cols
-        z = tl.load(row_ptr + at, mask=at < V, other=-inf).to(tl.float32)
-        if softcap is not None:
-            z = tl.where(at < V, soft_cap(z, softcap), -inf)
-        x = (z - top) * scale
-        e = tl.where(z == -inf, 0.0, exp2(x))
+        y = exact_tile(row_ptr, start, target, z_target, V, softcap, BLOCK)
+        x = (y - top) * scale
+        e = tl.where(y == -float("inf"), 0.0, exp2(x))
         sum_B += e
         dot_B += tl.where(e == 0, 0.0, e * x)
     return top, tl.sum(sum_B, 0), tl.sum(dot_B, 0)
@@ -157,9 +159,12 @@ def exact_statistics(row_ptr, V, scale, softcap, BLOCK: tl.constexpr):
 
 @triton.jit
 def row_statistics(
-    row_ptr, target, V, scale, softcap, FIRST: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr
+    row_ptr, target, target_logit_ptr, V, scale, softcap,
+    FIRST: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A row's statistics, in octaves: of y the logits as capped, x = y * scale with scale = log2(e) / temperature.
+
+    The target's term is replaced in the finished sums by that of its exact logit, where one is given.
 
     Returns:
         top (a capped logit that no other exceeds by 24 octaves), log_norm = log2 sum 2^(x - top * scale), the target's
@@ -173,11 +178,14 @@ def row_statistics(
     n = V // BLOCK
     rest = load_tile(row_ptr, n, V, True, FIRST, PAIRS, BLOCK)
     even, odd = unpack(tile, PAIRS)
-    at_target = z_target
+    at_target, rounded = z_target, z_target
+    if target_logit_ptr is not None:
+        z_target = tl.load(target_logit_ptr, mask=inside, other=float("nan"))
+        at_target = z_target
     if softcap is not None:
-        at_target = soft_cap(z_target, softcap)
+        at_target, rounded = soft_cap(z_target, softcap), soft_cap(rounded, softcap)
         even, odd = soft_cap(even, softcap), soft_cap(odd, softcap)
-    top = tl.maximum(tl.max(tl.maximum(even, odd), 0), at_target)
+    top = tl.maximum(tl.max(tl.maximum(even, odd), 0), tl.maximum(at_target, rounded))
     shift = -product(top, scale)
 
     y = interleave(*unpack(rest, PAIRS))
@@ -199,8 +207,15 @@ def row_statistics(
     # 0 times -inf is NaN. Past 2^24 the entropy would cancel, and past 2^20 the shift would not be exact enough.
     exact = (V < BLOCK) | (dot != dot) | (norm < 0.5) | (norm > MAX_NORM)
     exact = exact | ((tl.abs(shift) <= MAX_SHIFT) == 0)
+    if target_logit_ptr is not None:
+        x, x_rounded = tl.fma(at_target, scale, shift), tl.fma(rounded, scale, shift)
+        e, e_rounded = tl.where(inside, exp2(x), 0.0), tl.where(inside, exp2(x_rounded), 0.0)
+        all_but_target = norm - e_rounded
+        exact = exact | (all_but_target + e < 0.25 * norm)  # the difference has lost two bits or more
+        norm = all_but_target + e
+        dot += tl.where(e == 0, 0.0, e * x) - tl.where(inside, e_rounded * x_rounded, 0.0)
     if exact:
-        top, norm, dot = exact_statistics(row_ptr, V, scale, softcap, BLOCK // 4)
+        top, norm, dot = exact_statistics(row_ptr, target, z_target, V, scale, softcap, BLOCK // 4)
         at_target = (at_target - top) * scale
     else:
         at_target = tl.fma(at_target, scale, shift)
@@ -311,14 +326,34 @@ def zero_row(out_ptr, V, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def one_of(ptr, row):
+    """Where a row's number lies; None for a vector that is not given."""
+    return ptr + row if ptr is not None else None
+
+
+@triton.jit
+def load_one(ptr, row):
+    """A row's number; None of a vector that is not given."""
+    return tl.load(ptr + row) if ptr is not None else None
+
+
+@triton.jit
 def row_stats_kernel(
-    logits_ptr, stride, target_ptr, stats_ptr, V, inverse, softcap,
+    logits_ptr, stride, target_ptr, target_logit_ptr, stats_ptr, V, inverse, softcap,
     PAIRS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + row)
     top, log_norm, _, logp, entropy, _, _ = row_statistics(
-        logits_ptr + row * stride, target, V, inverse * LOG2_E, softcap, ONLY_LOOK, PAIRS, BLOCK
+        logits_ptr + row * stride,
+        target,
+        one_of(target_logit_ptr, row),
+        V,
+        inverse * LOG2_E,
+        softcap,
+        ONLY_LOOK,
+        PAIRS,
+        BLOCK,
     )
     tl.store(stats_ptr + 4 * row, top)
     tl.store(stats_ptr + 4 * row + 1, log_norm * LN_2)
@@ -328,8 +363,8 @@ def row_stats_kernel(
 
 @triton.jit
 def row_gradient_kernel(
-    logits_ptr, stride, grad_ptr, grad_stride, target_ptr, stats_ptr, g_ptr, h_ptr, V, inverse, softcap,
-    PAIRS: tl.constexpr, BLOCK: tl.constexpr,
+    logits_ptr, stride, grad_ptr, grad_stride, target_ptr, target_logit_ptr, stats_ptr, g_ptr, h_ptr, V, inverse,
+    softcap, PAIRS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     row_ptr, out_ptr, target = logits_ptr + row * stride, grad_ptr + row * grad_stride, tl.load(target_ptr + row)
@@ -341,6 +376,8 @@ def row_gradient_kernel(
     else:
         z_target = tl.load(row_ptr + target, mask=(target >= 0) & (target < V), other=0.0).to(tl.float32)
         tl.debug_barrier()  # all warps have read it before any of them writes
+        if target_logit_ptr is not None:
+            z_target = tl.load(target_logit_ptr + row)
         tile = load_tile(row_ptr, tl.maximum(V // BLOCK - 1, 0), V, True, LAST_LOOK, PAIRS, BLOCK)
         exact = (V < BLOCK) | ((tl.abs(top * inverse * LOG2_E) <= MAX_SHIFT) == 0)
         if h == 0:
@@ -356,7 +393,7 @@ def row_gradient_kernel(
 
 
 @triton.jit
-def row_loss(logp, entropy, a, u, behavior, old, reference, log_ratio, log_importance, options):
+def row_loss(logp, entropy, a, u, behavior, old, reference, log_ratio, log_importance, low, high, options):
     """`rows_loss` of policy_loss.py for one row: loss, d loss / d logp, and RowMetrics. None: what is not given.
 
     tl.where, not minimum: it keeps NaN.
@@ -368,22 +405,29 @@ def row_loss(logp, entropy, a, u, behavior, old, reference, log_ratio, log_impor
         log_r = log_ratio
     capped = log_r > LOG_RATIO_CAP
     r = tl.exp(tl.where(capped, LOG_RATIO_CAP, log_r))
-    low, high = 1 - options.clip_low, 1 + options.clip_high
     below, above = r < low, r > high
     clipped = tl.where(below, low, tl.where(above, high, r))
     if options.ratio == "cispo":
         loss = -clipped * a * logp
         g = -clipped * a
+    elif options.ratio == "sapo":
+        tau = tl.where(a > 0, options.sapo_positive, options.sapo_negative)
+        gate, rest = 1 / (1 + tl.exp(tau * (1 - r))), 1 / (1 + tl.exp(tau * (r - 1)))
+        loss = -a * (4 / tau) * gate
+        g = -a * tl.where(capped, 0.0, 4 * r * gate * rest)
     else:
         free, bound = r * a, clipped * a
+        constant = tl.where(a > 0, above, below) | capped
+        if options.delta is not None:
+            over = r > options.delta
+            free = tl.where(over, options.delta, r) * a
+            constant = constant | over
         loss = -tl.where(bound < free, bound, free)
-        live = ((a > 0) & (above == 0)) | ((a <= 0) & (below == 0))
-        g = tl.where(live, -free, 0.0)
-        g = tl.where(capped, 0.0, g)
         if options.dual_clip is not None:
             dual = (a < 0) & (loss > -options.dual_clip * a)
             loss = tl.where(dual, -options.dual_clip * a, loss)
-            g = tl.where(dual, 0.0, g)
+            constant = constant | dual
+        g = tl.where(constant, 0.0 * a, -r * a)  # 0 a, not 0: NaN stays NaN
     diff = 0.0
     truncated = False
     if behavior is not None:
@@ -427,8 +471,8 @@ def row_loss(logp, entropy, a, u, behavior, old, reference, log_ratio, log_impor
 def policy_rows_kernel(
     logits_ptr, stride, grad_ptr, grad_stride, target_ptr, sequence_ptr, weight_ptr,  # grad_ptr None: forward only
     advantage_ptr, table_ptr, size, group_options,  # [S], or None and the outcomes [S, 4] of groups of `size`
-    behavior_ptr, old_ptr, reference_ptr, log_ratio_ptr, importance_ptr,  # [T], each may be None
-    loss_ptr, logp_ptr, entropy_ptr, sums_ptr, T, S, V, inverse, softcap, loss_options,
+    target_logit_ptr, behavior_ptr, old_ptr, reference_ptr, log_ratio_ptr, importance_ptr,  # [T], each may be None
+    loss_ptr, logp_ptr, entropy_ptr, sums_ptr, T, S, V, inverse, softcap, low, high, loss_options,
     ENTROPY: tl.constexpr, PAIRS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -444,19 +488,19 @@ def policy_rows_kernel(
         first = sequence // size * size
         _, every, _, _, _ = group_advantage(table_ptr, first, size, group_options, BLOCK_G)
         a = tl.sum(tl.where(tl.arange(0, BLOCK_G) == sequence - first, every, 0.0), 0)
-    behavior = tl.load(behavior_ptr + row) if behavior_ptr is not None else None
-    old = tl.load(old_ptr + row) if old_ptr is not None else None
-    reference = tl.load(reference_ptr + row) if reference_ptr is not None else None
-    log_ratio = tl.load(log_ratio_ptr + row) if log_ratio_ptr is not None else None
-    log_importance = tl.load(importance_ptr + row) if importance_ptr is not None else None
+    behavior = load_one(behavior_ptr, row)
+    old = load_one(old_ptr, row)
+    reference = load_one(reference_ptr, row)
+    log_ratio = load_one(log_ratio_ptr, row)
+    log_importance = load_one(importance_ptr, row)
 
     FIRST: tl.constexpr = ONLY_LOOK if grad_ptr is None else FIRST_LOOK
     top, log_norm, z_target, log2_p, entropy, exact, tile = row_statistics(
-        row_ptr, target, V, inverse * LOG2_E, softcap, FIRST, PAIRS, BLOCK
+        row_ptr, target, one_of(target_logit_ptr, row), V, inverse * LOG2_E, softcap, FIRST, PAIRS, BLOCK
     )
     logp = log2_p * LN_2
     loss, g, kl_behavior, clip_low, clip_high, r, capped, truncated, diff, kl = row_loss(
-        logp, entropy, a, u, behavior, old, reference, log_ratio, log_importance, loss_options
+        logp, entropy, a, u, behavior, old, reference, log_ratio, log_importance, low, high, loss_options
     )
     tl.store(loss_ptr + row, loss)
     tl.store(logp_ptr + row, logp)
@@ -502,6 +546,11 @@ def scale_triton_(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def flat(x: torch.Tensor | None) -> torch.Tensor | None:
+    """A vector as kernels read it."""
+    return None if x is None else x.float().contiguous()
+
+
 def shape(logits: torch.Tensor, softmax: Softmax, gradient: bool) -> dict[str, int | bool]:
     """What a row kernel is compiled for: tile, warps, and whether bf16 is read as pairs (an even, aligned row)."""
     block, warps = tile(logits.dtype, logits.shape[1], softmax.softcap is not None, gradient)
@@ -510,15 +559,17 @@ def shape(logits: torch.Tensor, softmax: Softmax, gradient: bool) -> dict[str, i
     return {"PAIRS": pairs, "BLOCK": block, "num_warps": warps, "enable_fp_fusion": True}
 
 
-def row_stats_triton(logits: torch.Tensor, targets: torch.Tensor, softmax: Softmax) -> torch.Tensor:
+def row_stats_triton(
+    logits: torch.Tensor, targets: torch.Tensor, softmax: Softmax, target_logits: torch.Tensor | None = None
+) -> torch.Tensor:
     """max, log_norm, logp, H of every row: float32 [T, 4]."""
     T, V = logits.shape
     stats = torch.empty(T, 4, dtype=torch.float32, device=logits.device)
     if T:
         with torch.cuda.device_of(logits):
             row_stats_kernel[(T,)](
-                logits, logits.stride(0), targets.contiguous(), stats, V, 1.0 / softmax.temperature,
-                softmax.softcap, **shape(logits, softmax, gradient=False),
+                logits, logits.stride(0), targets.contiguous(), flat(target_logits), stats, V,
+                1.0 / softmax.temperature, softmax.softcap, **shape(logits, softmax, gradient=False),
             )  # fmt: skip
     return stats
 
@@ -531,14 +582,16 @@ def row_gradient_triton_(
     h: torch.Tensor,
     softmax: Softmax,
     out: torch.Tensor,
+    target_logits: torch.Tensor | None = None,
 ) -> None:
     """Write the gradient to `out`, which may be the logits."""
     T, V = logits.shape
     if T:
         with torch.cuda.device_of(logits):
             row_gradient_kernel[(T,)](
-                logits, logits.stride(0), out, out.stride(0), targets.contiguous(), stats, g.contiguous(),
-                h.contiguous(), V, 1.0 / softmax.temperature, softmax.softcap, **shape(logits, softmax, gradient=True),
+                logits, logits.stride(0), out, out.stride(0), targets.contiguous(), flat(target_logits), stats,
+                g.contiguous(), h.contiguous(), V, 1.0 / softmax.temperature, softmax.softcap,
+                **shape(logits, softmax, gradient=True),
             )  # fmt: skip
 
 
@@ -550,6 +603,7 @@ def policy_rows_triton(
     options: LossOptions,
     softmax: Softmax,
     gradient: torch.Tensor | None,
+    target_logits: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """loss, logp, entropy: float32 [T]; sums float32 [8, T] in the order of RowMetrics; `gradient` is written.
 
@@ -559,9 +613,6 @@ def policy_rows_triton(
     assert all(x is None or x.shape == (T,) for x in (*tokens, *terms))
     loss, logp, entropy = (torch.empty(T, dtype=torch.float32, device=logits.device) for _ in range(3))
     sums = torch.empty(len(RowMetrics._fields), T, dtype=torch.float32, device=logits.device)
-
-    def flat(x: torch.Tensor | None) -> torch.Tensor | None:
-        return None if x is None else x.float().contiguous()
 
     if isinstance(sequences.advantages, Groups):
         _, size, group_options = sequences.advantages
@@ -578,9 +629,9 @@ def policy_rows_triton(
                 logits, logits.stride(0), gradient, 0 if gradient is None else gradient.stride(0),
                 tokens.targets.contiguous(), tokens.sequence_ids.contiguous(), flat(sequences.weights),
                 advantages, table, size, in_kernel(group_options, AdvantageOptions),
-                flat(tokens.behavior), flat(tokens.old), flat(reference), flat(terms.log_ratio), flat(terms.importance),
-                loss, logp, entropy, sums, T, S, V, 1.0 / softmax.temperature, softmax.softcap,
-                in_kernel(options, LossOptions), ENTROPY=options.entropy_coef != 0, BLOCK_G=group_block(size),
-                **shape(logits, softmax, gradient is not None),
+                flat(target_logits), flat(tokens.behavior), flat(tokens.old), flat(reference), flat(terms.log_ratio),
+                flat(terms.importance), loss, logp, entropy, sums, T, S, V, 1.0 / softmax.temperature, softmax.softcap,
+                *options.clip_range, in_kernel(options, LossOptions), ENTROPY=options.entropy_coef != 0,
+                BLOCK_G=group_block(size), **shape(logits, softmax, gradient is not None),
             )  # fmt: skip
     return loss, logp, entropy, sums

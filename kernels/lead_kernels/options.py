@@ -49,23 +49,37 @@ class Softmax(NamedTuple):
 class LossOptions:
     """The clipped policy loss; formulas in policy_loss.py.
 
+    CISPO by other names: MiniMax-M1 bounds the weight by 1 - eps_low and 1 + eps_high and sets eps_low so high that it
+    never binds, which is the default here. TRL's `epsilon_high` under `loss_type="cispo"` is the upper bound itself:
+    their 5.0 (ScaleRL's value) is clip_high=4. verl and SkyRL bound below too, at 1 - 0.2 unless told otherwise:
+    clip_low=0.2 is theirs. `delta` is TRL's and Liger's name, from INTELLECT-2's two-sided clip.
+
     Temperature and soft cap are not fields. They say how the tokens were sampled and what the model does, not what is
     made of it: the trainer's key is rollout.temperature, and a field here would become a second key, loss.temperature,
     that could contradict it. The public functions take them as keywords, as `linear_logprobs` does, and they travel at
     the end of the list.
 
     Raises:
-        ValueError: a value out of range, or a ratio per sequence with importance weights per token.
+        ValueError: a value out of range, a bound that the ratio does not have, or a ratio per sequence with importance
+            weights per token.
     """
 
-    ratio: Literal["token", "sequence", "cispo"] = "token"
-    """Importance ratio per token (GRPO), per sequence (GSPO), or clipped as a detached weight (CISPO)."""
-    clip_low: float = 0.2
-    """Ratio is clipped below at 1 - clip_low."""
-    clip_high: float = 0.2
-    """Ratio is clipped above at 1 + clip_high."""
+    ratio: Literal["token", "sequence", "cispo", "sapo"] = "token"
+    """Importance ratio per token (GRPO), per sequence (GSPO), clipped as a detached weight (CISPO), or through a smooth
+    gate that is not clipped (SAPO)."""
+    clip_low: float | None = None
+    """Ratio is clipped below at 1 - clip_low; none: 0.2, and under `cispo` no lower bound."""
+    clip_high: float | None = None
+    """Ratio is clipped above at 1 + clip_high; none: 0.2."""
     dual_clip: float | None = None
     """Bound c > 1 on the loss of negative advantages (dual clip)."""
+    delta: float | None = None
+    """Cap on the ratio where the advantage is negative (two-sided clip), at least 1 + clip_high; from there on the same
+    loss as dual_clip."""
+    sapo_positive: float = 1.0
+    """Steepness of SAPO's gate for advantages above 0; there called a temperature."""
+    sapo_negative: float = 1.05
+    """Steepness of SAPO's gate for all other advantages."""
     importance_cap: float | None = None
     """Cap on the importance weight of trainer against engine; none: no such weight."""
     importance_mode: Literal["truncate", "mask"] = "truncate"
@@ -73,7 +87,8 @@ class LossOptions:
     importance_level: Literal["token", "sequence"] = "token"
     """Importance weight per token or per sequence."""
     kl: Literal["k1", "k2", "k3"] = "k3"
-    """Estimator of the KL divergence to the reference model."""
+    """Estimator of the KL divergence to the reference model. As a loss, k2 follows KL(policy || reference), k3 follows
+    KL(reference || policy), and k1 has expected gradient 0."""
     kl_coef: float = 0.0
     """Weight of the KL term; 0 loads no reference model."""
     entropy_coef: float = 0.0
@@ -81,14 +96,54 @@ class LossOptions:
 
     def __post_init__(self) -> None:
         check_fields(self, LOSS)
-        for name in ("clip_low", "clip_high", "kl_coef"):
-            check(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
-        if self.dual_clip is not None:
-            check("dual_clip", self.dual_clip, self.dual_clip > 1, "a value above 1")
+        for name in ("clip_low", "clip_high"):
+            value = getattr(self, name)
+            check(name, value, value is None or value >= 0, "0 or more")
+        check("kl_coef", self.kl_coef, self.kl_coef >= 0, "0 or more")
+        for name in ("dual_clip", "delta"):
+            value = getattr(self, name)
+            check(name, value, value is None or value > 1, "a value above 1")
+        for name in ("sapo_positive", "sapo_negative"):
+            check(name, getattr(self, name), getattr(self, name) > 0, "a value above 0")
+        self._check_bounds()
         if self.importance_cap is not None:
             check("importance_cap", self.importance_cap, self.importance_cap > 0, "a value above 0")
             if self.ratio == "sequence" and self.importance_level == "token":
                 raise ValueError("importance_level is 'token' and ratio 'sequence': give importance_level=sequence.")
+
+    def _check_bounds(self) -> None:
+        """Refuse bounds that would be ignored, and two that say the same."""
+        for name in {"cispo": ("dual_clip", "delta"), "sapo": ("clip_low", "clip_high", "dual_clip", "delta")}.get(
+            self.ratio, ()
+        ):
+            if (value := getattr(self, name)) is not None:
+                raise ValueError(
+                    f"ratio is {self.ratio!r} with {name} {value!r}, which bounds nothing there: leave {name} out, "
+                    "or give ratio=token."
+                )
+        if self.delta is not None:
+            _, high = self.clip_range
+            if self.dual_clip is not None:
+                raise ValueError(
+                    f"Both delta ({self.delta!r}) and dual_clip ({self.dual_clip!r}) bound the loss of negative "
+                    "advantages: give one of them."
+                )
+            if self.clip_high is None:
+                check("delta", self.delta, self.delta >= high, f"{high:g}, which is 1 + clip_high, or more")
+            elif self.delta < high:
+                raise ValueError(
+                    f"delta {self.delta!r} is below 1 + clip_high, so it would clip where clip_high does not: give "
+                    f"{high:g} or more."
+                )
+
+    @property
+    def clip_range(self) -> tuple[float, float]:
+        """Least and greatest ratio that is not clipped; 0 and infinity where there is no bound."""
+        if self.ratio == "sapo":
+            return 0.0, math.inf
+        default_low = 1.0 if self.ratio == "cispo" else 0.2
+        low = default_low if self.clip_low is None else self.clip_low
+        return 1 - low, 1 + (0.2 if self.clip_high is None else self.clip_high)
 
     def encode(self, softmax: Softmax) -> list[float]:
         """These options and the softmax as numbers. Raises ValueError for a temperature or soft cap of 0 or less."""

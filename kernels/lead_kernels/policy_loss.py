@@ -6,12 +6,22 @@ For a row with logits z / temperature, target t, sequence s, advantage A, token 
     r    = exp(min(logp - old, 20))                     old: given, or logp itself, detached (ratio 1)
     w    = min(exp(old - behavior), cap)                truncated importance weight, detached; or 0 above cap (mask)
     l    = -w min(r A, clip(r, 1 - low, 1 + high) A)    GRPO; dual clip: for A < 0 at most -w c A
-    l    = -w A sg(clip(r, 1 - low, 1 + high)) logp     CISPO
+           -w min(min(r, delta) A, clip(r, ...) A)      two-sided clip; as delta >= 1 + high: dual clip, c = delta
+    l    = -w A sg(clip(r, 1 - low, 1 + high)) logp     CISPO; without clip_low there is no lower bound
+    l    = -w A 4 sigmoid(tau (r - 1)) / tau            SAPO; tau = sapo_positive for A > 0, else sapo_negative
     GSPO: r = exp(mean over the sequence of logp - old), one ratio for all its tokens
+    KL   = -d (k1), d^2 / 2 (k2), exp(d) - 1 - d (k3)   d = reference - logp
     loss = sum u (l + kl_coef KL - entropy_coef H)
 
 and d loss / d z = [ g (onehot_t - p) - h p (log p + H) ] / temperature, with g = d loss / d logp, h = d loss / d H.
 With a soft cap c, c tanh(z / c) stands for z, and d loss / d z has the factor 1 - tanh(z / c)^2.
+
+Of tokens that the policy sampled, the gradients of the KL terms have these expectations: 0 for k1, that of
+KL(policy || reference) for k2, that of KL(reference || policy) for k3. A gradient is 0 where a bound is active, but for
+an advantage that is NaN, which gives NaN everywhere.
+
+Sources: CISPO arXiv 2506.13585 (and 2510.13786, without a lower bound), SAPO 2511.20347, two-sided clip 2505.07291,
+GSPO 2507.18071, dual clip 1912.09729. Conventions of other libraries: options.py.
 
 dtypes: logits bf16, fp16, fp32 or fp64; accumulated in fp32 (fp64 for fp64); loss, log-probs, entropy fp32 (fp64);
 gradient in the logits' dtype, scaled before rounding. Refuses targets outside 0..V-1.
@@ -115,21 +125,30 @@ def rows_loss(
     behavior_T, old_T, reference_T = cast(tokens.behavior), cast(tokens.old), cast(tokens.reference)
     old_T = logprob_T if old_T is None else old_T
     log_r = logprob_T - old_T if terms.log_ratio is None else terms.log_ratio
+    capped = log_r > LOG_RATIO_CAP
     r = log_r.clamp(max=LOG_RATIO_CAP).exp()
-    below, above = r < 1 - o.clip_low, r > 1 + o.clip_high
+    low, high = o.clip_range
+    below, above = r < low, r > high
     a = advantage_T
-    live = torch.where(a > 0, ~above, ~below)  # where the unclipped branch gives the smaller objective
     if o.ratio == "cispo":
         # The clipped ratio is a constant weight on log p.
-        weight = r.clamp(1 - o.clip_low, 1 + o.clip_high)
+        weight = r.clamp(low, high)
         loss, grad = -weight * a * logprob_T, -weight * a
+    elif o.ratio == "sapo":
+        tau = torch.where(a > 0, a.new_tensor(o.sapo_positive), o.sapo_negative)
+        x = tau * (r - 1)
+        loss = -a * (4 / tau) * torch.sigmoid(x)
+        grad = -a * torch.where(capped, 0.0, 4 * r * torch.sigmoid(x) * torch.sigmoid(-x))
     else:
-        objective = torch.minimum(r * a, r.clamp(1 - o.clip_low, 1 + o.clip_high) * a)
-        loss, grad = -objective, torch.where(live, -r * a, 0.0)
+        free = r if o.delta is None else r.clamp(max=o.delta)
+        loss = -torch.minimum(free * a, r.clamp(low, high) * a)
+        constant = torch.where(a > 0, above, below) | capped  # the smaller objective does not depend on r
+        if o.delta is not None:
+            constant |= r > o.delta
         if o.dual_clip is not None:
             bounded = (a < 0) & (loss > -o.dual_clip * a)
-            loss, grad = torch.where(bounded, -o.dual_clip * a, loss), torch.where(bounded, 0.0, grad)
-        grad = torch.where(log_r > LOG_RATIO_CAP, 0.0, grad)
+            loss, constant = torch.where(bounded, -o.dual_clip * a, loss), constant | bounded
+        grad = torch.where(constant, 0 * a, -r * a)  # 0 a, not 0: NaN stays NaN
     truncated = torch.zeros_like(r, dtype=torch.bool)
     if o.importance_cap is not None and behavior_T is not None:
         log_w = (old_T - behavior_T if terms.importance is None else terms.importance).clamp(max=LOG_RATIO_CAP)
@@ -153,13 +172,13 @@ def rows_loss(
     zero = torch.zeros((), dtype=r.dtype, device=r.device)
     diff = zero[None] if behavior_T is None else (logprob_T - behavior_T)
     d = diff.neg().clamp(-LOG_RATIO_CAP, LOG_RATIO_CAP)
-    clipped = weight_T != 0
+    counted = weight_T != 0
     sums = RowMetrics(
         kl_behavior=(d.neg().exp() - 1 + d).sum(),  # k3 of behaviour || policy, sampled from the behaviour policy
-        clip_low=(below & (a < 0) & clipped).sum().float(),
-        clip_high=(above & (a > 0) & clipped).sum().float(),
+        clip_low=(below & (a < 0) & counted).sum().float(),
+        clip_high=(above & (a > 0) & counted).sum().float(),
         ratio=r.sum(),
-        ratio_capped=(log_r > LOG_RATIO_CAP).sum().float(),
+        ratio_capped=capped.sum().float(),
         importance_truncated=truncated.sum().float(),
         logprob_diff=diff.abs().sum(),
         kl_reference=kl_T.sum(),
@@ -222,14 +241,16 @@ def policy_rows_(
     options: LossOptions,
     softmax: Softmax,
     gradient: torch.Tensor | None,
+    target_logits: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """loss [T], log-probs [T], entropy [T] and metrics [12] in the order of METRICS; `sequences` by `for_row_kernel`.
 
     The logits' gradient is written to `gradient`, which may be the logits themselves; None: forward only.
+    `target_logits`: as in `row_stats`; a sequence mode's first pass takes the same.
     """
     if kernels := in_triton(logits):
         loss_T, logprob_T, entropy_T, sums = kernels.policy_rows_triton(
-            logits, tokens, sequences, terms, options, softmax, gradient
+            logits, tokens, sequences, terms, options, softmax, gradient, target_logits
         )
         count = torch.full((1,), float(loss_T.numel()), device=logits.device)
         most = logprob_T.amax() if loss_T.numel() else count[0] - float("inf")
@@ -237,13 +258,13 @@ def policy_rows_(
         metrics = torch.cat([count, entropy_T.sum()[None], sums.sum(1), torch.stack([most, diff])])
         return loss_T, logprob_T, entropy_T, metrics
     assert isinstance(sequences.advantages, torch.Tensor)
-    stats = row_stats(logits, tokens.targets, softmax)
+    stats = row_stats(logits, tokens.targets, softmax, target_logits)
     row, index = RowStats(*stats.unbind(1)), tokens.sequence_ids.long()
     advantage_T, weight_T = (x.to(stats.dtype)[index] for x in (sequences.advantages, sequences.weights))
     rows = rows_loss(row.logprob, row.entropy, advantage_T, weight_T, tokens, terms, options)
     if gradient is not None:
         grads = rows.grad_logprob_T, rows.grad_entropy_T
-        row_gradient_(logits, tokens.targets, stats, *grads, softmax, gradient)
+        row_gradient_(logits, tokens.targets, stats, *grads, softmax, gradient, target_logits)
     metrics = torch.stack([rows.metrics[k].to(stats.dtype) for k in METRICS])
     return rows.loss_T, row.logprob.clone(), row.entropy.clone(), metrics
 

@@ -117,7 +117,8 @@ WRONG: dict[str, tuple[str, str, str]] = {
     "soft cap after the temperature": (
         ROWS,
         "        even, odd = soft_cap(even, softcap), soft_cap(odd, softcap)\n    even, odd = tl.fma",
-        "        even, odd = soft_cap(even * scale, softcap) / scale, soft_cap(odd * scale, softcap) / scale\n    even, odd = tl.fma",
+        "        even, odd = soft_cap(even * scale, softcap) / scale, soft_cap(odd * scale, softcap) / scale\n"
+        "    even, odd = tl.fma",
     ),
     "target not capped": (
         ROWS,
@@ -134,15 +135,80 @@ WRONG: dict[str, tuple[str, str, str]] = {
         "size < 0.55",
         "size < 0.0",
     ),
+    "exact logit of the target left out of the sum": (
+        ROWS,
+        "norm = all_but_target + e",
+        "norm = norm * 1.0",
+    ),
+    "exact logit of the target left out of the entropy": (
+        ROWS,
+        "tl.where(e == 0, 0.0, e * x) - tl.where(inside, e_rounded * x_rounded, 0.0)",
+        "0.0",
+    ),
+    "exact logit of the target added to the rounded one's term": (
+        ROWS,
+        "all_but_target = norm - e_rounded",
+        "all_but_target = norm - 0.0 * e_rounded",
+    ),
     "clip bounds exchanged": (
         ROWS,
-        "1 - options.clip_low, 1 + options.clip_high",
-        "1 - options.clip_high, 1 + options.clip_low",
+        "r < low, r > high",
+        "r < 2 - high, r > 2 - low",
     ),
     "gradient through a clipped ratio": (
         ROWS,
-        "(a > 0) & (above == 0)",
-        "(a > 0) & (above == above)",
+        "tl.where(a > 0, above, below) | capped",
+        "((a < 0) & below) | capped",
+    ),
+    "gradient through a ratio past the cap of its logarithm": (
+        ROWS,
+        "tl.where(a > 0, above, below) | capped",
+        "tl.where(a > 0, above, below)",
+    ),
+    "NaN advantage swallowed where the clip is active": (
+        ROWS,
+        "0.0 * a, -r * a",
+        "0.0, -r * a",
+    ),
+    "CISPO bounded below unasked": (
+        ROWS,
+        "*options.clip_range,",
+        "max(0.8, options.clip_range[0]), options.clip_range[1],",
+    ),
+    "CISPO without its upper bound": (
+        ROWS,
+        "g = -clipped * a",
+        "g = -tl.where(below, low, r) * a",
+    ),
+    "CISPO's weight not detached": (
+        ROWS,
+        "g = -clipped * a",
+        "g = -clipped * a * (1 + logp)",
+    ),
+    "SAPO with one steepness for both signs": (
+        ROWS,
+        "options.sapo_positive, options.sapo_negative",
+        "options.sapo_positive, options.sapo_positive",
+    ),
+    "SAPO's derivative by the ratio, not by its logarithm": (
+        ROWS,
+        "4 * r * gate * rest",
+        "4 * gate * rest",
+    ),
+    "SAPO's loss not divided by its steepness": (
+        ROWS,
+        "(4 / tau) * gate",
+        "4 * gate",
+    ),
+    "gradient past delta": (
+        ROWS,
+        "constant = constant | over",
+        "constant = constant | (over & (a > 0))",
+    ),
+    "delta on the gradient alone": (
+        ROWS,
+        "tl.where(over, options.delta, r) * a",
+        "r * a",
     ),
     "dual clip on good answers": (
         ROWS,

@@ -62,6 +62,10 @@ MODES: list[LossOptions] = [
     LossOptions(kl="k2", kl_coef=0.1),
     LossOptions(kl="k3", kl_coef=0.1, entropy_coef=-0.02),
     LossOptions(ratio="sequence", importance_cap=1.2, importance_level="sequence"),
+    LossOptions(ratio="cispo", clip_low=0.3),
+    LossOptions(ratio="sapo", sapo_positive=0.7, sapo_negative=2.5, kl_coef=0.05),
+    LossOptions(delta=1.3, clip_high=0.1, importance_cap=1.2),
+    LossOptions(ratio="sequence", delta=1.2, entropy_coef=0.03),
 ]
 # of the modes that are not run with the default
 SOFTMAX = {2: Softmax(0.6), 3: Softmax(0.7, 4.0), 5: Softmax(2.0), 6: Softmax(1.3, 2.0), 7: Softmax(1.0, 30.0)}
@@ -90,6 +94,7 @@ class Case(NamedTuple):
     terms: SequenceTerms
     options: LossOptions
     softmax: Softmax
+    target_logits: torch.Tensor | None = None
 
 
 def row_case(
@@ -118,18 +123,70 @@ def row_case(
     return Case(logits, tokens, Sequences(weights, given), terms, options, softmax)
 
 
+def far_case(case: Case) -> Case:
+    """Ratios on either side of every bound and past the cap of the logarithm, with advantages of every sign and NaN."""
+    logp = RowStats(*row_stats_reference(case.logits, case.tokens.targets, case.softmax).unbind(1)).logprob
+    log_r = torch.tensor([-3.0, 0.6, 1.5, 25.0]).repeat_interleave(6)
+    advantages = torch.tensor([1.0, -1.0, torch.nan, -0.5, 0.5, 0.0])
+    case.sequences.weights[0] = 0.3
+    terms = case.terms if case.terms.log_ratio is None else case.terms._replace(log_ratio=log_r)
+    return case._replace(
+        tokens=case.tokens._replace(old=logp - log_r),
+        sequences=Sequences(case.sequences.weights, advantages),
+        terms=terms,
+    )
+
+
+def target_cases() -> Iterator[Case]:
+    """Exact logits of the targets: every dtype, with and without a soft cap, far off, masked, at the top.
+
+    The last two rows' targets are so likely that taking a rounded term out of a finished sum would leave nothing.
+    """
+    modes = ((MODES[1], Softmax()), (MODES[7], Softmax(0.6, 8.0)), (MODES[6], Softmax(1.3)), (MODES[0], Softmax(0.5)))
+    for i, (mode, softmax) in enumerate(modes):
+        dtype = (torch.bfloat16, torch.float16, torch.float32)[i % 3]
+        case = row_case(70 + i, 13, (500, 9001, 1, 77)[i], dtype, mode, softmax, groups=i == 1)
+        exact = case.logits.float().gather(1, case.tokens.targets[:, None])[:, 0]
+        exact = exact * (1 + 0.02 * torch.randn(13, generator=torch.Generator().manual_seed(i)))
+        exact[3], exact[4], exact[5] = exact[3] + 40, exact[4] - 40, -99.0 if i else -torch.inf
+        exact[11:] = case.logits.float().amax() + 12
+        yield case._replace(target_logits=exact)
+
+
+def check_target_logits(kernels: ModuleType, device: str = "cpu") -> None:
+    """Raise AssertionError unless the launchers of `kernels` put `target_logits` in place of the targets' logits."""
+    check_rows(kernels, device, target_cases(), halves=False)
+    for case in target_cases():
+        case = on(device, case)
+        given = case.tokens.targets, case.softmax, case.target_logits
+        exact, base = (row_stats_reference(case.logits.to(t), *given) for t in (torch.float64, torch.float32))
+        with poisoned_memory():
+            stats = kernels.row_stats_triton(case.logits, *given)
+        close("statistics", *(comparable(x.cpu(), case.softmax) for x in (stats, exact, base)))
+        u, h = torch.randn(2, len(stats), generator=torch.Generator().manual_seed(1)).to(device)
+        exact_grad, base_grad = (
+            row_gradient_reference(case.logits.to(s.dtype), given[0], s, u.to(s.dtype), h.to(s.dtype), *given[1:])
+            for s in (exact, base)
+        )
+        grad = torch.empty_like(case.logits)
+        kernels.row_gradient_triton_(case.logits, given[0], stats, u, h, case.softmax, grad, case.target_logits)
+        rounding = torch.finfo(grad.dtype).eps * exact_grad.nan_to_num(0.0).abs().max().item()
+        close("gradient", grad, exact_grad, base_grad, 5e-6 + rounding)
+
+
 def specification(case: Case, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     """loss, log-probs, entropy, metrics, gradient by the plain torch form in float64 or float32."""
     logits, targets, ids = case.logits.to(dtype), case.tokens.targets, case.tokens.sequence_ids
     given = case.sequences.advantages
     if isinstance(given, Groups):
         given = lead_advantages_reference(given.table(), given.group_size, given.options).advantage
-    stats = row_stats_reference(logits, targets, case.softmax)
+    stats = row_stats_reference(logits, targets, case.softmax, case.target_logits)
     row = RowStats(*stats.unbind(1))
     terms = SequenceTerms(*(None if x is None else x.to(dtype) for x in case.terms))
     advantage_T, weight_T = (x.to(dtype)[ids] for x in (given, case.sequences.weights))
     rows = rows_loss(row.logprob, row.entropy, advantage_T, weight_T, case.tokens, terms, case.options)
-    grad = row_gradient_reference(logits, targets, stats, rows.grad_logprob_T, rows.grad_entropy_T, case.softmax)
+    grads = rows.grad_logprob_T, rows.grad_entropy_T
+    grad = row_gradient_reference(logits, targets, stats, *grads, case.softmax, case.target_logits)
     metrics = torch.stack([rows.metrics[k].to(dtype) for k in RowMetrics._fields])
     return rows.loss_T, row.logprob, row.entropy, metrics, grad
 
@@ -146,11 +203,14 @@ def launch(kernels: ModuleType, case: Case, in_place: bool, device: str) -> tupl
     case = on(device, case._replace(logits=case.logits.clone()))
     with poisoned_memory():
         gradient = case.logits if in_place else torch.empty_like(case.logits)
-        out = kernels.policy_rows_triton(*case, gradient)
+        *arguments, target_logits = case
+        out = kernels.policy_rows_triton(*arguments, gradient, target_logits)
     return *out, gradient
 
 
-def check_rows(kernels: ModuleType, device: str = "cpu", cases: Iterator[Case] | None = None) -> None:
+def check_rows(
+    kernels: ModuleType, device: str = "cpu", cases: Iterator[Case] | None = None, halves: bool = True
+) -> None:
     """Raise AssertionError if a launcher of `kernels` is further from fp64 than twice plain torch."""
     for i, case in enumerate(cases or row_cases()):
         logits = case.logits
@@ -167,11 +227,12 @@ def check_rows(kernels: ModuleType, device: str = "cpu", cases: Iterator[Case] |
             again = launch(kernels, case, not i % 2, device)
             for one, other in zip((loss, logp, entropy, sums, grad), again, strict=True):
                 assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0)), "in place and not, or twice, differ"
-    check_halves(kernels, device)
+    if halves:
+        check_halves(kernels, device)
 
 
 def row_cases() -> Iterator[Case]:
-    """Every mode, dtypes, vocabularies around the tile's edges, offsets, masked logits, a NaN row."""
+    """Every mode, dtypes, vocabularies around the tile's edges, offsets, masked logits, NaN in a row or advantage."""
     entropy = LossOptions(entropy_coef=0.1)
     shapes = ((1, torch.float32), (7, torch.bfloat16), (9001, torch.float32), (20_001, torch.bfloat16),
               (25_000, torch.float32), (50_000, torch.bfloat16))  # fmt: skip
@@ -180,6 +241,7 @@ def row_cases() -> Iterator[Case]:
     for i, mode in enumerate(MODES):
         dtype = (torch.float32, torch.bfloat16, torch.float16)[i % 3]
         yield row_case(i, 13, 500, dtype, mode, SOFTMAX.get(i, Softmax()), groups=i % 2 == 1)
+        yield far_case(row_case(50 + i, 24, 40, torch.float32, mode, Softmax(), groups=False))
     for offset in (1e4, -1e4):
         case = row_case(3, 7, 600, torch.float32, entropy, Softmax(), groups=False)
         yield case._replace(logits=case.logits + offset)
