@@ -38,7 +38,7 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 TWO_MINUS_INF = tl.constexpr(-8323200)  # 0xff80ff80
 MAX_NORM, MAX_SHIFT = tl.constexpr(2.0**24), tl.constexpr(2.0**20)
 # What the cache should make of a row's logits: kept for the second look, then dropped for the next rows'.
-FIRST_LOOK, LAST_LOOK, ONLY_LOOK = tl.constexpr("evict_last"), tl.constexpr("evict_first"), tl.constexpr("")
+FIRST_LOOK, LAST_LOOK, NO_HINT = tl.constexpr("evict_last"), tl.constexpr("evict_first"), tl.constexpr("")
 
 
 def place(name: str) -> tl.constexpr:
@@ -57,6 +57,26 @@ KL_REFERENCE = place("kl_reference")
 
 
 @triton.jit
+def exp2(x):
+    """2^x by one instruction, 0 where the result is below fp32's normal numbers: tl.exp2 spends three more on those."""
+    if INTERPRETED:
+        y = tl.exp2(x)
+    else:
+        y = libdevice.exp2(x)
+    return y
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x for x of 1 or more, within two units in the last place, where a division spends eight instructions."""
+    if INTERPRETED:
+        y = 1.0 / x
+    else:
+        y = libdevice.fast_dividef(1.0, x)
+    return y
+
+
+@triton.jit
 def soft_cap(z, cap):
     """y = cap tanh(z / cap), rounded before anything is added to it.
 
@@ -64,7 +84,7 @@ def soft_cap(z, cap):
     """
     u = z * (1.0 / cap)
     size = tl.abs(u)
-    q = 1.0 / (1.0 + tl.exp(2.0 * size))
+    q = reciprocal(1.0 + exp2(size * (2.0 * LOG2_E)))
     square = u * u
     p = tl.fma(square, -0.00627423963, 0.0210716780)
     p = tl.fma(p, square, -0.0538523085)
@@ -78,18 +98,8 @@ def soft_cap(z, cap):
 @triton.jit
 def soft_cap_slope(z, cap):
     """dy / dz = 4 q (1 - q), with the digits that 1 - tanh^2 would lose where tanh is 1 but for rounding."""
-    q = 1.0 / (1.0 + tl.exp(2.0 * tl.abs(z * (1.0 / cap))))
+    q = reciprocal(1.0 + exp2(tl.abs(z * (1.0 / cap)) * (2.0 * LOG2_E)))
     return 4.0 * q * (1.0 - q)
-
-
-@triton.jit
-def exp2(x):
-    """2^x by one instruction, 0 where the result is below fp32's normal numbers: tl.exp2 spends three more on those."""
-    if INTERPRETED:
-        y = tl.exp2(x)
-    else:
-        y = libdevice.exp2(x)
-    return y
 
 
 @triton.jit
@@ -240,7 +250,7 @@ def add_tile(sum_B, dot_B, tile, scale, shift, softcap, PAIRS: tl.constexpr):
 @triton.jit
 def store_gradient(
     out_ptr, i, tile, V, scale, shift, constant, slope, softcap, MASKED: tl.constexpr, ENTROPY: tl.constexpr,
-    CLAMP: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr,
+    CLAMP: tl.constexpr, LAST: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write e (constant + slope log2 p) for tile i of a row, e = 2^(y scale + shift) = p but for a factor in both."""
     z = interleave(*unpack(tile, PAIRS))
@@ -260,15 +270,15 @@ def store_gradient(
     at = i * BLOCK + tl.arange(0, BLOCK)
     d = d.to(out_ptr.dtype.element_ty)
     if MASKED:
-        tl.store(out_ptr + at, d, mask=at < V, eviction_policy=LAST_LOOK)
+        tl.store(out_ptr + at, d, mask=at < V, eviction_policy=LAST)
     else:
-        tl.store(out_ptr + at, d, eviction_policy=LAST_LOOK)
+        tl.store(out_ptr + at, d, eviction_policy=LAST)
 
 
 @triton.jit
 def write_gradient(
     row_ptr, out_ptr, target, z_target, tile, V, inverse, softcap, top, log_norm, logp, entropy, exact, g, h,
-    ENTROPY: tl.constexpr, CLAMP: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr,
+    ENTROPY: tl.constexpr, CLAMP: tl.constexpr, LAST: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """d z = (g (onehot - p) - h p (log p + H)) / temperature over a row, from its end to its beginning.
 
@@ -299,15 +309,19 @@ def write_gradient(
         constant = (-g - h * (entropy + eps * LN_2)) * factor
         slope = -h * LN_2 * factor
         for i in range(1, n):
-            following = load_tile(row_ptr, n - 1 - i, V, False, LAST_LOOK, PAIRS, BLOCK)
+            following = load_tile(row_ptr, n - 1 - i, V, False, LAST, PAIRS, BLOCK)
             store_gradient(
-                out_ptr, n - i, tile, V, scale, -L, constant, slope, softcap, False, ENTROPY, CLAMP, PAIRS,
+                out_ptr, n - i, tile, V, scale, -L, constant, slope, softcap, False, ENTROPY, CLAMP, LAST, PAIRS,
                 BLOCK,
             )  # fmt: skip
             tile = following
-        rest = load_tile(row_ptr, n, V, True, LAST_LOOK, PAIRS, BLOCK)
-        store_gradient(out_ptr, 0, tile, V, scale, -L, constant, slope, softcap, False, ENTROPY, CLAMP, PAIRS, BLOCK)
-        store_gradient(out_ptr, n, rest, V, scale, -L, constant, slope, softcap, True, ENTROPY, True, PAIRS, BLOCK)
+        rest = load_tile(row_ptr, n, V, True, LAST, PAIRS, BLOCK)
+        store_gradient(
+            out_ptr, 0, tile, V, scale, -L, constant, slope, softcap, False, ENTROPY, CLAMP, LAST, PAIRS, BLOCK
+        )
+        store_gradient(
+            out_ptr, n, rest, V, scale, -L, constant, slope, softcap, True, ENTROPY, True, LAST, PAIRS, BLOCK
+        )
     # The target's own, from its log-prob in fp32, when all warps have written theirs.
     p = exp2(logp)
     d = g - p * (g + h * tl.where(p > 0, logp * LN_2 + entropy, 0.0))
@@ -351,7 +365,7 @@ def row_stats_kernel(
         V,
         inverse * LOG2_E,
         softcap,
-        ONLY_LOOK,
+        NO_HINT,
         PAIRS,
         BLOCK,
     )
@@ -383,12 +397,12 @@ def row_gradient_kernel(
         if h == 0:
             write_gradient(
                 row_ptr, out_ptr, target, z_target, tile, V, inverse, softcap, top, log_norm, logp, entropy, exact, g,
-                h, False, False, PAIRS, BLOCK,
+                h, False, False, LAST_LOOK, PAIRS, BLOCK,
             )  # fmt: skip
         else:
             write_gradient(
                 row_ptr, out_ptr, target, z_target, tile, V, inverse, softcap, top, log_norm, logp, entropy, exact, g,
-                h, True, True, PAIRS, BLOCK,
+                h, True, True, LAST_LOOK, PAIRS, BLOCK,
             )  # fmt: skip
 
 
@@ -473,7 +487,7 @@ def policy_rows_kernel(
     advantage_ptr, table_ptr, size, group_options,  # [S], or None and the outcomes [S, 4] of groups of `size`
     target_logit_ptr, behavior_ptr, old_ptr, reference_ptr, log_ratio_ptr, importance_ptr,  # [T], each may be None
     loss_ptr, logp_ptr, entropy_ptr, sums_ptr, T, S, V, inverse, softcap, low, high, loss_options,
-    ENTROPY: tl.constexpr, PAIRS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK: tl.constexpr,
+    ENTROPY: tl.constexpr, HINTS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride
@@ -494,7 +508,7 @@ def policy_rows_kernel(
     log_ratio = load_one(log_ratio_ptr, row)
     log_importance = load_one(importance_ptr, row)
 
-    FIRST: tl.constexpr = ONLY_LOOK if grad_ptr is None else FIRST_LOOK
+    FIRST: tl.constexpr = FIRST_LOOK if HINTS and grad_ptr is not None else NO_HINT
     top, log_norm, z_target, log2_p, entropy, exact, tile = row_statistics(
         row_ptr, target, one_of(target_logit_ptr, row), V, inverse * LOG2_E, softcap, FIRST, PAIRS, BLOCK
     )
@@ -521,7 +535,7 @@ def policy_rows_kernel(
         else:
             write_gradient(
                 row_ptr, out_ptr, target, z_target, tile, V, inverse, softcap, top, log_norm, log2_p, entropy, exact,
-                g, h, ENTROPY, False, PAIRS, BLOCK,
+                g, h, ENTROPY, False, LAST_LOOK if HINTS else NO_HINT, PAIRS, BLOCK,
             )  # fmt: skip
 
 
@@ -632,6 +646,6 @@ def policy_rows_triton(
                 flat(target_logits), flat(tokens.behavior), flat(tokens.old), flat(reference), flat(terms.log_ratio),
                 flat(terms.importance), loss, logp, entropy, sums, T, S, V, 1.0 / softmax.temperature, softmax.softcap,
                 *options.clip_range, in_kernel(options, LossOptions), ENTROPY=options.entropy_coef != 0,
-                BLOCK_G=group_block(size), **shape(logits, softmax, gradient is not None),
+                HINTS=True, BLOCK_G=group_block(size), **shape(logits, softmax, gradient is not None),
             )  # fmt: skip
     return loss, logp, entropy, sums
