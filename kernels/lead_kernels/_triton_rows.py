@@ -1,12 +1,24 @@
 """Triton form of the row kernels: a program per row of logits.
 
-`policy_rows_kernel` is one kernel from logits to gradient: log-sum-exp (online, fp32), gather, entropy, advantage
-(given, or computed here from the outcomes of the row's group, with the bits of `lead_advantages`), ratio, clip,
-importance weight, KL, loss, metrics, and the gradient written where the caller says, over the logits if that is the
-same tensor. `row_stats_kernel` and `row_gradient_kernel` are its two halves for linear_logprobs, whose loss is not
-known here.
+`policy_rows_kernel` is one kernel from logits to gradient: log-sum-exp, gather, entropy, advantage (given, or computed
+here from the outcomes of the row's group, with the bits of `lead_advantages`), ratio, clip, importance weight, KL,
+loss, metrics, and the gradient written where the caller says, over the logits if that is the same tensor.
+`row_stats_kernel` and `row_gradient_kernel` are its two halves for linear_logprobs, whose loss is not known here.
 
-A soft cap is None, which the compiler sees, or a number: rows without one pay nothing.
+A row is looked at twice, and both looks are meant to be limited by memory: 12 to 13 instructions per logit for the two
+(docs/kernel_resources.md, held by a test), and the next tile's load in flight while one is computed. So there is no
+maximum in the loops. What is subtracted is fixed from the first tile and the target: float32 reaches 2^127 above it,
+and the sums' digits do not depend on it. With s = log2(e) / temperature and r = round(top s), x = fma(z, s, -r) is
+rounded once, e = 2^x is one instruction, and sum e and sum e x are all that the first look keeps. The second look's
+shift L = r + log2(sum e) is rounded: its error eps is known, and 2^eps goes into the row's constants. The target's own
+element is written last, from its log-prob in float32.
+
+Some rows leave this path: those with a logit 2^24 times as likely as the first tile's and the target, with -inf (0
+times -inf is NaN) or NaN, with logits of 10^5 and more, and rows shorter than a tile. They take the exact path, a
+look for the maximum, one for the sums and one for the gradient.
+
+The compiler sees what is absent, and a row pays nothing for it: a soft cap, a gradient, a gradient of the entropy,
+exact logits of the targets, log-probs that no option needs. bf16 is read two logits to a word where rows are even.
 
 Formulas: _rows.py and policy_loss.py, whose plain torch is the specification. dtypes: logits and gradient bf16, fp16 or
 fp32 (last dimension contiguous, any row stride); arithmetic and results fp32; the gradient is rounded once, after
@@ -14,9 +26,10 @@ scaling. A target outside 0..V-1 or a sequence outside 0..S-1 is never read: its
 without gradient get zeros and are not read again.
 
 Sums run in a fixed order, with no atomics: the same bits on every run. Floor: V logits read and V written per row; the
-second look runs from the end of the row to its beginning, so that it meets what the cache still holds.
+second look runs from the end of the row to its beginning, so that it meets what the cache still holds, and starts with
+the tile that is in registers.
 
-Legend: T rows, V vocabulary, S sequences.
+Legend: T rows, V vocabulary, S sequences; _B columns of a tile.
 """
 
 import os
