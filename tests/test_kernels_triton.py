@@ -25,6 +25,7 @@ from lead_kernels import (  # noqa: E402
     Outcomes,
     Sequences,
     Tokens,
+    _device,  # noqa: E402
     lead_advantages,
     linear_logprobs,
     linear_policy_loss,
@@ -51,6 +52,7 @@ def test_the_oracle_accepts_the_kernels():
 
     oracle.check_advantages(_triton_rows)
     oracle.check_rows(_triton_rows)
+    oracle.check_target_logits(_triton_rows)
 
 
 @inside
@@ -71,6 +73,8 @@ def test_the_documents_give_the_number_of_wrong_kernels():
 def test_the_oracle_rejects(name: str, tmp_path: Path):
     wrong = mutants.wrong_module(name, tmp_path)
     check = oracle.check_advantages if mutants.WRONG[name][0] == mutants.GROUPS else oracle.check_rows
+    if name.startswith("exact logit"):
+        check = oracle.check_target_logits
     with pytest.raises(AssertionError):
         check(wrong)
 
@@ -275,47 +279,114 @@ def test_the_table_has_every_row_without_spills_and_with_wide_loads():
         assert int(r["spills"]) == 0, r
         if r["kernel"] != "lead_advantages_kernel":
             assert int(r["load_bytes"]) == 16, r
-            assert int(r["store_bytes"]) == 16 or r["kernel"].startswith("row_stats_kernel"), r
+            forward = r["kernel"].startswith("row_stats_kernel") or r["kernel"] == resources.FORWARD
+            assert int(r["store_bytes"]) == 16 or forward, r
+            counts = [r[c] for c in ("first", "second", "both")]
+            if r["target"] == "gfx942":
+                assert not any(counts), r
+            else:
+                assert float(r["both"]) > 5 and (r["second"] == "0.0") == forward, r
+
+
+# both looks at a row, for sm_90 in bf16, with the loss, exact logits of the targets and the groups' advantages inside
+CEILINGS = {resources.POLICY: 15, resources.ENTROPY: 18, resources.GROUPED: 18}
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs the compiler")
+@pytest.mark.parametrize("kernel", CEILINGS)
+def test_instructions_per_logit(kernel: str):
+    made = resources.compiled(kernel, "bf16", "sm_90")
+    assert made["spills"] == 0 and made["load_bytes"] == 16 and made["store_bytes"] == 16
+    assert [look.writes for look in made["looks"]] == [False, True]
+    for look in made["looks"]:
+        assert 1.0 <= look.pipes["mufu"] < 1.1 and look.pipes["fma"] >= 2  # these are the loops over logits
+        assert look.ahead > 0.4, "a tile is waited for before the one before it is computed"
+    assert made["both"] == made["first"] + made["second"] <= CEILINGS[kernel]
+
+
+def test_a_loop_that_waits_for_its_load_is_seen_as_such():
+    loop = """
+.L_x_1:
+        /*0010*/                   {load} ;
+        /*0020*/                   FFMA R9, R8, R2, R3 ;
+        /*0030*/                   FADD R10, R10, R9 ;
+        /*0040*/                   FADD R11, R10, {used} ;
+        /*0050*/              @P0  BRA `(.L_x_1) ;
+        /*0060*/                   EXIT ;
+"""
+    for used, ahead in (("R7", 0.6), ("R9", 1.0)):
+        (look,) = resources.looks(loop.format(load="LDG.E.128 R4, desc[UR4][R2.64]", used=used), itemsize=2)
+        assert look.ahead == ahead and look.per_logit == 5 / 8 and look.pipes["fma"] == 3 / 8 and not look.writes
+    assert not resources.looks(loop.format(load="@!P1 LDG.E.128 R4, desc[UR4][R2.64]", used="R7"), itemsize=2)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs the compiler")
 @pytest.mark.parametrize("target", resources.TARGETS)
 def test_cross_compiled_again(target: str):
-    made = resources.compiled("policy_rows_kernel", "bf16", target)
+    made = resources.compiled(resources.ENTROPY, "fp16", target)
     assert made["spills"] == 0 and made["load_bytes"] == 16 and made["store_bytes"] == 16
+
+
+@pytest.mark.skipif(INTERPRETED, reason="one process is enough")
+def test_chunks_fill_whole_waves_of_a_device_that_the_table_knows():
+    budget, row_bytes = 2 << 30, 2 * 152_064
+
+    def chunk(rows: int, hidden: int, processors: int = 132, row_bytes: int = row_bytes) -> int:
+        return _device.chunk_rows(rows, hidden, row_bytes, budget, processors)
+
+    assert [chunk(30_000, D) for D in (5120, 3584, 1536)] == [8448, 8448, 8448]
+    assert [chunk(30_000, D, row_bytes=2 * row_bytes) for D in (5120, 3584, 1536)] == [4224, 3456, 2816]
+    for processors, waves in _device.WAVES.items():
+        for hidden, rows in waves.items():
+            assert rows % 128 == 0 and rows // 128 * (hidden // 256) % processors == 0
+            assert _device.MOST_ROWS % rows == 0
+    assert chunk(7000, 5120) == 7000 and chunk(8000, 5120) == 8000  # one chunk
+    for processors in (0, 108, 132, 160):
+        for rows in (0, 1, 127, 7100, 14_123, 65_537):
+            step = chunk(rows, 4096, processors)
+            assert 1 <= step <= max(1, rows) and step * row_bytes <= budget
+            if processors and step < rows:
+                assert step % 128 == 0
+    assert chunk(10, 5120, row_bytes=budget) == 1
 
 
 # What the interpreter cannot see: pointers that are absent, and integer arguments of 1, which the compiler takes for
 # constants.
-OPTIONAL = dict.fromkeys(("behavior_ptr", "old_ptr", "reference_ptr", "log_ratio_ptr", "importance_ptr"))
+OPTIONAL = dict.fromkeys(
+    ("target_logit_ptr", "behavior_ptr", "old_ptr", "reference_ptr", "log_ratio_ptr", "importance_ptr")
+)
 GIVEN, FUSED = {"table_ptr": None}, {"advantage_ptr": None}  # advantages, or outcomes
 ONE = {"V": 1, "stride": 1, "grad_stride": 1, "T": 1}
-UNCAPPED = {"softcap": None}
+UNCAPPED, UNPAIRED = {"softcap": None}, {"PAIRS": False}
 
 
 def variant(loss: dict | None = None, groups: dict | None = None, **constants) -> dict:
     options = {"loss_options": resources.loss(**(loss or {})), "group_options": resources.advantage(**(groups or {}))}
-    return {"BLOCK": 128, "BLOCK_G": 16} | UNCAPPED | options | constants
+    return {"BLOCK": 128, "BLOCK_G": 16, "ENTROPY": False, "HINTS": True} | UNPAIRED | UNCAPPED | options | constants
 
 
 PLAIN = {"length_reward": False, "difficulty": False, "std": "none"}
 FULL = {"std": "mad", "nonnegative_correct": True, "rate": "positive", "group_filter": "uniform"}
 VARIANTS = {
     "soft cap": ("policy_rows_kernel", {k: v for k, v in variant(**GIVEN, **ONE).items() if k != "softcap"}),
-    "soft cap, statistics": ("row_stats_kernel", {"BLOCK": 128}),
-    "soft cap, gradient": ("row_gradient_kernel", {"BLOCK": 128}),
+    "soft cap, statistics": ("row_stats_kernel", {"BLOCK": 128} | UNPAIRED),
+    "soft cap, gradient": ("row_gradient_kernel", {"BLOCK": 128} | UNPAIRED),
     "forward only": ("policy_rows_kernel", variant(**GIVEN, **OPTIONAL, grad_ptr=None)),
     "no old log-probs": ("policy_rows_kernel", variant(**GIVEN, **OPTIONAL)),
     "cispo": ("policy_rows_kernel", variant({"ratio": "cispo", "importance_cap": 2.0, "importance_mode": "mask",
                                              "kl": "k1"}, **GIVEN)),
     "one row of one": ("policy_rows_kernel", variant({"kl": "k2", "dual_clip": 3.0}, **GIVEN, **ONE)),
+    "sapo": ("policy_rows_kernel", variant({"ratio": "sapo"}, **GIVEN)),
+    "delta": ("policy_rows_kernel", variant({"delta": 3.0}, **GIVEN)),
+    "pairs and the entropy's gradient": ("policy_rows_kernel", variant(**GIVEN, PAIRS=True, ENTROPY=True)),
     "groups": ("policy_rows_kernel", variant({}, PLAIN, **FUSED)),
     "groups of one": ("policy_rows_kernel", variant({}, FULL, **FUSED, size=1)),
     "advantages of one": ("lead_advantages_kernel", variant({}, FULL, BLOCK=16, size=1)),
     "advantages": ("lead_advantages_kernel", variant({}, PLAIN, BLOCK=16)),
-    "statistics of one": ("row_stats_kernel", {"BLOCK": 128, "V": 1, "stride": 1} | UNCAPPED),
+    "statistics of one": ("row_stats_kernel", {"BLOCK": 128, "V": 1, "stride": 1, "target_logit_ptr": None}
+                          | UNPAIRED | UNCAPPED),
     "scale": ("scale_kernel", {"BLOCK": 4096}),
-    "gradient of one": ("row_gradient_kernel", {"BLOCK": 128, "V": 1, "stride": 1} | UNCAPPED),
+    "gradient of one": ("row_gradient_kernel", {"BLOCK": 128, "V": 1, "stride": 1} | UNPAIRED | UNCAPPED),
 }  # fmt: skip
 
 

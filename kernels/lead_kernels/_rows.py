@@ -34,8 +34,8 @@ from .options import Softmax
 class RowStats(NamedTuple):
     """What is known of every row: max of the logits, log_norm, log-prob of the target, entropy.
 
-    The maximum is that of the capped logits where there is a cap. [T] each, the columns of a [T, 4] tensor that
-    `row_stats` makes: RowStats(*stats.unbind(1)).
+    The maximum is that of the capped logits where there is a cap; from Triton it is a logit near it. [T] each, the
+    columns of a [T, 4] tensor that `row_stats` makes: RowStats(*stats.unbind(1)).
     """
 
     top: torch.Tensor

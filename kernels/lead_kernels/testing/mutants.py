@@ -21,48 +21,78 @@ WRONG: dict[str, tuple[str, str, str]] = {
     ),
     "one-hot a column late": (
         ROWS,
-        "at == target, g",
-        "at == target + 1, g",
+        "out_ptr + target, d",
+        "out_ptr + tl.minimum(target + 1, V - 1), d",
     ),
     "no temperature in the sum": (
         ROWS,
-        "x = (z - higher) * inverse",
-        "x = z - higher",
+        "even, odd = tl.fma(even, scale, shift)",
+        "even, odd = tl.fma(even, 0 * scale + LOG2_E, shift)",
     ),
     "no temperature in the gradient": (
         ROWS,
-        "(d * inverse)",
-        "d",
+        "g, h = g * inverse, h * inverse",
+        "g, h = g * 1.0, h * 1.0",
     ),
     "tail not masked": (
         ROWS,
-        "other=-inf)",
-        "other=0.0)",
+        "other=TWO_MINUS_INF",
+        "other=0",
     ),
-    "sums kept when the maximum moves": (
+    "tail of logits read one by one not masked": (
         ROWS,
-        "keep = tl.exp(-shift)",
-        "keep = 1.0",
+        'other=-float("inf"), eviction',
+        "other=0.0, eviction",
     ),
-    "entropy not shifted when the maximum moves": (
+    "last full tile forgotten": (
         ROWS,
-        "dot_B - shift * sum_B",
-        "dot_B",
+        "        tile = following\n    sum_B, dot_B = add_tile",
+        "        tile = following\n    add_tile",
+    ),
+    "second look a tile late": (
+        ROWS,
+        "row_ptr, n - 1 - i, V",
+        "row_ptr, n - i, V",
+    ),
+    "overflow kept": (
+        ROWS,
+        "(norm > MAX_NORM)",
+        "(norm < 0.0)",
+    ),
+    "rounding error of the shift ignored": (
+        ROWS,
+        "factor = exp2(eps)",
+        "factor = 1.0 + 0.0 * eps",
+    ),
+    "0 times -inf in a row with masked logits": (
+        ROWS,
+        "tl.where(p > 0, log_p * LN_2 + entropy, 0.0)",
+        "(log_p * LN_2 + entropy)",
+    ),
+    "odd column with the bits of the even one": (
+        ROWS,
+        "tile & -65536",
+        "tile & -1",
+    ),
+    "columns of a pair exchanged": (
+        ROWS,
+        "tl.join(even, odd)",
+        "tl.join(odd, even)",
     ),
     "half-precision accumulation": (
         ROWS,
-        "sum_B = sum_B * keep + e",
-        "sum_B = (sum_B * keep + e).to(tl.float16).to(tl.float32)",
+        "return sum_B + e_even + e_odd",
+        "return (sum_B + e_even + e_odd).to(tl.float16).to(tl.float32)",
     ),
     "sign of the entropy gradient": (
         ROWS,
-        "-g - h * inner",
-        "-g + h * inner",
+        "slope = -h * LN_2",
+        "slope = h * LN_2",
     ),
     "gradient rounded before it is scaled": (
         ROWS,
-        "(d * inverse).to(out",
-        "(((d * 1e-6).to(out_ptr.dtype.element_ty)).to(tl.float32) * 1e6 * inverse).to(out",
+        "d = d.to(out_ptr.dtype.element_ty)",
+        "d = ((d * 1e-6).to(out_ptr.dtype.element_ty).to(tl.float32) * 1e6).to(out_ptr.dtype.element_ty)",
     ),
     "rows without gradient left as they were": (
         ROWS,
@@ -71,7 +101,12 @@ WRONG: dict[str, tuple[str, str, str]] = {
     ),
     "derivative of the soft cap forgotten": (
         ROWS,
-        "d = d * slope",
+        "d = d * soft_cap_slope(z, softcap)\n    at",
+        "d = d * 1.0\n    at",
+    ),
+    "derivative of the soft cap forgotten at the target": (
+        ROWS,
+        "d = d * soft_cap_slope(z_target, softcap)",
         "d = d * 1.0",
     ),
     "derivative of the soft cap without its square": (
@@ -81,23 +116,39 @@ WRONG: dict[str, tuple[str, str, str]] = {
     ),
     "soft cap after the temperature": (
         ROWS,
-        "at < V, soft_cap(z, softcap), -inf",
-        "at < V, soft_cap(z * inverse, softcap) / inverse, -inf",
+        "        even, odd = soft_cap(even, softcap), soft_cap(odd, softcap)\n    even, odd = tl.fma",
+        "        even, odd = soft_cap(even * scale, softcap) / scale, soft_cap(odd * scale, softcap) / scale\n"
+        "    even, odd = tl.fma",
     ),
     "target not capped": (
         ROWS,
-        "at_target = soft_cap(at_target, softcap)",
-        "at_target = at_target * 1.0",
+        "at_target = soft_cap(z_target, softcap)",
+        "at_target = z_target * 1.0",
     ),
     "tail capped too": (
         ROWS,
-        "tl.where(at < V, soft_cap(z, softcap), -inf)",
-        "soft_cap(z, softcap)",
+        "tl.where(n * BLOCK + tl.arange(0, BLOCK) < V, soft_cap(y, softcap), -inf)",
+        "soft_cap(y, softcap)",
     ),
     "tanh by a difference of exponentials near 0": (
         ROWS,
         "size < 0.55",
         "size < 0.0",
+    ),
+    "exact logit of the target left out of the sum": (
+        ROWS,
+        "norm = all_but_target + e",
+        "norm = norm * 1.0",
+    ),
+    "exact logit of the target left out of the entropy": (
+        ROWS,
+        "tl.where(e == 0, 0.0, e * x) - tl.where(inside, e_rounded * x_rounded, 0.0)",
+        "0.0",
+    ),
+    "exact logit of the target added to the rounded one's term": (
+        ROWS,
+        "all_but_target = norm - e_rounded",
+        "all_but_target = norm - 0.0 * e_rounded",
     ),
     "clip bounds exchanged": (
         ROWS,
@@ -136,8 +187,8 @@ WRONG: dict[str, tuple[str, str, str]] = {
     ),
     "SAPO with one steepness for both signs": (
         ROWS,
-        "loss_options.sapo_positive, loss_options.sapo_negative",
-        "loss_options.sapo_positive, loss_options.sapo_positive",
+        "options.sapo_positive, options.sapo_negative",
+        "options.sapo_positive, options.sapo_positive",
     ),
     "SAPO's derivative by the ratio, not by its logarithm": (
         ROWS,
@@ -156,7 +207,7 @@ WRONG: dict[str, tuple[str, str, str]] = {
     ),
     "delta on the gradient alone": (
         ROWS,
-        "tl.where(over, loss_options.delta, r) * a",
+        "tl.where(over, options.delta, r) * a",
         "r * a",
     ),
     "dual clip on good answers": (
@@ -171,8 +222,8 @@ WRONG: dict[str, tuple[str, str, str]] = {
     ),
     "mask taken for truncation": (
         ROWS,
-        'if loss_options.importance_mode == "truncate" else 0.0',
-        'if loss_options.importance_mode != "" else 0.0',
+        'if options.importance_mode == "truncate" else 0.0',
+        'if options.importance_mode != "" else 0.0',
     ),
     "sign of the k3 gradient": (
         ROWS,

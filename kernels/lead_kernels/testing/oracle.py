@@ -162,7 +162,7 @@ def check_target_logits(kernels: ModuleType, device: str = "cpu") -> None:
         exact, base = (row_stats_reference(case.logits.to(t), *given) for t in (torch.float64, torch.float32))
         with poisoned_memory():
             stats = kernels.row_stats_triton(case.logits, *given)
-        close("statistics", stats, exact, base)
+        close("statistics", *(comparable(x.cpu(), case.softmax) for x in (stats, exact, base)))
         u, h = torch.randn(2, len(stats), generator=torch.Generator().manual_seed(1)).to(device)
         exact_grad, base_grad = (
             row_gradient_reference(case.logits.to(s.dtype), given[0], s, u.to(s.dtype), h.to(s.dtype), *given[1:])
@@ -234,12 +234,10 @@ def check_rows(
 def row_cases() -> Iterator[Case]:
     """Every mode, dtypes, vocabularies around the tile's edges, offsets, masked logits, NaN in a row or advantage."""
     entropy = LossOptions(entropy_coef=0.1)
-    for V, dtype in ((1, torch.float32), (7, torch.bfloat16), (9001, torch.float32), (20_001, torch.bfloat16)):
+    shapes = ((1, torch.float32), (7, torch.bfloat16), (9001, torch.float32), (20_001, torch.bfloat16),
+              (25_000, torch.float32), (50_000, torch.bfloat16))  # fmt: skip
+    for V, dtype in shapes:
         yield row_case(V, 3, V, dtype, entropy, Softmax(0.3), groups=False)
-    for i, mode in enumerate(MODES):
-        dtype = (torch.float32, torch.bfloat16, torch.float16)[i % 3]
-        yield row_case(i, 13, 500, dtype, mode, SOFTMAX.get(i, Softmax()), groups=i % 2 == 1)
-        yield far_case(row_case(50 + i, 24, 40, torch.float32, mode, Softmax(), groups=False))
     for offset in (1e4, -1e4):
         case = row_case(3, 7, 600, torch.float32, entropy, Softmax(), groups=False)
         yield case._replace(logits=case.logits + offset)
@@ -257,6 +255,13 @@ def row_cases() -> Iterator[Case]:
     logits[3, 99] = 1e30
     targets[3] = 99
     yield case
+    case = row_case(8, 7, 1100, torch.bfloat16, entropy, Softmax(0.9), groups=False)
+    logits, targets = case.logits, case.tokens.targets
+    logits[0], logits[1] = 0.25, -torch.inf  # all equal; no possible token
+    logits[2, 1050], logits[3, 1050], logits[4, 600] = 1e4, 30.0, 1e4  # far above the first tile, in the tail or not
+    targets[4] = 600
+    logits[5, 5], logits[5, targets[5]] = -torch.inf, -torch.inf  # a sampled token that is masked
+    yield case
     case = row_case(7, 4, 300, torch.float32, entropy, Softmax(0.7, 5.0), groups=False)
     case.logits[0, :200] = -torch.inf  # capped, they are -5 and have a probability
     case.logits[1, 7] = torch.inf
@@ -264,6 +269,16 @@ def row_cases() -> Iterator[Case]:
     yield case
     yield row_case(5, 1, 33, torch.float32, LossOptions(), Softmax(), groups=True)
     yield row_case(6, 0, 33, torch.float32, LossOptions(), Softmax(softcap=3.0), groups=False)
+    for i, mode in enumerate(MODES):
+        dtype = (torch.float32, torch.bfloat16, torch.float16)[i % 3]
+        yield row_case(i, 13, 500, dtype, mode, SOFTMAX.get(i, Softmax()), groups=i % 2 == 1)
+        yield far_case(row_case(50 + i, 24, 40, torch.float32, mode, Softmax(), groups=False))
+
+
+def comparable(stats: torch.Tensor, softmax: Softmax) -> torch.Tensor:
+    """Statistics [T, 3] that do not depend on what a kernel subtracts from the logits: log-sum-exp, log-prob, H."""
+    row = RowStats(*stats.double().unbind(1))
+    return torch.stack([row.top / softmax.temperature + row.log_norm, row.logprob, row.entropy], 1)
 
 
 def check_halves(kernels: ModuleType, device: str = "cpu") -> None:
@@ -286,7 +301,7 @@ def check_halves(kernels: ModuleType, device: str = "cpu") -> None:
         exact, base = (row_stats_reference(cpu.to(t), targets, softmax) for t in (torch.float64, torch.float32))
         with poisoned_memory():
             stats = kernels.row_stats_triton(logits, targets.to(device), softmax)
-        close("statistics", stats, exact, base)
+        close("statistics", *(comparable(x.cpu(), softmax) for x in (stats, exact, base)))
         exact_grad = row_gradient_reference(cpu.double(), targets, exact, u.double(), h.double(), softmax)
         base_grad = row_gradient_reference(cpu.float(), targets, base, u, h, softmax)
         kernels.row_gradient_triton_(logits, targets.to(device), stats, u.to(device), h.to(device), softmax, logits)

@@ -1,14 +1,19 @@
-"""What the compiler makes of the Triton kernels: registers, spills, shared memory, widths of loads and stores.
+"""What the compiler makes of the Triton kernels: registers, spills, widths of loads and stores, instructions per logit.
 
-Cross-compiled for TARGETS, no GPU needed, not under Triton's interpreter.
+Cross-compiled for TARGETS, no GPU needed, not under Triton's interpreter. Instructions are counted in the machine code
+of the loops that look at a row, which the disassembler in Triton's wheel shows: those innermost loops whose loads are
+wide and unconditional. The loops of the exact path and of a row's zeros, whose loads and stores are masked or missing,
+are not looks.
 """
 
 import itertools
 import re
 import subprocess
+import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..options import AdvantageOptions, LossOptions
 
@@ -16,8 +21,41 @@ TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cud
            "gfx942": ("hip", "gfx942", 64)}  # fmt: skip
 
 
+# Which unit of a processor runs an instruction; what is named nowhere runs on the integer and logic unit.
+PIPES = {
+    "fma": ("FFMA", "FADD", "FMUL", "FFMA2", "FADD2", "FMUL2"),
+    "mufu": ("MUFU",),
+    "compare": ("FMNMX", "FSETP", "FSEL", "FSET", "FCHK", "FMNMX3"),
+    "convert": ("F2FP", "F2F", "I2F", "F2I", "I2FP", "HADD2"),
+    "memory": ("LDG", "STG", "LDS", "STS", "LDL", "STL", "LDC", "LDCU"),
+    "other": ("SHFL", "BAR", "WARPSYNC", "DEPBAR", "MEMBAR", "NOP", "BRA", "BSSY", "BSYNC", "CALL", "EXIT", "CS2R"),
+}
+PIPE_OF = {name: pipe for pipe, names in PIPES.items() for name in names}
+
+
+class Look(NamedTuple):
+    """A loop over a row's tiles: instructions per logit by pipe, whether it writes, and how far loads run ahead.
+
+    ahead: instructions between a load and the first use of what it loads, the smallest of the loop, as a part of its
+    body; 0 for a loop that waits for what it has just asked for.
+    """
+
+    pipes: dict[str, float]
+    writes: bool
+    ahead: float
+
+    @property
+    def per_logit(self) -> float:
+        """Instructions per logit."""
+        return sum(self.pipes.values())
+
+
 class Resources(dict[str, Any]):
-    """kernel, dtype, target, block, warps; registers, spills (bytes), shared (bytes), load_bytes, store_bytes."""
+    """kernel, dtype, target, block, warps; registers, spills (bytes), shared (bytes), load_bytes, store_bytes.
+
+    For NVIDIA also first, second: the most instructions per logit of a loop that reads, and of one that writes too;
+    both: their sum; ahead, as in Look; outside: instructions of the kernel outside all loops; and looks, all of them.
+    """
 
 
 def build(
@@ -73,52 +111,129 @@ def advantage(**options: Any) -> tuple:
 ALL: dict[str, Any] = {"dual_clip": 3.0, "importance_cap": 2.0, "kl_coef": 0.1}
 ALL_GROUPS: dict[str, Any] = {"nonnegative_correct": True, "rate": "positive", "group_filter": "official"}
 
+POLICY = "policy_rows_kernel"
+GROUPED, ENTROPY, FORWARD, CAPPED = (f"{POLICY}, {what}" for what in ("groups", "entropy", "forward", "soft cap"))
+STATISTICS, GRADIENT = "row_stats_kernel", "row_gradient_kernel"
+CAPPED_STATISTICS, CAPPED_GRADIENT = f"{STATISTICS}, soft cap", f"{GRADIENT}, soft cap"
+UNPAIRED, UNHINTED = f"{POLICY}, odd rows", f"{POLICY}, no hints"
+KERNELS = (POLICY, ENTROPY, GROUPED, FORWARD, CAPPED, STATISTICS, GRADIENT, CAPPED_STATISTICS, CAPPED_GRADIENT)
+
 
 def compiled(kernel: str, dtype: str, target: str) -> Resources:
     """What the compiler makes of a kernel with its row of the tile table; no GPU needed, not under the interpreter."""
     from .._device import full_tile
 
     name, backend = kernel.split(",")[0], TARGETS[target][0]
-    block, warps = full_tile(backend, 4 if dtype == "fp32" else 2, kernel in CAPPED)
-    constants: dict[str, Any] = {"BLOCK": block} | ({} if kernel in CAPPED else {"softcap": None})
-    if name == "policy_rows_kernel":
-        absent = "advantage_ptr" if kernel == GROUPED else "table_ptr"
+    capped, gradient, itemsize = "soft cap" in kernel, kernel != FORWARD and name != STATISTICS, int(dtype[2:]) // 8
+    block, warps = full_tile(backend, itemsize, capped, gradient)
+    constants: dict[str, Any] = {"BLOCK": block, "PAIRS": dtype == "bf16" and kernel != UNPAIRED}
+    constants |= {} if capped else {"softcap": None}
+    if name == POLICY:
         constants |= {
-            absent: None,
+            "advantage_ptr" if kernel == GROUPED else "table_ptr": None,
             "BLOCK_G": 1024,
+            "ENTROPY": kernel in (ENTROPY, GROUPED, CAPPED),
+            "HINTS": kernel != UNHINTED,
             "loss_options": loss(**ALL),
             "group_options": advantage(**ALL_GROUPS),
-        }
+        } | ({} if gradient else {"grad_ptr": None})
     if name == "lead_advantages_kernel":
         constants, warps = {"BLOCK": 1024, "group_options": advantage(**ALL_GROUPS)}, 4
     made = build(name, dtype, TARGETS[target], constants, warps, name != "lead_advantages_kernel")
     out = Resources(kernel=kernel, dtype=dtype, target=target, block=constants["BLOCK"], warps=warps)
-    out |= {"shared": made.metadata.shared} | (_nvidia(made.asm) if backend == "cuda" else _amd(made.asm))
+    out |= {"shared": made.metadata.shared}
+    out |= _nvidia(made.asm, itemsize) if backend == "cuda" else _amd(made.asm)
     return out
 
 
-def _nvidia(asm: Any) -> dict[str, int]:
-    import tempfile
-
+def tool(name: str, binary: bytes, *options: str) -> str:
+    """What cuobjdump or nvdisasm of Triton's wheel says of a cubin."""
     import triton
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
-        f.write(asm["cubin"])
+        f.write(binary)
         f.flush()
-        said = subprocess.run(
-            [tool, "--dump-resource-usage", f.name], capture_output=True, text=True, check=True
-        ).stdout
+        program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+        return subprocess.run([program, *options, f.name], capture_output=True, text=True, check=True).stdout
+
+
+def instructions(disassembly: str) -> tuple[list[str], list[tuple[int, int]], int]:
+    """The instructions, of each innermost loop its first and last one, and how many are in none."""
+    listed: list[str] = []
+    labels: dict[str, int] = {}
+    loops: list[tuple[int, int]] = []
+    for line in disassembly.splitlines():
+        if label := re.match(r"\s*(\.L\w+):", line):
+            labels[label[1]] = len(listed)
+        elif instruction := re.search(r"/\*[0-9a-f]+\*/\s+(.*?);", line):
+            listed.append(instruction[1].strip())
+            back = re.search(r"\bBRA\S*\s.*?`\((\.L\w+)\)", listed[-1])
+            if back and labels.get(back[1], len(listed)) < len(listed) - 1:
+                loops.append((labels[back[1]], len(listed) - 1))
+    inner = [(a, b) for a, b in loops if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)]
+    inside = {i for a, b in inner for i in range(a, b + 1)}
+    return listed, inner, sum(i not in inside and not text.startswith("NOP") for i, text in enumerate(listed))
+
+
+def looks(disassembly: str, itemsize: int) -> list[Look]:
+    """The loops of a kernel that look at a row of logits of `itemsize` bytes."""
+    listed, loops, _ = instructions(disassembly)
+    found = []
+    for first, last in loops:
+        body = listed[first : last + 1]
+        loads = [i for i, text in enumerate(body) if re.match(r"LDG\.\S*128\b", text)]
+        if not loads or any(re.match(r"@\S+ LDG", text) for text in body):
+            continue
+        logits = 16 * len(loads) / itemsize
+        opcodes = (re.sub(r"^@\S+\s+", "", text).split()[0].split(".")[0] for text in body)
+        pipes = Counter(PIPE_OF.get(name, "other" if name.startswith("U") else "integer") for name in opcodes)
+        found.append(
+            Look(
+                {pipe: n / logits for pipe, n in pipes.items()},
+                any("STG" in text for text in body),
+                min(uses_after(body, i) for i in loads) / len(body),
+            )
+        )
+    return found
+
+
+def uses_after(body: list[str], load: int) -> int:
+    """Instructions of a loop between a 16-byte load and the first that reads one of the four registers it fills."""
+    target = int(re.search(r"\bR(\d+)", body[load])[1])  # type: ignore[index]
+    filled = {f"R{target + k}" for k in range(4)}
+    for distance in range(1, len(body)):
+        text = body[(load + distance) % len(body)]
+        operands = text.split(None, 1 if not text.startswith("@") else 2)[-1]
+        stores = "STG" in text or "STS" in text
+        read = operands if stores else operands.partition(",")[2]
+        if filled & set(re.findall(r"\bR\d+", read)):
+            return distance
+    return len(body)
+
+
+def _nvidia(asm: Any, itemsize: int) -> dict[str, Any]:
+    usage = tool("cuobjdump", asm["cubin"], "--dump-resource-usage")
 
     def number(what: str) -> int:
-        return int(re.search(rf"\b{what}:(\d+)", said).group(1))  # type: ignore[union-attr]
+        return int(re.search(rf"\b{what}:(\d+)", usage).group(1))  # type: ignore[union-attr]
 
     def widest(op: str) -> int:
         widths = re.findall(rf"\b{op}\.global\S*?(?:\.v(\d))?\.b(\d+)", asm["ptx"])
         return max(int(n or 1) * int(bits) // 8 for n, bits in widths)
 
-    return {"registers": number("REG"), "spills": number("STACK") + number("LOCAL"),
-            "load_bytes": widest("ld"), "store_bytes": widest("st")}  # fmt: skip
+    disassembly = tool("nvdisasm", asm["cubin"], "-c")
+    every = looks(disassembly, itemsize)
+    most = [max((x for x in every if x.writes is w), key=lambda x: x.per_logit, default=None) for w in (False, True)]
+    given = [x for x in most if x is not None]
+    pipes = {pipe: sum(x.pipes.get(pipe, 0.0) for x in given) for pipe in ("fma", "mufu", "integer", "compare")}
+    out = {"registers": number("REG"), "spills": number("STACK") + number("LOCAL"), "load_bytes": widest("ld"),
+           "store_bytes": widest("st"), "outside": instructions(disassembly)[2], "looks": every}  # fmt: skip
+    if given:
+        both = sum(x.per_logit for x in given)
+        first, second = (x.per_logit if x else 0.0 for x in most)
+        out |= {"first": first, "second": second, "both": both} | pipes
+        out |= {"rest": both - sum(pipes.values()), "ahead": min(x.ahead for x in given)}
+    return out
 
 
 def _amd(asm: Any) -> dict[str, int]:
@@ -138,41 +253,57 @@ def _amd(asm: Any) -> dict[str, int]:
             "store_bytes": width["store"]}  # fmt: skip
 
 
-GROUPED = "policy_rows_kernel, groups"
-ROW_KERNELS = ("policy_rows_kernel", "row_stats_kernel", "row_gradient_kernel")
-CAPPED = tuple(f"{name}, soft cap" for name in ROW_KERNELS)
-KERNELS = ("policy_rows_kernel", GROUPED, "row_stats_kernel", "row_gradient_kernel", *CAPPED)
-
-
 def every_row() -> Iterator[tuple[str, str, str]]:
-    """kernel, dtype, target of every row of the table."""
+    """kernel, dtype, target of every row of the table: all for sm_90, elsewhere those that a tile was chosen by."""
     for target in TARGETS:
         for kernel, dtype in itertools.product(KERNELS, ("bf16", "fp16", "fp32")):
-            yield kernel, dtype, target
+            of_a_tile = kernel in (ENTROPY, FORWARD, CAPPED) and dtype != "fp16"
+            if target == "sm_90" or of_a_tile or (kernel in (GROUPED, STATISTICS, GRADIENT) and dtype == "bf16"):
+                yield kernel, dtype, target
+        if target == "sm_90":
+            yield UNPAIRED, "bf16", target
+            yield UNHINTED, "bf16", target
         yield "lead_advantages_kernel", "fp32", target
+
+
+# of the table, after kernel, dtype and target
+COLUMNS = ("block", "warps", "registers", "spills", "shared", "load_bytes", "store_bytes", "first", "second", "both",
+           "fma", "mufu", "integer", "compare", "rest", "ahead", "outside")  # fmt: skip
 
 
 def resource_table() -> str:
     """Format the table of docs/kernel_resources.md; compiles every row of it."""
     import triton
 
-    columns = ("kernel", "dtype", "target", "block", "warps", "registers", "spills", "shared", "load_bytes",
-               "store_bytes")  # fmt: skip
+    def cell(x: Any) -> str:
+        return "" if x is None else f"{x:.1f}" if isinstance(x, float) else str(x)
+
+    columns = ("kernel", "dtype", "target", *COLUMNS)
     lines = [
         "# What the compiler makes of the Triton kernels",
         "",
         f"Triton {triton.__version__}, cross-compiled without a GPU by `python -m lead_kernels.testing resources`; "
         "nothing here was run or timed on one. Registers are a thread's; spills and shared memory in bytes; loads and "
-        "stores are the widest of the kernel, in bytes a thread. policy_rows_kernel is compiled with all its options; "
-        "`groups`: the advantage computed inside, from groups of up to 1,024; `soft cap`: the logits capped. A head's "
-        "bias is added by the product, so the kernels are the same with one.",
+        "stores are the widest of the kernel, in bytes a thread.",
+        "",
+        "`first`, `second`, `both`: instructions per logit of the loops that look at a row for its sums and for its "
+        "gradient, counted in the machine code (NVIDIA); then both by the unit that runs them; `rest`: conversions, "
+        "loads, stores, branches, addresses in uniform registers. `ahead`: how much of a loop's body stands between a "
+        "tile's load and its first use; 1.0 is a whole tile ahead. `outside`: instructions outside all loops, both "
+        "sides of each branch; a row's loss, its group's advantages, its last full tile and the rest after it, which "
+        "every thread runs at most once per row. policy_rows_kernel is compiled with all its options "
+        "and with exact logits of the targets; alone it has no gradient of the entropy, and one with `entropy`, "
+        "`groups` (the advantage computed inside, from groups of up to 1,024) and `soft cap` (the logits capped); "
+        "`forward` writes no gradient; `no hints`: the cache is not told to keep a row until the second look and to "
+        "drop it then; `odd rows`: bf16 rows of odd length, whose logits are not read in pairs. A "
+        "head's bias is added by the product, so the kernels are the same with one.",
         "",
         "| " + " | ".join(columns) + " |",
         "|" + " --- |" * len(columns),
     ]
     for row in every_row():
         made = compiled(*row)
-        lines.append("| " + " | ".join(str(made[c]) for c in columns) + " |")
+        lines.append("| " + " | ".join(cell(made.get(c)) for c in columns) + " |")
     return "\n".join(lines) + "\n"
 
 
