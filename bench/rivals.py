@@ -39,8 +39,8 @@ OURS, FLOOR = "lead_kernels", "floor: "
 CLIP = 0.2
 DROPPED_MASS = 1e-3  # of the row with the sparse backward
 
-LOSS, ENTROPY, TEMPERATURE, SOFTCAP, PACKING, TOKENS = (
-    "policy loss", "entropy gradient", "temperature", "soft cap", "packing", "loss per token",
+LOSS, ENTROPY, TEMPERATURE, SOFTCAP, PACKING, TOKENS, LOGPROBS = (
+    "policy loss", "entropy gradient", "temperature", "soft cap", "packing", "loss per token", "log-probs",
 )  # fmt: skip
 
 
@@ -422,7 +422,7 @@ ON_LOGITS = (
     Rival("torch.compile", compiled, note="by hand"),
     Rival("TRL selective_log_softmax", trl_log_softmax, (LOSS, ENTROPY, SOFTCAP)),
     Rival("TRL one-pass kernel", trl_one_pass, (LOSS, SOFTCAP), "on a CPU plain torch"),
-    Rival("Liger triton_grpo_loss", liger_grpo_on_logits, (ENTROPY, SOFTCAP, PACKING), needs_gpu=True, padded=True,
+    Rival("Liger triton_grpo_loss", liger_grpo_on_logits, (ENTROPY, SOFTCAP, PACKING, LOGPROBS), needs_gpu=True, padded=True,
           overwrites=True),
     Rival("quack cross_entropy", quack_cross_entropy, (LOSS, ENTROPY, TEMPERATURE, SOFTCAP), needs_gpu=True),
 )  # fmt: skip
@@ -562,7 +562,7 @@ def verl_chunks(w: Work, load: Load) -> Score:
     return per_token(w, lambda h, head: f(h, head, w.targets, w.temperature))
 
 
-REDUCED = (LOSS, TOKENS, ENTROPY, TEMPERATURE, SOFTCAP)
+REDUCED = (LOSS, TOKENS, LOGPROBS, ENTROPY, TEMPERATURE, SOFTCAP)
 ON_HIDDEN = (
     Rival(OURS, ours_on_hidden()),
     Rival("torch eager", eager_head, note="by hand"),
@@ -572,7 +572,7 @@ ON_HIDDEN = (
     Rival("cut-cross-entropy", cut_cross_entropy("none"), (LOSS, ENTROPY, TEMPERATURE),
           "on a CPU its torch.compile form"),
     Rival("Liger scaled CE", liger_scaled, (LOSS, SOFTCAP), "on a CPU its chunks in torch"),
-    Rival("Liger fused linear GRPO", liger_grpo, (ENTROPY, SOFTCAP, PACKING)),
+    Rival("Liger fused linear GRPO", liger_grpo, (ENTROPY, SOFTCAP, PACKING, LOGPROBS)),
     Rival("verl linear_cross_entropy", verl_kernel, (LOSS, SOFTCAP), needs_gpu=True),
     Rival("verl FusedLinearForPPO", verl_chunks, (LOSS, SOFTCAP), "chunks in torch"),
 )  # fmt: skip
