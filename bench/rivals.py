@@ -422,8 +422,8 @@ ON_LOGITS = (
     Rival("torch.compile", compiled, note="by hand"),
     Rival("TRL selective_log_softmax", trl_log_softmax, (LOSS, ENTROPY, SOFTCAP)),
     Rival("TRL one-pass kernel", trl_one_pass, (LOSS, SOFTCAP), "on a CPU plain torch"),
-    Rival("Liger triton_grpo_loss", liger_grpo_on_logits, (ENTROPY, SOFTCAP, PACKING, LOGPROBS), needs_gpu=True, padded=True,
-          overwrites=True),
+    Rival("Liger triton_grpo_loss", liger_grpo_on_logits, (ENTROPY, SOFTCAP, PACKING, LOGPROBS), needs_gpu=True,
+          padded=True, overwrites=True),
     Rival("quack cross_entropy", quack_cross_entropy, (LOSS, ENTROPY, TEMPERATURE, SOFTCAP), needs_gpu=True),
 )  # fmt: skip
 
