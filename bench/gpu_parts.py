@@ -336,8 +336,10 @@ def head(r: Report) -> None:
     for name in ("liger-kernel", "quack-kernels"):
         if not installed(name):
             r.left_out(f"{name} is not installed: not measured beside ours.")
-    for row in bench.measure("linear_policy_loss", w, 4, (bench.OURS, bench.FLOOR, "Liger", "quack", "torch linear")):
-        r.add("rows", row)
+    names = (bench.OURS, bench.FLOOR, "Liger", "quack", "torch linear", "TRL")
+    for operation, work in (("linear_policy_loss", w), ("linear_cross_entropy", w.cross_entropy())):
+        for row in bench.measure(operation, work, 4, names):
+            r.add("rows", row)
 
 
 def bare_products(r: Report, w: Any) -> float:
@@ -360,9 +362,9 @@ def bare_products(r: Report, w: Any) -> float:
 
 def chunked(w: Any, sizes: tuple[int | None, ...]) -> dict[str, Call]:
     """linear_policy_loss with both gradients, by rows of a chunk."""
-    from lead_kernels import Sequences, linear_policy_loss
+    from lead_kernels import linear_policy_loss
 
-    tokens, sequences = w.tokens, Sequences(w.weights, w.advantages)
+    tokens, sequences, _ = w.records()
 
     def ours(chunk_rows: int | None) -> Any:
         h, head_weight = w.hidden.detach().requires_grad_(), w.head.detach().requires_grad_()

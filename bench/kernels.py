@@ -3,468 +3,397 @@
     python bench/kernels.py [--device cpu|cuda] [--rows 1024] [--vocabulary 49152] [--hidden 576] [--gate] ...
 
 The work is GRPO's clipped loss of T response tokens against given old log-probs: `policy_loss` from logits,
-`linear_policy_loss` from hidden states and the head, both with gradients; and `linear_logprobs`, forward only. Every
-rival's results are checked against ours first. Calls are interleaved, with cold caches; extra memory is what a call
-takes above its inputs. The floors are measured beside them: bare matrix products of the same shapes, and a copy of the
-logits, which is one read and one write. Then `linear_policy_loss` again over several T, with a picture, without rivals
-that took four times as long.
+`linear_policy_loss` from hidden states and the head, both with gradients; and `linear_logprobs`, forward only. Then the
+same with an entropy gradient, with a soft cap, on the logits of a real model (SmolLM2's, at responses that it sampled;
+without its weights only on random ones, and that is said), and `linear_cross_entropy`: ratios and advantages of 1, for
+rivals that give a mean only. rivals.py says how each is called and what it does not do.
+
+Calls are interleaved, with cold caches; extra memory is what a call takes above its inputs. Errors are taken against
+float64: of log-probs in nats (root mean square), of gradients relative to their norm. What is off by more than rounding
+is not timed. The floors are measured beside them: bare matrix products of the same shapes, and a copy of the logits,
+which is one read and one write. Last, `linear_policy_loss` over several T, with a picture.
 
 Rivals, where installed: torch eager, torch.compile, torch's chunked linear_cross_entropy, Liger, TRL,
-cut-cross-entropy, quack, verl. --gate runs the kernels' tests first: no green test, no number.
+cut-cross-entropy, quack, verl. Each that does not run here is one line that says why. --gate runs the kernels' tests
+first: no green test, no number.
 
 Legend: T rows, V vocabulary, D hidden, S sequences.
 """
 
 import argparse
-import contextlib
-import io
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from harness import RESULTS, Call, Cannot, extra_bytes, interleaved, machine, summary, write_json
-
-from lead_kernels import (
-    Groups,
-    Outcomes,
-    Sequences,
-    Tokens,
-    lead_advantages,
-    linear_logprobs,
-    linear_policy_loss,
-    policy_loss,
+from responses import sampled
+from rivals import (
+    ADVANTAGES,
+    COPY,
+    FLOOR,
+    LOGPROBS,
+    ON_CROSS_ENTROPY,
+    ON_HIDDEN,
+    ON_LOGITS,
+    ONE_PRODUCT,
+    OURS,
+    THREE_PRODUCTS,
+    Floor,
+    Result,
+    Rival,
+    Work,
+    checked,
+    imported,
+    inputs_of,
+    sparse_rivals,
 )
 
+from lead_kernels import lead_advantages, linear_logprobs
+
 ROOT = Path(__file__).resolve().parent.parent
-OURS, FLOOR = "lead_kernels", "floor: "
-CLIP = 0.2
+SWEEP = (OURS, "torch eager", "Liger fused", FLOOR)
+NOT_COMPILED = tuple(r.name for r in ON_HIDDEN if r.name != "torch.compile") + (FLOOR,)
+SECOND_DTYPE = (OURS, "torch eager", "torch.compile", "TRL", "cut", FLOOR)
+REAL = (OURS, "torch eager", FLOOR)  # with the rows that are only there on real logits
+
+
+def our_logprobs(w: Work, load: Any) -> Any:
+    def score(h: torch.Tensor, head: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logp = linear_logprobs(h, head, w.targets, temperature=w.temperature, softcap=w.softcap)[0]
+        return logp, logp
+
+    return score
+
+
+@dataclass(frozen=True)
+class Operation:
+    rivals: tuple[Rival, ...]
+    floors: tuple[Floor, ...]  # the first one is what shares refer to
+    from_hidden: bool
+    gradients: bool = True
+
+
+OPERATIONS = {
+    "policy_loss": Operation(ON_LOGITS, (COPY,), False),
+    "fused_advantages": Operation(ADVANTAGES, (), False),
+    "linear_policy_loss": Operation(ON_HIDDEN, (THREE_PRODUCTS,), True),
+    "linear_cross_entropy": Operation(ON_CROSS_ENTROPY, (THREE_PRODUCTS,), True),
+    "linear_logprobs": Operation((Rival(OURS, our_logprobs), *ON_HIDDEN[1:]), (ONE_PRODUCT,), True, False),
+}
+OF_THE_HEAD = [name for name, operation in OPERATIONS.items() if operation.from_hidden]
+
+
+def call_of(w: Work, operation: Operation, rival: Rival) -> Call:
+    """A call that computes the loss and its gradients, and returns a Result."""
+    score, originals = rival.make(w, imported), inputs_of(w, rival, operation.from_hidden)
+    work = tuple(x.clone() for x in originals) if rival.overwrites else originals
+
+    def forward() -> Result:
+        with torch.no_grad():
+            return Result(score(*work)[1], ())
+
+    def both() -> Result:
+        leaves = [x.detach().requires_grad_(i == 0 or not rival.frozen) for i, x in enumerate(work)]
+        loss, logp = score(*leaves)
+        loss.backward()
+        gradients = [x.grad for x in leaves if x.requires_grad]
+        if rival.padded:
+            gradients = [g[:, :-1].flatten(0, 1) for g in gradients if g is not None]
+        assert all(g is not None for g in gradients)
+        return Result(logp, tuple(gradients))  # type: ignore[arg-type]
+
+    run = both if operation.gradients else forward
+    if rival.overwrites:
+        run.prepare = lambda: [x.copy_(y) for x, y in zip(work, originals, strict=True)]  # type: ignore[attr-defined]
+    return run
+
+
+def errors(got: Result, exact: Result) -> dict[str, float | None]:
+    """Root mean square of the log-probs' error, nats; the gradients' largest error relative to their norm."""
+    logp = None
+    if got.logp is not None and exact.logp is not None:
+        logp = (got.logp.double() - exact.logp).square().mean().sqrt().item()
+    pairs = list(zip(got.gradients, exact.gradients, strict=False))  # a frozen head has no gradient
+    return {"logp_error": logp, "gradient_error": max((relative(x, y) for x, y in pairs), default=None)}
+
+
+def relative(x: torch.Tensor, exact: torch.Tensor, rows: int = 256) -> float:
+    squares = [(a.double() - b).square().sum() for a, b in zip(x.split(rows), exact.split(rows), strict=True)]
+    return (torch.stack(squares).sum().sqrt() / exact.norm()).item()
 
 
 @dataclass
-class Work:
-    """Inputs of one shape: S sequences of equal length, so that padded rivals have nothing to pad."""
-
-    device: str
-    dtype: torch.dtype
-    hidden: torch.Tensor  # [T, D]
-    head: torch.Tensor  # [V, D]
-    targets: torch.Tensor  # [T]
-    old: torch.Tensor  # [T]
-    advantages: torch.Tensor  # [S]
-
-    @classmethod
-    def make(cls, device: str, dtype: torch.dtype, T: int, V: int, D: int, S: int = 8) -> "Work":
-        g = torch.Generator().manual_seed(0)
-        hidden = torch.randn(T, D, generator=g).to(device, dtype)
-        head = (torch.randn(V, D, generator=g) / D**0.5).to(device, dtype)
-        targets = torch.randint(V, (T,), generator=g).to(device)
-        logp = linear_logprobs(hidden, head, targets)[0]
-        old = logp + (0.3 * torch.randn(T, generator=g)).to(device)  # some ratios are clipped
-        return cls(device, dtype, hidden, head, targets, old, torch.randn(S, generator=g).to(device))
-
-    @property
-    def ids(self) -> torch.Tensor:
-        T, S = len(self.targets), len(self.advantages)
-        return torch.arange(T, device=self.device) * S // T
-
-    @property
-    def tokens(self) -> Tokens:
-        return Tokens(self.targets, self.ids, old=self.old)
-
-    @property
-    def weights(self) -> torch.Tensor:
-        T, S = len(self.targets), len(self.advantages)
-        return torch.full((S,), 1.0 / T, device=self.device)
-
-    @property
-    def groups(self) -> Groups:
-        """Outcomes of the S sequences, two groups of them."""
-        S = len(self.advantages)
-        g = torch.Generator().manual_seed(1)
-        lengths = torch.randint(1000, 14_000, (S,), generator=g)
-        return Groups(Outcomes(torch.arange(S) % 3 == 0, lengths).table().to(self.device), S // 2)
-
-    def loss(self, logp: torch.Tensor) -> torch.Tensor:
-        """The same loss from log-probs, in plain torch."""
-        r, a = (logp - self.old).exp(), self.advantages[self.ids]
-        return -torch.minimum(r * a, r.clamp(1 - CLIP, 1 + CLIP) * a).sum() / len(self.targets)
-
-    def padded(self, x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(0, (len(self.advantages), -1))
-
-
-def eager_logp(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return logits.float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
-
-
-def imported(module: str, name: str) -> Any:
-    """An attribute of a rival's module; Cannot says why there is none."""
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            return getattr(__import__(module, fromlist=[name]), name)
-    except ModuleNotFoundError as e:
-        raise Cannot(f"{e.name} is not installed") from e
-    except (ImportError, RuntimeError, OSError, AttributeError) as e:
-        raise Cannot(str(e).splitlines()[0]) from e
-
-
-def needs_gpu(w: Work) -> None:
-    if w.device == "cpu":
-        raise Cannot("its kernels need a GPU")
-
-
-# ------------------------------------------------------------------------------- rivals: a call that returns gradients
-
-
-def on_logits(w: Work, loss: Callable[[torch.Tensor], torch.Tensor]) -> Call:
-    logits = w.hidden @ w.head.T
-
-    def run() -> tuple[torch.Tensor, ...]:
-        x = logits.detach().requires_grad_()
-        loss(x).backward()
-        assert x.grad is not None
-        return (x.grad,)
-
-    return run
-
-
-def policy_loss_calls(w: Work) -> Iterator[tuple[str, Callable[[], Call]]]:
-    def ours() -> Call:
-        tokens, sequences = w.tokens, Sequences(w.weights, w.advantages)
-        return on_logits(w, lambda x: policy_loss(x, tokens, sequences).loss)
-
-    def in_place() -> Call:
-        logits, tokens, sequences = w.hidden @ w.head.T, w.tokens, Sequences(w.weights, w.advantages)
-        work = logits.clone()
-
-        def run() -> tuple[torch.Tensor, ...]:
-            x = work.detach().requires_grad_()
-            policy_loss(x, tokens, sequences, inplace=True).loss.backward()
-            return (x.grad,)  # type: ignore[return-value]
-
-        run.prepare = lambda: work.copy_(logits)  # type: ignore[attr-defined]
-        return run
-
-    def eager() -> Call:
-        return on_logits(w, lambda x: w.loss(eager_logp(x, w.targets)))
-
-    def compiled() -> Call:
-        f = torch.compile(eager_logp)
-        return on_logits(w, lambda x: w.loss(f(x, w.targets)))
-
-    def trl() -> Call:
-        f = imported("trl.trainer.utils", "selective_log_softmax")
-        return on_logits(w, lambda x: w.loss(f(x, w.targets)))
-
-    def liger() -> Call:
-        f = imported("liger_kernel.transformers.grpo_loss", "triton_grpo_loss")
-        needs_gpu(w)
-        # It takes [B, L + 1, V] and ignores the last position.
-        logits = torch.nn.functional.pad(w.padded(w.hidden @ w.head.T), (0, 0, 0, 1))
-        ids, old = w.padded(w.targets), w.padded(w.old)
-
-        def run() -> tuple[torch.Tensor, ...]:
-            x = logits.detach().requires_grad_()
-            f(x, old, None, ids, w.advantages, beta=0.0, eps_low=CLIP, eps_high=CLIP, inplace=True)[0].mean().backward()
-            assert x.grad is not None
-            return (x.grad[:, :-1].reshape(-1, x.shape[-1]),)
-
-        return run
-
-    def quack() -> Call:
-        imported("quack.cross_entropy", "cross_entropy")
-        needs_gpu(w)
-        f = imported("quack.cross_entropy", "cross_entropy")
-        return on_logits(w, lambda x: w.loss(-f(x, w.targets, reduction="none")))
-
-    def copy() -> Call:
-        logits = w.hidden @ w.head.T
-        to = torch.empty_like(logits)
-        return lambda: to.copy_(logits)
-
-    yield from {OURS: ours, OURS + ", in place": in_place, "torch eager": eager, "torch.compile": compiled,
-                "TRL selective_log_softmax": trl,
-                "Liger triton_grpo_loss": liger, "quack cross_entropy": quack,
-                FLOOR + "a copy of the logits": copy}.items()  # fmt: skip
-
-
-def on_hidden(w: Work, loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Call:
-    def run() -> tuple[torch.Tensor, ...]:
-        h, head = w.hidden.detach().requires_grad_(), w.head.detach().requires_grad_()
-        loss(h, head).backward()
-        assert h.grad is not None and head.grad is not None
-        return h.grad, head.grad
-
-    return run
-
-
-def linear_logp(w: Work) -> Iterator[tuple[str, Callable[[], Callable]]]:
-    """Rivals' ways from hidden states and head to log-probs, differentiable."""
-
-    def eager() -> Callable:
-        return lambda h, head: eager_logp(h @ head.T, w.targets)
-
-    def compiled() -> Callable:
-        f = torch.compile(lambda h, head, t: eager_logp(h @ head.T, t))
-        return lambda h, head: f(h, head, w.targets)
-
-    def chunked_cross_entropy() -> Callable:
-        options = imported("torch.nn", "LinearCrossEntropyOptions")()
-        f = imported("torch.nn.functional", "linear_cross_entropy")
-        return lambda h, head: -f(h, head, w.targets, reduction="none", options=options).float()
-
-    def trl() -> Callable:
-        f = imported("trl.trainer.utils", "selective_log_softmax")
-        return lambda h, head: f(h @ head.T, w.targets)
-
-    def trl_fused() -> Callable:
-        f = imported("trl.trainer.utils", "_ChunkedLogProbFunction")
-        chunk = imported("trl.trainer.utils", "_CHUNKED_LOGPROB_CHUNK_SIZE")
-        return lambda h, head: f.apply(h, head, None, w.targets, 1.0, chunk, None, 1.0, ("log_probs",))[0]
-
-    def cce() -> Callable:
-        f = imported("cut_cross_entropy", "linear_cross_entropy")
-        impl = "torch_compile" if w.device == "cpu" else "cce"
-        return lambda h, head: -f(h, head, w.targets, reduction="none", impl=impl).float()
-
-    def verl() -> Callable:
-        f = imported("verl.utils.kernel.linear_cross_entropy", "linear_cross_entropy")
-        needs_gpu(w)
-        return lambda h, head: f(h, head, w.targets, 1.0)[0]
-
-    yield from {"torch eager": eager, "torch.compile": compiled, "torch linear_cross_entropy": chunked_cross_entropy,
-                "TRL selective_log_softmax": trl, "TRL fused head": trl_fused, "cut-cross-entropy": cce,
-                "verl linear_cross_entropy": verl}.items()  # fmt: skip
-
-
-def linear_policy_loss_calls(w: Work) -> Iterator[tuple[str, Callable[[], Call]]]:
-    def ours() -> Call:
-        tokens, sequences = w.tokens, Sequences(w.weights, w.advantages)
-        return on_hidden(w, lambda h, head: linear_policy_loss(h, head, tokens, sequences).loss)
-
-    def liger() -> Call:
-        make = imported("liger_kernel.chunked_loss", "LigerFusedLinearGRPOLoss")
-        f = make(beta=0.0, use_ref_model=False, epsilon_low=CLIP, epsilon_high=CLIP, loss_type="grpo")
-        ids, old = w.padded(w.targets), w.padded(w.old)
-        mask = torch.ones_like(old)
-
-        def loss(h: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-            return f(w.padded(h), head, ids, mask, w.advantages, old_per_token_logps=old)[0]
-
-        return on_hidden(w, loss)
-
-    def products() -> Call:
-        def run() -> tuple[torch.Tensor, ...]:
-            z = w.hidden @ w.head.T
-            return z @ w.head, z.T @ w.hidden
-
-        return run
-
-    def rival(make: Callable[[], Callable]) -> Callable[[], Call]:
-        def call() -> Call:
-            logp = make()
-            return on_hidden(w, lambda h, head: w.loss(logp(h, head)))
-
-        return call
-
-    yield OURS, ours
-    for name, make in linear_logp(w):
-        yield name, rival(make)
-    yield "Liger fused linear GRPO", liger
-    yield FLOOR + "three bare products", products
-
-
-def linear_logprobs_calls(w: Work) -> Iterator[tuple[str, Callable[[], Call]]]:
-    def forward(logp: Callable) -> Call:
-        def run() -> tuple[torch.Tensor, ...]:
-            with torch.no_grad():
-                return (logp(w.hidden, w.head),)
-
-        return run
-
-    yield OURS, lambda: forward(lambda h, head: linear_logprobs(h, head, w.targets)[0])
-    for name, make in linear_logp(w):
-        yield name, lambda make=make: forward(make())
-    yield FLOOR + "one bare product", lambda: lambda: (w.hidden @ w.head.T,)
-
-
-def fused_advantages_calls(w: Work) -> Iterator[tuple[str, Callable[[], Call]]]:
-    """`policy_loss` from the groups' outcomes, which is what a run executes, beside a launch of its own for them."""
-
-    def fused() -> Call:
-        tokens, sequences = w.tokens, Sequences(w.weights, w.groups)
-        return on_logits(w, lambda x: policy_loss(x, tokens, sequences).loss)
-
-    def apart() -> Call:
-        tokens, weights, groups = w.tokens, w.weights, w.groups
-
-        def loss(x: torch.Tensor) -> torch.Tensor:
-            return policy_loss(x, tokens, Sequences(weights, lead_advantages(*groups).advantage)).loss
-
-        return on_logits(w, loss)
-
-    def given() -> Call:
-        tokens, sequences = w.tokens, Sequences(w.weights, lead_advantages(*w.groups).advantage)
-        return on_logits(w, lambda x: policy_loss(x, tokens, sequences).loss)
-
-    yield OURS, fused
-    yield "a launch of its own", apart
-    yield FLOOR + "advantages given", given
-
-
-OPERATIONS = {"policy_loss": policy_loss_calls, "fused_advantages": fused_advantages_calls,
-              "linear_policy_loss": linear_policy_loss_calls,
-              "linear_logprobs": linear_logprobs_calls}  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------------------- the benchmark
-
-
-def prepared(operation: str, w: Work, only: tuple[str, ...] = ()) -> dict[str, Call]:
-    """What runs here and computes the same; what does not is listed with its reason."""
-    calls: dict[str, Call] = {}
-    expected: tuple[torch.Tensor, ...] = ()
-    for name, make in OPERATIONS[operation](w):
-        if only and not name.startswith(only):
-            continue
-        try:
-            call = make()
-            got = call()
-        except Cannot as e:
-            print(f"  {name}: not measured, {e}")
-            continue
-        except Exception as e:  # whatever a rival raises on this machine is the reason it is listed with
-            print(f"  {name}: cannot do this here ({type(e).__name__}: {str(e).splitlines()[0][:90]})")
-            continue
-        expected = expected or tuple(x.clone() for x in got)
-        if not name.startswith(FLOOR):
-            off = max(
-                ((x.double() - y.double()).norm() / x.double().norm()).item()
-                for x, y in zip(expected, got, strict=True)
-            )
-            if off > (1e-3 if w.dtype == torch.float32 else 3e-2):
-                assert name != "torch eager", f"{OURS} and torch eager differ by {off:.1e}"
-                print(f"  {name}: not measured, its results differ by {100 * off:.0f} % in this dtype")
+class Table:
+    """An operation on a Work, with the rivals that run here; who does not is in `left_out`, a sentence each."""
+
+    operation: str
+    w: Work
+    calls: dict[str, Call] = field(default_factory=dict)
+    accuracy: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    without: dict[str, str] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+
+    def leave_out(self, name: str, why: str) -> None:
+        self.left_out.append(f"{name}: {why}")
+        print(f"  {self.left_out[-1]}", flush=True)
+
+    def prepare(self, only: tuple[str, ...] = (), extra: Sequence[Rival] = ()) -> None:
+        """Try every rival once, and keep those whose results are right."""
+        o = OPERATIONS[self.operation]
+        exact: Result | None = None
+        torch.compiler.reset()  # another shape is compiled for itself, not as a dynamic one
+        for rival in (*o.rivals[:1], *extra, *o.rivals[1:]):
+            if only and not rival.name.startswith(only):
                 continue
-        calls[name] = call
-    return calls
+            if missing := (self.w.needs | ({LOGPROBS} if not o.gradients else set())) & set(rival.lacks):
+                self.leave_out(rival.name, f"has no {', '.join(sorted(missing))}")
+                continue
+            try:
+                if rival.needs_gpu and self.w.device == "cpu":
+                    imported_or_not = imported_reason(rival, o.from_hidden)
+                    raise Cannot(imported_or_not or "its kernels need a GPU")
+                call = call_of(self.w, o, rival)
+                got = call()
+            except Cannot as e:
+                fits = checked(rival, o.from_hidden)
+                self.leave_out(rival.name, "; ".join(filter(None, [f"not measured, {e}", fits])))
+                continue
+            except Exception as e:  # whatever a rival raises on this machine is the reason it is listed with
+                if rival.name.startswith(OURS):
+                    raise
+                reason = next(iter(str(e).splitlines()), "")[:90]
+                self.leave_out(rival.name, f"cannot do this here ({type(e).__name__}: {reason})")
+                continue
+            exact = exact or self.w.exact(o.from_hidden)
+            off = errors(got, exact)
+            del got
+            limit = 1e-3 if self.w.dtype == torch.float32 else 3e-2
+            if (off["gradient_error"] or 0) > limit and not rival.approximate:
+                assert not rival.name.startswith(OURS), f"{rival.name} is off by {off['gradient_error']:.1e}"
+                self.leave_out(rival.name, f"not measured, its gradient is off by {100 * off['gradient_error']:.1f} %")  # type: ignore[operator]
+                continue
+            self.calls[rival.name], self.accuracy[rival.name] = call, off
+            self.without[rival.name] = rival.without
+        for floor in o.floors:
+            self.calls[floor.name] = floor.make(self.w)
+
+    def measure(self, repeats: int, seconds: float = 40.0) -> list[dict[str, Any]]:
+        """Rows of what was prepared: at least two turns, then more until about `seconds` are spent."""
+        w, o = self.w, OPERATIONS[self.operation]
+        times = interleaved(self.calls, repeats, w.device, seconds / len(self.calls))
+        T, (V, D) = len(w.targets), w.head.shape
+        medians = {name: summary(ms)["median_ms"] for name, ms in times.items()}
+        floor_ms = next(ms for name, ms in medians.items() if name.startswith(FLOOR))
+        rows = []
+        for name, ms in times.items():
+            row = {"operation": self.operation, "dtype": str(w.dtype).removeprefix("torch."), "T": T, "V": V, "D": D,
+                   "data": w.data, "temperature": w.temperature, "softcap": w.softcap, "entropy_coef": w.entropy_coef,
+                   "implementation": name, **summary(ms), "times_ours": medians[name] / medians[OURS],
+                   "share_of_floor": floor_ms / medians[name], **self.accuracy.get(name, {}),
+                   "extra_bytes": extra_bytes(self.calls[name], w.device),
+                   "without": self.without.get(name, "")}  # fmt: skip
+            for floor in o.floors:
+                if floor.name == name:
+                    row |= {"floor_work": floor.work(w), "floor_unit": floor.unit}
+            rows.append(row)
+        return rows
+
+
+def imported_reason(rival: Rival, from_hidden: bool) -> str:
+    """Why a rival that needs a GPU could not even be imported here, or ""."""
+    try:
+        rival.make(Work.make("cpu", torch.float32, 16, 32, 8), imported)
+    except Cannot as e:
+        return str(e)
+    return ""
 
 
 def measure(operation: str, w: Work, repeats: int, only: tuple[str, ...] = ()) -> list[dict[str, Any]]:
-    calls = prepared(operation, w, only)
-    times = interleaved(calls, repeats, w.device)
-    T, V, D = len(w.targets), *w.head.shape
-    ours_ms = summary(times[OURS])["median_ms"]
-    rows = []
-    for name, ms in times.items():
-        row = {"operation": operation, "dtype": str(w.dtype).removeprefix("torch."), "T": T, "V": V, "D": D,
-               "implementation": name, **summary(ms), "extra_bytes": extra_bytes(calls[name], w.device)}  # fmt: skip
-        row["times_ours"] = row["median_ms"] / ours_ms
-        rows.append(row)
-    floor = next(r for r in rows if r["implementation"].startswith(FLOOR))
-    for row in rows:
-        row["share_of_floor"] = floor["median_ms"] / row["median_ms"]
-    return rows
+    """A table's rows, without errors being printed as a table."""
+    t = Table(operation, w)
+    t.prepare(only)
+    return t.measure(repeats)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    head = f"{'':30} {'median ms':>10} {'(min to max)':>20} {'x ours':>7} {'floor share':>12} {'extra MiB':>10}"
-    lines = [head]
+def text(rows: list[dict[str, Any]]) -> str:
+    """The rows as a table, and what the floor counts and reached."""
+    lines = [f"{'':34} {'median ms':>10} {'(min to max)':>18} {'x ours':>7} {'of floor':>8} {'MiB':>6} {'log-prob':>8} "
+             f"{'gradient':>8}  without"]  # fmt: skip
     for r in rows:
         extra = "" if r["extra_bytes"] is None else f"{r['extra_bytes'] / 2**20:.0f}"
         spread = f"({r['min_ms']:.1f} to {r['max_ms']:.1f})"
-        lines.append(f"{r['implementation']:30} {r['median_ms']:10.1f} {spread:>20} {r['times_ours']:7.2f} "
-                     f"{100 * r['share_of_floor']:11.0f}% {extra:>10}")  # fmt: skip
-    return "\n".join(lines)
+        off = [f"{r[k]:.1e}" if r.get(k) is not None else "-" for k in ("logp_error", "gradient_error")]
+        lines.append(f"{r['implementation']:34} {r['median_ms']:10.1f} {spread:>18} {r['times_ours']:7.2f} "
+                     f"{100 * r['share_of_floor']:7.0f}% {extra:>6} {off[0]:>8} {off[1]:>8}  "
+                     f"{r['without']}")  # fmt: skip
+        if work := r.get("floor_work"):
+            unit = r["floor_unit"]
+            lines.append(f"{'':34} {work / 1e9:.1f} G{unit}, {work / r['median_ms'] / 1e6:.0f} G{unit}/s")
+    return "\n".join(line.rstrip() for line in lines)
 
 
-def picture(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Time and extra memory of linear_policy_loss over T."""
+def picture(rows: list[dict[str, Any]], sweep: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Left: times of linear_policy_loss as multiples of its floor. Right: extra memory over T."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    names = list(dict.fromkeys(r["implementation"] for r in rows))
-    for name in names:
-        points = sorted((r for r in rows if r["implementation"] == name), key=lambda r: r["T"])
-        style = {"linewidth": 2.5, "color": "black"} if name == OURS else {"linewidth": 1.2}
-        style |= {"linestyle": "--", "color": "gray"} if name.startswith(FLOOR) else {}
-        x = [r["T"] for r in points]
-        axes[0].plot(x, [r["median_ms"] / 1e3 for r in points], marker="o", markersize=4, label=name, **style)
-        if all(r["extra_bytes"] is not None for r in points):
-            axes[1].plot(x, [r["extra_bytes"] / 2**30 for r in points], marker="o", markersize=4, label=name, **style)
-    for axis, label in zip(axes, ("seconds, forward + backward", "extra memory, GiB"), strict=True):
-        axis.set(xlabel="T, response tokens", ylabel=label, ylim=(0, None), xlim=(0, None))
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained", width_ratios=(1.5, 1))
+    rows = sorted(rows, key=lambda r: -r["median_ms"])
+    ratios = [1 / r["share_of_floor"] for r in rows]
+    colors = ["gray" if r["implementation"].startswith(FLOOR) else "black" if r["implementation"] == OURS else "C0"
+              for r in rows]  # fmt: skip
+    labels = [r["implementation"].removeprefix(FLOOR) for r in rows]
+    left.barh(labels, ratios, color=colors)
+    shown = min(max(ratios), 4.0) * 1.12
+    for i, ratio in enumerate(ratios):
+        beyond = ratio > shown
+        left.text(min(ratio, shown) - (0.06 if beyond else -0.02), i, f"{ratio:.2f}", va="center", fontsize=9,
+                  ha="right" if beyond else "left", color="white" if beyond else "black")  # fmt: skip
+    left.axvline(1, color="gray", linewidth=0.8, linestyle="--")
+    left.set(xlim=(0, shown), xlabel=f"time, in three bare products (T {rows[0]['T']})")
+    for name in dict.fromkeys(r["implementation"] for r in sweep):
+        points = sorted((r for r in sweep if r["implementation"] == name), key=lambda r: r["T"])
+        if name.startswith(FLOOR) or any(r["extra_bytes"] is None for r in points):
+            continue
+        style = {"linewidth": 2.5, "color": "black"} if name == OURS else {"linewidth": 1.4}
+        right.plot([r["T"] for r in points], [r["extra_bytes"] / 2**20 for r in points], marker="o", label=name,
+                   **style)  # fmt: skip
+    right.set(xlabel="T, response tokens", ylabel="extra memory, MiB", ylim=(0, None), xlim=(0, None))
+    right.grid(alpha=0.3)
+    right.legend(fontsize=9)
     figure.suptitle(title, fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     print(f"Written: {path}")
 
 
+@dataclass
+class Plan:
+    """Tables in the order of their importance, within a limit of time."""
+
+    limit_s: float
+    repeats: int
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    began: float = field(default_factory=time.monotonic)
+
+    def add(
+        self, operation: str, w: Work, seconds: float, only: tuple[str, ...] = (), extra: Sequence[Rival] = ()
+    ) -> list[dict[str, Any]]:
+        title = f"{operation}, {str(w.dtype).removeprefix('torch.')}, T {len(w.targets)}, V {len(w.head)}"
+        title += f", D {w.head.shape[1]}" * OPERATIONS[operation].from_hidden + f", {w.settings}"
+        spent = time.monotonic() - self.began
+        if spent > self.limit_s:
+            self.leave_out(f"{title}: left out, {spent:.0f} s are spent (--seconds)")
+            return []
+        print(f"\n{title}", flush=True)
+        t = Table(operation, w)
+        t.prepare(only, extra)
+        new = t.measure(self.repeats, min(seconds, 0.5 * max(1.0, self.limit_s - spent)))
+        print(f"{text(new)}\n{time.monotonic() - self.began:.0f} s", flush=True)
+        self.rows += new
+        self.left_out += [f"{operation}: {sentence}" for sentence in t.left_out]
+        return new
+
+    def leave_out(self, sentence: str) -> None:
+        print(f"\n{sentence}", flush=True)
+        self.left_out.append(sentence)
+
+
+def real_work(w: Work, temperature: float, T: int) -> Work:
+    """SmolLM2's rows on the device and in the dtype of `w`. Raises Cannot without its weights."""
+    rows = sampled(temperature, T)
+    hidden, head, targets = (x.to(w.device) for x in rows)
+    return Work.of(hidden.to(w.dtype), head.to(w.dtype), targets, temperature=temperature, data="SmolLM2's")
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description="The kernels beside what a user would pick instead.")
     cuda = torch.cuda.is_available()
     p.add_argument("--device", default="cuda" if cuda else "cpu", choices=["cpu", "cuda"])
-    p.add_argument("--rows", type=int, help="T; 1024 on a CPU, 8192 on a GPU")
+    p.add_argument("--rows", type=int, help="T; 1024 on a CPU, where most tables of the head take half; 8192 on a GPU")
     p.add_argument("--vocabulary", type=int, help="V; 49152 on a CPU, 152064 on a GPU")
     p.add_argument("--hidden", type=int, help="D; 576 on a CPU, 5120 on a GPU")
     p.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16", "float16"],
                    help="default: float32 bfloat16 on a CPU, bfloat16 on a GPU")  # fmt: skip
     p.add_argument("--operations", nargs="+", choices=list(OPERATIONS), default=list(OPERATIONS))
-    p.add_argument("--sweep", nargs="*", type=int, help="further T for the picture; default: an eighth to twice --rows")
-    p.add_argument("--repeats", type=int, default=5)
+    p.add_argument(
+        "--sweep", nargs="*", type=int, help="further T for the picture; default: an eighth to all of --rows"
+    )
+    p.add_argument("--repeats", type=int, default=5, help="most turns of a call")
+    p.add_argument("--seconds", type=float, default=240, help="after them no further table is begun")
     p.add_argument("--gate", action="store_true", help="run the kernels' tests first; no green test, no number")
     p.add_argument("--out", type=Path, help="JSON, the picture beside it; bench/results/kernels-<device>.json")
     a = p.parse_args()
     cpu = a.device == "cpu"
     T, V = a.rows or (1024 if cpu else 8192), a.vocabulary or (49152 if cpu else 152064)
     D = a.hidden or (576 if cpu else 5120)
-    dtypes = a.dtypes or (["float32", "bfloat16"] if cpu else ["bfloat16"])
-    for value, name in ((V, "--vocabulary"), (D, "--hidden"), (a.repeats, "--repeats")):
+    dtypes = [getattr(torch, name) for name in a.dtypes or (["float32", "bfloat16"] if cpu else ["bfloat16"])]
+    for value, name in ((V, "--vocabulary"), (D, "--hidden"), (a.repeats, "--repeats"), (a.seconds, "--seconds")):
         if value < 1:
             sys.exit(f"{name} is {value}: give at least 1.")
     for t in (T, *(a.sweep or ())):
-        if t < 1 or t % 8:
-            sys.exit(f"T is {t}: give multiples of 8, the number of sequences.")
+        if t < 16 or t % 16:
+            sys.exit(f"T is {t}: give multiples of 16, two for each of 8 sequences.")
     if a.gate:
         tests = [str(ROOT / "tests" / f"test_{name}.py") for name in ("kernels", "csrc", "kernels_triton")]
         subprocess.run([sys.executable, "-m", "pytest", "-q", *tests], check=True)
     about = machine(a.device)
     print(f"{about['device']}, torch {torch.__version__}")
-    rows = []
+    plan = Plan(a.seconds, a.repeats)
+    head_rows, first = T // 2 if cpu else T, dtypes[0]
+    wanted = set(a.operations)
     slow_half = cpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    for name in dtypes:
-        for operation in a.operations:
-            if operation.startswith("linear") and name != "float32" and slow_half:
-                print(f"\n{operation}, {name}: left out, this CPU has no half-precision arithmetic")
+    bars: list[dict[str, Any]] = []
+    for dtype in dtypes:
+        if "linear_policy_loss" in wanted:
+            if dtype != torch.float32 and slow_half:
+                plan.leave_out(f"linear_policy_loss, {dtype}: left out, this CPU has no half-precision arithmetic")
+            else:
+                only = () if dtype == first else SECOND_DTYPE
+                rows = plan.add("linear_policy_loss", Work.make(a.device, dtype, head_rows, V, D), 20, only)
+                bars = bars or rows
+        if "policy_loss" in wanted:
+            plan.add("policy_loss", Work.make(a.device, dtype, T, V, D), 10)
+    half = Work.make(a.device, first, head_rows, V, D)
+    if "linear_policy_loss" in wanted:
+        for temperature in (0.5, 1.0):
+            try:
+                w = real_work(half, temperature, T)
+            except Cannot as e:
+                plan.leave_out(f"SmolLM2's logits at temperature {temperature:g}: left out, {e}; "
+                               "random logits say nothing about sparsity")  # fmt: skip
                 continue
-            print(f"\n{operation}, {name}, T {T}, V {V}" + (f", D {D}" if operation.startswith("linear") else ""))
-            w = Work.make(a.device, getattr(torch, name), T, V, D)
-            rows += (new := measure(operation, w, a.repeats))
-            print(table(new), flush=True)
-    sweep: list[dict[str, Any]] = []
-    if "linear_policy_loss" in a.operations:
-        only = (OURS, "torch eager", "torch.compile", "Liger", "torch linear", FLOOR)
-        done = [r for r in rows if r["operation"] == "linear_policy_loss" and r["dtype"] == dtypes[0]]
-        only = tuple(n for n in only if all(r["times_ours"] < 4 for r in done if r["implementation"].startswith(n)))
-        sweep = [r for r in done if r["implementation"].startswith(only)]
-        for t in a.sweep if a.sweep is not None else [T * k // 64 * 8 for k in (1, 2, 4, 16) if T >= 64]:
-            print(f"\nlinear_policy_loss, {dtypes[0]}, T {t}, V {V}, D {D}")
-            w = Work.make(a.device, getattr(torch, dtypes[0]), t, V, D)
-            sweep += (new := measure("linear_policy_loss", w, a.repeats, only))
-            print(table(new), flush=True)
+            plan.add("linear_policy_loss", w, 12, REAL, sparse_rivals())
+    if "linear_cross_entropy" in wanted:
+        plan.add("linear_cross_entropy", half.cross_entropy(), 8)
+    sweep = list(bars) if "linear_policy_loss" in wanted else []
+    if "linear_policy_loss" in wanted:
+        for t in a.sweep if a.sweep is not None else [T // k // 16 * 16 for k in (1, 4, 8) if T >= 16 * k]:
+            sweep += plan.add("linear_policy_loss", Work.make(a.device, first, t, V, D), 4, SWEEP)
+    if "linear_logprobs" in wanted:
+        plan.add("linear_logprobs", half, 6)
+    for settings in ({"entropy_coef": 0.01}, {"softcap": 30.0}):
+        other = half.with_settings(**settings)
+        for operation in sorted({"policy_loss", "linear_policy_loss"} & wanted):
+            plan.add(operation, other, 4, NOT_COMPILED if operation in OF_THE_HEAD else ())
+    if "fused_advantages" in wanted:
+        plan.add("fused_advantages", replace(half, advantages=lead_advantages(*half.groups).advantage), 3)
+    print(f"\n{time.monotonic() - plan.began:.0f} s")
     out = a.out or RESULTS / f"kernels-{a.device}.json"
-    write_json(out, about | {"rows": rows, "sweep": sweep})
-    if sweep:
-        picture(sweep, out.with_suffix(".png"), f"linear_policy_loss, {dtypes[0]}, V {V}, D {D}: {about['device']}")
+    write_json(out, about | {"seconds": round(time.monotonic() - plan.began), "rows": plan.rows, "sweep": sweep,
+                             "left_out": plan.left_out})  # fmt: skip
+    if bars:
+        name = str(first).removeprefix("torch.")
+        picture(bars, [r for r in sweep if r["implementation"].startswith(SWEEP)], out.with_suffix(".png"),
+                f"linear_policy_loss, {name}, V {V}, D {D}: {about['device']}")  # fmt: skip
 
 
 if __name__ == "__main__":
