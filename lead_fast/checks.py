@@ -5,7 +5,7 @@ from operator import attrgetter
 from pathlib import Path
 
 from .cli import ranges, wanted
-from .config import Config, ModelConfig, ParallelConfig, SftConfig
+from .config import Config, ModelConfig, ParallelConfig, RolloutConfig, SftConfig
 from .reward.function import split_name
 
 NEVER_EMPTY = ("model.path", "data.train", "data.test", "data.problem_column", "data.reference_column",
@@ -17,6 +17,12 @@ def chosen_engine(c: Config, device_type: str) -> str:
     if c.rollout.engine == "auto":
         return "vllm" if device_type == "cuda" else "transformers"
     return c.rollout.engine
+
+
+def responses_at_once(r: RolloutConfig, ranks: int) -> int:
+    """Responses that an engine generates at once: rollout.batch_size, or with 0 all that are its part of a step."""
+    engines = max(1, ranks // r.tensor_parallel)
+    return r.batch_size or -(-(r.problems + r.extra_problems) // engines) * r.group_size
 
 
 def check_values(c: Config | SftConfig) -> None:

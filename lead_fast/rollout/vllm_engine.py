@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from ..checks import responses_at_once
 from ..config import Config
 from ..learner.model import resolve
 from ..records import Response
@@ -61,7 +62,7 @@ class VllmEngine:
         path = resolve(config.model.path)
         self.cpu = ranks.device.type == "cpu"
         self.context = context_of(path, config.model.trust_remote_code, config.data.max_prompt_tokens + r.max_tokens)
-        self.batch_size = r.batch_size
+        self.batch_size = responses_at_once(r, ranks.world)
         self.tokenizer = tokenizer
         self.version = 0
         self.asleep = False
@@ -85,7 +86,7 @@ class VllmEngine:
                 distributed_executor_backend="external_launcher",
                 gpu_memory_utilization=r.gpu_memory,
                 max_model_len=self.context,
-                max_num_seqs=r.batch_size,
+                max_num_seqs=self.batch_size,
                 logprobs_mode="processed_logprobs",
                 generation_config="vllm",  # nobody's defaults but ours
                 use_tqdm_on_load=False,
@@ -103,7 +104,7 @@ class VllmEngine:
         if ranks.main and tokens:
             print(
                 f"vLLM: a key-value cache of {tokens:,} tokens per engine, {tokens / self.context:.1f} times the "
-                f"longest sequence ({self.context:,}); rollout.batch_size is {r.batch_size}.",
+                f"longest sequence ({self.context:,}); at most {self.batch_size} responses at once.",
                 flush=True,
             )
         at_stop.append(self.llm.llm_engine.engine_core.shutdown)
