@@ -91,7 +91,7 @@ def sheet() -> Any:
     """The GPU's data sheet as lead_fast.plan has it, or None."""
     from gpu import device_key
 
-    from lead_fast.plan import DEVICES
+    from lead_fast.planner.assumptions import DEVICES
 
     return DEVICES.get(device_key("cuda").removeprefix("gpu-")) if torch.cuda.is_available() else None
 

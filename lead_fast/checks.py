@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .cli import ranges, wanted
-from .config import Config, ModelConfig, ParallelConfig, SftConfig
+from .config import Config, ModelConfig, ParallelConfig, RolloutConfig, SftConfig
 from .reward.function import split_name
 
 NEVER_EMPTY = ("model.path", "data.train", "data.test", "data.problem_column", "data.reference_column",
@@ -49,6 +49,12 @@ def fit_quantized(c: Config, args: list[str]) -> tuple[Config, list[str]]:
     said = ", ".join(f"loss.{key} {value}" for key, value in changes.items())
     reasons = [f"{said}, because the rollout is quantised"] if changes else []
     return dataclasses.replace(c, loss=dataclasses.replace(c.loss, **changes)), reasons
+
+
+def responses_at_once(r: RolloutConfig, ranks: int) -> int:
+    """Responses that an engine generates at once: rollout.batch_size, or with 0 all that are its part of a step."""
+    engines = max(1, ranks // r.tensor_parallel)
+    return r.batch_size or -(-(r.problems + r.extra_problems) // engines) * r.group_size
 
 
 def check_values(c: Config | SftConfig) -> None:

@@ -147,8 +147,8 @@ class RolloutConfig:
     """Generation ends at any of these strings."""
     refill: CountOrOff = 0
     """Maximum rounds of sampling problems in place of groups that advantage.group_filter drops (DAPO); 0 is off."""
-    batch_size: Count = 128
-    """Maximum number of responses that an engine generates at once."""
+    batch_size: Annotated[int, Range(0, MANY, zero="all of its part of a step")] = 128
+    """Maximum number of responses that an engine generates at once; 0: all of its part of a step."""
     tensor_parallel: Count = 1
     """Neighbouring ranks that share a vLLM engine, where a model does not fit one GPU."""
     gpu_memory: Fraction = 0.6

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from . import crosscheck, tables
-from .checks import check, check_folder, chosen_engine
+from .checks import check, check_folder, chosen_engine, responses_at_once
 from .cli import dump, load_config, take_dry_run
 from .command import run_command
 from .config import Config
@@ -144,7 +144,8 @@ def evaluate(
         the record that metrics.jsonl keeps (see scores.summary; empty if it was stopped), and the graded responses that
         were sampled last: all of them without `samples`.
     """
-    at_once = c.rollout.batch_size * ranks.world * (8 if chosen_engine(c, ranks.device.type) == "vllm" else 1)
+    batches = 8 if chosen_engine(c, ranks.device.type) == "vllm" else 1
+    at_once = responses_at_once(c.rollout, ranks.world) * ranks.world * batches
     size = max(1, at_once // c.evaluate.samples if samples else len(problems))  # a portion: what a kill may cost
     done: dict[str, Answered] = dict(samples.done) if samples else {}
     missing = [i for i, p in enumerate(problems) if p.id not in done]

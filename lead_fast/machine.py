@@ -16,7 +16,7 @@ import torch
 
 from lead_kernels._rows import backend
 
-from .checks import chosen_engine
+from .checks import chosen_engine, responses_at_once
 from .cli import RECIPES, names
 from .config import Config, ModelConfig
 from .learner.attention import attention_in_use
@@ -125,9 +125,9 @@ def fit_engine(c: Config, args: list[str], ranks: int, ranks_here: int, device_t
                 f"tensor parallel {n} because an engine reads all 14 billion weights for every token of the longest "
                 f"response, and {n} GPUs read them side by side"
             )
-    engines = max(1, ranks // max(1, r.tensor_parallel))
-    responses = -(-(r.problems + r.extra_problems) // engines) * r.group_size
-    if responses > r.batch_size and "rollout.batch_size" not in given:
+    engines = max(1, ranks // r.tensor_parallel)
+    responses = responses_at_once(dataclasses.replace(r, batch_size=0), ranks)
+    if 0 < r.batch_size < responses and "rollout.batch_size" not in given:
         r = dataclasses.replace(r, batch_size=responses)
         reasons.append(f"batch size {responses} because each of {engines} engines gets {responses} responses per step")
     return dataclasses.replace(c, rollout=r), reasons

@@ -210,13 +210,13 @@ def test_drafters_that_cannot_be_used_are_refused():
 
 def test_what_vllm_is_told_of_a_drafter():
     key = "--rollout.speculative"
-    assert drafter(load_config([]).rollout) == {}
-    r = load_config([f"{key}.method=draft_model", f"{key}.model=tiny", "--rollout.batch_size=256"]).rollout
-    told = drafter(r)
+    assert drafter(load_config([]).rollout, 128) == {}
+    r = load_config([f"{key}.method=draft_model", f"{key}.model=tiny"]).rollout
+    told = drafter(r, 256)
     assert told["speculative_config"]["num_speculative_tokens_per_batch_size"] == [(1, 64, 3), (65, 256, 0)]
     assert told["speculative_config"]["model"].endswith("tiny") and told["sleep_preserve_parameter_names"] == [
         "draft.*"
     ]
-    r = load_config([f"{key}.method=ngram", "--rollout.batch_size=64"]).rollout
-    assert drafter(r)["speculative_config"]["num_speculative_tokens_per_batch_size"] is None
-    assert drafter(r)["sleep_preserve_parameter_names"] == []
+    r = load_config([f"{key}.method=ngram"]).rollout
+    assert drafter(r, 64)["speculative_config"]["num_speculative_tokens_per_batch_size"] is None
+    assert drafter(r, 64)["sleep_preserve_parameter_names"] == []

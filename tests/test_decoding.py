@@ -24,6 +24,23 @@ def engine() -> TransformersEngine:
     return TransformersEngine(config, load_tokenizer(config.model), ALONE)
 
 
+def test_a_batch_size_of_0_is_all_of_an_engines_part_of_a_step(engine):
+    args = ["--recipe=tiny", "--rollout.batch_size=0", "--rollout.problems=6", "--rollout.group_size=5"]
+    config, two = load_config(args), Ranks(0, 2, torch.device("cpu"), None)  # type: ignore[arg-type]
+    at_once = []
+
+    class Watched(TransformersEngine):
+        def _response(self, tokens, logprobs, s):
+            at_once.append(len(tokens))
+            return super()._response(tokens, logprobs, s)
+
+    all_of_it = Watched(config, engine.tokenizer, two)
+    assert all_of_it.batch_size == 15
+    asked = prompts(engine, 6)
+    all_of_it.generate(Work(asked, 5, [7] * 6, engines=2), Sampling(8))
+    assert len(at_once) == 15  # its half of 30, in one batch
+
+
 def prompts(engine: TransformersEngine, n: int) -> list[list[int]]:
     """Prompts of different lengths."""
     texts = [f"{a} + {b}" + " - 1" * (a % 4) for a, b in itertools.islice(itertools.product(range(2, 60), (3, 41)), n)]

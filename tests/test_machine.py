@@ -200,7 +200,7 @@ def test_too_little_disk_gets_a_sentence(tmp_path, monkeypatch):
 
 def test_a_run_whose_checkpoints_do_not_fit_the_disk_gets_a_sentence(tmp_path, monkeypatch, capsys):
     from lead_fast.learner.checkpoint import check_room
-    from lead_fast.plan import QWEN_14B, AutoConfig
+    from lead_fast.planner.shapes import QWEN_14B, AutoConfig
 
     shape = AutoConfig.for_model(**QWEN_14B)
     monkeypatch.setattr(hardware.shutil, "disk_usage", lambda path: SimpleNamespace(free=100 * hardware.GIB))
@@ -316,6 +316,7 @@ ASKED = ["--recipe=lead-14b"]
         ([*ASKED, "--rollout.tensor_parallel=2"], 8, 8, "cuda", 2, 64),
         ([*ASKED, "--rollout.tensor-parallel", "1"], 8, 8, "cuda", 1, 64),
         ([*ASKED, "--rollout.batch_size=32"], 8, 8, "cuda", 4, 32),
+        ([*ASKED, "--rollout.batch_size=0"], 8, 8, "cuda", 4, 0),  # all of an engine's part, whatever that is
         ([*ASKED, "--rollout.extra_problems=32"], 8, 8, "cuda", 4, 256),
         ([*ASKED, "--rollout.engine=transformers"], 8, 8, "cuda", 1, 64),
         (ASKED, 8, 8, "cpu", 1, 64),

@@ -34,6 +34,7 @@ from lead_kernels._head import CHUNK_BYTES
 from ..config import Config
 from ..runtime.ranks import Ranks
 from .attention import attention_groups, packed_attention
+from .fake_blocks import fused_blocks
 from .head import HeadForm
 from .loss import Objective, policy_loss
 from .optimizer import make_optimizer
@@ -139,6 +140,8 @@ class Tracker(FSDPMemTracker):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(t is DTensor for t in types):
             return NotImplemented
+        if func.namespace == "prim":  # a question about a tensor
+            return func(*args, **(kwargs or {}))
         if func is torch.ops.aten.mul.Tensor and self._is_head(args[0]):
             return args[0]  # the backward of the head scales in place, which it does not do to traced tensors
         inside = self._inside(func, args)
@@ -188,6 +191,8 @@ class Counter(TorchDispatchMode):
         if any(t is DTensor for t in types):
             return NotImplemented
         out = func(*args, **(kwargs or {}))
+        if func.namespace == "prim" or func is torch.ops.aten._unsafe_view.default:
+            return out  # a question about a tensor, and a view that does not say so: neither moves a byte
         if name := COLLECTIVES.get(func):
             tensors = args[0] if isinstance(args[0], list) else args[:2]
             size = max(x.numel() * x.element_size() for x in tensors)
@@ -196,6 +201,8 @@ class Counter(TorchDispatchMode):
             self.counts[f"{name}_largest"] = max(size, self.counts[f"{name}_largest"])
         elif func is HEAD_OP:
             self.counts["gemm_flops"] += 6 * args[0].numel() * args[1].shape[0]
+            # rows of logits are read twice and their gradient is written once, chunk by chunk
+            self.counts["moved_bytes"] += 3 * args[0].shape[0] * args[1].shape[0] * args[1].element_size()
         elif name := ATTENTION.get(func):
             self.counts[f"{name}_calls"] += 1
         elif func._overloadpacket in flop_registry:
@@ -238,8 +245,10 @@ def run_pack(c: Config, shape: Any, ranks: Ranks, lengths: Sequence[int], rows: 
     The update is not tracked: clipping and fused AdamW work in place.
     """
     AttentionInterface.register("lead_plan", plan_attention(lengths, on_gpu))
-    with FakeTensorMode():
+    with FakeTensorMode(), contextlib.ExitStack() as patched:
         model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
+        if on_gpu and c.model.liger:
+            patched.enter_context(fused_blocks(model))
         policy = FakePolicy(model, head_form=HeadForm())  # a probe wants values; scale and cap cost no memory
         policy.model.set_attn_implementation("lead_plan")
         shard(policy, ranks, c.model, c.parallel)

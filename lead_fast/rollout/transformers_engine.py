@@ -17,6 +17,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from ..checks import responses_at_once
 from ..config import Config, ModelConfig
 from ..learner.model import LayoutError, load_model, load_shape
 from ..learner.model_check import (
@@ -193,7 +194,7 @@ class TransformersEngine:
         more = attention_of(load_shape(config.model))
         self.model: Any = load_model(config.model, dtype, **more).to(ranks.device).eval()
         self.tokenizer = tokenizer
-        self.batch_size = config.rollout.batch_size
+        self.batch_size = responses_at_once(config.rollout, ranks.world)
         self.device = ranks.device
         self.version = 0
         self.speculation = Speculation()

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from ..checks import responses_at_once
 from ..config import Config, RolloutConfig
 from ..learner.model import resolve
 from ..records import Response
@@ -74,7 +75,7 @@ class VllmEngine:
         path = resolve(config.model.path)
         self.cpu = ranks.device.type == "cpu"
         self.context = context_of(path, config.model.trust_remote_code, config.data.max_prompt_tokens + r.max_tokens)
-        self.batch_size = r.batch_size
+        self.batch_size = responses_at_once(r, ranks.world)
         self.tokenizer = tokenizer
         self.version = 0
         self.asleep = False
@@ -101,13 +102,13 @@ class VllmEngine:
                 distributed_executor_backend="external_launcher",
                 gpu_memory_utilization=r.gpu_memory,
                 max_model_len=self.context,
-                max_num_seqs=r.batch_size,
+                max_num_seqs=self.batch_size,
                 logprobs_mode="processed_logprobs",
                 generation_config="vllm",  # nobody's defaults but ours
                 use_tqdm_on_load=False,
                 seed=config.seed,
                 **special,
-                **drafter(r),
+                **drafter(r, self.batch_size),
                 quantization=None if r.quantization == "none" else r.quantization,
                 kv_cache_dtype=r.kv_dtype,
             )
@@ -122,7 +123,7 @@ class VllmEngine:
         if ranks.main and tokens:
             print(
                 f"vLLM: a key-value cache of {tokens:,} tokens per engine, {tokens / self.context:.1f} times the "
-                f"longest sequence ({self.context:,}); rollout.batch_size is {r.batch_size}.",
+                f"longest sequence ({self.context:,}); at most {self.batch_size} responses at once.",
                 flush=True,
             )
         self.before: dict[str, tuple[float, float, int]] = {}
@@ -330,17 +331,17 @@ class _Group:
         return speculation
 
 
-def drafter(r: RolloutConfig) -> dict[str, Any]:
-    """Keywords for vLLM that rollout.speculative means.
+def drafter(r: RolloutConfig, batch_size: int) -> dict[str, Any]:
+    """Keywords for vLLM that rollout.speculative means, with so many responses at once.
 
     Level 2 of sleep drops all weights; a drafter's, which no sync brings, are kept in host memory meanwhile.
     """
     s = r.speculative
     if s.method == "none":
         return {}
-    schedule = [(1, s.max_batch, s.tokens), (s.max_batch + 1, max(r.batch_size, s.max_batch + 1), 0)]
+    schedule = [(1, s.max_batch, s.tokens), (s.max_batch + 1, max(batch_size, s.max_batch + 1), 0)]
     speculative: dict[str, Any] = {"method": s.method, "num_speculative_tokens": s.tokens}
-    speculative["num_speculative_tokens_per_batch_size"] = schedule if s.max_batch < r.batch_size else None
+    speculative["num_speculative_tokens_per_batch_size"] = schedule if s.max_batch < batch_size else None
     if s.method == "ngram":
         speculative |= {"prompt_lookup_max": NGRAM[1], "prompt_lookup_min": NGRAM[0]}
     if s.model:

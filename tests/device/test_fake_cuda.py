@@ -23,7 +23,7 @@ from lead_fast.learner.head import HeadForm
 from lead_fast.learner.loss import Objective, pack_logprobs, policy_loss
 from lead_fast.learner.packing import Pack, make_pack
 from lead_fast.learner.policy import Policy, prepare_blocks
-from lead_fast.plan import shape_of
+from lead_fast.planner.shapes import shape_of
 from lead_kernels import Groups, Outcomes, Sequences, Tokens, _head, linear_logprobs, linear_policy_loss
 from lead_kernels.linear_logprobs import linear_logprobs_op
 from lead_kernels.linear_policy_loss import linear_policy_loss_op
