@@ -115,6 +115,11 @@ def check(c: Config, world: int, *, trains: bool = True, device_type: str = "cpu
             f"rollout.tensor_parallel is {r.tensor_parallel} and extra_problems {r.extra_problems}, "
             "which only vLLM can do: give --rollout.engine=vllm."
         )
+    if trains and a.length_guard and not c.evaluate.every:
+        raise ValueError(
+            f"advantage.length_guard is {a.length_guard} and evaluate.every 0: the guard looks at held-out accuracy; "
+            "give --evaluate.every=STEPS, or --advantage.length_guard=0."
+        )
     if c.optim.updates > 1 and c.loss.old_logprobs == "current":
         raise ValueError(
             f"optim.updates is {c.optim.updates} with loss.old_logprobs=current: later updates need the ratio; "

@@ -36,6 +36,8 @@ def keys(cls: Any = Config, prefix: str = "") -> list[str]:
     """Every dotted key of the tree, such as `rollout.group_size`."""
     out = []
     for f in dataclasses.fields(cls):
+        if f.metadata.get("computed"):  # by the trainer itself
+            continue
         if dataclasses.is_dataclass(f.type):
             out += keys(f.type, f"{prefix}{f.name}.")
         else:
