@@ -268,7 +268,8 @@ def dump(c: Config | SftConfig) -> str:
     out = "".join(line(k, v) for k, v in tree.items() if not isinstance(v, dict))
     for section, values in tree.items():
         if isinstance(values, dict):
-            out += f"\n[{section}]\n" + "".join(line(k, v) for k, v in values.items() if v is not None)
+            given = {k: v for k, v in values.items() if v is not None and f"{section}.{k}" in keys(type(c))}
+            out += f"\n[{section}]\n" + "".join(line(k, v) for k, v in given.items())
     return out
 
 
@@ -292,7 +293,7 @@ def help_text(c: Config | SftConfig, about: str) -> str:
         prefix, docs = "" if section is None else f"{section.name}.", _descriptions(type(values))
         lines += ["", f"{section.name}: {type(values).__doc__}" if section else "general:"]
         for f in dataclasses.fields(values):
-            if not dataclasses.is_dataclass(f.type):
+            if prefix + f.name in keys(type(c)):
                 shown = _shown(getattr(values, f.name))
                 choices = _choices(prefix + f.name, type(c))
                 lines += _entry(f"--{prefix}{f.name}={shown}", f"{docs[f.name]}{choices}")
