@@ -26,6 +26,9 @@ AdvantageOptions AdvantageOptions::decode(const double* encoded) {
   o.nonnegative_correct = *next++ != 0;
   o.rate = static_cast<Rate>(static_cast<int>(*next++));
   o.group_filter = static_cast<Filter>(static_cast<int>(*next++));
+  o.baseline = static_cast<Baseline>(static_cast<int>(*next++));
+  o.length_advantage = *next++;
+  o.batch_std = *next++;
   return o;
 }
 
@@ -44,31 +47,39 @@ GroupResult lead_group(const AdvantageOptions& o, int64_t n, const double* corre
   mean /= std::max(solved, 1.0);
   for (int64_t i = 0; i < n; ++i) squares += correct[i] * (lengths[i] - mean) * (lengths[i] - mean);
   const double sigma = solved > 1 ? std::sqrt(squares / (solved - 1)) : 1;
-  bool shaped = o.length_reward && (o.length_min_solve_rate <= 0 || solve_rate > o.length_min_solve_rate);
+  bool shaped = o.length_min_solve_rate <= 0 || solve_rate > o.length_min_solve_rate;
   if (o.length_gate > 0 && n >= 3) {
     std::vector<double> shortest(3);
     std::partial_sort_copy(lengths, lengths + n, shortest.begin(), shortest.end());
     shaped = shaped && (shortest[0] + shortest[1] + shortest[2]) / 3 > o.length_gate;
   }
-  std::vector<double> reward(n), advantage(n);
+  std::vector<double> z(n), reward(n), advantage(n);
   for (int64_t i = 0; i < n; ++i) {
-    const double z = (lengths[i] - mean) / (sigma + o.eps);
-    reward[i] = (correct[i] == 0 ? wrong_reward[i] : shaped ? std::exp(-o.alpha * z) : 1) + bonus[i];
+    z[i] = (lengths[i] - mean) / (sigma + o.eps);
+    const double right = shaped && o.length_reward ? std::exp(-o.alpha * z[i]) : 1;
+    reward[i] = (correct[i] == 0 ? wrong_reward[i] : right) + bonus[i];
   }
 
   // Group-relative normalisation. Equal rewards have spread exactly 0; a group of one has mean 0 and std 1.
   const auto each = [&](auto test) { return std::all_of(reward.begin(), reward.end(), test); };
   double center = std::accumulate(reward.begin(), reward.end(), 0.0) / n;
-  if (each([&](double r) { return r == reward[0]; })) center = reward[0];
-  if (n == 1) center = 0;
+  double baseline = center;
+  if (o.baseline == AdvantageOptions::LENGTH)
+    baseline = std::inner_product(lengths, lengths + n, reward.begin(), 0.0) / std::accumulate(lengths, lengths + n, 0.0);
+  if (each([&](double r) { return r == reward[0]; })) center = baseline = reward[0];
+  if (n == 1) center = baseline = 0;
   double spread = 0;
   for (int64_t i = 0; i < n; ++i) {
-    advantage[i] = reward[i] - center;
-    spread += o.std == AdvantageOptions::MAD ? std::abs(advantage[i]) : advantage[i] * advantage[i];
+    const double off = reward[i] - center;
+    advantage[i] = reward[i] - baseline;
+    spread += o.std == AdvantageOptions::MAD ? std::abs(off) : off * off;
   }
-  if (n > 1 && o.std != AdvantageOptions::NONE) {
-    spread = o.std == AdvantageOptions::MAD ? spread / n : std::sqrt(spread / (n - 1));
-    for (double& a : advantage) a /= spread + o.eps;
+  const bool grouped = n > 1 && (o.std == AdvantageOptions::SAMPLE || o.std == AdvantageOptions::MAD);
+  if (o.std == AdvantageOptions::BATCH) spread = o.batch_std;
+  if (grouped) spread = o.std == AdvantageOptions::MAD ? spread / n : std::sqrt(spread / (n - 1));
+  for (int64_t i = 0; i < n; ++i) {
+    if (grouped || o.std == AdvantageOptions::BATCH) advantage[i] /= spread + o.eps;
+    if (correct[i] != 0 && shaped) advantage[i] -= o.length_advantage * solve_rate * z[i];
   }
 
   // AD: the weight's argument turns with the sign of the advantage.

@@ -72,13 +72,15 @@ struct AdvantageOptions {
   double alpha;
   bool difficulty;
   double weight_low, weight_high, slope, midpoint, eps;
-  enum Spread { SAMPLE, NONE, MAD } std;
+  enum Spread { SAMPLE, NONE, MAD, BATCH } std;
   double length_gate, length_min_solve_rate;
   bool nonnegative_correct;
   enum Rate { CORRECT, POSITIVE } rate;
   enum Filter { KEEP_ALL, OFFICIAL, UNIFORM } group_filter;
+  enum Baseline { MEAN, LENGTH } baseline;
+  double length_advantage, batch_std;
 
-  static constexpr int SIZE = 14;  // numbers that `decode` reads
+  static constexpr int SIZE = 17;  // numbers that `decode` reads
   static AdvantageOptions decode(const double* encoded);
 };
 

@@ -171,6 +171,11 @@ def check(c: Config, world: int, *, trains: bool = True, device_type: str = "cpu
             f"rollout.extra_problems is {r.extra_problems}, more than {r.max_age} steps of {r.problems} problems can "
             f"train on: give at most {r.problems * r.max_age}, or a higher rollout.max_age."
         )
+    if trains and a.length_guard and not c.evaluate.every:
+        raise ValueError(
+            f"advantage.length_guard is {a.length_guard} and evaluate.every 0: the guard looks at held-out accuracy; "
+            "give --evaluate.every=STEPS, or --advantage.length_guard=0."
+        )
     if c.optim.updates > 1 and c.loss.old_logprobs == "current":
         raise ValueError(
             f"optim.updates is {c.optim.updates} with loss.old_logprobs=current: later updates need the ratio; "

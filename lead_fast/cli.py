@@ -36,6 +36,8 @@ def keys(cls: Any = Config, prefix: str = "") -> list[str]:
     """Every dotted key of the tree, such as `rollout.group_size`."""
     out = []
     for f in dataclasses.fields(cls):
+        if f.metadata.get("computed"):  # by the trainer itself
+            continue
         if dataclasses.is_dataclass(f.type):
             out += keys(f.type, f"{prefix}{f.name}.")
         else:
@@ -267,8 +269,8 @@ def dump(c: Config | SftConfig) -> str:
     out = "".join(line(k, v) for k, v in tree.items() if not isinstance(v, dict))
     for section, values in tree.items():
         if isinstance(values, dict):
-            plain = {k: v for k, v in values.items() if v is not None and not _is_section(f"{section}.{k}", type(c))}
-            out += f"\n[{section}]\n" + "".join(line(k, v) for k, v in plain.items())
+            given = {k: v for k, v in values.items() if v is not None and f"{section}.{k}" in keys(type(c))}
+            out += f"\n[{section}]\n" + "".join(line(k, v) for k, v in given.items())
             for name in [k for k in values if _is_section(f"{section}.{k}", type(c))]:
                 out += f"\n[{section}.{name}]\n" + "".join(line(k, v) for k, v in values[name].items() if v is not None)
     return out
@@ -300,7 +302,7 @@ def _section_help(values: Any, cls: Any, name: str = "") -> list[str]:
     docs, prefix = _descriptions(type(values)), f"{name}." if name else ""
     lines = ["", f"{name}: {type(values).__doc__}" if name else "general:"]
     fields = dataclasses.fields(values)
-    for f in [f for f in fields if not dataclasses.is_dataclass(f.type)]:
+    for f in [f for f in fields if prefix + f.name in keys(cls)]:
         shown = _shown(getattr(values, f.name))
         lines += _entry(f"--{prefix}{f.name}={shown}", f"{docs[f.name]}{_choices(prefix + f.name, cls)}")
     for f in [f for f in fields if dataclasses.is_dataclass(f.type)]:

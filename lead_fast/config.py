@@ -209,8 +209,12 @@ class AdvantageConfig(AdvantageOptions):
         "eps": Range(0, 1),
         "length_gate": Range(0, 2**24, zero="off"),
         "length_min_solve_rate": Range(0, 1),
+        "length_advantage": Range(0, 100, zero="off"),
     }
     """Of the inherited numbers; a kernel takes any that it can compute with."""
+
+    length_guard: Annotated[float, Range(0, 1, zero="off")] = 0.0
+    """L and length_advantage are off while held-out Pass@1 is below the run's best by more than this."""
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,7 @@ def train(c: Config, ranks: Ranks, folder: Path) -> None:
             with journal.phase("evaluate"), run.saved_on_failure(f"In the evaluation after step {step}", step):
                 record, batch = evaluate(engine, test, test_prompts, verifier, c, ranks, progress, function=function)
             journal.evaluation(step, record, batch)
+            learner.saw(record["pass_at_1"])
 
         if c.evaluate.every and first == 0:
             held_out(0)
@@ -74,7 +75,7 @@ def train(c: Config, ranks: Ranks, folder: Path) -> None:
             with run.saved_on_failure(f"In step {step + 1}", step):
                 batch = sampler.collect(step)  # ask, generate, grade, gather; replace dropped groups
             with journal.phase("advantage"):
-                credit = advantages(batch.scores, batch.lengths, c, ranks.device)  # L, E, AD
+                credit = advantages(batch.scores, batch.lengths, learner.c, ranks.device)  # L, E, AD
             update = learner.step(batch, credit, step)  # pack, loss over global denominators, AdamW
             with journal.phase("sync"):
                 synced = publish(learner.policy, engine, step + 1, c, ranks)  # compared on both sides
@@ -115,7 +116,8 @@ class Run:
     def save(self, step: int, *, wait: bool = True) -> bool:
         """Write a checkpoint after `step` steps; returns whether it was written, without `wait` whether it began."""
         with self.journal.phase("save"):
-            return self.learner.save(step, self.journal.state() | self.sampler.state(), wait=wait)
+            state = self.journal.state() | self.sampler.state() | self.learner.state()
+            return self.learner.save(step, state, wait=wait)
 
     def leave_if(self, fault: str, step: int) -> None:
         """Where there is a fault after `step` steps, save them and end the run in a sentence."""

@@ -431,6 +431,10 @@ OPTIONS = [
     {"nonnegative_correct": True},
     {"rate": "positive", "group_filter": "official"},
     {"group_filter": "uniform"},
+    {"baseline": "length"},
+    {"std": "batch", "batch_std": 0.3, "baseline": "length"},
+    {"length_advantage": 0.4, "length_reward": False, "length_min_solve_rate": 0.3},
+    {"length_advantage": 0.4, "length_gate": 4000.0, "std": "mad"},
 ]
 
 
@@ -456,7 +460,7 @@ def test_advantages(options, group):
 def test_advantages_refuse_what_does_not_fit():
     table, encoded = torch.zeros(6, 4), AdvantageOptions().encode()
     for args, says in (((table, 4, encoded), "multiple of the group size 4"), ((table[:, :3], 3, encoded), "give .S"),
-                       ((table, 3, encoded[:-1]), "13 options")):  # fmt: skip
+                       ((table, 3, encoded[:-1]), "16 options: .*, 17")):  # fmt: skip
         with pytest.raises(ValueError, match=says):
             cpp.lead_advantages(*args)
 

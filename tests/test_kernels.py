@@ -17,6 +17,7 @@ from lead_kernels import (
     Outcomes,
     Sequences,
     Tokens,
+    batch_std,
     lead_advantages,
     linear_logprobs,
     linear_policy_loss,
@@ -703,7 +704,7 @@ EVERY_LOSS = [
     LossOptions(delta=3.5),
 ]
 EVERY_ADVANTAGE = AdvantageOptions(False, 0.5, False, 0.25, 2.0, 3.0, 0.5, 1e-3, "mad", 4000, 0.125, True, "positive",
-                                   "uniform")  # fmt: skip
+                                   "uniform", "length", 0.5, 2.0)  # fmt: skip
 
 
 def test_options_survive_their_list_of_numbers():
@@ -757,7 +758,7 @@ WRONG_VALUES = [
         {"delta": 1.3, "clip_high": 0.5},
         "delta 1.3 is below 1 + clip_high, so it would clip where clip_high does not: give 1.5 or more.",
     ),
-    (AdvantageOptions, {"std": "max"}, "std is 'max': give one of sample, none, mad."),
+    (AdvantageOptions, {"std": "max"}, "std is 'max': give one of sample, none, mad, batch."),
     (AdvantageOptions, {"length_gate": -1}, "length_gate is -1: give 0 (off) or more."),
     (AdvantageOptions, {"length_min_solve_rate": 2}, "length_min_solve_rate is 2: give a share between 0 and 1."),
     (AdvantageOptions, {"slope": float("inf")}, "slope is inf: give a finite number."),
@@ -804,3 +805,30 @@ def test_no_operator_takes_more_than_13_parameters():
     for name in ("lead_advantages", "policy_loss", "linear_policy_loss", "linear_logprobs", "linear_logprobs_backward"):
         schema = getattr(torch.ops.lead_kernels, name).default._schema
         assert len(schema.arguments) <= 13, schema
+
+
+def test_switches_by_hand():
+    """Correct 100, 200, 300 tokens (z = -1, 0, 1), wrong 400; and a group that is all correct with equal lengths."""
+    correct, lengths = torch.tensor([1, 1, 1, 0, 1, 1, 1, 1]), torch.tensor([100, 200, 300, 400, 50, 50, 50, 50])
+    outcomes = Outcomes(correct, lengths, torch.zeros(8))
+    plain = AdvantageOptions(length_reward=False, difficulty=False, std="none", eps=1e-12)
+
+    def of(**options):
+        return lead_advantages(outcomes, 4, dataclasses.replace(plain, **options)).advantage.tolist()
+
+    # mean 3/4; with a length advantage of 0.4 and a solve rate of 3/4: 0.3 x (1, 0, -1)
+    assert of() == pytest.approx([0.25, 0.25, 0.25, -0.75, 0, 0, 0, 0])
+    assert of(length_advantage=0.4) == pytest.approx([0.55, 0.25, -0.05, -0.75, 0, 0, 0, 0])
+    # weighted by length: (100 + 200 + 300) / 1000; the standard deviation is about the mean, 1/2
+    assert of(baseline="length") == pytest.approx([0.4, 0.4, 0.4, -0.6, 0, 0, 0, 0])
+    assert of(baseline="length", std="sample") == pytest.approx([0.8, 0.8, 0.8, -1.2, 0, 0, 0, 0])
+    # over the batch: squares 3/16 + 9/16, over 7
+    batch = batch_std(outcomes, 4, dataclasses.replace(plain, std="batch"))
+    assert batch == pytest.approx((0.75 / 7) ** 0.5)
+    ours = of(std="batch", batch_std=batch)
+    assert ours == pytest.approx([0.25 / batch] * 3 + [-0.75 / batch] + [0] * 4)
+    # the length advantage comes after the normalisation and before the difficulty weight
+    w, rest = (0.4 + 1.1 / (1 + math.exp(10 * (rho - 0.75))) for rho in (0.75, 0.25))
+    every = of(std="batch", batch_std=batch, length_advantage=0.4, difficulty=True)
+    expected = [(0.25 / batch + 0.3) * w, 0.25 / batch * w, (0.25 / batch - 0.3) * w, -0.75 / batch * rest]
+    assert every[:4] == pytest.approx(expected) and every[4:] == [0] * 4

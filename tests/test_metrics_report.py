@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+from lead_fast.cli import load_config
+from lead_fast.learner.advantage import LengthGuard
 from lead_fast.report import band, main, parse_labelled, read_run, write_report
 from lead_fast.runtime import journal as metrics_module
 from lead_fast.runtime.console import clock
+from lead_fast.runtime.journal import length_correctness, length_spread
 from lead_fast.runtime.jsonl import read_jsonl
 from lead_fast.runtime.metrics import Metrics, PhaseTimer
 
@@ -440,3 +443,32 @@ def test_an_out_that_is_a_file_is_refused(tmp_path):
         with pytest.raises(ValueError, match="which cannot be made a folder"):
             main(["--compare", f"a={run}", "--out", str(tmp_path / out)])
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_length_and_correctness_within_groups():
+    lengths = torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0], [5.0, 5.0, 5.0], [1.0, 2.0, 3.0]])
+    correct = torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, 1.0], [0.0, 1.0, 1.0], [1.0, 1.0, 1.0]])
+    r = 1 / (2 * 2 / 3) ** 0.5  # sum of products 1 over sqrt(2 x 2/3)
+    assert length_correctness(lengths[:1], correct[:1]) == pytest.approx(r)
+    assert length_correctness(lengths[1:2], correct[1:2]) == pytest.approx(-r)
+    assert length_correctness(lengths, correct) == pytest.approx(0, abs=1e-6)  # the others have no correlation
+    assert length_correctness(lengths[2:], correct[2:]) is None
+    assert length_spread(lengths, correct) == pytest.approx((0.0 + 0.5) / 2)  # 5, 5; and 1, 2, 3
+    assert length_spread(lengths[:2], correct[:2]) is None
+
+
+def test_the_length_guard_suspends_brevity_until_the_accuracy_is_back():
+    c = load_config(["--advantage.length_guard=0.05", "--advantage.length_advantage=0.2"])
+    guard = LengthGuard(c.advantage)
+    seen = []
+    for accuracy in (0.5, 0.7, 0.66, 0.64, 0.66, 0.75, 0.69):
+        guard.saw(accuracy)
+        seen.append(guard.suspended)
+    assert seen == [False, False, False, True, False, False, True]
+    assert not guard.now().length_reward and guard.now().length_advantage == 0 and guard.now().alpha == 0.05
+    again = LengthGuard(c.advantage)
+    again.resume(guard.state())
+    assert again.suspended and again.best == 0.75
+    never = LengthGuard(load_config([]).advantage)
+    never.saw(0.9), never.saw(0.0)
+    assert not never.suspended and never.state() == {} and never.now().length_reward

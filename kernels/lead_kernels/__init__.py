@@ -1,6 +1,6 @@
 """Kernels for GRPO-LEAD: from raw outcomes to the gradient, without the full matrix of logits."""
 
-from .advantage import lead_advantages
+from .advantage import batch_std, lead_advantages
 from .linear_logprobs import linear_logprobs
 from .linear_policy_loss import linear_policy_loss
 from .options import AdvantageOptions, LossOptions
@@ -16,6 +16,7 @@ __all__ = [
     "PolicyLoss",
     "Sequences",
     "Tokens",
+    "batch_std",
     "lead_advantages",
     "linear_logprobs",
     "linear_policy_loss",

@@ -89,19 +89,19 @@ def group_advantage(table_ptr, first, size, options, BLOCK: tl.constexpr):
     sigma = tl.where(n > 1, tl.sqrt_rn(tl.div_rn(total(product(off, off)), tl.maximum(n - 1, 1.0))), 1.0)
     z = tl.div_rn(off, sigma + options.eps)
     rate = tl.div_rn(n, count)
-    factor = tl.exp(-options.alpha * z)
+    shaped = n >= 0
+    if options.length_gate > 0:
+        rest = tl.where(member, length, inf)
+        three = 0.0
+        for _ in tl.static_range(3):
+            low = tl.min(rest, 0)
+            three += low
+            rest = tl.where(cols == tl.min(tl.where(rest == low, cols, BLOCK), 0), inf, rest)
+        shaped = (count < 3) | (tl.div_rn(three, 3.0) > options.length_gate)
+    if options.length_min_solve_rate > 0:
+        shaped = shaped & (rate > options.length_min_solve_rate)
     if options.length_reward:
-        if options.length_gate > 0:
-            rest = tl.where(member, length, inf)
-            three = 0.0
-            for _ in tl.static_range(3):
-                low = tl.min(rest, 0)
-                three += low
-                rest = tl.where(cols == tl.min(tl.where(rest == low, cols, BLOCK), 0), inf, rest)
-            gated = (count >= 3) & (tl.div_rn(three, 3.0) <= options.length_gate)
-            factor = tl.where(gated, 1.0, factor)
-        if options.length_min_solve_rate > 0:
-            factor = tl.where(rate > options.length_min_solve_rate, factor, 1.0)
+        factor = tl.where(shaped, tl.exp(-options.alpha * z), 1.0)
     else:
         factor = tl.full([BLOCK], 1.0, tl.float32)
     reward = tl.where(right, factor, wrong) + bonus
@@ -113,11 +113,20 @@ def group_advantage(table_ptr, first, size, options, BLOCK: tl.constexpr):
     center = tl.where(count == 1, 0.0, center)
     off = tl.where(member, reward - center, 0.0)
     advantage = off
+    if options.baseline == "length":
+        weighted = tl.div_rn(total(tl.where(member, product(length, reward), 0.0)), total(length))
+        weighted = tl.where(highest == lowest, highest, weighted)
+        advantage = tl.where(member, reward - tl.where(count == 1, 0.0, weighted), 0.0)
+    if options.std == "batch":
+        advantage = tl.div_rn(advantage, options.batch_std + options.eps)
     if size > 1:
         if options.std == "sample":
-            advantage = tl.div_rn(off, tl.sqrt_rn(tl.div_rn(total(product(off, off)), count - 1)) + options.eps)
+            advantage = tl.div_rn(advantage, tl.sqrt_rn(tl.div_rn(total(product(off, off)), count - 1)) + options.eps)
         if options.std == "mad":
-            advantage = tl.div_rn(off, tl.div_rn(total(tl.abs(off)), count) + options.eps)
+            advantage = tl.div_rn(advantage, tl.div_rn(total(tl.abs(off)), count) + options.eps)
+    if options.length_advantage > 0:
+        brevity = product(options.length_advantage * rate, z)
+        advantage = advantage - tl.where(correct & shaped, brevity, 0.0)
 
     # AD: the weight's argument turns with the sign of the advantage.
     rho = rate

@@ -4,7 +4,9 @@ For a group of G responses with lengths |o| (tokens), C the correct ones (arXiv 
 
     z      = (|o| - mean_C) / (std_C + eps)                 sample std over C; one correct response: z = 0
     R      = exp(-alpha z) if correct, else wrong_reward; + bonus
-    A      = (R - mean(R)) / (std(R) + eps)                  over the whole group
+    b      = mean(R), or sum(|o| R) / sum(|o|)               over the whole group (baseline)
+    A      = (R - b) / (std(R) + eps)                        over the whole group, or std over the batch
+    A      = A - length_advantage rho z if correct           nothing by default
     w(r)   = low + (high - low) / (1 + exp(slope (r - midpoint)))
     A'     = A w(rho) if A > 0 else A w(1 - rho)             rho the solve rate
 
@@ -23,6 +25,8 @@ Floor: S x (16 + 8) bytes, a few microseconds at any batch size: one launch.
 
 Legend: P problems, G responses in a group, S = P x G sequences, a group's responses side by side.
 """
+
+from dataclasses import replace
 
 import torch
 
@@ -50,24 +54,31 @@ def lead_advantages_reference(table: torch.Tensor, group_size: int, o: Advantage
     off = (length - mean) * right
     sigma = torch.where(n > 1, ((off * off).sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt(), 1.0)
     z = off / (sigma + o.eps)
-    shaped = torch.full_like(n, float(o.length_reward), dtype=torch.bool)
+    shaped = torch.ones_like(n, dtype=torch.bool)
     if o.length_gate > 0 and group_size >= 3:
         shaped = shaped & (length.sort(1).values[:, :3].mean(1, keepdim=True) > o.length_gate)
     if o.length_min_solve_rate > 0:
         shaped = shaped & (solve_rate > o.length_min_solve_rate)
-    reward = torch.where(right, torch.where(shaped, torch.exp(-o.alpha * z), 1.0), wrong) + bonus
+    factor = torch.where(shaped, torch.exp(-o.alpha * z), 1.0) if o.length_reward else 1.0
+    reward = torch.where(right, factor, wrong) + bonus
 
     # Group-relative normalisation. Equal rewards have spread exactly 0.
     first = reward[:, :1]
     same = (reward == first).all(1, keepdim=True)
     center = torch.where(same, first, reward.mean(1, keepdim=True))
     off = reward - center if group_size > 1 else reward
-    if group_size == 1 or o.std == "none":
-        advantage = off.clone()
-    elif o.std == "mad":
-        advantage = off / (off.abs().mean(1, keepdim=True) + o.eps)
-    else:
-        advantage = off / (((off * off).sum(1, keepdim=True) / (group_size - 1)).sqrt() + o.eps)
+    advantage = off
+    if o.baseline == "length" and group_size > 1:
+        weighted = (length * reward).sum(1, keepdim=True) / length.sum(1, keepdim=True)
+        advantage = reward - torch.where(same, first, weighted)
+    if o.std == "batch":
+        advantage = advantage / (o.batch_std + o.eps)
+    elif o.std == "mad" and group_size > 1:
+        advantage = advantage / (off.abs().mean(1, keepdim=True) + o.eps)
+    elif o.std == "sample" and group_size > 1:
+        advantage = advantage / (((off * off).sum(1, keepdim=True) / (group_size - 1)).sqrt() + o.eps)
+    if o.length_advantage:
+        advantage = advantage - torch.where(right & shaped, o.length_advantage * solve_rate * z, 0.0)
 
     # AD: the weight's argument turns with the sign of the advantage.
     rho = solve_rate if o.rate == "correct" else (reward > 0).to(table.dtype).mean(1, keepdim=True)
@@ -106,6 +117,17 @@ def _(outcomes, groups):
     P = S // int(groups[0])
     reward, advantage, rate, weight = (outcomes.new_empty((n,), dtype=torch.float32) for n in (S, S, P, P))
     return reward, advantage, rate, outcomes.new_empty((P,), dtype=torch.bool), weight
+
+
+def batch_std(outcomes: Outcomes | torch.Tensor, group_size: int, options: AdvantageOptions) -> float:
+    """Compute the standard deviation of a batch's rewards, each about the mean of its group.
+
+    sqrt(sum (R - mean_group(R))^2 / (S - 1)) over all S responses (arXiv 2510.15110). It is a scalar of the host, so
+    outcomes on a CPU cost no wait for a device. Arguments as `lead_advantages`.
+    """
+    reward = lead_advantages(outcomes, group_size, replace(options, std="none")).reward.double().view(-1, group_size)
+    off = reward - reward.mean(1, keepdim=True)
+    return (off.square().sum() / max(1, reward.numel() - 1)).sqrt().item()
 
 
 def lead_advantages(

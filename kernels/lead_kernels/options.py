@@ -10,7 +10,7 @@ and None, where a field may be None, as infinity.
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from types import NoneType
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
@@ -175,8 +175,9 @@ class AdvantageOptions:
     """rho0: solve rate at which the weight is halfway."""
     eps: float = 1e-6
     """Added to standard deviations."""
-    std: Literal["sample", "none", "mad"] = "sample"
-    """Normalise by the sample standard deviation, by nothing (Dr. GRPO) or by the mean absolute deviation (DGPO)."""
+    std: Literal["sample", "none", "mad", "batch"] = "sample"
+    """Normalise by the group's sample standard deviation or mean absolute deviation (DGPO), by the batch's (DLER), or
+    by nothing (Dr. GRPO)."""
     length_gate: int = 0
     """Tokens; groups whose three shortest responses average at most this keep reward 1 (official: 4000); 0: off."""
     length_min_solve_rate: float = 0.0
@@ -187,9 +188,17 @@ class AdvantageOptions:
     """Solve rate: share of correct responses, or share with a reward above 0 (released code)."""
     group_filter: Literal["none", "official", "uniform"] = "none"
     """Drop groups: all rewards <= 0 or all exactly 1 (`official`), or solve rate 0 or 1 (`uniform`, DAPO)."""
+    baseline: Literal["mean", "length"] = "mean"
+    """What a reward is compared with: the group's mean, or its mean weighted by length (OPO)."""
+    length_advantage: float = 0.0
+    """Advantage of a correct response's brevity, times the solve rate, added after normalisation (DDCA); 0: off."""
+    batch_std: float = field(default=1.0, metadata={"computed": True})
+    """With std=batch: the batch's standard deviation, from `batch_std(outcomes, group_size, options)`."""
 
     def __post_init__(self) -> None:
         check_fields(self, ADVANTAGE)
+        check("length_advantage", self.length_advantage, self.length_advantage >= 0, "0 (off) or more")
+        check("batch_std", self.batch_std, self.batch_std >= 0, "0 or more")
         check("eps", self.eps, self.eps >= 0, "0 or more")
         check("length_gate", self.length_gate, self.length_gate >= 0, "0 (off) or more")
         rate = self.length_min_solve_rate

@@ -3,11 +3,14 @@
 Legend: P problems, G responses in a group, S = P x G sequences, a group's responses side by side.
 """
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 
-from lead_kernels import Groups, LeadAdvantages, Outcomes, lead_advantages
+from lead_kernels import Groups, LeadAdvantages, Outcomes, batch_std, lead_advantages
 
-from ..config import Config
+from ..config import AdvantageConfig, Config
 from ..records import Score
 from ..reward.terms import bonus, wrong_reward
 
@@ -31,7 +34,47 @@ def outcomes(scores: list[Score], lengths: list[int], c: Config, device: torch.d
         torch.tensor(wrong, dtype=torch.float32),
         torch.tensor(added, dtype=torch.float32),
     )
-    return Groups(found.table().to(device), c.rollout.group_size, c.advantage)
+    table, options = found.table(), c.advantage
+    if options.std == "batch":
+        options = replace(options, batch_std=batch_std(table, c.rollout.group_size, options))
+    return Groups(table.to(device), c.rollout.group_size, options)
+
+
+class LengthGuard:
+    """Switches rewards for brevity off while held-out accuracy is below its best by more than a margin.
+
+    Shorter responses that cost accuracy are over-compression (arXiv 2606.22716): until the accuracy has come back,
+    correct responses are worth the same whatever their length.
+
+    Args:
+        options: of the run.
+        margin: of Pass@1, 0 to 1; 0: never.
+    """
+
+    def __init__(self, options: AdvantageConfig):
+        self.options, self.margin = options, options.length_guard
+        self.best, self.last = 0.0, 0.0
+
+    def saw(self, pass_at_1: float) -> None:
+        """Take in an evaluation."""
+        self.last, self.best = pass_at_1, max(self.best, pass_at_1)
+
+    @property
+    def suspended(self) -> bool:
+        """Whether brevity is worth nothing now."""
+        return self.margin > 0 and self.last < self.best - self.margin
+
+    def now(self) -> AdvantageConfig:
+        """The options as they hold now."""
+        return replace(self.options, length_reward=False, length_advantage=0.0) if self.suspended else self.options
+
+    def state(self) -> dict[str, list[float]]:
+        """What a checkpoint keeps."""
+        return {"length_guard": [self.best, self.last]} if self.margin else {}
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Continue from what `state` gave."""
+        self.best, self.last = state.get("length_guard", (0.0, 0.0))
 
 
 def advantages(scores: list[Score], lengths: list[int], c: Config, device: torch.device) -> LeadAdvantages:

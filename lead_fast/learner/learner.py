@@ -21,7 +21,7 @@ from ..runtime.health import must_be_finite
 from ..runtime.journal import Journal
 from ..runtime.ranks import Ranks
 from . import checkpoint
-from .advantage import outcomes
+from .advantage import LengthGuard, outcomes
 from .loss import (
     Objective,
     check_agreement,
@@ -58,6 +58,7 @@ class Learner:
         self.reference = load_policy(c.model, sharded, ranks).eval() if c.loss.kl_coef else None
         self.optimizer = make_optimizer(self.policy, c.optim)
         self.c = rehearse(self.policy, self.reference, self.optimizer, c, ranks)
+        self._guard = LengthGuard(c.advantage)
         self._checkpoints: checkpoint.Checkpoints | None = None  # from the first save on
         self.checked = c.optim.updates > 1  # engine and trainer are compared at the first step with a gradient
 
@@ -120,6 +121,8 @@ class Learner:
         if ages:
             record["importance_by_age"] = weight_by_age(sums, c.rollout.max_age)
         record |= {"packing_efficiency": sum(balance) / len(balance), "groups_dropped": int((~credit.kept).sum())}
+        if self._guard.margin:
+            record["length_suspended"] = self._guard.suspended
         if not self.checked and sums["tokens"]:
             if not ages or not any(map(any, ages)):  # of a resumed run older weights sampled some: the canary has to do
                 fullest = max(updates[0][1], key=lambda pack: len(pack.rows_R))
@@ -156,6 +159,20 @@ class Learner:
             out.append(result.metrics | {"loss": result.loss.detach()} | age_sums(result.logprobs, pack, c))
         return out
 
+    def saw(self, pass_at_1: float) -> None:
+        """Take in a held-out accuracy, which `advantage.length_guard` looks at."""
+        before = self._guard.suspended
+        self._guard.saw(pass_at_1)
+        self.c = dataclasses.replace(self.c, advantage=self._guard.now())
+        if self._guard.suspended != before:
+            below = f"{self._guard.best - pass_at_1:.3f} below the run's best"
+            says = f"off, because it is {below}" if not before else "on again"
+            self.journal.metrics.warn(f"Held-out Pass@1 is {pass_at_1:.3f}: rewards for brevity are {says}.")
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside weights and optimiser."""
+        return self._guard.state()
+
     def resume(self) -> dict[str, Any]:
         """Read the newest complete checkpoint; returns what was saved beside it, nothing without one. A collective.
 
@@ -164,6 +181,8 @@ class Learner:
         state = checkpoint.load(self.journal.folder, self.policy, self.optimizer, self.ranks) or {}
         if self.ranks.device.type == "cuda":
             torch.cuda.empty_cache()
+        self._guard.resume(state)
+        self.c = dataclasses.replace(self.c, advantage=self._guard.now())
         return state
 
     def save(self, step: int, state: dict[str, Any], *, wait: bool) -> bool:

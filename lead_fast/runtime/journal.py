@@ -113,6 +113,7 @@ def describe(batch: Batch, credit: LeadAdvantages, group_size: int) -> dict[str,
     lengths = torch.tensor(batch.lengths, dtype=torch.float32)
     solved = correct.view(-1, group_size).sum(1)
     groups = len(batch.groups)
+    moved = (credit.advantage.view(-1, group_size) != 0).any(1)
 
     def mean(x: torch.Tensor) -> float | None:
         return x.mean().item() if x.numel() else None
@@ -127,10 +128,33 @@ def describe(batch: Batch, credit: LeadAdvantages, group_size: int) -> dict[str,
         "length_correct": mean(lengths[correct == 1]),
         "length_wrong": mean(lengths[correct == 0]),
         "length_mean": mean(lengths),
+        "groups_with_gradient": moved.float().mean().item(),
+        "length_correctness": length_correctness(lengths.view(-1, group_size), correct.view(-1, group_size)),
+        "length_spread": length_spread(lengths.view(-1, group_size), correct.view(-1, group_size)),
         "truncated_share": sum(s.truncated for s in batch.scores) / len(batch.scores),
         "response_tokens": int(lengths.sum()),
         "tokens": int(lengths.sum()) + sum(len(g.prompt_ids) * len(g.samples) for g in batch.groups),
     }
+
+
+def length_correctness(lengths_PG: torch.Tensor, correct_PG: torch.Tensor) -> float | None:
+    """Correlation of length and correctness within groups, mean over those that have both; None without one.
+
+    Below 0 longer responses are more often wrong (overthinking), above 0 shorter ones are (over-compression).
+    """
+    x, y = (v - v.mean(1, keepdim=True) for v in (lengths_PG, correct_PG))
+    size = (x.square().sum(1) * y.square().sum(1)).sqrt()
+    told = size > 0
+    return ((x * y).sum(1)[told] / size[told]).mean().item() if told.any() else None
+
+
+def length_spread(lengths_PG: torch.Tensor, correct_PG: torch.Tensor) -> float | None:
+    """Standard deviation over mean of the correct responses' lengths, mean over groups with two or more of them."""
+    n = correct_PG.sum(1)
+    mean = (lengths_PG * correct_PG).sum(1) / n.clamp(min=1)
+    squares = ((lengths_PG - mean[:, None]).square() * correct_PG).sum(1)
+    spread = ((squares / (n - 1).clamp(min=1)).sqrt() / mean)[n > 1]
+    return spread.mean().item() if spread.numel() else None
 
 
 def function_terms(batch: Batch) -> dict[str, Any]:

@@ -82,6 +82,8 @@ GROUP_OPTIONS: list[AdvantageOptions] = [
     AdvantageOptions(std="none", difficulty=False),
     AdvantageOptions(std="mad", nonnegative_correct=True, length_min_solve_rate=0.4, group_filter="uniform"),
     AdvantageOptions(length_reward=False, midpoint=0.5),
+    AdvantageOptions(std="batch", batch_std=0.7, baseline="length", length_advantage=0.3),
+    AdvantageOptions(length_reward=False, length_advantage=0.2, length_gate=5500, length_min_solve_rate=0.3),
 ]
 
 
