@@ -214,16 +214,17 @@ class Column {
 //
 // tokens: targets, sequence_ids, behavior, old, reference; terms: log_ratio, importance, as Tokens and SequenceTerms
 // (records.py) have them; weights, advantages: of the sequences; options: LossOptions.encode, which ends in temperature
-// and soft cap; out: where the gradient goes, which may be the logits, or nothing.
+// and soft cap; clip_range: of LossOptions; out: where the gradient goes, which may be the logits, or nothing.
 // -> loss [T], log-prob [T], entropy [T], metrics [8, T]; float32, or float64 for float64.
 std::tuple<Tensor, Tensor, Tensor, Tensor> policy_rows_(
     const Tensor& logits, const c10::List<std::optional<Tensor>>& tokens, const c10::List<std::optional<Tensor>>& terms,
-    const Tensor& weights, const Tensor& advantages, at::ArrayRef<double> options, const std::optional<Tensor>& out,
-    const std::optional<Tensor>& target_logits) {
+    const Tensor& weights, const Tensor& advantages, at::ArrayRef<double> options, at::ArrayRef<double> clip_range,
+    const std::optional<Tensor>& out, const std::optional<Tensor>& target_logits) {
   TORCH_CHECK_VALUE(tokens.size() == 5 && tokens.get(0) && tokens.get(1) && terms.size() == 2,
                     "there are ", tokens.size(), " tensors of tokens and ", terms.size(), " terms: give 5 and 2");
-  TORCH_CHECK_VALUE(options.size() >= lead::LossOptions::SIZE + 2, "there are ", options.size(),
-                    " options: give what LossOptions.encode returns");
+  TORCH_CHECK_VALUE(options.size() >= lead::LossOptions::SIZE + 2 && clip_range.size() == 2, "there are ",
+                    options.size(), " options and ", clip_range.size(),
+                    " bounds: give what LossOptions.encode and clip_range return");
   const Tensor targets = tokens.get(0)->contiguous(), ids = tokens.get(1)->to(at::kLong).contiguous();
   check(logits, targets);
   const int64_t rows = logits.size(0), v = logits.size(1), sequences = weights.size(0);
@@ -234,7 +235,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_rows_(
   for (int64_t i = 0; i < rows; ++i)
     TORCH_CHECK_VALUE(sequence[i] >= 0 && sequence[i] < sequences, "sequence id ", sequence[i],
                       " is outside the number of sequences, ", sequences);
-  const auto o = lead::LossOptions::decode(options.data());
+  const auto o = lead::LossOptions::decode(options.data(), clip_range[0], clip_range[1]);
   const double temperature = options[options.size() - 2], cap = options[options.size() - 1];
   const auto& kernels = row_kernels(logits.scalar_type());
   const auto wide = logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
@@ -322,7 +323,7 @@ TORCH_LIBRARY(lead_kernels_cpu, m) {
       "float temperature, Tensor(b!)? out=None, float? softcap=None, Tensor? target_logits=None) -> ()");
   m.def(
       "policy_rows_(Tensor(a!) logits, Tensor?[] tokens, Tensor?[] terms, Tensor weights, Tensor advantages, "
-      "float[] options, Tensor(b!)? out=None, Tensor? target_logits=None) -> (Tensor loss, Tensor logprob, "
+      "float[] options, float[] clip_range, Tensor(b!)? out=None, Tensor? target_logits=None) -> (Tensor loss, Tensor logprob, "
       "Tensor entropy, Tensor metrics)");
   m.def(
       "lead_advantages(Tensor outcomes, int group_size, float[] options) -> (Tensor reward, Tensor advantage, "

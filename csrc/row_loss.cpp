@@ -9,13 +9,13 @@ namespace lead {
 constexpr double LOG_RATIO_CAP = 20;  // of records.py
 constexpr double NONE = HUGE_VAL;
 
-LossOptions LossOptions::decode(const double* encoded) {
+LossOptions LossOptions::decode(const double* encoded, double low, double high) {
   LossOptions o;
   const double* next = encoded;
   o.ratio = static_cast<Ratio>(static_cast<int>(*next++));
-  const double clip_low = *next++, clip_high = *next++;
-  o.low = o.ratio == SAPO ? 0 : 1 - (clip_low != NONE ? clip_low : o.ratio == CISPO ? 1 : 0.2);
-  o.high = o.ratio == SAPO ? NONE : 1 + (clip_high != NONE ? clip_high : 0.2);
+  next += 2;  // clip_low and clip_high, which low and high follow from
+  o.low = low;
+  o.high = high;
   o.dual_clip = *next++;
   o.delta = *next++;
   o.sapo_positive = *next++;

@@ -42,14 +42,14 @@ extern const RowKernels table[4];
 // writes them, infinity for none. Fields after the last one here are none of a row's concern.
 struct LossOptions {
   enum Ratio { TOKEN, SEQUENCE, CISPO, SAPO } ratio;
-  double low, high;  // least and greatest ratio that is not clipped
+  double low, high;  // LossOptions.clip_range
   double dual_clip, delta, sapo_positive, sapo_negative, importance_cap;
   enum Excess { TRUNCATE, MASK } importance_mode;
   enum Estimator { K1, K2, K3 } kl;
   double kl_coef, entropy_coef;
 
   static constexpr int SIZE = 13;  // numbers that `decode` reads
-  static LossOptions decode(const double* encoded);
+  static LossOptions decode(const double* encoded, double low, double high);
 };
 
 // What is known of a row's token besides its logits. NaN is a value; what is absent is null.

@@ -270,14 +270,16 @@ def test_no_rows():
 def test_the_same_bits_on_every_run_and_with_any_number_of_threads(dtype):
     case = rows((67, 3001), dtype)
     logits, targets, g, _ = case
-    tokens, options = [targets, torch.arange(67) % 4, g, None, None], LossOptions(entropy_coef=0.1).encode(Softmax())
+    tokens, options = [targets, torch.arange(67) % 4, g, None, None], LossOptions(entropy_coef=0.1)
+    numbers = options.encode(Softmax()), options.clip_range
+    sequences = torch.ones(4), torch.linspace(-1, 1, 4)
     threads = torch.get_num_threads()
     try:
         results = []
         for n in (1, 2, 3, 1):
             torch.set_num_threads(n)
             out = logits.clone()
-            made = cpp.policy_rows_(out, tokens, [None, None], torch.ones(4), torch.linspace(-1, 1, 4), options, out)
+            made = cpp.policy_rows_(out, tokens, [None, None], *sequences, *numbers, out)
             results.append((*run(*case), *made, out))
     finally:
         torch.set_num_threads(threads)
@@ -344,16 +346,17 @@ def one_call(dtype: torch.dtype, **given: torch.Tensor | None) -> list:
     """Arguments of `cpp.policy_rows_` for 3 rows of 2 sequences."""
     logits, targets, g, _ = rows((3, 50), dtype)
     tokens = {"targets": targets, "ids": torch.tensor([0, 1, 1]), "behavior": g, "old": None, "reference": None} | given
-    options = LossOptions(entropy_coef=0.1).encode(Softmax())
-    return [logits, list(tokens.values()), [None, None], torch.ones(2), torch.tensor([1.0, -2.0]), options]
+    options = LossOptions(entropy_coef=0.1)
+    numbers = options.encode(Softmax()), options.clip_range
+    return [logits, list(tokens.values()), [None, None], torch.ones(2), torch.tensor([1.0, -2.0]), *numbers]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_in_one_go_have_the_log_probs_and_the_gradient_of_the_two_halves(dtype):
     """Bit for bit but for the gradient, whose two forms round the same product of the same exponential."""
-    *call, options = one_call(dtype)
+    call = one_call(dtype)
     logits, (targets, *_), out = call[0], call[1], torch.empty_like(call[0])
-    loss, logprob, entropy, metrics = cpp.policy_rows_(*call, options, out)
+    loss, logprob, entropy, metrics = cpp.policy_rows_(*call, out)
     stats = cpp.row_stats(logits, targets, 1.0)
     assert torch.equal(logprob, stats[:, 2]) and torch.equal(entropy, stats[:, 3])
     assert loss.dtype == wide(dtype) and metrics.shape == (8, 3)
@@ -361,11 +364,11 @@ def test_rows_in_one_go_have_the_log_probs_and_the_gradient_of_the_two_halves(dt
     halves = logits.clone()
     cpp.row_gradient_(halves, targets, stats, g, h, 1.0)
     torch.testing.assert_close(out, halves, rtol=4 * UNIT[dtype], atol=1e-7)
-    forward = cpp.policy_rows_(*call, options)
+    forward = cpp.policy_rows_(*call)
     before = logits.clone()
     assert all(torch.equal(a, b) for a, b in zip(forward, (loss, logprob, entropy, metrics), strict=True))
     assert torch.equal(logits, before)
-    cpp.policy_rows_(*call, options, logits)
+    cpp.policy_rows_(*call, logits)
     assert torch.equal(logits, out)
 
 
@@ -378,11 +381,11 @@ def test_what_the_rows_in_one_go_do_not_take_is_refused():
     ):
         with pytest.raises(ValueError, match=says):
             cpp.policy_rows_(*one_call(torch.float32, **given))
-    *call, options = one_call(torch.float32)
-    with pytest.raises(ValueError, match="12 options"):
-        cpp.policy_rows_(*call, options[:12])
+    *call, options, clip_range = one_call(torch.float32)
+    with pytest.raises(ValueError, match="14 options and 2 bounds"):
+        cpp.policy_rows_(*call, options[:14], clip_range)
     with pytest.raises(ValueError, match="out is"):
-        cpp.policy_rows_(*call, options, torch.empty(3, 49))
+        cpp.policy_rows_(*call, options, clip_range, torch.empty(3, 49))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -402,8 +405,8 @@ def test_no_bits_of_nan_are_lost(dtype):
                 assert stats[1, 2:].isnan().all() and grad[1].isnan().all()
                 assert stats[0].isfinite().all() and grad[0].isfinite().all()
                 out, tokens = torch.empty_like(logits), [targets, torch.zeros_like(targets), None, None, None]
-                options = LossOptions().encode(Softmax(softcap=softcap))
-                cpp.policy_rows_(logits, tokens, [None, None], torch.ones(1), torch.ones(1), options, out)
+                numbers = LossOptions().encode(Softmax(softcap=softcap)), LossOptions().clip_range
+                cpp.policy_rows_(logits, tokens, [None, None], torch.ones(1), torch.ones(1), *numbers, out)
                 assert out[1].isnan().all() and out[0].isfinite().all()
 
 
