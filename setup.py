@@ -19,7 +19,10 @@ INSTRUCTION_SETS = {"DEFAULT": []}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["AVX2"] = ["-mavx2", "-mfma", "-mf16c"]
     INSTRUCTION_SETS["AVX512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
-    INSTRUCTION_SETS["AVX512"] += ["-Wno-maybe-uninitialized"]  # of GCC 12 in its own avx512fintrin.h
+    INSTRUCTION_SETS["AVX512"] += [
+        "-Wno-maybe-uninitialized",
+        "-Wno-uninitialized",
+    ]  # of GCC 12 in its own avx512fintrin.h
 
 
 def extension() -> dict:
@@ -54,7 +57,7 @@ def extension() -> dict:
 
     module = CppExtension(
         "lead_kernels._C",
-        ["csrc/bindings.cpp", "csrc/lead_advantages.cpp"],
+        ["csrc/bindings.cpp", "csrc/lead_advantages.cpp", "csrc/row_loss.cpp"],
         extra_compile_args=flags,
         depends=["csrc/rows.cpp", "csrc/rows.h"],
         optional=True,  # an extension that was not built is no error

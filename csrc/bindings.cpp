@@ -8,6 +8,7 @@
 
 #include <cmath>
 #include <limits>
+#include <new>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -61,13 +62,31 @@ void check_target_logits(const std::optional<Tensor>& given, const Tensor& targe
                       targets.sizes());
 }
 
-// f(row index, row) for every row; a thread gets rows worth at least 16 thousand logits.
+// Room for the exponentials of a row, begun where a vector may begin.
+class Buffer {
+ public:
+  explicit Buffer(size_t bytes) : memory_(bytes ? ::operator new(bytes, std::align_val_t(64)) : nullptr) {}
+  ~Buffer() { ::operator delete(memory_, std::align_val_t(64)); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  void* get() const { return memory_; }
+
+ private:
+  void* memory_;
+};
+
+// f(row index, row, the row after it or null, a buffer of `bytes`) for every row; a thread gets rows worth at least 16
+// thousand logits, and one buffer.
 template <typename F>
-void each_row(const Tensor& logits, F f) {
+void each_row(const Tensor& logits, F f, size_t bytes = 0) {
   const int64_t stride_bytes = logits.stride(0) * logits.element_size(), v = logits.size(1);
   const char* base = static_cast<const char*>(logits.const_data_ptr());
   at::parallel_for(0, logits.size(0), 1 + 16384 / v, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) f(i, base + i * stride_bytes);
+    const Buffer buffer(bytes);
+    for (int64_t i = begin; i < end; ++i) {
+      const char* row = base + i * stride_bytes;
+      f(i, row, i + 1 < end ? row + stride_bytes : nullptr, buffer.get());
+    }
   });
 }
 
@@ -80,6 +99,31 @@ void with_type(at::ScalarType dtype, F f) {
     case at::kHalf: return f(static_cast<at::Half*>(nullptr));
     default: return f(static_cast<double*>(nullptr));
   }
+}
+
+double entropy(const lead::RowStats& s) {
+  const double h = s.log_norm - s.mean;
+  return h < 0 ? 0 : h;  // by rounding; NaN stays
+}
+
+void check_out(const Tensor& out, const Tensor& logits) {
+  TORCH_CHECK_VALUE(out.sizes() == logits.sizes() && out.scalar_type() == logits.scalar_type() &&
+                        (out.stride(1) == 1 || out.size(1) == 1),
+                    "out is ", out.scalar_type(), " ", out.sizes(), ": give the logits' dtype and shape, V contiguous");
+}
+
+// (g (onehot - p) - h p (log p + H)) / temperature over a row, `out`, which may be `row`; z: the target's logit, read
+// before the row is written over. The derivative of a soft cap is 1 / cosh(z / cap)^2.
+template <typename T>
+void write_gradient(const lead::RowKernels& kernels, const void* row, void* out, int64_t v, int64_t target, double z,
+                    double temperature, double cap, double max, double log_norm, double logprob, double entropy,
+                    double g, double h, const void* exps) {
+  using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
+  kernels.gradient(row, out, v, temperature, cap, max, log_norm, (-g - h * (entropy - log_norm)) / temperature,
+                   -h / temperature, exps);
+  const double p = std::exp(logprob), slope = cap < NO_CAP ? std::pow(std::cosh(z / cap), -2) : 1;
+  const double at_target = -g * std::expm1(logprob) - (h == 0 || p == 0 ? 0 : h * p * (logprob + entropy));
+  static_cast<T*>(out)[target] = static_cast<T>(static_cast<A>(at_target / temperature * slope));
 }
 
 // -> [T, 4]: max, log_norm, log-prob of the target, entropy; float32, or float64 for float64. target_logits, of that
@@ -99,13 +143,13 @@ Tensor row_stats(const Tensor& logits, const Tensor& targets, double temperature
     using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
     A* stats = out.mutable_data_ptr<A>();
     const A* exact = target_logits ? target_logits->const_data_ptr<A>() : nullptr;
-    each_row(logits, [&](int64_t i, const void* row) {
+    each_row(logits, [&](int64_t i, const void* row, const void* next, void*) {
       const double z = exact ? exact[i] : static_cast<double>(static_cast<const T*>(row)[target[i]]);
-      const lead::RowStats s = kernels.stats(row, v, target[i], z, temperature, cap);
+      const lead::RowStats s = kernels.stats(row, v, target[i], z, temperature, cap, nullptr, next);
       stats[4 * i] = static_cast<A>(s.max);
       stats[4 * i + 1] = static_cast<A>(s.log_norm);
       stats[4 * i + 2] = static_cast<A>(s.logprob);
-      stats[4 * i + 3] = static_cast<A>(s.log_norm - s.mean);
+      stats[4 * i + 3] = static_cast<A>(entropy(s));
     });
   });
   return out;
@@ -125,9 +169,7 @@ void row_gradient_(const Tensor& logits, const Tensor& targets, const Tensor& st
                       "stats and gradients must be contiguous ", wide, ", a row or a number for each row of logits");
   check_target_logits(target_logits, targets, wide);
   const Tensor& grads = out ? *out : logits;
-  TORCH_CHECK_VALUE(grads.sizes() == logits.sizes() && grads.scalar_type() == logits.scalar_type() &&
-                        (grads.stride(1) == 1 || grads.size(1) == 1),
-                    "out is ", grads.scalar_type(), " ", grads.sizes(), ": give the logits' dtype and shape, V contiguous");
+  check_out(grads, logits);
   char* to = static_cast<char*>(grads.mutable_data_ptr());
   const int64_t* target = targets.const_data_ptr<int64_t>();
   const int64_t v = logits.size(1), step_bytes = grads.stride(0) * grads.element_size();
@@ -136,20 +178,106 @@ void row_gradient_(const Tensor& logits, const Tensor& targets, const Tensor& st
     using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
     const A *all = stats.const_data_ptr<A>(), *g = grad_logprob.const_data_ptr<A>(),
             *h = grad_entropy.const_data_ptr<A>(), *exact = target_logits ? target_logits->const_data_ptr<A>() : nullptr;
-    each_row(logits, [&](int64_t i, const void* row) {
-      void* grad = to + i * step_bytes;
+    each_row(logits, [&](int64_t i, const void* row, const void*, void*) {
       const A* s = all + 4 * i;
-      const double max = s[0], log_norm = s[1], logprob = s[2], entropy = s[3], gi = g[i], hi = h[i];
-      // Read before the row is written over. The cap's derivative is 1 / cosh(z / cap)^2.
       const double z = exact ? exact[i] : static_cast<double>(static_cast<const T*>(row)[target[i]]);
-      const double slope = cap < NO_CAP ? std::pow(std::cosh(z / cap), -2) : 1;
-      kernels.gradient(row, grad, v, temperature, cap, max, log_norm, (-gi - hi * (entropy - log_norm)) / temperature,
-                       -hi / temperature);
-      const double p = std::exp(logprob);
-      const double at_target = -gi * std::expm1(logprob) - (hi == 0 || p == 0 ? 0 : hi * p * (logprob + entropy));
-      static_cast<T*>(grad)[target[i]] = static_cast<T>(static_cast<A>(at_target / temperature * slope));
+      write_gradient<T>(kernels, row, to + i * step_bytes, v, target[i], z, temperature, cap, s[0], s[1], s[2], s[3],
+                        g[i], h[i], nullptr);
     });
   });
+}
+
+// Numbers of rows or of sequences, in the width of the results; may be absent.
+template <typename A>
+class Column {
+ public:
+  Column(const std::optional<Tensor>& given, const char* name, int64_t rows) {
+    if (!given) return;
+    TORCH_CHECK_VALUE(given->dim() == 1 && given->size(0) == rows, name, " is ", given->sizes(), ": give [", rows, "]");
+    held_ = given->to(c10::CppTypeToScalarType<A>::value).contiguous();
+    data_ = held_.const_data_ptr<A>();
+  }
+  // Puts the i-th number into `room` and returns where it is.
+  const double* at(int64_t i, double& room) const {
+    if (!data_) return nullptr;
+    room = data_[i];
+    return &room;
+  }
+  A operator[](int64_t i) const { return data_[i]; }
+
+ private:
+  Tensor held_;
+  const A* data_ = nullptr;
+};
+
+// From logits to loss and gradient, each row in one go while it is in the cache.
+//
+// tokens: targets, sequence_ids, behavior, old, reference; terms: log_ratio, importance, as Tokens and SequenceTerms
+// (records.py) have them; weights, advantages: of the sequences; options: LossOptions.encode, which ends in temperature
+// and soft cap; clip_range: of LossOptions; out: where the gradient goes, which may be the logits, or nothing.
+// -> loss [T], log-prob [T], entropy [T], metrics [8, T]; float32, or float64 for float64.
+std::tuple<Tensor, Tensor, Tensor, Tensor> policy_rows_(
+    const Tensor& logits, const c10::List<std::optional<Tensor>>& tokens, const c10::List<std::optional<Tensor>>& terms,
+    const Tensor& weights, const Tensor& advantages, at::ArrayRef<double> options, at::ArrayRef<double> clip_range,
+    const std::optional<Tensor>& out, const std::optional<Tensor>& target_logits) {
+  TORCH_CHECK_VALUE(tokens.size() == 5 && tokens.get(0) && tokens.get(1) && terms.size() == 2,
+                    "there are ", tokens.size(), " tensors of tokens and ", terms.size(), " terms: give 5 and 2");
+  TORCH_CHECK_VALUE(options.size() >= lead::LossOptions::SIZE + 2 && clip_range.size() == 2, "there are ",
+                    options.size(), " options and ", clip_range.size(),
+                    " bounds: give what LossOptions.encode and clip_range return");
+  const Tensor targets = tokens.get(0)->contiguous(), ids = tokens.get(1)->to(at::kLong).contiguous();
+  check(logits, targets);
+  const int64_t rows = logits.size(0), v = logits.size(1), sequences = weights.size(0);
+  TORCH_CHECK_VALUE(ids.sizes() == targets.sizes() && weights.dim() == 1 && advantages.sizes() == weights.sizes(),
+                    "sequence ids are ", ids.sizes(), ", weights ", weights.sizes(), " and advantages ",
+                    advantages.sizes(), ": give [T], [S] and [S]");
+  const int64_t* sequence = ids.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < rows; ++i)
+    TORCH_CHECK_VALUE(sequence[i] >= 0 && sequence[i] < sequences, "sequence id ", sequence[i],
+                      " is outside the number of sequences, ", sequences);
+  const auto o = lead::LossOptions::decode(options.data(), clip_range[0], clip_range[1]);
+  const double temperature = options[options.size() - 2], cap = options[options.size() - 1];
+  const auto& kernels = row_kernels(logits.scalar_type());
+  const auto wide = logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  check_target_logits(target_logits, targets, wide);
+  if (out) check_out(*out, logits);
+  const auto floats = logits.options().dtype(wide);
+  Tensor loss = at::empty({rows}, floats), logprob = at::empty({rows}, floats), entropies = at::empty({rows}, floats),
+         metrics = at::empty({lead::RowLoss::METRICS, rows}, floats);
+  const int64_t* target = targets.const_data_ptr<int64_t>();
+  char* to = out ? static_cast<char*>(out->mutable_data_ptr()) : nullptr;
+  const int64_t step_bytes = out ? out->stride(0) * out->element_size() : 0;
+  with_type(logits.scalar_type(), [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
+    const Column<A> weight(weights, "weights", sequences), advantage(advantages, "advantages", sequences),
+        behavior(tokens.get(2), "behavior", rows), old(tokens.get(3), "old", rows),
+        reference(tokens.get(4), "reference", rows), log_ratio(terms.get(0), "log_ratio", rows),
+        importance(terms.get(1), "importance", rows);
+    const A* exact = target_logits ? target_logits->const_data_ptr<A>() : nullptr;
+    A *loss_p = loss.mutable_data_ptr<A>(), *logprob_p = logprob.mutable_data_ptr<A>(),
+      *entropy_p = entropies.mutable_data_ptr<A>(), *metrics_p = metrics.mutable_data_ptr<A>();
+    each_row(
+        logits,
+        [&](int64_t i, const void* row, const void* next, void* exps) {
+          const double z = exact ? exact[i] : static_cast<double>(static_cast<const T*>(row)[target[i]]);
+          const lead::RowStats s = kernels.stats(row, v, target[i], z, temperature, cap, exps, next);
+          // Rounded before they are used: the ratio to the log-prob that was returned is exactly 1.
+          logprob_p[i] = static_cast<A>(s.logprob);
+          entropy_p[i] = static_cast<A>(entropy(s));
+          double room[5];
+          const lead::RowLoss l = lead::row_loss(
+              o, {logprob_p[i], entropy_p[i], advantage[sequence[i]], weight[sequence[i]], behavior.at(i, room[0]),
+                  old.at(i, room[1]), reference.at(i, room[2]), log_ratio.at(i, room[3]), importance.at(i, room[4])});
+          loss_p[i] = static_cast<A>(l.loss);
+          for (int k = 0; k < lead::RowLoss::METRICS; ++k) metrics_p[k * rows + i] = static_cast<A>(l.metrics[k]);
+          if (to)
+            write_gradient<T>(kernels, row, to + i * step_bytes, v, target[i], z, temperature, cap, s.max, s.log_norm,
+                              s.logprob, entropy(s), l.grad_logprob, l.grad_entropy, exps);
+        },
+        to ? (v + lead::ROOM) * sizeof(A) : 0);
+  });
+  return {loss, logprob, entropies, metrics};
 }
 
 // -> reward [S], advantage [S], solve_rate [P] in float32, kept [P] bool, weight [P] in float32.
@@ -194,6 +322,10 @@ TORCH_LIBRARY(lead_kernels_cpu, m) {
       "row_gradient_(Tensor(a!) logits, Tensor targets, Tensor stats, Tensor grad_logprob, Tensor grad_entropy, "
       "float temperature, Tensor(b!)? out=None, float? softcap=None, Tensor? target_logits=None) -> ()");
   m.def(
+      "policy_rows_(Tensor(a!) logits, Tensor?[] tokens, Tensor?[] terms, Tensor weights, Tensor advantages, "
+      "float[] options, float[] clip_range, Tensor(b!)? out=None, Tensor? target_logits=None) -> (Tensor loss, Tensor logprob, "
+      "Tensor entropy, Tensor metrics)");
+  m.def(
       "lead_advantages(Tensor outcomes, int group_size, float[] options) -> (Tensor reward, Tensor advantage, "
       "Tensor solve_rate, Tensor kept, Tensor weight)");
 }
@@ -201,6 +333,7 @@ TORCH_LIBRARY(lead_kernels_cpu, m) {
 TORCH_LIBRARY_IMPL(lead_kernels_cpu, CPU, m) {
   m.impl("row_stats", row_stats);
   m.impl("row_gradient_", row_gradient_);
+  m.impl("policy_rows_", policy_rows_);
   m.impl("lead_advantages", lead_advantages);
 }
 

@@ -6,16 +6,18 @@
 // With a soft cap c, c tanh(z / c) stands for z throughout, and the gradient is multiplied by 1 - tanh(z / c)^2. It is a
 // template's argument: rows without one pay nothing.
 //
-// Statistics take one look at each logit: every lane keeps its own running maximum m, s = sum exp(z - m) and
-// t = sum (z - m) exp(z - m), four vectors in registers at a time, and rescales s and t where its maximum moves, which
-// in random order happens about log(V) times. Subtracting before dividing by the temperature keeps an offset common to
-// all logits out of the rounding. Every 16 steps the sums are added up in double, so their error does not grow with V.
-// Lanes are added in their order: the same bits on every run and with any number of threads. Another instruction set
-// has other lanes and may differ in the last bits.
-// The gradient takes the second look and writes once, in place or beside.
+// Statistics take two looks. The first finds the maximum and brings the row into the cache; the second has one reference
+// for the whole row, so that its exponentials can be kept for the gradient, and asks the cache for the next row. Sums are
+// added up in double every 16 steps, so their error does not grow with V. Subtracting before dividing by the temperature
+// keeps an offset common to all logits out of the rounding. Lanes are added in their order: the same bits on every run and
+// with any number of threads. Another instruction set has other lanes and may differ in the last bits.
 //
-// Floor, for B bytes a logit: B V read by the statistics, B V read and B V written by the gradient. Arithmetic is one
-// exponential a logit in each, of 13 vector instructions in float.
+// The gradient multiplies the exponentials that the second look left in a buffer of one row, or computes them again where
+// there is none, and writes once, in place or beside. Without an entropy gradient and a soft cap it does not read the row.
+//
+// Floor, for B bytes a logit: B V read by the first look and B V written by the gradient; the rest stays in the cache.
+// Arithmetic: of 16 logits in float with AVX-512 about 3 instructions in the first look, 16 in the second (an exponential
+// takes 9: round, subtract, 6 multiply-adds, scale) and 3 in the gradient; bfloat16 adds 1, 1 and 6 for its conversions.
 #include "rows.h"
 
 #include <ATen/cpu/vec/functional.h>
@@ -41,31 +43,45 @@ using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;  // 
 template <typename A>
 struct Power;
 
+// 2^x = 2^n 2^f with n = round(x): 2^f by a minimax polynomial of degree 6 that is exactly 1 at 0, n by the exponent's
+// bits. Relative error below 1e-7 for zero <= x <= 0. NaN stays NaN, whatever its bits.
 template <>
 struct Power<float> {
+  using V = Vectorized<float>;
   static constexpr double log_base = 0.693147180559945309417;
-  static constexpr float zero = -127;  // 2^zero is exactly 0 below, as 2^-127 is not a normal number
-
-  // 2^x for -127 <= x <= 0. n = round(x) sits in the low bits of x + 1.5 * 2^23; 2^(x-n) by a minimax polynomial of degree 6
-  // that is exactly 1 at 0; n is added to the exponent's bits. Relative error below 1e-7.
-  static Vectorized<float> of(const Vectorized<float>& x) {
-    using V = Vectorized<float>;
-    const V magic(12582912.0f);
+  // 2^zero is exactly 0 below, which 2^-151 is by rounding, and 2^-127 as it is not a normal number.
+#if defined(CPU_CAPABILITY_AVX512)
+  static constexpr float zero = -151;
+  static V of(const V& x) {
+    const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return _mm512_scalef_ps(fraction(x - V(n)), n);
+  }
+#elif defined(CPU_CAPABILITY_AVX2)
+  static constexpr float zero = -127;
+  static V of(const V& x) {
+    const __m256i n = _mm256_cvtps_epi32(x);  // of NaN the least integer, whose lowest bits are 0
+    const __m256i p = _mm256_castps_si256(fraction(x - V(_mm256_cvtepi32_ps(n))));
+    return _mm256_castsi256_ps(_mm256_add_epi32(p, _mm256_slli_epi32(n, 23)));
+  }
+#else
+  static constexpr float zero = -127;
+  static V of(const V& x) {
+    const V magic(12582912.0f);  // n sits in the low bits of x + 1.5 * 2^23
     const V shifted = x + magic;
     const V f = x - (shifted - magic);
-    V p(C6);
-    p = fmadd(p, f, V(C5));
-    p = fmadd(p, f, V(C4));
-    p = fmadd(p, f, V(C3));
-    p = fmadd(p, f, V(C2));
-    p = fmadd(p, f, V(C1));
-    p = fmadd(p, f, V(1.0f));
     const auto exponent = at::vec::cast<int32_t>(shifted) << Vectorized<int32_t>(23);
-    return at::vec::cast<float>(at::vec::cast<int32_t>(p) + exponent);
+    return at::vec::cast<float>(at::vec::cast<int32_t>(fraction(f)) + exponent) + (f - f);
   }
-  static float of(float x) { return x <= zero ? 0.0f : std::exp2(x); }
-
-  static constexpr float C1 = 0.693147182f, C2 = 0.240226477f, C3 = 0.0555033237f, C4 = 0.00961843785f, C5 = 0.00133988878f, C6 = 0.000153533518f;
+#endif
+  static V fraction(const V& f) {
+    V p(0.000153533518f);
+    p = fmadd(p, f, V(0.00133988878f));
+    p = fmadd(p, f, V(0.00961843785f));
+    p = fmadd(p, f, V(0.0555033237f));
+    p = fmadd(p, f, V(0.240226477f));
+    p = fmadd(p, f, V(0.693147182f));
+    return fmadd(p, f, V(1.0f));
+  }
 };
 
 template <>
@@ -73,7 +89,6 @@ struct Power<double> {
   static constexpr double log_base = 1;
   static constexpr double zero = -746;  // exp(zero) is 0
   static Vectorized<double> of(const Vectorized<double>& x) { return x.exp(); }
-  static double of(double x) { return std::exp(x); }
 };
 
 // tanh(u) and its derivative. In float tanh(u) = 1 - 2 q with q = e / (1 + e), e = exp(-2 |u|), and below 0.55, where
@@ -106,6 +121,83 @@ inline Tanh<double> tanh_of(const Vectorized<double>& u) {
   return {u.tanh(), V(1) / (c * c)};
 }
 
+// Two vectors of logits in memory and in registers. `place` says where among the two vectors' lanes the k-th logit is.
+template <typename T>
+struct Pair {
+  using A = acc_t<T>;
+  using V = Vectorized<A>;
+  static void load(const T* z, V& one, V& other) {
+    if constexpr (std::is_same_v<T, A>) {
+      one = V::loadu(z);
+      other = V::loadu(z + V::size());
+    } else {
+      std::tie(one, other) = at::vec::convert_to_float<T>(Vectorized<T>::loadu(z));
+    }
+  }
+  static void store(T* z, const V& one, const V& other) {
+    if constexpr (std::is_same_v<T, A>) {
+      one.store(z);
+      other.store(z + V::size());
+    } else {
+      at::vec::convert_from_float<T>(one, other).store(z);
+    }
+  }
+  static int64_t place(int64_t k) { return k; }
+};
+
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+// A bfloat16 is the upper half of a float: 16 or 8 words hold the even logits in their lower halves and the odd ones in
+// their upper halves. Stores round to nearest, ties to even, and have no NaN to take care of.
+template <>
+struct Pair<at::BFloat16> {
+  using T = at::BFloat16;
+  using V = Vectorized<float>;
+#if defined(CPU_CAPABILITY_AVX512)
+  using Words = __m512i;
+  static Words words(const T* z) { return _mm512_loadu_si512(z); }
+  static void put(T* z, Words w) { _mm512_storeu_si512(z, w); }
+  static Words of(int32_t x) { return _mm512_set1_epi32(x); }
+  static Words left(Words w) { return _mm512_slli_epi32(w, 16); }
+  static Words right(Words w) { return _mm512_srli_epi32(w, 16); }
+  static Words plus(Words a, Words b) { return _mm512_add_epi32(a, b); }
+  static Words both(Words a, Words b) { return _mm512_and_si512(a, b); }
+  static Words either(Words a, Words b) { return _mm512_or_si512(a, b); }
+  static V floats(Words w) { return _mm512_castsi512_ps(w); }
+  static Words bits(const V& x) { return _mm512_castps_si512(x); }
+#else
+  using Words = __m256i;
+  static Words words(const T* z) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(z)); }
+  static void put(T* z, Words w) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(z), w); }
+  static Words of(int32_t x) { return _mm256_set1_epi32(x); }
+  static Words left(Words w) { return _mm256_slli_epi32(w, 16); }
+  static Words right(Words w) { return _mm256_srli_epi32(w, 16); }
+  static Words plus(Words a, Words b) { return _mm256_add_epi32(a, b); }
+  static Words both(Words a, Words b) { return _mm256_and_si256(a, b); }
+  static Words either(Words a, Words b) { return _mm256_or_si256(a, b); }
+  static V floats(Words w) { return _mm256_castsi256_ps(w); }
+  static Words bits(const V& x) { return _mm256_castps_si256(x); }
+#endif
+  static constexpr int32_t UPPER = static_cast<int32_t>(0xffff0000);
+  static void load(const T* z, V& even, V& odd) {
+    const Words w = words(z);
+    even = floats(left(w));
+    odd = floats(both(w, of(UPPER)));
+  }
+  // The float's bits plus what carries its rounding into the upper half.
+  static Words rounded(const V& x) {
+    const Words w = bits(x);
+    return plus(plus(w, of(0x7fff)), both(right(w), of(1)));
+  }
+  static void store(T* z, const V& even, const V& odd) {
+    put(z, either(right(rounded(even)), both(rounded(odd), of(UPPER))));
+  }
+  static int64_t place(int64_t k) {
+    const int64_t lanes = V::size(), first = k / (2 * lanes) * 2 * lanes;
+    return first + (k - first) % 2 * lanes + (k - first) / 2;
+  }
+};
+#endif
+
 constexpr int UNROLL = 4;
 constexpr int BLOCK = 16;  // steps whose sums are kept apart
 
@@ -113,28 +205,22 @@ template <typename T>
 struct Row {
   using A = acc_t<T>;
   using V = Vectorized<A>;
-  static constexpr int64_t STEP = UNROLL * V::size();
+  static constexpr int LANES = V::size();
+  static constexpr int64_t STEP = UNROLL * LANES;
+  static_assert(STEP <= ROOM);
+  static constexpr A INF = std::numeric_limits<A>::infinity();
 
   static void load(const T* z, V (&v)[UNROLL]) {
-    if constexpr (std::is_same_v<T, A>) {
-      for (int i = 0; i < UNROLL; ++i) v[i] = V::loadu(z + i * V::size());
-    } else {
-      for (int i = 0; i < UNROLL; i += 2)
-        std::tie(v[i], v[i + 1]) = at::vec::convert_to_float<T>(Vectorized<T>::loadu(z + i * V::size()));
-    }
-  }
-  // The first n of STEP logits, and zeros.
-  static void load(const T* z, int64_t n, V (&v)[UNROLL]) {
-    T part[STEP] = {};
-    std::memcpy(part, z, n * sizeof(T));
-    load(part, v);
+    for (int i = 0; i < UNROLL; i += 2) Pair<T>::load(z + i * LANES, v[i], v[i + 1]);
   }
   static void store(T* z, const V (&v)[UNROLL]) {
-    if constexpr (std::is_same_v<T, A>) {
-      for (int i = 0; i < UNROLL; ++i) v[i].store(z + i * V::size());
-    } else {
-      for (int i = 0; i < UNROLL; i += 2) at::vec::convert_from_float<T>(v[i], v[i + 1]).store(z + i * V::size());
-    }
+    for (int i = 0; i < UNROLL; i += 2) Pair<T>::store(z + i * LANES, v[i], v[i + 1]);
+  }
+  // The same for vectors that may hold NaN.
+  static void store_with_nan(T* z, const V (&v)[UNROLL]) {
+    A lanes[STEP];
+    for (int i = 0; i < UNROLL; ++i) v[i].store(lanes + i * LANES);
+    for (int64_t k = 0; k < STEP; ++k) z[k] = static_cast<T>(lanes[Pair<T>::place(k)]);
   }
 
   struct Cap {
@@ -146,16 +232,30 @@ struct Row {
       z = fmadd(cap, t.value, V(A(0)));  // rounded before anything is subtracted from it
       return t.slope;
     }
+    template <bool CAPPED>
+    void apply_to(V (&z)[UNROLL]) const {
+      if constexpr (CAPPED)
+        for (V& x : z) apply(x);
+    }
+    // y of one logit, with the bits that it would have in a vector.
+    double of(double z) const {
+      V y(static_cast<A>(z));
+      apply(y);
+      A lanes[LANES];
+      y.store(lanes);
+      return lanes[0];
+    }
   };
 
   // The exponent that a logit has below the maximum; NaN stays NaN.
   static V exponent(const V& z, const V& max, const V& scale) {
     return at::vec::clamp_min((z - max) * scale, V(Power<A>::zero));
   }
+  // base^x; 0 where it is as good as that, NaN for NaN.
+  static double power(double x) { return x <= Power<A>::zero ? 0 : std::exp(x * Power<A>::log_base); }
 
   struct Sums {
-    static constexpr int LANES = V::size();
-    V max{std::numeric_limits<A>::lowest()}, block_s{A(0)}, block_t{A(0)};
+    V block_s{A(0)}, block_t{A(0)};
     double s[LANES] = {}, t[LANES] = {};
     int steps = 0;
 
@@ -169,140 +269,136 @@ struct Row {
       block_s = block_t = V(A(0));
       steps = 0;
     }
-    // Moves every lane's maximum to `higher`: exp(z - higher) = exp(z - max) factor, factor = exp(max - higher).
-    void rescale(const V& higher, const V& scale) {
-      flush();
-      const V x = exponent(max, higher, scale);
-      A moved[LANES], factor[LANES];
-      x.store(moved);
-      Power<A>::of(x).store(factor);
-      for (int l = 0; l < LANES; ++l) t[l] = factor[l] * (t[l] + s[l] * moved[l]);
-      for (int l = 0; l < LANES; ++l) s[l] = factor[l] * s[l];
-      max = higher;
-    }
-    void add(const V (&z)[UNROLL], const V& scale) {
-      const V top = at::vec::clamp_min(at::vec::clamp_min(z[0], z[1]), at::vec::clamp_min(z[2], z[3]));
-      if ((top > max).zero_mask() != (1 << LANES) - 1) rescale(at::vec::clamp_min(max, top), scale);
-      V x[UNROLL], e[UNROLL];
-      for (int i = 0; i < UNROLL; ++i) x[i] = exponent(z[i], max, scale);
-      for (int i = 0; i < UNROLL; ++i) e[i] = Power<A>::of(x[i]);
+    void add(const V (&x)[UNROLL], const V (&e)[UNROLL]) {
       block_s = block_s + ((e[0] + e[1]) + (e[2] + e[3]));
       block_t = block_t + (fmadd(e[0], x[0], e[1] * x[1]) + fmadd(e[2], x[2], e[3] * x[3]));
       if (++steps == BLOCK) flush();
     }
   };
 
-  static RowStats stats(const void* row, int64_t v, int64_t target, double exact, double temperature, double softcap) {
-    return (softcap < std::numeric_limits<double>::infinity() ? stats_of<true> : stats_of<false>)(
-        row, v, target, exact, temperature, softcap);
+  // f(j, y) for each step of the row, y the logits (capped) from j on; -inf in place of the target and past the end.
+  template <bool CAPPED, typename F>
+  static void each_step(const T* z, int64_t v, int64_t target, const Cap& cap, F f) {
+    V y[UNROLL];
+    int64_t j = 0;
+    for (const int64_t stop : {target / STEP * STEP, v / STEP * STEP}) {
+      for (; j < stop; j += STEP) {
+        load(z + j, y);
+        cap.template apply_to<CAPPED>(y);
+        f(j, y);
+      }
+      if (j >= v) break;
+      const int64_t n = std::min(v - j, STEP);
+      T part[STEP] = {};
+      std::memcpy(part, z + j, n * sizeof(T));
+      load(part, y);
+      cap.template apply_to<CAPPED>(y);
+      A lanes[STEP];
+      for (int i = 0; i < UNROLL; ++i) y[i].store(lanes + i * LANES);
+      for (int64_t k = n; k < STEP; ++k) lanes[Pair<T>::place(k)] = -INF;
+      if (target >= j && target < j + n) lanes[Pair<T>::place(target - j)] = -INF;
+      for (int i = 0; i < UNROLL; ++i) y[i] = V::loadu(lanes + i * LANES);
+      f(j, y);
+      j += STEP;
+    }
+  }
+
+  static RowStats stats(const void* row, int64_t v, int64_t target, double exact, double temperature, double softcap,
+                        void* exps, const void* next) {
+    return (softcap < INF ? stats_of<true> : stats_of<false>)(row, v, target, exact, temperature, softcap, exps, next);
   }
 
   // The target is left out of the vectors and joins their sums at the end, in double: it may have another logit than the
   // row has, and taken out of a sum afterwards it would leave the rounding of p near 1 behind.
   template <bool CAPPED>
   static RowStats stats_of(const void* row, int64_t v, int64_t target, double exact, double temperature,
-                           double softcap) {
+                           double softcap, void* exps, const void* next) {
     const T* z = static_cast<const T*>(row);
     const Cap cap(softcap);
-    const double scale = 1 / (temperature * Power<A>::log_base);
-    const V scale_v(static_cast<A>(scale));
-    Sums sums;
-    V part[UNROLL];
-    // Adds z[j .. j + STEP) to the sums, but for the target and what is past the row's end.
-    const auto add_some = [&](int64_t j) {
-      A some[STEP];
-      load(z + j, std::min(v - j, STEP), part);
-      for (int i = 0; i < UNROLL; ++i) {
-        if constexpr (CAPPED) cap.apply(part[i]);
-        part[i].store(some + i * V::size());
-      }
-      std::fill(some + std::min(v - j, STEP), some + STEP, -std::numeric_limits<A>::infinity());
-      if (target >= j && target < j + STEP) some[target - j] = -std::numeric_limits<A>::infinity();
-      for (int i = 0; i < UNROLL; ++i) part[i] = V::loadu(some + i * V::size());
-      sums.add(part, scale_v);
-    };
-    int64_t j = 0;
-    for (const int64_t stop : {target / STEP * STEP, v / STEP * STEP}) {
-      for (; j < stop; j += STEP) {
-        load(z + j, part);
-        if constexpr (CAPPED)
-          for (V& x : part) cap.apply(x);
-        sums.add(part, scale_v);
-      }
-      if (j < v) add_some(j);
-      j += STEP;
-    }
-    sums.flush();
+    V highest[UNROLL];
+    std::fill(highest, highest + UNROLL, V(std::numeric_limits<A>::lowest()));
+    each_step<false>(z, v, target, cap, [&](int64_t, const V(&y)[UNROLL]) {
+      for (int i = 0; i < UNROLL; ++i) highest[i] = at::vec::clamp_min(highest[i], y[i]);
+    });
+    A lanes[STEP];
+    for (int i = 0; i < UNROLL; ++i) highest[i].store(lanes + i * LANES);
+    A most = lanes[0];
+    for (A m : lanes) most = m > most ? m : most;
+    double top = CAPPED ? cap.of(most) : most;
+    const double y = CAPPED ? cap.of(exact) : exact;
+    if (!(y <= top)) top = y;  // NaN too
 
-    A max[V::size()];
-    sums.max.store(max);
-    const double y = CAPPED ? capped(exact, softcap) : exact;
-    double top = y;
-    for (A m : max) top = m > top ? m : top;
+    const double scale = 1 / (temperature * Power<A>::log_base);
+    const V scale_v(static_cast<A>(scale)), top_v(static_cast<A>(top));
+    Sums sums;
+    each_step<CAPPED>(z, v, target, cap, [&](int64_t j, const V(&y)[UNROLL]) {
+      V x[UNROLL], e[UNROLL];
+      for (int i = 0; i < UNROLL; ++i) x[i] = exponent(y[i], top_v, scale_v);
+      for (int i = 0; i < UNROLL; ++i) e[i] = Power<A>::of(x[i]);
+      if (exps)
+        for (int i = 0; i < UNROLL; ++i) e[i].store(static_cast<A*>(exps) + j + i * LANES);
+      if (next)
+        for (size_t line = 0; line < STEP * sizeof(T); line += 64)
+          __builtin_prefetch(static_cast<const char*>(next) + j * sizeof(T) + line, 0, 2);
+      sums.add(x, e);
+    });
+    sums.flush();
     const double own = (y - top) * scale;
     double sum = power(own), dot = sum == 0 ? 0 : sum * own;
-    for (int l = 0; l < V::size(); ++l) {
-      const double x = std::max((double(max[l]) - top) * scale, double(Power<A>::zero));
-      const double factor = power(x);
-      sum += factor * sums.s[l];
-      dot += factor * (sums.t[l] + x * sums.s[l]);
+    for (int l = 0; l < LANES; ++l) {
+      sum += sums.s[l];
+      dot += sums.t[l];
     }
     const double log_norm = std::log(sum);
     return {top, log_norm, own * Power<A>::log_base - log_norm, dot / sum * Power<A>::log_base};
   }
 
-  // base^x; 0 where it is as good as that, NaN for NaN.
-  static double power(double x) { return x <= Power<A>::zero ? 0 : std::exp(x * Power<A>::log_base); }
-
   static void gradient(const void* row, void* out, int64_t v, double temperature, double softcap, double max,
-                       double log_norm, double a, double b) {
-    (softcap < std::numeric_limits<double>::infinity() ? gradient_of<true> : gradient_of<false>)(
-        row, out, v, temperature, softcap, max, log_norm, a, b);
-  }
-
-  template <bool CAPPED>
-  static void gradient_of(const void* row, void* out, int64_t v, double temperature, double softcap, double max,
-                          double log_norm, double a, double b) {
-    const T* z = static_cast<const T*>(row);
-    T* grad = static_cast<T*>(out);
+                       double log_norm, double a, double b, const void* exps) {
     if (a == 0 && b == 0) {
       std::memset(out, 0, v * sizeof(T));
-      return;
-    }
-    const double scale = 1 / (temperature * Power<A>::log_base), norm = std::exp(-log_norm);
-    const V scale_v(static_cast<A>(scale)), max_v(static_cast<A>(max));
-    const V a_v(static_cast<A>(a * norm)), b_v(static_cast<A>(b * norm * Power<A>::log_base));
-    const Cap cap(softcap);
-    const auto step = [&](const T* from, T* to) {
-      V x[UNROLL];
-      load(from, x);
-      for (V& d : x) {
-        V slope;
-        if constexpr (CAPPED) slope = cap.apply(d);
-        d = exponent(d, max_v, scale_v);
-        d = Power<A>::of(d) * fmadd(b_v, d, a_v);
-        if constexpr (CAPPED) d = d * slope;
-      }
-      store(to, x);
-    };
-    int64_t j = 0;
-    for (; j + STEP <= v; j += STEP) step(z + j, grad + j);
-    if (j < v) {
-      T tail[STEP];
-      std::fill(tail, tail + STEP, z[j]);
-      std::memcpy(tail, z + j, (v - j) * sizeof(T));
-      step(tail, tail);
-      std::memcpy(grad + j, tail, (v - j) * sizeof(T));
+    } else if (softcap < INF) {
+      gradient_of<true, true>(row, out, v, temperature, softcap, max, log_norm, a, b, exps);
+    } else if (b != 0 || !exps) {
+      gradient_of<false, true>(row, out, v, temperature, softcap, max, log_norm, a, b, exps);
+    } else {
+      gradient_of<false, false>(row, out, v, temperature, softcap, max, log_norm, a, b, exps);
     }
   }
 
-  // y of a logit, with the bits that it would have in a vector.
-  static double capped(double z, double softcap) {
-    V y(static_cast<A>(z));
-    Cap(softcap).apply(y);
-    A lanes[V::size()];
-    y.store(lanes);
-    return lanes[0];
+  // READS: whether the row itself is needed.
+  template <bool CAPPED, bool READS>
+  static void gradient_of(const void* row, void* out, int64_t v, double temperature, double softcap, double max,
+                          double log_norm, double a, double b, const void* exps) {
+    const T* z = static_cast<const T*>(row);
+    const A* stored = static_cast<const A*>(exps);
+    T* grad = static_cast<T*>(out);
+    const double scale = 1 / (temperature * Power<A>::log_base), norm = std::exp(-log_norm);
+    const A a_norm = static_cast<A>(a * norm), b_norm = static_cast<A>(b * norm * Power<A>::log_base);
+    const V scale_v(static_cast<A>(scale)), max_v(static_cast<A>(max)), a_v(a_norm), b_v(b_norm);
+    const bool finite = std::isfinite(a_norm) && std::isfinite(b_norm) && std::isfinite(max);
+    const Cap cap(softcap);
+    const auto step = [&](int64_t j, const T* from, T* to) {
+      V d[UNROLL];
+      if constexpr (READS) load(from, d);
+      for (int i = 0; i < UNROLL; ++i) {
+        V slope;
+        if constexpr (CAPPED) slope = cap.apply(d[i]);
+        if constexpr (READS) d[i] = exponent(d[i], max_v, scale_v);
+        const V e = stored ? V::loadu(stored + j + i * LANES) : Power<A>::of(d[i]);
+        d[i] = e * (READS ? fmadd(b_v, d[i], a_v) : a_v);
+        if constexpr (CAPPED) d[i] = d[i] * slope;
+      }
+      finite ? store(to, d) : store_with_nan(to, d);
+    };
+    int64_t j = 0;
+    for (; j + STEP <= v; j += STEP) step(j, z + j, grad + j);
+    if (j < v) {
+      T part[STEP] = {};
+      std::memcpy(part, z + j, (v - j) * sizeof(T));
+      step(j, part, part);
+      std::memcpy(grad + j, part, (v - j) * sizeof(T));
+    }
   }
 
   static constexpr RowKernels kernels{&stats, &gradient};

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lead_kernels import AdvantageOptions, Outcomes
+from lead_kernels import AdvantageOptions, LossOptions, Outcomes
 from lead_kernels._rows import cpu_extension, row_gradient_, row_gradient_reference, row_stats, row_stats_reference
 from lead_kernels.advantage import lead_advantages_reference
 from lead_kernels.options import Softmax
@@ -269,16 +269,22 @@ def test_no_rows():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_same_bits_on_every_run_and_with_any_number_of_threads(dtype):
     case = rows((67, 3001), dtype)
+    logits, targets, g, _ = case
+    tokens, options = [targets, torch.arange(67) % 4, g, None, None], LossOptions(entropy_coef=0.1)
+    numbers = options.encode(Softmax()), options.clip_range
+    sequences = torch.ones(4), torch.linspace(-1, 1, 4)
     threads = torch.get_num_threads()
     try:
         results = []
         for n in (1, 2, 3, 1):
             torch.set_num_threads(n)
-            results.append(run(*case))
+            out = logits.clone()
+            made = cpp.policy_rows_(out, tokens, [None, None], *sequences, *numbers, out)
+            results.append((*run(*case), *made, out))
     finally:
         torch.set_num_threads(threads)
-    for stats, grad in results[1:]:
-        assert torch.equal(stats, results[0][0]) and torch.equal(grad, results[0][1])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads are counted in /proc")
@@ -334,6 +340,74 @@ def test_the_oracle_of_the_triton_kernels_accepts_these(backend, monkeypatch):
     kernels = launchers()
     oracle.check_rows(kernels)
     oracle.check_target_logits(kernels)
+
+
+def one_call(dtype: torch.dtype, **given: torch.Tensor | None) -> list:
+    """Arguments of `cpp.policy_rows_` for 3 rows of 2 sequences."""
+    logits, targets, g, _ = rows((3, 50), dtype)
+    tokens = {"targets": targets, "ids": torch.tensor([0, 1, 1]), "behavior": g, "old": None, "reference": None} | given
+    options = LossOptions(entropy_coef=0.1)
+    numbers = options.encode(Softmax()), options.clip_range
+    return [logits, list(tokens.values()), [None, None], torch.ones(2), torch.tensor([1.0, -2.0]), *numbers]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_in_one_go_have_the_log_probs_and_the_gradient_of_the_two_halves(dtype):
+    """Bit for bit but for the gradient, whose two forms round the same product of the same exponential."""
+    call = one_call(dtype)
+    logits, (targets, *_), out = call[0], call[1], torch.empty_like(call[0])
+    loss, logprob, entropy, metrics = cpp.policy_rows_(*call, out)
+    stats = cpp.row_stats(logits, targets, 1.0)
+    assert torch.equal(logprob, stats[:, 2]) and torch.equal(entropy, stats[:, 3])
+    assert loss.dtype == wide(dtype) and metrics.shape == (8, 3)
+    g, h = -torch.tensor([1.0, -2.0, -2.0], dtype=wide(dtype)), torch.full((3,), -0.1, dtype=wide(dtype))
+    halves = logits.clone()
+    cpp.row_gradient_(halves, targets, stats, g, h, 1.0)
+    torch.testing.assert_close(out, halves, rtol=4 * UNIT[dtype], atol=1e-7)
+    forward = cpp.policy_rows_(*call)
+    before = logits.clone()
+    assert all(torch.equal(a, b) for a, b in zip(forward, (loss, logprob, entropy, metrics), strict=True))
+    assert torch.equal(logits, before)
+    cpp.policy_rows_(*call, logits)
+    assert torch.equal(logits, out)
+
+
+def test_what_the_rows_in_one_go_do_not_take_is_refused():
+    for given, says in (
+        ({"ids": torch.tensor([0, 1, 2])}, "sequence id 2 is outside the number of sequences, 2"),
+        ({"ids": torch.tensor([0, 1])}, "sequence ids are"),
+        ({"targets": torch.tensor([0, 1, 50])}, "target 50 is outside the vocabulary of 50"),
+        ({"old": torch.zeros(2)}, "old is .*: give .3"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            cpp.policy_rows_(*one_call(torch.float32, **given))
+    *call, options, clip_range = one_call(torch.float32)
+    with pytest.raises(ValueError, match="14 options and 2 bounds"):
+        cpp.policy_rows_(*call, options[:14], clip_range)
+    with pytest.raises(ValueError, match="out is"):
+        cpp.policy_rows_(*call, options, clip_range, torch.empty(3, 49))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_bits_of_nan_are_lost(dtype):
+    """Quiet and signalling, of either sign and any payload, in the lanes of a vector and past the last one."""
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    infinity = torch.tensor(torch.inf, dtype=dtype).view(integers).item()
+    most = torch.iinfo(integers).max
+    for bits in (infinity + 1, most, infinity + (most - infinity) // 2 + 1, -1, -most + infinity):
+        for column in (3, 130):
+            logits, targets, g, h = rows((2, 135), dtype)
+            logits.view(integers)[1, column] = bits
+            assert logits[1].isnan().sum() == 1
+            targets[1] = 7
+            for softcap in (None, 5.0):
+                stats, grad = run(logits, targets, g, h, softcap=softcap)
+                assert stats[1, 2:].isnan().all() and grad[1].isnan().all()
+                assert stats[0].isfinite().all() and grad[0].isfinite().all()
+                out, tokens = torch.empty_like(logits), [targets, torch.zeros_like(targets), None, None, None]
+                numbers = LossOptions().encode(Softmax(softcap=softcap)), LossOptions().clip_range
+                cpp.policy_rows_(logits, tokens, [None, None], torch.ones(1), torch.ones(1), *numbers, out)
+                assert out[1].isnan().all() and out[0].isfinite().all()
 
 
 def test_exact_logits_of_the_targets_are_refused_in_another_dtype_or_size():

@@ -9,10 +9,10 @@ A target may have an exact logit z* besides the rounded one in the matrix (`targ
 place in all of it, the maximum, log_norm, H and the gradient included. A log-prob takes the rounding of its own logit
 one to one and that of all others weighted by their p, so this one number per row removes most of it.
 
-Everything between the two, from log-prob to g and h, is O(1) a row and lives in policy_loss.py. On a CPU it runs in C++
-(csrc/rows.cpp), on a GPU in Triton (_triton_rows.py; float64 excepted); a machine without those runs the plain torch
-below, which is the specification. Logits of half precision are exact inputs: log-sum-exp and gather are float32 from
-the same rounded values, so log-probs are never above 0.
+Everything between the two, from log-prob to g and h, is O(1) a row and specified in policy_loss.py, whose kernels do
+all of it in one go. On a CPU they run in C++ (csrc/rows.cpp), on a GPU in Triton (_triton_rows.py; float64 excepted); a
+machine without those runs the plain torch below, which is the specification. Logits of half precision are exact inputs:
+log-sum-exp and gather are float32 from the same rounded values, so log-probs are never above 0.
 
 Floor: the statistics read V logits once (their second look comes from the cache), the gradient reads and writes them.
 

@@ -2,8 +2,8 @@
 
 Each record is the one home of its options. The trainer's configuration inherits the two, so that the docstring under a
 field is also the help text of a configuration key. A torch.library operator takes no records: on the way to one an
-instance is a list of numbers, written by `encode` and read by `decode` here, and by AdvantageOptions::decode in
-csrc/rows.h. Triton's kernels read the fields by name (_triton_advantage.py).
+instance is a list of numbers, written by `encode` and read by `decode` here, and by AdvantageOptions::decode and
+LossOptions::decode in csrc/rows.h. Triton's kernels read the fields by name (_triton_advantage.py).
 
 How a field is encoded: a float or int as itself, False and True as 0 and 1, a choice as its place among the choices,
 and None, where a field may be None, as infinity.

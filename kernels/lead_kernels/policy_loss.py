@@ -31,7 +31,12 @@ of a row's group itself. The C++ and the plain torch form call `lead_advantages`
 on a CPU a group's arithmetic in every row would cost more than a vector of S numbers. Either way it is the device
 function of `lead_advantages`, and the advantages have its bits.
 
-Floor per row: one read and one write of V logits; everything else is O(1) per row.
+The formulas of the loss are written three times: `rows_loss` here, `policy_rows_kernel` of _triton_rows.py and
+`row_loss` of csrc/row_loss.cpp. Who changes one changes all three and the golden values of tests/test_kernels.py; the
+oracle compares the others with this one.
+
+Floor per row: one read and one write of V logits; everything else is O(1) per row. The C++ takes each row from logits
+to gradient while it is in the cache (csrc/rows.cpp counts its instructions).
 
 Legend: T rows, V vocabulary, S sequences.
 """
@@ -49,7 +54,7 @@ from ._checks import (
     refuse_forward_mode,
     refuse_second_derivative,
 )
-from ._rows import Ready, RowStats, in_triton, row_gradient_, row_stats
+from ._rows import Ready, RowStats, in_cpp, in_triton, row_gradient_, row_stats
 from .advantage import lead_advantages
 from .options import LossOptions, Softmax
 from .records import (
@@ -248,11 +253,19 @@ def policy_rows_(
     The logits' gradient is written to `gradient`, which may be the logits themselves; None: forward only.
     `target_logits`: as in `row_stats`; a sequence mode's first pass takes the same.
     """
-    if kernels := in_triton(logits):
-        loss_T, logprob_T, entropy_T, sums = kernels.policy_rows_triton(
-            logits, tokens, sequences, terms, options, softmax, gradient, target_logits
-        )
-        count = torch.full((1,), float(loss_T.numel()), device=logits.device)
+    kernels, cpp = in_triton(logits), in_cpp(logits)
+    if kernels or cpp:
+        if kernels:
+            loss_T, logprob_T, entropy_T, sums = kernels.policy_rows_triton(
+                logits, tokens, sequences, terms, options, softmax, gradient, target_logits
+            )
+        else:
+            assert cpp and isinstance(sequences.advantages, torch.Tensor)
+            exact = None if target_logits is None else target_logits.contiguous()
+            loss_T, logprob_T, entropy_T, sums = cpp.policy_rows_(
+                logits, tokens, terms, *sequences, options.encode(softmax), options.clip_range, gradient, exact
+            )
+        count = torch.full((1,), float(loss_T.numel()), dtype=loss_T.dtype, device=logits.device)
         most = logprob_T.amax() if loss_T.numel() else count[0] - float("inf")
         diff = RowMetrics(*sums).logprob_diff.amax() if loss_T.numel() else torch.zeros_like(most)
         metrics = torch.cat([count, entropy_T.sum()[None], sums.sum(1), torch.stack([most, diff])])
