@@ -27,15 +27,15 @@ TILES: dict[str, dict[int, Tile]] = {
 }
 # A kernel that writes no gradient looks at a row once: small programs, many to a processor, hide each other's ends.
 FORWARD: dict[str, dict[int, Tile]] = {
-    "cuda": {2: Tile(2048, 4), 4: Tile(2048, 4)},
-    "hip": {2: Tile(2048, 2), 4: Tile(2048, 2)},
+    "cuda": {2: Tile(1024, 4), 4: Tile(1024, 4)},
+    "hip": {2: Tile(1024, 2), 4: Tile(1024, 2)},
 }
 
 
 def full_tile(architecture: str, itemsize: int, capped: bool, gradient: bool) -> Tile:
     """The tile of long rows. A soft cap needs registers of its own: fewer logits a thread, or the kernel spills."""
     block, warps = (TILES if gradient else FORWARD)[architecture][itemsize]
-    return Tile(block // (4 if gradient else 2) if capped else block, warps)
+    return Tile(block // 4 if capped and gradient else block, warps)
 
 
 def tile(dtype: torch.dtype, vocabulary: int, capped: bool, gradient: bool) -> Tile:

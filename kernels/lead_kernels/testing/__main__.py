@@ -10,11 +10,11 @@ def main() -> None:
     p = argparse.ArgumentParser(description="What the compiler makes of the Triton kernels.")
     p.add_argument("command", choices=["resources"])
     p.add_argument("--out", type=Path, help="a file; default: the terminal")
-    p.add_argument("--beside", type=Path, help="what this command wrote under another Triton: its rows that differ")
+    p.add_argument("--beside", type=Path, nargs="+", default=[], metavar="FILE",
+                   help="what this command wrote under other versions of Triton: their rows that differ")  # fmt: skip
     a = p.parse_args()
-    table = resource_table()
-    if a.beside:
-        table += beside(table, a.beside.read_text(encoding="utf-8"))
+    ours = resource_table()
+    table = ours + "".join(beside(ours, other.read_text(encoding="utf-8")) for other in a.beside)
     if a.out:
         a.out.write_text(table, encoding="utf-8")
     else:

@@ -122,8 +122,8 @@ WRONG: dict[str, tuple[str, str, str]] = {
     ),
     "target not capped": (
         ROWS,
-        "at_target = soft_cap(z_target, softcap)",
-        "at_target = z_target * 1.0",
+        "at_target, rounded = soft_cap(z_target, softcap),",
+        "at_target, rounded = z_target * 1.0,",
     ),
     "tail capped too": (
         ROWS,

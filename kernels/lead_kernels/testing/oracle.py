@@ -9,7 +9,9 @@ own. The oracle is itself tested: it must reject every kernel of mutants.py.
 Legend: T rows, V vocabulary, S sequences.
 """
 
+import importlib
 import itertools
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -210,6 +212,14 @@ def launch(kernels: ModuleType, case: Case, in_place: bool, device: str) -> tupl
     return *out, gradient
 
 
+def rounds_twice() -> bool:
+    """Whether multiply-adds run in an interpreter of Triton that rounds product and sum, as it did before 3.9."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return False
+    version = importlib.import_module("triton").__version__.split(".")
+    return tuple(map(int, version[:2])) < (3, 9)
+
+
 def check_rows(
     kernels: ModuleType, device: str = "cpu", cases: Iterator[Case] | None = None, halves: bool = True
 ) -> None:
@@ -218,13 +228,18 @@ def check_rows(
         logits = case.logits
         exact, base = specification(case, torch.float64), specification(case, torch.float32)
         loss, logp, entropy, sums, grad = launch(kernels, case, bool(i % 2), device)
+        # A whole unit in the last place: the interpreter truncates on the way to bf16.
         rounding = torch.finfo(logits.dtype).eps * exact[4].nan_to_num(0.0).abs().max().item() if logits.numel() else 0
+        slack = 0.0
+        if rounds_twice() and logits.numel():  # z s - r cancels; the hardware's multiply-add has the digits of z s
+            ordinary = logits.abs() < 1e5
+            slack = 2.0**-21 * logits.float().where(ordinary, 0.0).abs().max().item() / case.softmax.temperature
         assert not (logp > 0).any(), "a log-prob above 0"
-        close("log-probs", logp, exact[1], base[1])
-        close("entropy", entropy, exact[2], base[2])
-        close("loss", loss, exact[0], base[0], 1e-5)
-        close("gradient", grad, exact[4], base[4], 5e-6 + rounding)
-        close("metrics", sums.sum(1), exact[3], base[3], 2e-5 * max(1, logits.shape[0]))
+        close("log-probs", logp, exact[1], base[1], 2e-6 + slack)
+        close("entropy", entropy, exact[2], base[2], 2e-6 + slack)
+        close("loss", loss, exact[0], base[0], 1e-5 + slack)
+        close("gradient", grad, exact[4], base[4], 5e-6 + rounding + slack)
+        close("metrics", sums.sum(1), exact[3], base[3], (2e-5 + slack) * max(1, logits.shape[0]))
         if i < 3:
             again = launch(kernels, case, not i % 2, device)
             for one, other in zip((loss, logp, entropy, sums, grad), again, strict=True):

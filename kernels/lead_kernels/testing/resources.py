@@ -269,6 +269,7 @@ def every_row() -> Iterator[tuple[str, str, str]]:
 # of the table, after kernel, dtype and target
 COLUMNS = ("block", "warps", "registers", "spills", "shared", "load_bytes", "store_bytes", "first", "second", "both",
            "fma", "mufu", "integer", "compare", "rest", "ahead", "outside")  # fmt: skip
+COMPARED = COLUMNS[: COLUMNS.index("both") + 1]  # with another Triton's
 
 
 def resource_table() -> str:
@@ -276,7 +277,7 @@ def resource_table() -> str:
     import triton
 
     def cell(x: Any) -> str:
-        return "" if x is None else f"{x:.1f}" if isinstance(x, float) else str(x)
+        return "-" if x is None else f"{x:.1f}" if isinstance(x, float) else str(x)
 
     columns = ("kernel", "dtype", "target", *COLUMNS)
     lines = [
@@ -327,9 +328,13 @@ def beside(table: str, other: str) -> str:
     names = ours.pop(("kernel", "dtype", "target"))
     lines = [
         f"\n## Triton {versions[1]}: rows that differ\n",
-        f"In brackets Triton {versions[0]}'s; what no row names is the same.\n",
+        f"In brackets Triton {versions[0]}'s; of the columns up to `both`, what no row names is the same.\n",
     ]
     for key, cells in ours.items():
-        changed = [f"{name} {b} ({a})" for name, a, b in zip(names, cells, theirs[key], strict=True) if a != b]
+        changed = [
+            f"{name} {b} ({a})"
+            for name, a, b in zip(names, cells, theirs[key], strict=True)
+            if a != b and name in COMPARED
+        ]
         lines += [f"- {', '.join(key)}: {', '.join(changed)}"] if changed else []
     return "\n".join(lines) + "\n"
