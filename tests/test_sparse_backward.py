@@ -151,6 +151,7 @@ def check_backward(module) -> None:
             torch.testing.assert_close(to.hidden, kept @ head)
             torch.testing.assert_close(to.head, (kept if sparse_head else exact).T @ hidden)
             torch.testing.assert_close(to.bias, (kept if sparse_head else exact).sum(0))
+            assert to.hidden is not None
             error = (to.hidden - exact @ head).norm(dim=1)
             bound = g.abs() / T * found.dropped * norm
             assert bool((error <= bound + 1e-9).all()) and bool((bound <= most + 1e-12).all()) and 0 < error.max()
@@ -317,6 +318,7 @@ def test_seeds_draw_differently_and_have_no_bias(monkeypatch):
 
 @outside
 def test_what_is_computed_densely():
+    more: dict
     for more, options in (({"scale": 0.001}, SPARSE), ({}, replace(SPARSE, entropy_coef=0.1))):
         want, exact = gradients(replace(options, dropped_mass=0.0), **more)
         got, grads = gradients(options, **more)
@@ -411,6 +413,7 @@ def test_the_exact_logit_has_bias_and_cap(dtype):
     bias = torch.linspace(-2, 2, 30).to(dtype)
     z = hidden.double() @ head.double().T + bias.double()
     exact = target_logits(hidden, head, bias, tokens.targets)
+    assert exact is not None
     torch.testing.assert_close(exact.double(), z.gather(1, tokens.targets[:, None])[:, 0], rtol=1e-5, atol=1e-5)
     assert target_logits(hidden.float(), head.float(), bias.float(), tokens.targets) is None
     got = linear_logprobs(hidden, head, tokens.targets, head_bias=bias, softcap=4.0, temperature=0.7)[0]
@@ -475,10 +478,22 @@ def test_reductions_are_in_full_precision_inside_and_put_back(monkeypatch):
 
 
 @outside
-def test_under_the_interpreter():
+@pytest.mark.parametrize("tests", ["not mistakes", pytest.param("mistakes", marks=pytest.mark.slow)])
+def test_under_the_interpreter(tests):
     pytest.importorskip("triton")
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        f"triton and {tests}",
+        __file__,
+    ]
     said = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
     assert said.returncode == 0 and "passed" in said.stdout, said.stdout[-3000:]
 
@@ -497,9 +512,9 @@ def chunk(dtype: torch.dtype, C: int = 150, V: int = 300, D: int = 24):
 
 @inside
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("seed", [None, 11])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("mass", [1e-3, 0.02])
+@pytest.mark.parametrize(
+    "dtype, mass, seed", [(torch.float32, 1e-3, 11), (torch.float32, 0.02, None), (torch.bfloat16, 0.02, None)]
+)
 def test_triton_lists_and_products(dtype, mass, seed):
     from lead_kernels._triton_sparse import ROWS, TILE, chunk_of, lists_of, product_
 
@@ -679,6 +694,7 @@ def compiled_sparse(kernel: str, dtype: str, by_column: bool) -> dict:
 
 
 @outside
+@pytest.mark.slow
 def test_a_run_with_a_frozen_head_and_dropped_mass_reports_both_and_resumes(tmp_path):
     from jobs import python, records, small, succeeded, torchrun, weights
 

@@ -265,11 +265,12 @@ def sparse_backward_(
     entries = sparse_rows(logits_CV, targets, stats, g, softmax, s, first_row)
     is_dense = entries.threshold < 0
     dense = is_dense.nonzero()[:, 0]
-    rows = targets, stats, g, torch.zeros_like(g)
 
     def gradient_(logits: torch.Tensor, at: Any = slice(None)) -> torch.Tensor:
         exact = None if target_logits is None else target_logits[at]
-        return rounded(row_gradient_(logits, *(x[at] for x in rows), softmax, None, exact), head.dtype)
+        g_at = g[at]
+        out = row_gradient_(logits, targets[at], stats[at], g_at, torch.zeros_like(g_at), softmax, None, exact)
+        return rounded(out, head.dtype)
 
     if 2 * len(dense) > len(g):
         dense_backward_(gradient_(logits_CV), hidden, head, to, first)
