@@ -35,7 +35,7 @@ were multiplied, and the largest bound on the error of a row of d hidden."""
 OCTAVES = 40
 DENSE_ABOVE = {"cpu": 1 / 32, "cuda": 0.3}
 """Share of the columns above which rows take the dense way. A CPU gathers each row for itself, with no use of caches
-shared between rows, and is level with its dense product at about 1/28 (`python bench/sparse.py`)."""
+shared between rows, and gains nothing long before tensor cores would (`python bench/sparse.py`, temperature 1)."""
 
 
 class Sparsity(NamedTuple):
