@@ -14,7 +14,7 @@ import sysconfig
 
 from setuptools import setup
 
-# csrc/rows.cpp is compiled once for each; the CPU decides at run time.
+# csrc/rows.cpp and csrc/sparse.cpp are compiled once for each; the CPU decides at run time.
 INSTRUCTION_SETS = {"DEFAULT": []}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["AVX2"] = ["-mavx2", "-mfma", "-mf16c"]
@@ -40,12 +40,12 @@ def extension() -> dict:
 
     class Build(BuildExtension):
         def build_extension(self, ext) -> None:
-            """Adds rows.cpp for every instruction set; a failure costs the extension, not the installation."""
+            """Adds what is compiled for every instruction set; a failure costs the extension, not the installation."""
             try:
                 ext.extra_objects = []
                 for name, instructions in INSTRUCTION_SETS.items():
                     ext.extra_objects += self.compiler.compile(
-                        ["csrc/rows.cpp"],
+                        ["csrc/rows.cpp", "csrc/sparse.cpp"],
                         output_dir=os.path.join(self.build_temp, name),
                         include_dirs=ext.include_dirs,
                         extra_postargs=[*flags, f"-DCPU_CAPABILITY={name}", f"-DCPU_CAPABILITY_{name}", *instructions],
@@ -57,9 +57,9 @@ def extension() -> dict:
 
     module = CppExtension(
         "lead_kernels._C",
-        ["csrc/bindings.cpp", "csrc/lead_advantages.cpp", "csrc/row_loss.cpp"],
+        ["csrc/bindings.cpp", "csrc/sparse_bindings.cpp", "csrc/lead_advantages.cpp", "csrc/row_loss.cpp"],
         extra_compile_args=flags,
-        depends=["csrc/rows.cpp", "csrc/rows.h"],
+        depends=["csrc/rows.cpp", "csrc/rows.h", "csrc/sparse.cpp", "csrc/sparse.h"],
         optional=True,  # an extension that was not built is no error
     )
     return {"ext_modules": [module], "cmdclass": {"build_ext": Build}}

@@ -109,6 +109,15 @@ def check(c: Config, world: int, *, trains: bool = True, device_type: str = "cpu
     by_sequence = c.loss.ratio == "sequence" or (
         c.loss.importance_cap is not None and c.loss.importance_level == "sequence"
     )
+    if c.loss.sparse_head and c.model.freeze_head:
+        raise ValueError(
+            "loss.sparse_head is true with model.freeze_head, whose head takes no gradient: give one of the two."
+        )
+    if c.loss.dropped_mass and c.loss.entropy_coef:
+        raise ValueError(
+            f"loss.dropped_mass is {c.loss.dropped_mass} with loss.entropy_coef {c.loss.entropy_coef}, whose gradient "
+            "is always computed in full: give one of the two."
+        )
     if c.parallel.sequence > 1 and by_sequence:
         raise ValueError(
             f"parallel.sequence is {c.parallel.sequence} with a ratio or importance weight per sequence, whose tokens "

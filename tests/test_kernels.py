@@ -585,10 +585,15 @@ def test_a_bias_is_added_before_the_logits_are_rounded_and_its_gradient_is_summe
     assert torch.equal(*runs)
     exact = rows * (torch.nn.functional.one_hot(torch.tensor(0), V) - bias.detach().double().softmax(0))
     torch.testing.assert_close(runs[0].double(), exact, rtol=2**-7, atol=0)
-    linear = torch.nn.functional.linear(x["hidden"].bfloat16(), head, bias.detach()).float().log_softmax(-1)
+    logits = torch.nn.functional.linear(x["hidden"].bfloat16(), head, bias.detach()).float()
+    at = x["targets"][:, None]  # whose own logit is not rounded
+    exact = torch.nn.functional.linear(x["hidden"].bfloat16().float(), head.float(), bias.detach().float()).gather(
+        1, at
+    )
+    linear = logits.scatter(1, at, exact).log_softmax(-1)
     logp, _ = linear_logprobs(x["hidden"].bfloat16(), head, x["targets"], head_bias=bias.detach())
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():  # else the product is taken in float32, with more digits
-        torch.testing.assert_close(logp, linear.gather(1, x["targets"][:, None])[:, 0])
+        torch.testing.assert_close(logp, linear.gather(1, at)[:, 0])
 
 
 def test_multipliers_of_the_logits_are_folded_into_temperature_and_cap():
@@ -702,6 +707,7 @@ def test_outcomes_give_the_bits_of_advantages_computed_beforehand(backend, dtype
 EVERY_LOSS = [
     LossOptions("sequence", 0.1, 0.3, 2.5, None, 2.0, 3.0, 1.5, "mask", "sequence", "k2", 0.25, -0.5),
     LossOptions(delta=3.5),
+    LossOptions(dropped_mass=0.125, sparse_head=True, sample_dropped=True, fp32_logits=True),
 ]
 EVERY_ADVANTAGE = AdvantageOptions(False, 0.5, False, 0.25, 2.0, 3.0, 0.5, 1e-3, "mad", 4000, 0.125, True, "positive",
                                    "uniform", "length", 0.5, 2.0)  # fmt: skip

@@ -6,30 +6,100 @@ get logits that hold it and know nothing of it. Its gradient is the sum of the l
 Legend: T rows, D hidden, V vocabulary.
 """
 
+import contextlib
 import functools
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
-CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 2 << 30}
+from . import _device
+
+CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 2 << 30}
 
 
-def chunk_size(rows: int, head: torch.Tensor, chunk_rows: int | None) -> int:
-    """Rows of a chunk: as asked, else `rows` in equal chunks of at most 64 MiB of logits on a CPU, 2 GiB on a GPU.
+def chunk_size(rows: int, head: torch.Tensor, chunk_rows: int | None, fp32_logits: bool = False) -> int:
+    """Rows of a chunk: equal chunks of at most what is asked, else what `_device.chunk_rows` makes of the budget.
 
-    On a GPU that is up to 7,061 rows of V = 152,064 in bf16: enough for the products to run at full rate.
+    That is 128 MiB of logits on a CPU and 2 GiB on a GPU.
     """
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows is {chunk_rows}: give 1 or more, or None.")
-    fit = chunk_rows or max(1, CHUNK_BYTES.get(head.device.type, 2 << 30) // (head.shape[0] * head.element_size()))
-    return -(-max(1, rows) // -(-max(1, rows) // fit))
+    if chunk_rows is not None:
+        return -(-max(1, rows) // -(-max(1, rows) // chunk_rows))
+    row_bytes = head.shape[0] * (max(4, head.element_size()) if fp32_logits else head.element_size())
+    budget = CHUNK_BYTES.get(head.device.type, 2 << 30)
+    return _device.chunk_rows(rows, head.shape[1], row_bytes, budget, _device.processors(head.device))
+
+
+def logits_buffer(rows: int, head: torch.Tensor, fp32: bool) -> torch.Tensor:
+    """Room for a chunk's logits, [C, V], in the head's dtype or at least float32."""
+    dtype = torch.promote_types(head.dtype, torch.float32) if fp32 else head.dtype
+    return torch.empty(rows, head.shape[0], dtype=dtype, device=head.device)
 
 
 def logits_of(hidden: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
-    """hidden [C, D] times head [V, D]^T, plus bias [V], written to the first C rows of `out`."""
+    """hidden [C, D] times head [V, D]^T, plus bias [V], written to the first C rows of `out`, in its dtype."""
     out = out[: len(hidden)]
+    if out.dtype != head.dtype:
+        if out.is_cuda:
+            torch.mm(hidden, head.T, out_dtype=out.dtype, out=out)
+        else:
+            torch.mm(hidden.to(out.dtype), head.T.to(out.dtype), out=out)
+        return out if bias is None else out.add_(bias)
     if bias is None:
         return torch.mm(hidden, head.T, out=out)
     return torch.addmm(bias, hidden, head.T, out=out)
+
+
+def rounded(gradient: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A gradient of float32 logits for products in the inputs' dtype; itself where that is its own."""
+    return gradient.to(dtype)
+
+
+@contextlib.contextmanager
+def full_reductions() -> Iterator[None]:
+    """Reduce products of half precision in float32 on a GPU, whatever torch's global switches say, and put those back.
+
+    By default a product that is split along its sum may add the parts in half precision; d hidden sums over V.
+    """
+    cublas: Any = torch.backends.cuda.matmul
+    names = (
+        "allow_bf16_reduced_precision_reduction",
+        "allow_fp16_reduced_precision_reduction",
+        "allow_fp16_accumulation",
+    )
+    before = {name: (getattr(cublas, name), getattr(cublas, name + "_split_k", None)) for name in names}
+
+    def put(name: str, value: bool, split_k: bool | None) -> None:
+        setattr(cublas, name, value if split_k is None else (value, split_k))  # a pair in newer torch
+
+    try:
+        for name, (_, split_k) in before.items():
+            put(name, False, split_k)
+        yield
+    finally:
+        for name, (value, split_k) in before.items():
+            put(name, value, split_k)
+
+
+def target_logits(
+    hidden: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
+) -> torch.Tensor | None:
+    """The targets' logits [C] in float32, of hidden [C, D]; None for inputs that are not of half precision.
+
+    One gather and a dot for each row, 2 C D FLOPs. Rounding a row's logits to bf16 moves its log-prob by up to 0.06
+    nats at |z| = 25 through the target's own logit, and by far less through the sum over all others.
+    """
+    if head.dtype not in (torch.bfloat16, torch.float16):
+        return None
+    rows = 1024  # [1024, D] in float32 at once
+    parts = [
+        torch.linalg.vecdot(hidden[i : i + rows].float(), head[targets[i : i + rows]].float())
+        for i in range(0, max(1, len(hidden)), rows)
+    ]
+    exact = torch.cat(parts)
+    return exact if bias is None else exact + bias[targets].float()
 
 
 def add_rows_(total: torch.Tensor, rows: torch.Tensor, first: bool) -> None:
@@ -102,6 +172,8 @@ def computable(x: torch.Tensor) -> torch.Tensor:
     return x.float() if half and x.device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported() else x
 
 
-def accumulate(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a gradient of the head is added up."""
+def accumulate(dtype: torch.dtype, chunks: int = 2) -> torch.dtype:
+    """The dtype in which a gradient of the head is added up; that of one chunk is its product, which rounds once."""
+    if chunks == 1:
+        return dtype
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -12,8 +12,17 @@ dtypes: hidden, head and bias of one float dtype, and so the logits; loss, log-p
 d(head) and d(bias) accumulated in fp32 (fp64) whatever the number of chunks, gradients returned in the inputs' dtype.
 Refuses targets outside 0..V-1, a sharded head, and shapes that do not fit.
 
-Floor: three GEMMs, 6 T D V FLOPs; extra memory one chunk of logits and, where the head is trained, d head in fp32.
-The sequence modes (GSPO ratio, sequence importance) need every row's log-prob first: a fourth GEMM.
+In half precision the sampled token's logit, which its log-prob follows one to one, is computed again in fp32 and stands
+for the rounded one (`_head.target_logits`). `fp32_logits` keeps all logits in fp32: twice the bytes of a chunk's logits
+and of what the row kernel moves, and one more pass that rounds their gradient for the products; on a CPU, where torch
+has no product of half precision with fp32 results, the logits' product runs in fp32, at about half the speed.
+
+With `dropped_mass` d hidden, and with `sparse_head` d head, come from the columns that probabilities reach
+(_sparse.py). Where the head takes no gradient either, a CPU then writes no gradient of the logits at all.
+
+Floor: three GEMMs, 6 T D V FLOPs, or with `dropped_mass` two, and one without d head (or with `sparse_head`); extra
+memory one chunk of logits and, where the head is trained, d head in fp32. The sequence modes (GSPO ratio, sequence
+importance) need every row's log-prob first: one GEMM more.
 
 Legend: T rows, D hidden, V vocabulary, C rows of a chunk, S sequences.
 """
@@ -29,8 +38,20 @@ from ._checks import (
     refuse_forward_mode,
     refuse_second_derivative,
 )
-from ._head import accumulate, add_product_, add_rows_, check_shapes, chunk_size, computable, local, logits_of
-from ._rows import Ready, RowStats, row_stats
+from ._head import (
+    accumulate,
+    check_shapes,
+    chunk_size,
+    computable,
+    full_reductions,
+    local,
+    logits_buffer,
+    logits_of,
+    rounded,
+    target_logits,
+)
+from ._rows import Ready, RowStats, in_triton, row_stats
+from ._sparse import SPARSE_METRICS, Gradients, dense_backward_, max_row_norm, sparse_backward_, sparsity
 from .options import LossOptions, Softmax
 from .policy_loss import (
     compiled_or_no_grad,
@@ -40,23 +61,40 @@ from .policy_loss import (
     named,
     needs_first_pass,
     policy_rows_,
+    row_results,
     sequence_terms,
 )
-from .records import DEFAULT_LOSS, MAXIMA, METRICS, PolicyLoss, Sequences, SequenceTerms, Tokens
+from .records import DEFAULT_LOSS, METRICS, PolicyLoss, Sequences, SequenceTerms, Tokens
+
+
+def cut_one(x: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
+    """These rows of a [T] tensor or of None."""
+    return None if x is None else x[rows]
 
 
 def cut(x: Any, rows: slice) -> Any:
     """A record of [T] tensors, some of them None, with only these rows."""
-    return type(x)(*(None if t is None else t[rows] for t in x))
+    return type(x)(*(cut_one(t, rows) for t in x))
 
 
-def add_up(chunks: list[torch.Tensor]) -> torch.Tensor:
-    """Metrics of all rows from those of each chunk, [12] each in the order of METRICS: sums, and at the end maxima."""
-    sums, maxima = torch.stack(chunks).split([len(METRICS) - len(MAXIMA), len(MAXIMA)], 1)
-    return torch.cat([sums.sum(0), maxima.amax(0)])
+def add_up(chunks: list[torch.Tensor], names: tuple[str, ...]) -> torch.Tensor:
+    """Metrics of all rows from those of each chunk, in the order of `names`: sums, and maxima where a name says so."""
+    values = torch.stack(chunks)
+    return torch.stack(
+        [
+            column.amax() if name.startswith("max_") else column.sum()
+            for name, column in zip(names, values.unbind(1), strict=True)
+        ]
+    )
+
+
+def metric_names(o: LossOptions) -> tuple[str, ...]:
+    """Names of the metrics that a call with these options has."""
+    return METRICS + (SPARSE_METRICS if o.dropped_mass else ())
 
 
 @torch.library.custom_op("lead_kernels::linear_policy_loss", mutates_args=())
+@full_reductions()
 def linear_policy_loss_op(
     hidden: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor,
     sequence_ids: torch.Tensor, behavior: torch.Tensor | None, old: torch.Tensor | None,
@@ -65,51 +103,77 @@ def linear_policy_loss_op(
 ) -> tuple[
     torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,
 ]:  # fmt: skip
-    """loss, log-probs [T], entropy [T], metrics [12], d hidden [T, D], d head [V, D], d bias [V].
+    """loss, log-probs [T], entropy [T], metrics, d hidden [T, D], d head [V, D], d bias [V].
 
-    A gradient that is not asked for is empty.
+    Metrics are in the order of `metric_names`. A gradient that is not asked for is empty.
 
     Args: `Tokens`, `encode_sequences` and `LossOptions.encode` of the public function's arguments; plan: rows of a
-    chunk, and whether (1 or 0) the gradients of hidden, of head and of bias are asked for.
+    chunk, whether (1 or 0) the gradients of hidden, of head and of bias are asked for, and the seed.
     """
     check_targets(targets, head.shape[0])
     check_sequence_ids(sequence_ids, weights.numel())
     tokens = Tokens(targets, sequence_ids, behavior, old, reference)
-    (o, softmax), (step, train_hidden, train_head, train_bias) = LossOptions.decode(options), plan
+    (o, softmax), (step, train_hidden, train_head, train_bias, seed) = LossOptions.decode(options), plan
     rows, h, w, b = hidden.shape[0], computable(hidden), computable(head), None if bias is None else computable(bias)
-    sequences, terms = for_row_kernel(decode_sequences(weights, advantages, groups), h), SequenceTerms()
-    buffer = torch.empty(step, w.shape[0], dtype=h.dtype, device=h.device)
+    buffer, terms = logits_buffer(step, w, o.fp32_logits), SequenceTerms()
+    sequences = for_row_kernel(decode_sequences(weights, advantages, groups), buffer)
+    exact = None if o.fp32_logits else target_logits(h, w, b, targets)
     if needs_first_pass(o):
         parts = [
-            RowStats(*row_stats(logits_of(h[at], w, b, buffer), targets[at], softmax).unbind(1)).logprob
+            RowStats(
+                *row_stats(logits_of(h[at], w, b, buffer), targets[at], softmax, cut_one(exact, at)).unbind(1)
+            ).logprob
             for at in (slice(i, i + step) for i in range(0, rows, step))
         ]
         terms = sequence_terms(torch.cat(parts) if parts else h.new_zeros(0), tokens, weights.numel(), o)
+    chunks = 2 if o.sparse_head else -(-rows // step)
     grad_hidden = torch.empty(h.shape if train_hidden else (0,), dtype=h.dtype, device=h.device)
     grad_head, grad_bias = (
-        torch.empty(shape if wanted else (0,), dtype=accumulate(w.dtype), device=w.device)
-        for shape, wanted in ((w.shape, train_head), (w.shape[:1], train_bias))
+        torch.empty(shape if wanted else (0,), dtype=accumulate(w.dtype, added), device=w.device)
+        for shape, wanted, added in ((w.shape, train_head, chunks), (w.shape[:1], train_bias, 2))
     )
+    train, s, kernels = any(plan[1:4]), sparsity(o, w, seed), in_triton(buffer)
+    if not train_hidden and not o.sparse_head:
+        s = None  # nothing is left to leave out
+    norm = max_row_norm(w) if train and s else None
     losses, logprobs, entropies, metrics = [], [], [], []
     for i in range(0, max(rows, 1), step):
         at = slice(i, i + step)
-        logits_CV = logits_of(h[at], w, b, buffer)
-        gradient = logits_CV if any(plan[1:]) else None
-        loss_C, logprob_C, entropy_C, metrics_C = policy_rows_(
-            logits_CV, cut(tokens, at), sequences, cut(terms, at), o, softmax, gradient
+        logits_CV, exact_C, chunk = logits_of(h[at], w, b, buffer), cut_one(exact, at), cut(tokens, at)
+        to = Gradients(
+            grad_hidden[at] if train_hidden else None,
+            grad_head if train_head else None,
+            grad_bias if train_bias else None,
         )
+        row_inputs = chunk, sequences, cut(terms, at), o, softmax
+        extra = [0.0, float(len(logits_CV)), 0.0]  # of a dense chunk
+        if norm is not None and s and not kernels:
+            stats, results, metrics_C = row_results(logits_CV, *row_inputs, exact_C)
+            loss_C, logprob_C, entropy_C = results.loss_T, stats[:, 2].clone(), stats[:, 3].clone()
+            extra = sparse_backward_(
+                logits_CV, chunk.targets, stats, results.grad_logprob_T, h[at], w, softmax, s, to,
+                sparse_head=o.sparse_head, norm=norm, first_row=i, target_logits=exact_C,
+            )  # fmt: skip
+        else:
+            gradient = logits_CV if train else None
+            loss_C, logprob_C, entropy_C, metrics_C = policy_rows_(logits_CV, *row_inputs, gradient, exact_C)
+            if norm is not None and s:
+                from ._triton_sparse import sparse_backward_triton_
+
+                extra = sparse_backward_triton_(
+                    rounded(logits_CV, w.dtype), chunk.targets, logprob_C, h[at], w, s, to, sparse_head=o.sparse_head,
+                    norm=norm, first_row=i,
+                )  # fmt: skip
+            elif train:  # logits_CV holds their gradient now
+                dense_backward_(rounded(logits_CV, w.dtype), h[at], w, to, first=i == 0)
         losses.append(loss_C.sum())
         logprobs.append(logprob_C)
         entropies.append(entropy_C)
+        if o.dropped_mass:
+            metrics_C = torch.cat([metrics_C, torch.as_tensor(extra, dtype=metrics_C.dtype, device=metrics_C.device)])
         metrics.append(metrics_C)
-        if train_hidden:  # logits_CV holds their gradient now
-            torch.mm(logits_CV, w, out=grad_hidden[at])
-        if train_head:
-            add_product_(grad_head, logits_CV.T, h[at], first=i == 0)
-        if train_bias:
-            add_rows_(grad_bias, logits_CV, first=i == 0)
     return (
-        torch.stack(losses).sum(), torch.cat(logprobs), torch.cat(entropies), add_up(metrics),
+        torch.stack(losses).sum(), torch.cat(logprobs), torch.cat(entropies), add_up(metrics, metric_names(o)),
         grad_hidden.to(hidden.dtype), grad_head.to(head.dtype), grad_bias.to(head.dtype),
     )  # fmt: skip
 
@@ -118,15 +182,16 @@ def linear_policy_loss_op(
 def _(hidden, head, bias, targets, ids, behavior, old, reference, weights, advantages, groups, options, plan):
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     logprobs, entropy = (hidden.new_empty(targets.shape, dtype=dtype) for _ in range(2))
-    loss, metrics = (hidden.new_empty(shape, dtype=dtype) for shape in ((), (len(METRICS),)))
-    shapes = zip((hidden.shape, head.shape, head.shape[:1]), plan[1:], strict=True)
+    names = metric_names(LossOptions.decode(options)[0])
+    loss, metrics = (hidden.new_empty(shape, dtype=dtype) for shape in ((), (len(names),)))
+    shapes = zip((hidden.shape, head.shape, head.shape[:1]), plan[1:4], strict=True)
     grads = [torch.empty(s if wanted else (0,), dtype=head.dtype, device=head.device) for s, wanted in shapes]
     return loss, logprobs, entropy, metrics, *grads
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     *_, plan = inputs
-    ctx.train = plan[1:]
+    ctx.train = plan[1:4]
     ctx.save_for_backward(*output[4:])
 
 
@@ -152,6 +217,7 @@ def linear_policy_loss(
     softcap: float | None = None,
     head_bias: torch.Tensor | None = None,
     chunk_rows: int | None = None,
+    seed: int = 0,
 ) -> PolicyLoss:
     """Compute `policy_loss` of `hidden @ head_weight.T + head_bias`, differentiable in all three.
 
@@ -165,9 +231,11 @@ def linear_policy_loss(
         softcap: bound on the logits, softcap tanh(z / softcap), before the temperature; None: none. `options.Softmax`
             says how a model's multipliers are folded into the two.
         head_bias: [V], the head's dtype, added to the logits before anything else; None: none.
-        chunk_rows: most rows of logits at once; None: as many as fit 64 MiB (2 GiB on a GPU).
+        chunk_rows: most rows of logits at once; None: as many as fit 128 MiB (2 GiB on a GPU).
+        seed: of options.sample_dropped, whose draw follows from it, the row and the column: give another in every call.
     Returns:
-        PolicyLoss: fp32, or fp64 for fp64 inputs.
+        PolicyLoss: fp32, or fp64 for fp64 inputs. With options.dropped_mass its metrics have those of
+            `_sparse.SPARSE_METRICS` too.
     Raises:
         ValueError: a target outside the vocabulary, a sequence id without a sequence (on a GPU both are assertions on
             the device, without a wait), shapes, dtypes or options that do not fit, what an option needs is missing, a
@@ -180,7 +248,7 @@ def linear_policy_loss(
     refuse_forward_mode(hidden, head, bias)
     on, inputs = torch.is_grad_enabled(), (hidden, head, bias)
     train = [int(on and x is not None and x.requires_grad) for x in inputs]
-    plan = [chunk_size(hidden.shape[0], head, chunk_rows), *train]
+    plan = [chunk_size(hidden.shape[0], head, chunk_rows, options.fp32_logits), *train, seed % 2**32]
     with compiled_or_no_grad():
         loss, logprobs, entropy, metrics, *grads = torch.ops.lead_kernels.linear_policy_loss(
             *inputs, *tokens, *encode_sequences(sequences), options.encode(Softmax(temperature, softcap)), plan
@@ -189,4 +257,4 @@ def linear_policy_loss(
         grads = [g if wanted else None for g, wanted in zip(grads, train, strict=True)]
         loss = Ready.apply(loss, grads, *inputs)
         del grads
-    return PolicyLoss(loss, logprobs.detach(), entropy.detach(), named(metrics.detach()))
+    return PolicyLoss(loss, logprobs.detach(), entropy.detach(), named(metrics.detach(), metric_names(options)))

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 Kinds = dict[str, Any]  # name of a field -> bool, int, float, "float or None", or a tuple of choices
 FLOAT_OR_NONE = "float or None"
+LEAST_DROPPED = 1e-5  # less would be lost in the rounding of float32 sums of probabilities
 
 
 class Softmax(NamedTuple):
@@ -93,6 +94,17 @@ class LossOptions:
     """Weight of the KL term; 0 loads no reference model."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
+    dropped_mass: float = 0.0
+    """Probability that d(hidden) may leave out of each row, in its smallest entries; 0: none. A row's error is at most
+    |d loss / d log-prob| / temperature x dropped mass x the head's largest row norm. Dense with an entropy bonus."""
+    sparse_head: bool = False
+    """Leave the same out of d(head). Under Adam this is another training rule: rows of rare tokens get exact zeros for
+    tiny gradients, which it would scale up to a full step."""
+    sample_dropped: bool = False
+    """Keep an entry that would be left out with probability p / threshold, at the threshold's value: no bias."""
+    fp32_logits: bool = False
+    """Keep a chunk's logits in float32 where the model computes in half precision: twice their bytes; on a CPU their
+    product runs in float32."""
 
     def __post_init__(self) -> None:
         check_fields(self, LOSS)
@@ -106,6 +118,11 @@ class LossOptions:
         for name in ("sapo_positive", "sapo_negative"):
             check(name, getattr(self, name), getattr(self, name) > 0, "a value above 0")
         self._check_bounds()
+        mass = self.dropped_mass
+        check("dropped_mass", mass, mass == 0 or LEAST_DROPPED <= mass < 1, f"0 (dense), or {LEAST_DROPPED} to below 1")
+        for name in ("sparse_head", "sample_dropped"):
+            if getattr(self, name) and not mass:
+                raise ValueError(f"{name} is True and dropped_mass 0, which drops nothing: give dropped_mass above 0.")
         if self.importance_cap is not None:
             check("importance_cap", self.importance_cap, self.importance_cap > 0, "a value above 0")
             if self.ratio == "sequence" and self.importance_level == "token":

@@ -270,16 +270,30 @@ def policy_rows_(
         diff = RowMetrics(*sums).logprob_diff.amax() if loss_T.numel() else torch.zeros_like(most)
         metrics = torch.cat([count, entropy_T.sum()[None], sums.sum(1), torch.stack([most, diff])])
         return loss_T, logprob_T, entropy_T, metrics
+    stats, rows, metrics = row_results(logits, tokens, sequences, terms, options, softmax, target_logits)
+    if gradient is not None:
+        grads = rows.grad_logprob_T, rows.grad_entropy_T
+        row_gradient_(logits, tokens.targets, stats, *grads, softmax, gradient, target_logits)
+    row = RowStats(*stats.unbind(1))
+    return rows.loss_T, row.logprob.clone(), row.entropy.clone(), metrics
+
+
+def row_results(
+    logits: torch.Tensor,
+    tokens: Tokens,
+    sequences: Sequences,
+    terms: SequenceTerms,
+    options: LossOptions,
+    softmax: Softmax,
+    target_logits: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, Rows, torch.Tensor]:
+    """What `row_stats` returns, the rows' loss and its derivatives, and metrics [12]; not for Triton's row kernel."""
     assert isinstance(sequences.advantages, torch.Tensor)
     stats = row_stats(logits, tokens.targets, softmax, target_logits)
     row, index = RowStats(*stats.unbind(1)), tokens.sequence_ids.long()
     advantage_T, weight_T = (x.to(stats.dtype)[index] for x in (sequences.advantages, sequences.weights))
     rows = rows_loss(row.logprob, row.entropy, advantage_T, weight_T, tokens, terms, options)
-    if gradient is not None:
-        grads = rows.grad_logprob_T, rows.grad_entropy_T
-        row_gradient_(logits, tokens.targets, stats, *grads, softmax, gradient, target_logits)
-    metrics = torch.stack([rows.metrics[k].to(stats.dtype) for k in METRICS])
-    return rows.loss_T, row.logprob.clone(), row.entropy.clone(), metrics
+    return stats, rows, torch.stack([rows.metrics[k].to(stats.dtype) for k in METRICS])
 
 
 def logits_loss_(
@@ -366,9 +380,9 @@ def compiled_or_no_grad() -> contextlib.AbstractContextManager:
     return contextlib.nullcontext() if torch.compiler.is_compiling() else torch.no_grad()
 
 
-def named(metrics: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Metrics [12] by their names."""
-    return dict(zip(METRICS, metrics.unbind(), strict=True))
+def named(metrics: torch.Tensor, names: tuple[str, ...] = METRICS) -> dict[str, torch.Tensor]:
+    """Metrics by their names."""
+    return dict(zip(names, metrics.unbind(), strict=True))
 
 
 def policy_loss(

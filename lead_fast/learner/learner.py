@@ -37,6 +37,7 @@ from .optimizer import learning_rate, make_optimizer, update
 from .packing import Pack, assign, efficiency, make_pack
 from .policy import load_policy
 
+MOST_PACKS = 4099  # of an update and rank; up to here no two of its packs draw with the same seed
 ROUNDING = 1e-4  # nats; how far above 0 a log-prob may be rounded
 
 
@@ -139,7 +140,7 @@ class Learner:
         """Log-probs of the response tokens for the ratio's denominator, where a pass of their own is asked for."""
         if self.c.loss.old_logprobs != "recompute":
             return None
-        return pack_logprobs(self.policy, pack, self.c.rollout.temperature)
+        return pack_logprobs(self.policy, pack, self.c.rollout.temperature, self.c.loss.fp32_logits)
 
     def _backward(
         self, packs: list[Pack], old: list[torch.Tensor | None], o: Objective, step: int
@@ -149,8 +150,10 @@ class Learner:
         progress = partial(self.journal.progress, "train", step + 1)
         for i, (pack, old_R) in enumerate(zip(packs, old, strict=True)):
             progress(i, len(packs))
-            ref_R = pack_logprobs(self.reference, pack, c.rollout.temperature) if self.reference else None
-            result = policy_loss(self.policy, pack, o, c, old_R, ref_R)
+            logprobs = partial(pack_logprobs, temperature=c.rollout.temperature, fp32_logits=c.loss.fp32_logits)
+            ref_R = logprobs(self.reference, pack) if self.reference else None
+            seed = ((c.seed * c.steps + step) * self.ranks.teams + self.ranks.team) * MOST_PACKS + i
+            result = policy_loss(self.policy, pack, o, c, old_R, ref_R, seed % 2**32)
             if c.debug:
                 where = f"log-probs of a pack of {len(pack.lengths)} sequences on rank {self.ranks.rank}"
                 must_be_finite(where, result.logprobs, old_R, ref_R, most=ROUNDING)
@@ -243,4 +246,7 @@ def means(sums: dict[str, float], updates: int, *, reference: bool) -> dict[str,
         "logprob_diff_max": sums["max_logprob_diff"],
         "importance_truncated_share": sums["importance_truncated"] / n,
     }
+    if "dropped_mass" in sums:
+        record |= {"dropped_mass": sums["dropped_mass"] / n, "column_share": sums["column_share"] / n}
+        record |= {"max_hidden_error": sums["max_hidden_error"]}
     return record | ({"kl_reference": sums["kl_reference"] / n} if reference else {})

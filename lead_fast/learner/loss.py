@@ -78,22 +78,31 @@ def policy_loss(
     c: Config,
     old_R: torch.Tensor | None = None,
     reference_R: torch.Tensor | None = None,
+    seed: int = 0,
 ) -> PolicyLoss:
-    """Compute the pack's part of the batch's loss, with metrics that add up over packs and ranks."""
+    """Compute the pack's part of the batch's loss, with metrics that add up over packs and ranks.
+
+    `seed`: of loss.sample_dropped, another for every pack of every step.
+    """
     old_R = pack.behavior_R if c.loss.old_logprobs == "engine" else old_R
     tokens = Tokens(pack.targets_R, pack.sequence_ids_R, pack.behavior_R, old_R, reference_R)
     return policy(
         pack,
         lambda hidden_RD, head: linear_policy_loss(
-            hidden_RD, head.weight, tokens, o.sequences, c.loss, **head.options(c.rollout.temperature)
+            hidden_RD, head.weight, tokens, o.sequences, c.loss, seed=seed, **head.options(c.rollout.temperature)
         ),
     )
 
 
 @torch.no_grad()
-def pack_logprobs(policy: Policy, pack: Pack, temperature: float) -> torch.Tensor:
+def pack_logprobs(policy: Policy, pack: Pack, temperature: float, fp32_logits: bool = False) -> torch.Tensor:
     """Log-probs of the pack's response tokens under the policy as it stands, float32 [R]."""
-    return policy(pack, lambda h, head: linear_logprobs(h, head.weight, pack.targets_R, **head.options(temperature))[0])
+
+    def logprobs(hidden_RD: torch.Tensor, head: Head) -> torch.Tensor:
+        options = head.options(temperature)
+        return linear_logprobs(hidden_RD, head.weight, pack.targets_R, fp32_logits=fp32_logits, **options)[0]
+
+    return policy(pack, logprobs)
 
 
 QUANTIZED_NATS = 0.1  # mean difference with rounded weights or cache; ten times what `tiny` has (docs/rollouts.md)

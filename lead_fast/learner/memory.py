@@ -42,8 +42,12 @@ def worst_pack(tokens: int, longest: int, ranks: Ranks) -> tuple[Pack, Objective
 def gradient(policy: Policy, reference: Policy | None, tokens: int, c: Config, ranks: Ranks) -> None:
     """Everything that a step does with a pack, for the largest one; the gradient is thrown away."""
     pack, o = worst_pack(tokens, c.data.max_prompt_tokens + c.rollout.max_tokens, ranks)
-    old_R = pack_logprobs(policy, pack, c.rollout.temperature) if c.loss.old_logprobs == "recompute" else None
-    ref_R = pack_logprobs(reference, pack, c.rollout.temperature) if reference else None
+    old_R = (
+        pack_logprobs(policy, pack, c.rollout.temperature, c.loss.fp32_logits)
+        if c.loss.old_logprobs == "recompute"
+        else None
+    )
+    ref_R = pack_logprobs(reference, pack, c.rollout.temperature, c.loss.fp32_logits) if reference else None
     for _ in range(2):  # the second pass finds gradients in memory
         policy_loss(policy, pack, o, c, old_R, ref_R).loss.backward()
 

@@ -13,10 +13,14 @@ from .policy import Policy
 
 
 def make_optimizer(policy: Policy, c: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the sharded fp32 masters; norms and biases, which have one dimension, may be a group without decay."""
-    groups: list[dict] = [{"params": list(policy.parameters())}]
+    """AdamW over the sharded fp32 masters that are trained (model.freeze_head).
+
+    Norms and biases, which have one dimension, may be a group without decay.
+    """
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    groups: list[dict] = [{"params": trained}]
     if not c.decay_norms_and_biases:
-        decayed, spared = ([p for p in policy.parameters() if (p.dim() < 2) == small] for small in (False, True))
+        decayed, spared = ([p for p in trained if (p.dim() < 2) == small] for small in (False, True))
         groups = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=c.lr, betas=c.betas, weight_decay=c.weight_decay, fused=True)
 

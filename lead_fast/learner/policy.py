@@ -217,6 +217,8 @@ def make_policy(network: Any, fill: Fill | None, model: ModelConfig, parallel: P
     if heads % n:
         raise ValueError(f"parallel.sequence is {n}, and {model.path} has {heads} attention heads: give a divisor.")
     offload = parallel.offload in ("activations", "both")
+    if model.freeze_head:
+        network.lm_head.requires_grad_(False)
     attention = None
     if ranks.device.type == "cuda" and model.dtype != "float32":
         capped = getattr(network.config, "attn_logit_softcapping", None) is not None
