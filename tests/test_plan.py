@@ -215,7 +215,7 @@ def test_events_take_the_seconds_of_every_iteration(cache_tokens):
             return np.random.default_rng(5).integers(1, 400, (groups, self.group_size)).astype(float)
 
     e, job = engine(cache_bytes=cache_tokens * 196_608), Drawn(4, 8, 400)
-    seconds, preempted = iteration_by_iteration(e, job.lengths(4, None))
+    seconds, preempted = iteration_by_iteration(e, job.lengths(4, np.random.default_rng()))
     t = rollout_time(e, 1, job)
     assert t.seconds == pytest.approx(seconds, rel=1e-9) and t.preemptions == preempted
     assert bool(preempted) == (cache_tokens < 10_000)

@@ -293,15 +293,16 @@ class _Rollout:
         self.left[w.running] -= sampled
 
 
-DRAWS = 3  # steps that are drawn where a step leaves nothing to the next
-STEPS, WARM_UP = 24, 8  # steps where it does, and those of them until all is as it stays
+RESPONSES = 768  # that are drawn where a step leaves nothing to the next
+STEADY_RESPONSES, WARM_UP = 4096, 8  # where it does, after so many steps until all is as it stays
 
 
 def rollout_time(engine: Engine, engines: int, job: Job, seed: int = 0) -> RolloutTime:
     """Simulated seconds of a step's rollout over `engines`, with extra problems in the steady state."""
     rng, prompt = np.random.default_rng(seed), assumed("prompt")
     G, asked = job.group_size, job.problems + job.extra
-    steps, warm_up = (STEPS, WARM_UP) if job.extra else (DRAWS, 0)
+    warm_up = WARM_UP if job.extra else 0
+    steps = warm_up + max(1, (STEADY_RESPONSES if job.extra else RESPONSES) // (job.problems * G))
     held = left = np.zeros((0, G))
     begun: list[dict[int, float]] = []  # per waiting group: tokens by the step that sampled them
     rows = []
