@@ -331,16 +331,14 @@ def test_hostile_text_becomes_text_and_nothing_else():
         (r"\text{if } x", "<mtext>if\u00a0</mtext>"),
         (r"\left( x \right)", '<mo fence="true" stretchy="true">(</mo>'),
         (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", "<mtr><mtd><mrow><mn>3</mn></mrow></mtd>"),
-        ("x_1^2", "<msubsup><mi>x</mi><mrow>"),
+        ("x_1^2", "<msubsup><mi>x</mi><mn>1</mn><mrow><mn>2</mn></mrow></msubsup>"),
         ("1<2", "&lt;"),
         ("f'(x)", "<mo>′</mo>"),
     ],
 )
 def test_mathematics_becomes_mathml(source, wanted):
     out = mathml(source)
-    assert out is not None and wanted.replace("<mrow><mn>2</mn></mrow></msup>", "") in out.replace(
-        "<mrow><mn>2</mn></mrow></msup>", ""
-    )
+    assert out is not None and wanted in out
     Tags(out)
 
 
@@ -351,7 +349,7 @@ def test_mathematics_becomes_mathml(source, wanted):
 )  # fmt: skip
 def test_what_is_not_known_is_shown_as_source(source):
     assert mathml(source) is None
-    assert "<math" not in text.rich(f"\\({source}\\)") or source == "\\"
+    assert source == "\\" or "<math" not in text.rich(f"\\({source}\\)")
 
 
 def test_prices_and_program_text_are_not_mathematics():
@@ -460,7 +458,7 @@ def test_numbers_outside_their_healthy_range_say_what_is_wrong(site):
     "path",
     ["/../secret.txt", "/secret.txt", "/picture/../secret.txt", "/picture/%2e%2e/secret.txt", "/picture/nothing.png",
      "/group/1/99", "/group/9/0", "/response/1/0/9", "/group/1", "/response/1/0", "/group/1/0/0", "/rollouts/",
-     "//etc/passwd", "/group/-1/0", "/picture/..%2f..%2fsecret.png", "/group/٣/0".encode().decode("latin-1")],
+     "//etc/passwd", "/group/-1/0", "/picture/..%2f..%2fsecret.png", "/group/%D9%A3/0"],
 )  # fmt: skip
 def test_nothing_else_is_there(site, path):
     reply, data = ask(site, path)

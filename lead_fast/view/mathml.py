@@ -50,7 +50,7 @@ LIMITS = {"lim": "lim", "max": "max", "min": "min", "sup": "sup", "inf": "inf", 
           "liminf": "lim inf"}  # fmt: skip
 SPACES = {",": ".17em", ":": ".22em", ">": ".22em", ";": ".28em", " ": ".25em", "quad": "1em", "qquad": "2em",
           "!": "-.17em", "thinspace": ".17em", "enspace": ".5em"}  # fmt: skip
-ACCENTS = {"overline": "‾", "bar": "‾", "hat": "^", "widehat": "^", "tilde": "~", "widetilde": "~", "vec": "→",
+ACCENTS = {"bar": "‾", "hat": "^", "widehat": "^", "tilde": "~", "widetilde": "~", "vec": "→",
            "overrightarrow": "→", "dot": "˙", "ddot": "¨", "overbrace": "⏞"}  # fmt: skip
 BELOW = {"underline": "_", "underbrace": "⏟"}
 IGNORED = {"displaystyle", "textstyle", "scriptstyle", "limits", "nolimits", "nonumber", "notag", "big", "Big", "bigg",
@@ -190,13 +190,13 @@ class _Parser:
     def atom(self) -> tuple[str, bool]:
         """A single thing, and whether its scripts stand below and above it."""
         token = self.take()
-        if token[0] == "\\":
+        if token[0] == "\\" and len(token) > 1:
             return self.command(token[1:])
         if token == "{":
             body = self.row(lambda t: False)
             self.expect("}")
             return body, False
-        if token in ("}", "&", "#", "$", "%", "^", "_"):
+        if token in ("}", "&", "#", "$", "%", "^", "_", "\\"):
             raise Unknown(token)
         if token[0].isdigit():
             return _leaf("mn", token), False
@@ -220,7 +220,7 @@ class _Parser:
         if name in INTEGRALS:
             return _leaf("mo", INTEGRALS[name]), False
         if name in FUNCTIONS:
-            return _leaf("mi", name), False
+            return _leaf("mo", name, ' form="prefix" lspace=".1em" rspace=".17em"'), False
         if name in LIMITS:
             return _leaf("mo", LIMITS[name], ' form="prefix"'), stacked
         if name in SPACES:
@@ -246,6 +246,8 @@ class _Parser:
             return _tag("mroot", self.argument() + index), False
         if name in ("boxed", "fbox"):
             return _tag("mrow", self.argument(), ' class="boxed"'), False
+        if name == "overline":
+            return _tag("mrow", self.argument(), ' class="over"'), False
         if name in TEXTS:
             text = re.sub(r"\\([{}%$#&_ ])", r"\1", self.raw())
             if "\\" in text:

@@ -53,7 +53,7 @@ table.list { border-collapse: collapse; width: 100%; font-variant-numeric: tabul
 table.list th { text-align: left; font-weight: 400; color: var(--faint); }
 table.list th, table.list td { padding: .3rem 1rem .3rem 0; border-bottom: 1px solid var(--line);
   vertical-align: baseline; white-space: nowrap; }
-table.list td.text { white-space: normal; overflow-wrap: anywhere; width: 60%; min-width: 14rem; }
+table.list td.text { white-space: normal; overflow-wrap: anywhere; width: 60%; min-width: 10rem; }
 table.list .number { text-align: right; }
 .numbers { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); gap: 0 2.2rem; }
 .numbers div { display: grid; grid-template-columns: 1fr auto; padding: .35rem 0; border-bottom: 1px solid var(--line);
@@ -76,8 +76,8 @@ button { background: var(--soft); cursor: pointer; } .pager { margin: 1rem 0; }
 .facts b { font-weight: 500; color: var(--ink); } .card .response { max-height: 30rem; overflow-y: auto; }
 .note { color: var(--faint); font-size: .86rem; margin: .4rem 0 0; }
 .unseen { font: .75em/1 ui-monospace, monospace; color: var(--bad); border: 1px solid var(--line); border-radius: 3px;
-  padding: 0 .2em; } math { font-size: 1.05em; } math .boxed { border: 1px solid var(--faint); padding: .15em .3em; }
-math[display=block] { overflow-x: auto; overflow-y: hidden; padding: .1em 0; } mtable.left mtd { text-align: left; }
+  padding: 0 .2em; } math { font-size: 1.05em; } math .over { border-top: 1px solid; padding-top: .1em; } math .boxed { border: 1px solid var(--faint); padding: .15em .3em; }
+math[display=block] { overflow-x: auto; overflow-y: hidden; padding: .3em 0; } mtable.left mtd { text-align: left; }
 .tokens { line-height: 1.75; } .tokens span, .note span { border-radius: 2px; }
 """ + "\n".join(
     f".{kind}{level} {{ background: rgba(var(--{name}), {0.1 + 0.11 * level:.2f}); }}"
@@ -304,7 +304,7 @@ def rollouts(columns: Columns, query: dict[str, str], chosen: np.ndarray, matchi
         text = titles[step][place] if place < len(titles[step]) else "(no longer kept)"
         rows += (
             f"<tr><td class=number>{step}</td><td>{outcome(columns, g)}</td>"
-            f'<td class=text><a href="/group/{step}/{place}">{shown(text)}</a></td>'
+            f'<td class=text><a href="/group/{step}/{place}">{rich(text)}</a></td>'
             f"<td class=number>{lengths[g]:,.0f}</td><td class=number>{ages[g]:.3g}</td>"
             f"<td class=number>{'–' if math.isnan(gaps[g]) else f'{gaps[g]:.2g}'}</td></tr>"
         )
@@ -413,7 +413,7 @@ def group(
         f'<div class="problem">{rich(kept.problem[:MOST])}{cut(kept.problem, MOST)}</div>'
         f"<p>Reference <span class=strong>{answer(kept.reference)}</span> "
         f"<span class=faint>· {' · '.join(facts)}</span></p>"
-        f"<nav>Tokens coloured by: {''.join(links)}</nav>{legend}"
+        f"<nav>Tokens coloured by: {' '.join(links)}</nav>{legend}"
         + (f'<nav class="pager">{" ".join(more)}</nav>' if n > CARDS else "<p></p>")
         + f'<div class="cards">{cards}</div>'
     )
@@ -512,7 +512,7 @@ def response(
     return (
         f"<h1>Step {step}, group {place + 1}, response {i + 1}</h1><nav>{back}</nav>"
         f"<p>{verdict} · answer {answer(sample.fields['extracted'])} · reference {answer(kept.reference)}</p>"
-        f'<div class="facts">{facts_of(row, sample)}</div><nav>Tokens coloured by: {"".join(links)}</nav>'
+        f'<div class="facts">{facts_of(row, sample)}</div><nav>Tokens coloured by: {" ".join(links)}</nav>'
         + (f'<p class="note">{LEGENDS[colour]}</p>' if colour else "")
         + (f"<nav class=pager>from {' '.join(parts[:400])}</nav>" if len(parts) > 1 else "<p></p>")
         + body(sample, colour, pieces, WHOLE, WHOLE_TOKENS, start)

@@ -41,10 +41,12 @@ def rich(text: str) -> str:
     out, at = [], 0
     for m in MATH.finditer(text):
         source = m["a"] or m["b"] or m["c"] or m["d"] or m["e"]
-        rendered = None if UNSEEN.search(source) else mathml(source, block=bool(m["a"] or m["b"]))
+        block = bool(m["a"] or m["b"])
+        rendered = None if UNSEEN.search(source) else mathml(source, block=block)
         if rendered is not None:
-            out += [shown(text[at : m.start()]), rendered]
-            at = m.end()
+            before = text[at : m.start()]
+            out += [shown(before.removesuffix("\n") if block else before), rendered]
+            at = m.end() + (block and text.startswith("\n", m.end()))  # a block has its own line
     return "".join([*out, shown(text[at:])])
 
 
