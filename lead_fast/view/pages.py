@@ -76,7 +76,8 @@ button { background: var(--soft); cursor: pointer; } .pager { margin: 1rem 0; }
 .facts b { font-weight: 500; color: var(--ink); } .card .response { max-height: 30rem; overflow-y: auto; }
 .note { color: var(--faint); font-size: .86rem; margin: .4rem 0 0; }
 .unseen { font: .75em/1 ui-monospace, monospace; color: var(--bad); border: 1px solid var(--line); border-radius: 3px;
-  padding: 0 .2em; } math { font-size: 1.05em; } math .over { border-top: 1px solid; padding-top: .1em; } math .boxed { border: 1px solid var(--faint); padding: .15em .3em; }
+  padding: 0 .2em; } math { font-size: 1.05em; } math .over { border-top: 1px solid; padding-top: .1em; }
+  math .boxed { border: 1px solid var(--faint); padding: .15em .3em; }
 math[display=block] { overflow-x: auto; overflow-y: hidden; padding: .3em 0; } mtable.left mtd { text-align: left; }
 .tokens { line-height: 1.75; } .tokens span, .note span { border-radius: 2px; }
 """ + "\n".join(
