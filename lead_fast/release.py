@@ -11,7 +11,7 @@ import re
 import sys
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 PACKAGES = ("lead-fast", "torch", "transformers", "triton", "vllm", "math-verify", "datasets")
 
@@ -130,7 +130,9 @@ def push_to_hub(folder: Path, repository: str, *, private: bool = True) -> str:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
-    client_error = HfHubHTTPError.__bases__[0]  # of the HTTP client that this huggingface_hub uses
+    client_error = cast(
+        type[Exception], HfHubHTTPError.__bases__[0]
+    )  # of the HTTP client that this huggingface_hub uses
     api = HfApi()
     try:
         api.whoami()

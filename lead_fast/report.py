@@ -631,6 +631,8 @@ def main(args: list[str] | None = None) -> None:
         p.error("give either one RUN_DIR or --compare LABEL=RUN_DIR ...")
     if a.serve and not a.run_dir:
         p.error("--serve takes one RUN_DIR")
+    if not a.serve and (a.remote or a.host != p.get_default("host") or a.port != p.get_default("port")):
+        p.error("--port, --host and --remote belong to --serve")
     if a.serve:
         from .view.server import serve
 

@@ -140,7 +140,10 @@ def test_a_full_disk_ends_no_run_and_leaves_no_half_file(tmp_path, monkeypatch):
     assert [*(tmp_path / "rollouts").iterdir()] == []
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:30], lambda b: b[:-40], lambda b: b"x" * 50 + b[50:], lambda b: b""])
+@pytest.mark.parametrize(
+    "damage",
+    [lambda b: b[:30], lambda b: b[:-40], lambda b: b"x" * 50 + b[50:], lambda b: b[:-9] + b"x" * 9, lambda b: b""],
+)
 def test_a_damaged_file_is_named_and_the_others_are_shown(tmp_path, damage):
     for step in (1, 2):
         add(Rollouts(tmp_path, 10**8), step, [plain_group(step, 0, 2)])
@@ -149,7 +152,7 @@ def test_a_damaged_file_is_named_and_the_others_are_shown(tmp_path, damage):
     watched = Watched(tmp_path)
     columns = watched.columns()
     if 2 in columns.indexes:  # its columns are complete
-        with pytest.raises(ValueError, match="is incomplete: remove it"):
+        with pytest.raises(ValueError, match="is (incomplete|damaged .*): remove it"):
             columns.indexes[2].group(0)
     else:
         assert "step-00000002.bin holds no rollouts" in watched.unreadable[0]
@@ -367,10 +370,16 @@ def test_tokens_are_coloured_by_what_was_computed_and_the_absence_is_said(tmp_pa
     assert 'class="e5"' in text.coloured(["x"], np.array([3.0]), "entropy")
     assert 'class="n4"' in text.coloured(["x"], np.array([0.4]), "weight")
     store = Rollouts(tmp_path, 10**8)
-    add(store, 1, [plain_group(1, 0, 2)])
+    add(
+        store,
+        1,
+        [plain_group(1, 0, 2)],
+        TokenValues(*(np.zeros(3, d) for d in ("i4", "i4")), *[np.full(3, np.nan, "f2")] * 2),
+    )
     index = Watched(tmp_path).columns()
     shown = pages.group(index, 1, 0, index.indexes[1].group(0), "entropy", None)
-    assert shown.count("Not trained on in its step") == 4
+    assert shown.count("Not trained on in its step") == shown.count("gap <b>not trained on") == 3
+    assert shown.count("gap <b>nan") == 1 and shown.count("keeps no tokenizer.json") == 1  # of a skipped update
 
 
 # ------------------------------------------------------------------------------------------------------------- server
@@ -520,6 +529,8 @@ def test_a_run_that_has_only_begun_is_followed(tmp_path):
         after = json.loads(ask(server, "/state")[1])
         assert before["mark"] != after["mark"] and after["text"].startswith("step 1 · last record 0 s ago")
         assert "<h1>Step 1</h1>" in ask(server, "/")[1].decode()
+        (tmp_path / "metrics.jsonl").write_text('{"kind": "sft", "step": 1, "loss": 1.0}\n')
+        assert "A run of lead_fast.sft" in ask(server, "/")[1].decode()
     finally:
         server.shutdown()
         server.server_close()

@@ -104,7 +104,9 @@ class Rollouts:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if self.limit_bytes and backend is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            backend.save(str(self.folder / "tokenizer.json"))
+            partial = self.folder / "tokenizer.partial"
+            backend.save(str(partial))
+            os.replace(partial, self.folder / "tokenizer.json")
 
     def add(
         self, step: int, batch: Batch, rewards: list[float], advantages: list[float], eps: float, values: TokenValues
@@ -251,8 +253,8 @@ class StepIndex:
     titles_bytes: int
 
     def titles(self) -> list[str]:
-        """Beginnings of the problems, one per group."""
-        return json.loads(zlib.decompress(_read(self.path, self.titles_at, self.titles_bytes)))
+        """Beginnings of the problems, one per group. Raises ValueError as `group` does."""
+        return json.loads(_inflated(self.path, self.titles_at, self.titles_bytes))
 
     def group(self, i: int) -> "KeptGroup":
         """The i-th group's texts and token values.
@@ -261,11 +263,7 @@ class StepIndex:
             ValueError: the file is damaged or gone.
         """
         at = self.titles_at + self.titles_bytes + int(self.groups["offset"][i])
-        try:
-            data = zlib.decompress(_read(self.path, at, int(self.groups["size"][i])))
-        except zlib.error as e:
-            raise ValueError(f"{self.path} is damaged ({e}): remove it.") from e
-        return decode_group(data)
+        return decode_group(_inflated(self.path, at, int(self.groups["size"][i])))
 
 
 @dataclass(frozen=True)
@@ -325,7 +323,7 @@ def read_step(step: int, path: Path) -> StepIndex:
         raise ValueError(f"{path} holds no rollouts that can be read ({e}): remove it.") from e
 
 
-def _read(path: Path, at: int, size: int) -> bytes:
+def _inflated(path: Path, at: int, size: int) -> bytes:
     try:
         with path.open("rb") as f:
             f.seek(at)
@@ -334,4 +332,7 @@ def _read(path: Path, at: int, size: int) -> bytes:
         raise ValueError(f"{path} cannot be read ({e}): it may have been thinned out.") from e
     if len(data) != size:
         raise ValueError(f"{path} is incomplete: remove it.")
-    return data
+    try:
+        return zlib.decompress(data)
+    except zlib.error as e:
+        raise ValueError(f"{path} is damaged ({e}): remove it.") from e

@@ -240,6 +240,8 @@ def overview(state: dict[str, Any], records: list[dict[str, Any]], pictures: dic
     train = [r for r in records if r.get("kind") == "train"]
     if not records:
         return "<h1>No record yet</h1><p class=faint>The first step is being made; this page looks again by itself.</p>"
+    if {r.get("kind") for r in records} == {"sft"}:
+        return "<h1>A run of lead_fast.sft</h1><p class=faint>It samples no responses: see its TensorBoard.</p>"
     cells = ""
     last = train[-1] if train else {}
     for number in NUMBERS:
@@ -448,7 +450,7 @@ def facts_of(row: np.void, sample: KeptSample) -> str:
         "advantage": signed(float(row["advantage"])),
     }
     facts |= {"tokens": f"{int(row['length']):,}", "age": str(int(row["age"]))}
-    facts["gap"] = "not trained on" if math.isnan(row["gap"]) else f"{float(row['gap']):.2g}"
+    facts["gap"] = "not trained on" if sample.gap is None else f"{float(row['gap']):.2g}"
     facts |= {
         ("function" if k == "reward" else shown(k)): f"{v:.3g}" for k, v in fields["terms"].items() if v is not None
     }

@@ -160,12 +160,14 @@ class Site:
         return state | {"mark": f"{state['mark']}-{self._drawn[0]}"}
 
     def _draw(self, mark: str) -> None:
+        drawn: dict[str, tuple[str, bytes]] = {}
         try:
             drawn = self.pictures()
         except ValueError:  # no record yet
-            drawn = {}
-        with self._lock:
-            self._drawn, self._drawing = (mark, drawn), None
+            pass
+        finally:
+            with self._lock:
+                self._drawn, self._drawing = (mark, drawn), None
 
     def _tokenizer(self) -> Pieces | None:
         path = self.watched.folder / FOLDER / "tokenizer.json"

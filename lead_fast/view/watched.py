@@ -82,7 +82,8 @@ def parse_filter(query: dict[str, str]) -> Filter:
     sort = query.get("sort") or "newest"
     if sort not in SORTS:
         raise ValueError(f"sort is {sort[:40]!r}: give one of {', '.join(SORTS)}.")
-    return Filter(**ranges, **flags, sort=sort)
+    correct, truncated = flags["correct"], flags["truncated"]
+    return Filter(ranges["step"], ranges["solve"], ranges["age"], correct, truncated, sort)
 
 
 @dataclass(frozen=True)
