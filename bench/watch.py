@@ -49,7 +49,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         make(Path(folder), a.responses, a.group_size, a.per_step, a.tokens)
         files = [f.stat().st_size for f in (Path(folder) / "rollouts").iterdir()]
-        print(f"{a.responses} responses of {a.tokens} tokens, {len(files)} steps, {sum(files) / 2**20:.0f} MiB")
+        print(
+            f"{len(files) * a.per_step} responses of {a.tokens} tokens, {len(files)} steps, {sum(files) / 2**20:.0f} MiB"
+        )
         site = Site(Path(folder), dict)
 
         def ms(path: str) -> float:
