@@ -306,6 +306,14 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
+class MetricsConfig:
+    """What a run keeps to be looked at."""
+
+    keep_rollouts: Annotated[int, Range(0, 10**8, zero="none kept")] = 1024
+    """Limit on RUN_DIR/rollouts, MiB: every step's groups, compressed; when it is reached older steps are thinned."""
+
+
+@dataclass(frozen=True)
 class Config:
     recipe: str = ""
     """Name of the recipe or path of the TOML file this came from."""
@@ -336,6 +344,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
 
 
 @dataclass(frozen=True)

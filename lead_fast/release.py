@@ -1,15 +1,17 @@
 """What makes an export a release: generation settings and a model card beside weights, tokenizer and chat template.
 
 python -m lead_fast.release RUN_DIR [--evaluation DIR ...]     # writes the card again, with evaluations in it
+python -m lead_fast.release RUN_DIR --push_to_hub OWNER/NAME   # and uploads it, to a private repository
 """
 
 import argparse
 import importlib.metadata
 import json
+import re
 import sys
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 PACKAGES = ("lead-fast", "torch", "transformers", "triton", "vllm", "math-verify", "datasets")
 
@@ -96,13 +98,73 @@ def release(run: Path, evaluations: list[Path] | None = None) -> Path:
     return folder
 
 
+REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+
+
+def check_repository(name: str) -> None:
+    """Refuse what the hub has no repository of: a name is OWNER/NAME.
+
+    Raises:
+        ValueError: one sentence with the name.
+    """
+    last = name.rpartition("/")[2]
+    if not REPOSITORY.fullmatch(name) or ".." in name or "--" in name or last[-1] in ".-" or last.endswith(".git"):
+        raise ValueError(
+            f"--push_to_hub is {name!r}: give OWNER/NAME, of letters, digits, `.`, `_` and `-` (up to 96 each)."
+        )
+
+
+def push_to_hub(folder: Path, repository: str, *, private: bool = True) -> str:
+    """Upload a release; returns its address.
+
+    The token is found by huggingface_hub itself, in HF_TOKEN or where `hf auth login` keeps it; nothing here sees it.
+
+    Args:
+        folder: of `release`.
+        repository: OWNER/NAME; made where it does not exist. One that exists keeps who may see it.
+        private: whether a new one is.
+    Raises:
+        ValueError: the name is none, there is no token, or the hub refuses.
+    """
+    check_repository(repository)
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    client_error = cast(
+        type[Exception], HfHubHTTPError.__bases__[0]
+    )  # of the HTTP client that this huggingface_hub uses
+    api = HfApi()
+    try:
+        api.whoami()
+        url = api.create_repo(repository, private=private, repo_type="model", exist_ok=True)
+        api.upload_folder(
+            repo_id=repository, folder_path=folder, repo_type="model", commit_message="Release by lead-fast"
+        )
+    except LocalTokenNotFoundError as e:
+        raise ValueError("--push_to_hub needs a token of the hub: set HF_TOKEN, or run `hf auth login`.") from e
+    except HfHubHTTPError as e:
+        code = e.response.status_code if e.response is not None else "no status"
+        raise ValueError(
+            f"The hub refused {repository} ({code}): look at the name, and at whether the token may write to it."
+        ) from e
+    except (OSError, client_error) as e:  # no network
+        raise ValueError(f"{repository} cannot be uploaded ({type(e).__name__}): look at the network.") from e
+    return str(url)
+
+
 def main(args: list[str] | None = None) -> None:
     p = argparse.ArgumentParser(prog="python -m lead_fast.release", description=(__doc__ or "").splitlines()[0])
     p.add_argument("run_dir", type=Path)
     p.add_argument("--evaluation", type=Path, nargs="+", default=[], help="output folders of lead_fast.evaluate")
+    p.add_argument("--push_to_hub", metavar="OWNER/NAME", help="upload the release to the Hugging Face hub")
+    p.add_argument("--public", action="store_true", help="with --push_to_hub: a new repository is public, not private")
     a = p.parse_args(args)
     try:
-        print(release(a.run_dir, a.evaluation))
+        if a.push_to_hub is not None:
+            check_repository(a.push_to_hub)
+        print(folder := release(a.run_dir, a.evaluation))
+        if a.push_to_hub is not None:
+            print(push_to_hub(folder, a.push_to_hub, private=not a.public))
     except (ValueError, FileNotFoundError) as e:
         sys.exit(f"error: {e}")
 

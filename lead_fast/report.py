@@ -1,6 +1,7 @@
 """A finished run as one HTML page and PNGs; several runs as a table and a picture.
 
     python -m lead_fast.report RUN_DIR [--out DIR]
+    python -m lead_fast.report RUN_DIR --serve [--port PORT]
     python -m lead_fast.report --compare LABEL=RUN_DIR[,RUN_DIR...] ... --out DIR
 
 The page is one file: pictures inline, every text escaped, nothing fetched. Runs under one LABEL are seeds of the same
@@ -12,6 +13,7 @@ import base64
 import html
 import statistics
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -343,6 +345,13 @@ def draw(run: Run, out: Path) -> dict[str, Path]:
     return written
 
 
+def pictures(run_dir: str | Path) -> dict[str, tuple[str, bytes]]:
+    """The pictures of a run as it stands: name -> (alternative text, PNG). Raises ValueError without records."""
+    with tempfile.TemporaryDirectory() as folder:
+        drawn = draw(read_run(run_dir), Path(folder))
+        return {name: (DRAWINGS[name][1], path.read_bytes()) for name, path in drawn.items()}
+
+
 # -------------------------------------------------------------------------------------------------------------- page
 
 
@@ -613,10 +622,22 @@ def main(args: list[str] | None = None) -> None:
     p.add_argument("run_dir", nargs="?", help="folder of a run")
     p.add_argument("--compare", nargs="+", metavar="LABEL=RUN_DIR[,RUN_DIR...]", help="runs to compare, seeds by comma")
     p.add_argument("--out", help="where to write; the run's folder, or with --compare the current one")
+    p.add_argument("--serve", action="store_true", help="follow the run in a browser, rollouts included")
+    p.add_argument("--port", type=int, default=8421, help="with --serve; 0 takes a free one")
+    p.add_argument("--host", default="127.0.0.1", help="with --serve: the address to bind")
+    p.add_argument("--remote", action="store_true", help="with --serve: allow a --host that other machines reach")
     a = p.parse_args(args)
     if bool(a.run_dir) == bool(a.compare):
         p.error("give either one RUN_DIR or --compare LABEL=RUN_DIR ...")
-    if a.compare:
+    if a.serve and not a.run_dir:
+        p.error("--serve takes one RUN_DIR")
+    if not a.serve and (a.remote or a.host != p.get_default("host") or a.port != p.get_default("port")):
+        p.error("--port, --host and --remote belong to --serve")
+    if a.serve:
+        from .view.server import serve
+
+        serve(Path(a.run_dir), lambda: pictures(a.run_dir), host=a.host, port=a.port, remote=a.remote)
+    elif a.compare:
         table, picture = compare(parse_labelled(a.compare), a.out or ".")
         print(table.read_text(encoding="utf-8"))
         print(f"{table}  {picture}")

@@ -48,7 +48,7 @@ def train(c: Config, ranks: Ranks, folder: Path) -> None:
     problems, prompts = load_train(c, tokenizer, ranks, keep_columns=keep, graded=graded)
     test, test_prompts = load_test(c, tokenizer, ranks, keep_columns=keep) if c.evaluate.every else ([], [])
     function = own_function(c, problems[0], ranks)
-    journal = Journal(folder, c, ranks)
+    journal = Journal(folder, c, ranks, tokenizer)
     learner = Learner(c, ranks, journal)
     c = learner.c  # with the measured size of a pack
     state = learner.resume() if c.resume else {}  # before an engine shares the GPU

@@ -62,6 +62,8 @@ def test_killed_in_rollout_backward_and_save_the_job_goes_on_to_the_same_weights
     resumed, unbroken = records(killed.run, "train"), records(tiny_run, "train")
     assert [r["step"] for r in resumed] == [*range(1, STEPS + 1)]
     assert [r["accuracy"] for r in resumed] == [r["accuracy"] for r in unbroken]
+    kept = [{p.name: p.read_bytes() for p in (run / "rollouts").iterdir()} for run in (killed.run, tiny_run)]
+    assert len(kept[0]) == STEPS + 1 and kept[0] == kept[1]
 
 
 def test_a_killed_rank_ends_the_job_and_leaves_no_process(killed):

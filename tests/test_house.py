@@ -48,8 +48,9 @@ def test_lead_kernels_stands_alone():
 
 
 ON_TOP = {"config", "records", "checks", "cli"}  # library that every wing may import
-BELOW = {"runtime": set(), "reward": set(), "data": {"runtime", "reward"}, "learner": {"runtime", "reward"},
-         "rollout": {"runtime", "data", "reward", "learner"}, "planner": {"runtime", "learner"}}  # fmt: skip
+BELOW = {"runtime": set(), "reward": set(), "view": {"runtime"}, "data": {"runtime", "reward"},
+         "learner": {"runtime", "reward"}, "rollout": {"runtime", "data", "reward", "learner"},
+         "planner": {"runtime", "learner"}}  # fmt: skip
 LIFTED = {
     ("data", "prepare"): {"learner", "report"},
     ("data", "check"): {"learner"},

@@ -102,7 +102,11 @@ def recorded_batch(t: SimpleNamespace, record: dict[str, list]) -> Any:
 def new_learner(t: SimpleNamespace, c: Any, ranks: Any) -> Any:
     """A learner that nobody watches."""
     return t.Learner(
-        c, ranks, SimpleNamespace(phase=t.PhaseTimer(), progress=lambda *where: None, folder=Path("nowhere"))
+        c,
+        ranks,
+        SimpleNamespace(
+            phase=t.PhaseTimer(), progress=lambda *where: None, token_values=lambda *of: None, folder=Path("nowhere")
+        ),
     )
 
 

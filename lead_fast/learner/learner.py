@@ -159,6 +159,9 @@ class Learner:
                 must_be_finite(where, result.logprobs, old_R, ref_R, most=ROUNDING)
                 must_be_finite("loss and entropy of that pack", result.loss, result.entropy)
             result.loss.backward()
+            if pack.behavior_R is not None:
+                gap_R = result.logprobs - pack.behavior_R
+                self.journal.token_values(pack.sequence_ids_R, pack.position_ids_T[pack.rows_R], gap_R, result.entropy)
             out.append(result.metrics | {"loss": result.loss.detach()} | age_sums(result.logprobs, pack, c))
         return out
 

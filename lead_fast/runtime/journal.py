@@ -18,6 +18,7 @@ from ..records import Batch
 from .health import Health, skipped_update
 from .metrics import Metrics, PhaseTimer
 from .ranks import Ranks
+from .rollouts import Rollouts, TokenValues
 from .watchdog import Watchdog
 
 ASIDE = ("evaluate", "save")  # phases that are no part of a step
@@ -28,21 +29,28 @@ class Journal:
 
     Args:
         folder: of the run.
-        c: steps, wandb, watchdog_s and optim.max_skipped are used.
+        c: steps, wandb, watchdog_s, optim.max_skipped, advantage.eps and metrics are used.
         ranks: of this job.
+        tokenizer: kept beside the rollouts, so that their tokens can be told apart.
     """
 
-    def __init__(self, folder: Path, c: Config, ranks: Ranks):
+    def __init__(self, folder: Path, c: Config, ranks: Ranks, tokenizer: Any = None):
         self.folder, self.c, self.ranks = folder, c, ranks
         self.metrics = Metrics(folder, total_steps=c.steps, wandb_project=c.wandb or None, enabled=ranks.main)
         self.phase = PhaseTimer(self._beat)
         self.health = Health(folder, c.optim.max_skipped)
         self.watchdog: Watchdog | None = None
+        self.rollouts = Rollouts(folder, c.metrics.keep_rollouts * 2**20)
+        self.tokenizer = tokenizer
+        self._values: list[tuple[torch.Tensor, ...]] = []  # of this rank's packs in the current step
         self._began = time.monotonic()
 
     def begin(self, step: int, elapsed_s: float = 0.0, updates_skipped: int = 0) -> None:
         """Start watching after `step` steps; records after that step, of a run that was killed, are dropped."""
         self.metrics.truncate_after(step)
+        if self.ranks.main:
+            self.rollouts.truncate_after(step)
+            self.rollouts.keep_tokenizer(self.tokenizer)
         self._began = time.monotonic() - elapsed_s
         self.health = Health(self.folder, self.c.optim.max_skipped, updates_skipped)
         self.watchdog = Watchdog(self.c.watchdog_s, self.ranks)
@@ -65,12 +73,42 @@ class Journal:
         self._beat(phase, step)
         self.metrics.progress(phase, step, done, total)
 
+    def token_values(
+        self, sequences_R: torch.Tensor, positions_R: torch.Tensor, gap_R: torch.Tensor, entropy_R: torch.Tensor
+    ) -> None:
+        """Note a pack's values for the rollouts of this step, where they are kept; nothing is copied from the device.
+
+        Args:
+            sequences_R: int32 [R], which response of the batch each row belongs to.
+            positions_R: int64 [R], the rows' positions in their sequences.
+            gap_R: float32 [R], log-prob by the trainer minus log-prob by the engine.
+            entropy_R: float32 [R].
+        """
+        if self.rollouts.limit_bytes:
+            self._values.append((sequences_R, positions_R.int(), gap_R.half(), entropy_R.half()))
+
+    def _keep_rollouts(self, done: int, batch: Batch, credit: LeadAdvantages) -> None:
+        """Gather the token values of all ranks on the first one, and write the step's groups. A collective."""
+        if not self.rollouts.limit_bytes:
+            return
+        empty = (torch.empty(0, dtype=d) for d in (torch.int32, torch.int32, torch.half, torch.half))
+        columns = zip(*self._values, strict=True) if self._values else ([x] for x in empty)
+        self._values = []
+        parts = self.ranks.gather_objects(TokenValues(*(torch.cat([*x]).cpu().numpy() for x in columns)))
+        if self.ranks.main:
+            reward, advantage = credit.reward.tolist(), credit.advantage.tolist()
+            failed = self.rollouts.add(done, batch, reward, advantage, self.c.advantage.eps, TokenValues.joined(parts))
+            if failed:
+                self.metrics.warn(failed)
+
     def step(self, done: int, batch: Batch, credit: LeadAdvantages, update: dict[str, Any], synced: dict) -> None:
         """Write down step `done`, the first being 1.
 
         Raises:
             ValueError: loss or gradient was not finite in too many consecutive steps.
         """
+        with self.phase("keep"):
+            self._keep_rollouts(done, batch, credit)
         elapsed_s, seconds = self.elapsed_s, dict(self.phase.seconds)
         record = describe(batch, credit, self.c.rollout.group_size) | update | synced
         record |= {"rollout_idle_share": batch.idle_share, "groups_refilled": batch.refilled} | batch.counts

@@ -1,0 +1,522 @@
+"""The pages' HTML: the run at a glance, the list of its rollouts, a group side by side, a response in full."""
+
+import html
+import math
+import statistics
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlencode
+
+import numpy as np
+
+from ..runtime.health import RATIO, SPIKE, WINDOW
+from ..runtime.rollouts import KeptGroup, KeptSample
+from .text import (
+    COLOURS,
+    LEGENDS,
+    MOST,
+    MOST_TOKENS,
+    WHOLE,
+    WHOLE_TOKENS,
+    Pieces,
+    coloured,
+    rich,
+    shown,
+    token_values,
+)
+from .watched import SORTS, Columns
+
+PAGE = 50  # groups in a list
+CARDS = 16  # responses side by side
+DOTS = 32  # larger groups show a count in the list instead
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1f2328; --faint: #646c76; --line: #e2e5e9; --soft: #f6f7f9; --paper: #fff;
+  --link: #0b5cad; --good: #00684c; --bad: #b04a00; --low: 217,95,14; --high: 0,114,178; --much: 140,70,150; }
+@media (prefers-color-scheme: dark) { :root { --ink: #dfe3e8; --faint: #98a1ab; --line: #2c323a; --soft: #1b2026;
+  --paper: #12161b; --link: #7ab7f5; --good: #53c7a0; --bad: #f0a15e; --low: 240,140,70; --high: 90,170,235;
+  --much: 200,130,215; } .pictures img { filter: invert(.92) hue-rotate(180deg); } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.55 system-ui, sans-serif; }
+header, main { max-width: 84rem; margin: 0 auto; padding: 0 1.25rem; }
+header { display: flex; flex-wrap: wrap; gap: .2rem 1.4rem; align-items: baseline; padding-top: 1.1rem;
+  padding-bottom: .8rem; border-bottom: 1px solid var(--line); }
+header b { font-weight: 600; overflow-wrap: anywhere; } header .state { margin-left: auto; color: var(--faint); }
+main { padding-bottom: 4rem; } h1 { font-size: 1.15rem; font-weight: 600; margin: 1.6rem 0 .5rem; }
+a { color: var(--link); text-decoration: none; } a:hover { text-decoration: underline; }
+nav a { margin-right: 1.1rem; white-space: nowrap; } a.here { color: var(--ink); font-weight: 600; }
+.faint { color: var(--faint); } .good { color: var(--good); } .bad { color: var(--bad); } .strong { font-weight: 600; }
+.wide { overflow-x: auto; }
+table.list { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+table.list th { text-align: left; font-weight: 400; color: var(--faint); }
+table.list th, table.list td { padding: .3rem 1rem .3rem 0; border-bottom: 1px solid var(--line);
+  vertical-align: baseline; white-space: nowrap; }
+table.list td.text { white-space: normal; overflow-wrap: anywhere; width: 60%; min-width: 10rem; }
+table.list .number { text-align: right; }
+.numbers { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); gap: 0 2.2rem; }
+.numbers div { display: grid; grid-template-columns: 1fr auto; padding: .35rem 0; border-bottom: 1px solid var(--line);
+  font-variant-numeric: tabular-nums; } .numbers small { grid-column: 1 / 3; color: var(--faint); line-height: 1.3; }
+.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 30rem), 1fr)); gap: 1rem; }
+.pictures img { width: 100%; height: auto; } .pictures .broad { grid-column: 1 / -1; }
+.dots { letter-spacing: .12em; } form { display: flex; flex-wrap: wrap; gap: .5rem .9rem; align-items: end;
+  margin: 1rem 0; } label { display: grid; color: var(--faint); font-size: .82rem; }
+input, select, button { font: inherit; font-size: .93rem; color: var(--ink); background: var(--paper);
+  border: 1px solid var(--line); border-radius: 4px; padding: .22rem .45rem; } input { width: 6.5rem; }
+button { background: var(--soft); cursor: pointer; } .pager { margin: 1rem 0; }
+.problem { margin: .6rem 0 1rem; max-width: 60rem; } .problem, .response { white-space: pre-wrap;
+  overflow-wrap: anywhere; unicode-bidi: isolate; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 23rem), 1fr)); gap: 1rem; }
+.card { border: 1px solid var(--line); border-radius: 6px; padding: .7rem .9rem .8rem; min-width: 0; }
+.card .top { display: flex; flex-wrap: wrap; gap: 0 .7rem; align-items: baseline; }
+.card .top a { margin-left: auto; } .card .answer { overflow-wrap: anywhere; max-height: 5rem; overflow-y: auto; }
+.facts { display: flex; flex-wrap: wrap; gap: 0 1rem; margin: .15rem 0 .5rem; padding: 0 0 .5rem; color: var(--faint);
+  font-size: .86rem; border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums; }
+.facts b { font-weight: 500; color: var(--ink); } .card .response { max-height: 30rem; overflow-y: auto; }
+.note { color: var(--faint); font-size: .86rem; margin: .4rem 0 0; }
+.unseen { font: .75em/1 ui-monospace, monospace; color: var(--bad); border: 1px solid var(--line); border-radius: 3px;
+  padding: 0 .2em; } math { font-size: 1.05em; } math .over { border-top: 1px solid; padding-top: .1em; }
+  math .boxed { border: 1px solid var(--faint); padding: .15em .3em; }
+math[display=block] { overflow-x: auto; overflow-y: hidden; padding: .3em 0; } mtable.left mtd { text-align: left; }
+.tokens { line-height: 1.75; } .tokens span, .note span { border-radius: 2px; }
+""" + "\n".join(
+    f".{kind}{level} {{ background: rgba(var(--{name}), {0.1 + 0.11 * level:.2f}); }}"
+    for kind, name in (("n", "low"), ("p", "high"), ("e", "much"))
+    for level in range(1, 6)
+)
+
+SCRIPT = """
+'use strict';
+let mark = document.body.dataset.mark;
+async function look() {
+  try {
+    const state = await (await fetch('/state')).json();
+    document.getElementById('state').textContent = state.text;
+    if (state.mark !== mark) {
+      mark = state.mark;
+      if (document.body.dataset.follows) {
+        const text = await (await fetch(location.href)).text();
+        const fresh = new DOMParser().parseFromString(text, 'text/html').querySelector('main');
+        document.querySelector('main').replaceWith(fresh);
+      } else {
+        document.getElementById('news').hidden = false;
+      }
+    }
+  } catch (e) {
+    document.getElementById('state').textContent = 'the server does not answer';
+  }
+  setTimeout(look, document.hidden ? 30000 : 4000);
+}
+setTimeout(look, 4000);
+"""
+
+
+def page(name: str, state: dict[str, Any], here: str, body: str, *, follows: bool = False) -> str:
+    """A complete document around `body`.
+
+    Args:
+        name: of the run.
+        state: of Watched.state.
+        here: path of the entry of the navigation that this page belongs to.
+        follows: the page replaces its content as the run goes on; else it offers a link.
+    """
+    entries = (("/", "Run"), ("/rollouts", "Rollouts"))
+    links = "".join(f'<a href="{path}"{" class=here" if path == here else ""}>{text}</a>' for path, text in entries)
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{shown_plain(name)}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>
+<body data-mark="{html.escape(state["mark"])}"{' data-follows="1"' if follows else ""}>
+<header><b>{shown(name)}</b><nav>{links}</nav>
+<span class="state"><a id="news" href="" hidden>new steps · show</a> <span id="state">{state_text(state)}</span></span>
+</header>
+<main>{body}</main><script>{SCRIPT}</script></body></html>
+"""
+
+
+def shown_plain(text: str) -> str:
+    """Escaped, for a title, which holds no tags."""
+    return html.escape(text.encode("utf-8", "replace").decode())
+
+
+def state_text(state: dict[str, Any]) -> str:
+    """In words: where the run stands."""
+    of = f" of {state['steps']}" if state["steps"] else ""
+    if state["silent_s"] is None:
+        return "no record yet"
+    if state["ended"]:
+        return f"finished, step {state['step']}{of}"
+    seconds = int(state["silent_s"])
+    ago = f"{seconds} s" if seconds < 120 else f"{seconds // 60} min" if seconds < 7200 else f"{seconds // 3600} h"
+    return f"step {state['step']}{of} · last record {ago} ago"
+
+
+# --------------------------------------------------------------------------------------------------------------- run
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number of a step's record and where it is usually healthy; rules of thumb, not limits.
+
+    value: from the last record and all of them, None where there is none. low, high: the range, or a function of the
+    records. why: what is wrong outside.
+    """
+
+    name: str
+    value: Callable[[dict[str, Any]], float | None]
+    show: Callable[[float], str]
+    low: float | None = None
+    high: float | Callable[[list[dict[str, Any]]], float | None] | None = None
+    why: str = ""
+
+
+def _percent(x: float) -> str:
+    return f"{100 * x:.1f} %"
+
+
+def _short(x: float) -> str:
+    return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}"
+
+
+def _key(name: str) -> Callable[[dict[str, Any]], float | None]:
+    return lambda r: r.get(name)
+
+
+def _mixed(r: dict[str, Any]) -> float | None:
+    return None if r.get("solve_none") is None else 1 - r["solve_none"] - r["solve_all"]
+
+
+def _clipped(r: dict[str, Any]) -> float | None:
+    return None if r.get("clip_low_share") is None else r["clip_low_share"] + (r.get("clip_high_share") or 0.0)
+
+
+def _spike(records: list[dict[str, Any]]) -> float | None:
+    usual = [r["grad_norm"] for r in records[-WINDOW - 1 : -1] if r.get("grad_norm")]
+    return SPIKE * statistics.median(usual) if usual else None
+
+
+NUMBERS = (
+    Number("correct responses", _key("accuracy"), _percent, 0.1, 0.9, "most groups are all wrong or all correct"),
+    Number("groups with both outcomes", _mixed, _percent, 0.3, None, "few groups teach what is right"),
+    Number("mean reward", _key("reward_mean"), _short),
+    Number("length of correct responses", _key("length_correct"), _short),
+    Number("length of wrong responses", _key("length_wrong"), _short),
+    Number("truncated", _key("truncated_share"), _percent, None, 0.2, "the limit cuts thoughts short, or they loop"),
+    Number("entropy, nats per token", _key("entropy"), _short, 0.02, None, "the policy hardly explores"),
+    Number("gap to the engine, nats", _key("logprob_diff_mean"), _short, None, RATIO, "trainer and engine disagree"),
+    Number("mean ratio", _key("ratio_mean"), _short, 0.9, 1.1, "the batch is stale, or engine and trainer disagree"),
+    Number("clipped tokens", _clipped, _percent, None, 0.2, "steps are too large, or the batch is stale"),
+    Number("gradient norm", _key("grad_norm"), _short, None, _spike, "a spike beside the median of recent steps"),
+    Number("updates skipped", _key("updates_skipped"), _short, None, 0, "loss or gradient was not finite"),
+    Number("ranks idle in rollouts", _key("rollout_idle_share"), _percent, None, 0.3, "long responses make ranks wait"),
+    Number("tokens per second", _key("tokens_per_s"), _short),
+)  # fmt: skip
+
+
+def is_broad(png: bytes) -> bool:
+    """Whether a picture is more than twice as wide as high: two plots side by side."""
+    width, height = struct.unpack(">II", png[16:24])
+    return width > 2 * height
+
+
+def bounds(number: Number, low: float | None, high: float | None) -> str:
+    """The healthy range in words, empty without one."""
+    a, b = ("" if x is None else number.show(x).replace(".0 %", " %") for x in (low, high))
+    if not a and not b:
+        return ""
+    if a and b:
+        return f"healthy: {a.removesuffix(' %')} to {b}"
+    return f"healthy: {f'from {a}' if a else f'up to {b}' if high else b}"
+
+
+def overview(state: dict[str, Any], records: list[dict[str, Any]], pictures: dict[str, tuple[str, bytes]]) -> str:
+    """The run at a glance.
+
+    Args:
+        state: of Watched.state.
+        records: of Watched.records.
+        pictures: name -> (alternative text, PNG).
+    """
+    train = [r for r in records if r.get("kind") == "train"]
+    if not records:
+        return "<h1>No record yet</h1><p class=faint>The first step is being made; this page looks again by itself.</p>"
+    if {r.get("kind") for r in records} == {"sft"}:
+        return "<h1>A run of lead_fast.sft</h1><p class=faint>It samples no responses: see its TensorBoard.</p>"
+    cells = ""
+    last = train[-1] if train else {}
+    for number in NUMBERS:
+        value = number.value(last)
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            continue
+        high = number.high(train) if callable(number.high) else number.high
+        low = number.low
+        outside = (low is not None and value < low) or (high is not None and value > high)
+        healthy = bounds(number, low, high)
+        note = f"<span class=bad>{healthy}; {number.why}</span>" if outside else healthy
+        mark = ' class="bad strong"' if outside else ""
+        cells += f"<div><span>{number.name}</span><span{mark}>{number.show(value)}</span><small>{note}</small></div>"
+    evals = [r for r in records if r.get("kind") == "eval" and r.get("pass_at_1") is not None]
+    held = ""
+    if evals:
+        first, newest = evals[0], evals[-1]
+        gain = f" · {100 * (newest['pass_at_1'] - first['pass_at_1']):+.1f} points since step {first['step']}".replace(
+            "-", "−"
+        )
+        held = (
+            f"<p>Held out: <span class=strong>{100 * newest['pass_at_1']:.1f} %</span> pass@1 after step "
+            f"{newest['step']}{gain if newest is not first else ''}</p>"
+        )
+    alerts = "".join(f"<p class=bad>{shown(str(a))}</p>" for a in last.get("alerts") or [])
+    images = "".join(
+        f'<img src="/picture/{name}.png?{html.escape(state["mark"])}" alt="{html.escape(alt)}"'
+        f"{' class=broad' if is_broad(png) else ''}>"
+        for name, (alt, png) in pictures.items()
+    )
+    title = f"Step {last['step']}" if train else "Before the first step"
+    return (
+        f'<h1>{title}</h1>{held}{alerts}<div class="numbers">{cells}</div>'
+        f'<h1>So far</h1><div class="pictures">{images or "<p class=faint>The pictures are being drawn.</p>"}</div>'
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- rollouts
+
+
+def rollouts(columns: Columns, query: dict[str, str], chosen: np.ndarray, matching: int, unreadable: list[str]) -> str:
+    """The list of groups.
+
+    Args:
+        columns: all of them.
+        query: the filters as they were given, and `page` from 1.
+        chosen: positions of the groups that pass, in order.
+        matching: responses of these that pass.
+        unreadable: a sentence per file that cannot be read.
+    """
+    pages = max(1, -(-len(chosen) // PAGE))
+    at = min(max(1, int(query["page"]) if query.get("page", "").isdecimal() else 1), pages)
+    rows = ""
+    ages, gaps, lengths = (columns.mean(name) for name in ("age", "gap", "length"))
+    titles: dict[int, list[str]] = {}
+    for g in chosen[(at - 1) * PAGE : at * PAGE].tolist():
+        step, place = int(columns.step_G[g]), int(columns.place_G[g])
+        if step not in titles:
+            try:
+                titles[step] = columns.indexes[step].titles()
+            except ValueError:  # thinned out since
+                titles[step] = []
+        text = titles[step][place] if place < len(titles[step]) else "(no longer kept)"
+        rows += (
+            f"<tr><td class=number>{step}</td><td>{outcome(columns, g)}</td>"
+            f'<td class=text><a href="/group/{step}/{place}">{rich(text)}</a></td>'
+            f"<td class=number>{lengths[g]:,.0f}</td><td class=number>{ages[g]:.3g}</td>"
+            f"<td class=number>{'–' if math.isnan(gaps[g]) else f'{gaps[g]:.2g}'}</td></tr>"
+        )
+    if not len(columns.groups):
+        table = (
+            "<p class=faint>No rollouts are kept here: the run has made no step yet, or metrics.keep_rollouts is 0.</p>"
+        )
+    elif not rows:
+        table = "<p class=faint>No group passes these filters.</p>"
+    else:
+        table = (
+            '<div class="wide"><table class="list"><tr><th class=number>step</th><th>outcome</th><th>problem</th>'
+            "<th class=number>length</th><th class=number>age</th><th class=number>gap</th></tr>"
+            f"{rows}</table></div>{pager(query, at, pages)}"
+        )
+    count = f"{len(chosen):,} groups, {matching:,} responses of {len(columns.responses):,} kept"
+    broken = "".join(f"<p class=bad>{shown(s)}</p>" for s in unreadable)
+    return f"<h1>Rollouts</h1>{form(query)}<p class=faint>{count}</p>{broken}{table}"
+
+
+def outcome(columns: Columns, g: int) -> str:
+    """A dot per response, filled where it is correct; a count where there are many."""
+    group = columns.groups[g]
+    n, correct = int(group["responses"]), int(group["correct"])
+    if n > DOTS:
+        return f"{correct} / {n}"
+    right = columns.responses["correct"][int(group["first"]) : int(group["first"]) + n].tolist()
+    dots = "".join("●" if r else "○" for r in right)
+    return f'<span class="dots" title="{correct} of {n} correct" aria-label="{correct} of {n} correct">{dots}</span>'
+
+
+def form(query: dict[str, str]) -> str:
+    def box(name: str, label: str, hint: str) -> str:
+        value = html.escape(query.get(name, "")[:40])
+        return f'<label>{label}<input name="{name}" value="{value}" placeholder="{hint}" autocomplete="off"></label>'
+
+    def choice(name: str, label: str, options: dict[str, str]) -> str:
+        items = "".join(
+            f'<option value="{value}"{" selected" if query.get(name, "") == value else ""}>{text}</option>'
+            for value, text in options.items()
+        )
+        return f'<label>{label}<select name="{name}">{items}</select></label>'
+
+    either = {"": "either", "yes": "yes", "no": "no"}
+    return (
+        '<form action="/rollouts">'
+        + box("step", "step", "10-20")
+        + box("solve", "solve rate, %", "1-99")
+        + choice("correct", "correct", either)
+        + choice("truncated", "truncated", either)
+        + box("age", "age, steps", "0-4")
+        + choice("sort", "order", SORTS)
+        + '<button>Show</button> <a href="/rollouts">all</a></form>'
+    )
+
+
+def pager(query: dict[str, str], at: int, pages: int) -> str:
+    def link(to: int, text: str) -> str:
+        if not 1 <= to <= pages:
+            return ""
+        kept = {k: v for k, v in query.items() if v and k != "page"} | {"page": str(to)}
+        return f'<a href="/rollouts?{html.escape(urlencode(kept, errors="replace"))}">{text}</a> '
+
+    before, after = link(at - 1, "← previous"), link(at + 1, "next →")
+    return f'<p class="pager faint">{before} page {at} of {pages:,} {after}</p>'
+
+
+# ------------------------------------------------------------------------------------------------------------- group
+
+
+def group(
+    columns: Columns, step: int, place: int, kept: KeptGroup, colour: str, pieces: Pieces | None, first: int = 0
+) -> str:
+    """A group's responses side by side.
+
+    Args:
+        step, place: which group.
+        kept: its texts.
+        colour: a key of COLOURS, or empty.
+        pieces: of the run's tokenizer, None where there is none.
+        first: response to begin with.
+    """
+    index = columns.indexes[step]
+    rows = index.responses[index.responses["group"] == place]
+    n, correct = len(rows), int(rows["correct"].sum())
+    there = f"/group/{step}/{place}"
+    links = [f'<a href="{there}"{"" if colour else " class=here"}>nothing</a>']
+    links += [f'<a href="{there}?colour={c}"{" class=here" if c == colour else ""}>{t}</a>' for c, t in COLOURS.items()]
+    near = []
+    if place > 0:
+        near.append(f'<a href="/group/{step}/{place - 1}?colour={colour}">← previous</a>')
+    if place + 1 < len(index.groups):
+        near.append(f'<a href="/group/{step}/{place + 1}?colour={colour}">next →</a>')
+    facts = [f"{correct} of {n} correct"]
+    facts += [f"difficulty {kept.difficulty:g}"] if kept.difficulty is not None else []
+    shown_samples = range(first, min(first + CARDS, n))
+    cards = "".join(card(step, place, i, rows[i], kept.samples[i], colour, pieces) for i in shown_samples)
+    more = [
+        f'<a href="{there}?colour={colour}&amp;first={at}">{at + 1}–{min(at + CARDS, n)}</a>'
+        for at in range(0, n, CARDS)
+    ]
+    legend = f'<p class="note">{LEGENDS[colour]}</p>' if colour else ""
+    return (
+        f"<h1>Step {step}, group {place + 1} of {len(index.groups)}</h1>"
+        f"<nav>{' '.join(near)}</nav>"
+        f'<div class="problem">{rich(kept.problem[:MOST])}{cut(kept.problem, MOST)}</div>'
+        f"<p>Reference <span class=strong>{answer(kept.reference)}</span> "
+        f"<span class=faint>· {' · '.join(facts)}</span></p>"
+        f"<nav>Tokens coloured by: {' '.join(links)}</nav>{legend}"
+        + (f'<nav class="pager">{" ".join(more)}</nav>' if n > CARDS else "<p></p>")
+        + f'<div class="cards">{cards}</div>'
+    )
+
+
+def answer(text: str | None) -> str:
+    """An answer or reference, as mathematics where it can be."""
+    if text is None:
+        return '<span class="faint">none</span>'
+    return (
+        rich(f"${text}$")
+        if len(text) < 200 and "$" not in text and "\n" not in text and text.strip() == text and text
+        else shown(text[:400]) + cut(text, 400)
+    )
+
+
+def cut(text: str, most: int) -> str:
+    return f'<span class="faint"> … {len(text) - most:,} more characters</span>' if len(text) > most else ""
+
+
+def signed(x: float, digits: int = 2) -> str:
+    return "–" if math.isnan(x) else f"{x:+.{digits}f}".replace("-", "−")
+
+
+def facts_of(row: np.void, sample: KeptSample) -> str:
+    """Reward, z, advantage and so on, as a line."""
+    fields = sample.fields
+    facts = {
+        "reward": signed(float(row["reward"])),
+        "z": signed(float(row["z"])),
+        "advantage": signed(float(row["advantage"])),
+    }
+    facts |= {"tokens": f"{int(row['length']):,}", "age": str(int(row["age"]))}
+    facts["gap"] = "not trained on" if sample.gap is None else f"{float(row['gap']):.2g}"
+    facts |= {
+        ("function" if k == "reward" else shown(k)): f"{v:.3g}" for k, v in fields["terms"].items() if v is not None
+    }
+    return "".join(f"<span>{k} <b>{v}</b></span>" for k, v in facts.items())
+
+
+def card(step: int, place: int, i: int, row: np.void, sample: KeptSample, colour: str, pieces: Pieces | None) -> str:
+    """One response with its verdict and numbers."""
+    fields = sample.fields
+    verdict = "<span class='good strong'>correct</span>" if row["correct"] else "<span class='bad strong'>wrong</span>"
+    marks = [fields["finish_reason"]] if row["truncated"] else []
+    marks += ["degenerate"] if fields["degenerate"] else []
+    marks += ["reward function failed"] if fields["failed"] else []
+    cut_short = f'<span class="bad">{shown("truncated: " + ", ".join(marks))}</span>' if marks else ""
+    whole = f"/response/{step}/{place}/{i}" + (f"?colour={colour}" if colour else "")
+    return (
+        f'<div class="card"><div class="top">{verdict}{cut_short}<a class="faint" href="{whole}">in full</a></div>'
+        f'<div class="answer">answer {answer(fields["extracted"])}</div>'
+        f'<div class="facts">{facts_of(row, sample)}</div>'
+        f"{body(sample, colour, pieces, MOST, MOST_TOKENS)}</div>"
+    )
+
+
+def body(sample: KeptSample, colour: str, pieces: Pieces | None, most: int, most_tokens: int, start: int = 0) -> str:
+    """The response's text, or its tokens in colour, from `start` on (characters or tokens)."""
+    text, note = sample.fields["text"], ""
+    if colour:
+        values = token_values(sample, colour)
+        if values is None:
+            note = "Not trained on in its step (no advantage), so the trainer computed nothing for its tokens."
+        elif pieces is None:
+            note = "The run keeps no tokenizer.json, so its tokens cannot be told apart."
+        else:
+            ids = sample.token_ids[start : start + most_tokens]
+            left = len(sample.token_ids) - start - len(ids)
+            more = f'<p class="note">{left:,} more tokens</p>' if left > 0 else ""
+            tokens = coloured(pieces.of(ids.tolist()), values[start : start + most_tokens], colour)
+            return f'<div class="response tokens">{tokens}</div>{more}'
+    left = len(text) - start - most
+    more = f'<p class="note">{left:,} more characters</p>' if left > 0 else ""
+    said = f'<p class="note">{note}</p>' if note else ""
+    return f'{said}<div class="response">{rich(text[start : start + most])}</div>{more}'
+
+
+def response(
+    columns: Columns, step: int, place: int, i: int, kept: KeptGroup, colour: str, pieces: Pieces | None, start: int
+) -> str:
+    """One response on a page of its own, a part at a time where it is very long."""
+    index = columns.indexes[step]
+    row, sample = index.responses[index.responses["group"] == place][i], kept.samples[i]
+    of_tokens = bool(colour) and sample.gap is not None and pieces is not None
+    length, size = (len(sample.token_ids), WHOLE_TOKENS) if of_tokens else (len(sample.fields["text"]), WHOLE)
+    there = f"/response/{step}/{place}/{i}?colour={colour}"
+    parts = [
+        f'<a href="{there}&amp;from={at}"{" class=here" if at == start else ""}>{at:,}</a>'
+        for at in range(0, length, size)
+    ]
+    verdict = "<span class='good strong'>correct</span>" if row["correct"] else "<span class='bad strong'>wrong</span>"
+    links = [f'<a href="{there.partition("?")[0]}?colour={c}"{" class=here" if c == colour else ""}>{t}</a>'
+             for c, t in {"": "nothing", **COLOURS}.items()]  # fmt: skip
+    back = f'<a href="/group/{step}/{place}?colour={colour}">← the group</a>'
+    return (
+        f"<h1>Step {step}, group {place + 1}, response {i + 1}</h1><nav>{back}</nav>"
+        f"<p>{verdict} · answer {answer(sample.fields['extracted'])} · reference {answer(kept.reference)}</p>"
+        f'<div class="facts">{facts_of(row, sample)}</div><nav>Tokens coloured by: {" ".join(links)}</nav>'
+        + (f'<p class="note">{LEGENDS[colour]}</p>' if colour else "")
+        + (f"<nav class=pager>from {' '.join(parts[:400])}</nav>" if len(parts) > 1 else "<p></p>")
+        + body(sample, colour, pieces, WHOLE, WHOLE_TOKENS, start)
+    )
