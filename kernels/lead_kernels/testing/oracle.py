@@ -166,8 +166,7 @@ def check_target_logits(kernels: ModuleType, device: str = "cpu") -> None:
         exact, base = (row_stats_reference(case.logits.to(t), *given) for t in (torch.float64, torch.float32))
         with poisoned_memory():
             stats = kernels.row_stats_triton(case.logits, *given)
-        got, want, plain = (comparable(x.cpu(), case.softmax) for x in (stats, exact, base))
-        close("statistics", got, want, plain)
+        close_statistics(stats, exact, base, case.softmax)
         u, h = torch.randn(2, len(stats), generator=torch.Generator().manual_seed(1)).to(device)
         exact_grad, base_grad = (
             row_gradient_reference(case.logits.to(s.dtype), given[0], s, u.to(s.dtype), h.to(s.dtype), *given[1:])
@@ -293,10 +292,14 @@ def row_cases() -> Iterator[Case]:
         yield far_case(row_case(50 + i, 24, 40, torch.float32, mode, Softmax(), groups=False))
 
 
-def comparable(stats: torch.Tensor, softmax: Softmax) -> torch.Tensor:
-    """Statistics [T, 3] that do not depend on what a kernel subtracts from the logits: log-sum-exp, log-prob, H."""
-    row = RowStats(*stats.double().unbind(1))
-    return torch.stack([row.top / softmax.temperature + row.log_norm, row.logprob, row.entropy], 1)
+def close_statistics(got: torch.Tensor, exact: torch.Tensor, base: torch.Tensor, softmax: Softmax) -> None:
+    """`close` for log-sum-exp, log-prob and H, which do not depend on what a kernel subtracts from the logits."""
+
+    def comparable(stats: torch.Tensor) -> torch.Tensor:
+        row = RowStats(*stats.double().cpu().unbind(1))
+        return torch.stack([row.top / softmax.temperature + row.log_norm, row.logprob, row.entropy], 1)
+
+    close("statistics", comparable(got), comparable(exact), comparable(base))
 
 
 def check_halves(kernels: ModuleType, device: str = "cpu") -> None:
@@ -319,8 +322,7 @@ def check_halves(kernels: ModuleType, device: str = "cpu") -> None:
         exact, base = (row_stats_reference(cpu.to(t), targets, softmax) for t in (torch.float64, torch.float32))
         with poisoned_memory():
             stats = kernels.row_stats_triton(logits, targets.to(device), softmax)
-        got, want, plain = (comparable(x.cpu(), softmax) for x in (stats, exact, base))
-        close("statistics", got, want, plain)
+        close_statistics(stats, exact, base, softmax)
         exact_grad = row_gradient_reference(cpu.double(), targets, exact, u.double(), h.double(), softmax)
         base_grad = row_gradient_reference(cpu.float(), targets, base, u, h, softmax)
         kernels.row_gradient_triton_(logits, targets.to(device), stats, u.to(device), h.to(device), softmax, logits)
