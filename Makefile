@@ -80,7 +80,7 @@ test-oldest:  ## the CPU tests on the lower end of the declared versions, in an 
 	cd $(OLDEST_VENV)/checkout && CUDA_VISIBLE_DEVICES= ../bin/python -m pytest -q tests $(ARGS)
 
 CHECK_VENV ?= $(HOME)/.cache/lead-fast/cuda
-KERNEL_TESTS := tests/test_csrc.py tests/test_kernels*.py tests/test_properties.py tests/device/test_*.py
+KERNEL_TESTS := tests/test_csrc.py tests/test_kernels*.py tests/test_sparse_backward.py tests/test_properties.py tests/device/test_*.py
 
 check-cuda:  ## the CUDA set on any machine, 10 GiB in an environment of its own: installs, imports, kernel tests, two steps of tiny
 	$(PYTHON) lead_fast/runtime/hardware.py $(CHECK_VENV) --cuda

@@ -152,15 +152,17 @@ def main() -> None:
     p.add_argument("--temperature", type=float, choices=TEMPERATURES, help="only this one")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="only this one")
     p.add_argument("--runs", type=Path, default=Path("runs/sparse"), help="working folder")
-    p.add_argument("--out", type=Path, help="the result; bench/results/sparse-cpu.json, with --temperature its own")
+    p.add_argument(
+        "--out", type=Path, help="the result; bench/results/sparse-cpu.json, with --temperature or --dtype its own"
+    )
     a = p.parse_args()
-    only = "" if a.temperature is None else f"-{a.temperature:g}"
+    only = ("" if a.temperature is None else f"-{a.temperature:g}") + (f"-{a.dtype}" if a.dtype else "")
     parts = []
     for temperature in TEMPERATURES if a.temperature is None else (a.temperature,):
         for dtype in ("float32", "bfloat16") if a.dtype is None else (a.dtype,):
             parts.append(measure(work_for(a, temperature), temperature, getattr(torch, dtype), a.repeats))
             print(table(parts[-1]), flush=True)
-    write_json(a.out or RESULTS / f"sparse-cpu{only}.json", machine("cpu") | {"parts": parts})
+            write_json(a.out or RESULTS / f"sparse-cpu{only}.json", machine("cpu") | {"parts": parts}, quiet=True)
 
 
 if __name__ == "__main__":
