@@ -49,10 +49,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         make(Path(folder), a.responses, a.group_size, a.per_step, a.tokens)
         files = [f.stat().st_size for f in (Path(folder) / "rollouts").iterdir()]
-        print(
-            f"{len(files) * a.per_step} responses of {a.tokens} tokens, {len(files)} steps, "
-            f"{sum(files) / 2**20:.0f} MiB"
-        )
+        count, mib = len(files) * a.per_step, sum(files) / 2**20
+        print(f"{count} responses of {a.tokens} tokens, {len(files)} steps, {mib:.0f} MiB")
         site = Site(Path(folder), dict)
 
         def ms(path: str) -> float:
