@@ -67,7 +67,7 @@ def train(c: Config, ranks: Ranks, folder: Path) -> None:
             with journal.phase("evaluate"), run.saved_on_failure(f"In the evaluation after step {step}", step):
                 record, batch = evaluate(engine, test, test_prompts, verifier, c, ranks, progress, function=function)
             journal.evaluation(step, record, batch)
-            learner.saw(record["pass_at_1"])
+            learner.saw(record)
 
         if c.evaluate.every and first == 0:
             held_out(0)

@@ -171,7 +171,7 @@ def test_paths_and_commands_in_documents_exist(doc: Path):
                 places = [ROOT, doc.parent, ROOT / "lead_fast", ROOT / "kernels" / "lead_kernels", ROOT / "docs"]
                 places += [ROOT / "lead_fast" / wing for wing in BELOW]
                 assert any((p / word).exists() for p in places) or word in GENERATED, f"{doc.name} names {word}"
-    for key in re.findall(r"--([a-z]+\.[a-z_]+)", text):
+    for key in re.findall(r"--([a-z]+(?:\.[a-z_]+)+)", text):
         assert key in {*keys(Config), *keys(SftConfig)}, f"{doc.name} names --{key}"
 
 

@@ -1,5 +1,6 @@
 """bench/kernels.py: its float64 reference, what it checks in rivals, and rivals that cannot run here."""
 
+import importlib.util
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -7,11 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parent.parent / "bench"))
+BENCH = Path(__file__).parent.parent / "bench"
+sys.path.append(str(BENCH))
 import rivals  # type: ignore  # noqa: E402
 from harness import Cannot  # type: ignore  # noqa: E402
 
-import kernels as bench  # type: ignore  # noqa: E402
+# By its path: `kernels` is a folder of the repository too, which Python may take for a namespace package.
+_spec = importlib.util.spec_from_file_location("bench_kernels", BENCH / "kernels.py")
+assert _spec and _spec.loader
+bench = importlib.util.module_from_spec(_spec)
+sys.modules["bench_kernels"] = bench
+_spec.loader.exec_module(bench)
 
 pytestmark = pytest.mark.quick
 

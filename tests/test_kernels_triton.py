@@ -258,7 +258,7 @@ def test_opcheck(train: list):
     z, softmax = (hidden @ head.T).requires_grad_(), Softmax(0.7, 3.0 if train[2] else None)
     ops, options = torch.ops.lead_kernels, LossOptions(importance_cap=1.5, entropy_coef=0.1).encode(softmax)
     for sequences in ((weights, torch.ones(4), []), (weights, *GROUPS.encode())):
-        plan = [4, *(t or 0 for t in train)]
+        plan = [4, *(t or 0 for t in train), 0]
         torch.library.opcheck(ops.linear_policy_loss.default, (h, w, b, *tokens, *sequences, options, plan))
         torch.library.opcheck(ops.policy_loss.default, (z, *tokens, *sequences, options, True))
     torch.library.opcheck(ops.linear_logprobs.default, (h, w, b, tokens.targets, softmax.encode(), 4))

@@ -56,8 +56,9 @@ TILE_ROWS = 128
 
 
 def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; 0 for another device."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
+    """Multiprocessors of a GPU; 0 for another device, and where a GPU is only pretended."""
+    real = device.type == "cuda" and torch.cuda.is_available()
+    return torch.cuda.get_device_properties(device).multi_processor_count if real else 0
 
 
 def chunk_rows(rows: int, hidden: int, row_bytes: int, budget: int, processors: int) -> int:

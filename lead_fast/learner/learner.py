@@ -165,9 +165,11 @@ class Learner:
             out.append(result.metrics | {"loss": result.loss.detach()} | age_sums(result.logprobs, pack, c))
         return out
 
-    def saw(self, pass_at_1: float) -> None:
-        """Take in a held-out accuracy, which `advantage.length_guard` looks at."""
-        before = self._guard.suspended
+    def saw(self, evaluation: dict[str, Any]) -> None:
+        """Take in an evaluation (empty on ranks other than the first) for `advantage.length_guard`. A collective."""
+        if not self._guard.margin:
+            return
+        pass_at_1, before = self.ranks.gather_objects(evaluation.get("pass_at_1"))[0], self._guard.suspended
         self._guard.saw(pass_at_1)
         self.c = dataclasses.replace(self.c, advantage=self._guard.now())
         if self._guard.suspended != before:

@@ -77,7 +77,7 @@ def rollout(
         responses = {}
     left = {i: r for i, r in responses.items() if any(x.finish_reason == "unfinished" for x in r)}
     complete = {i: responses[i] for i in sorted(responses) if i not in left}
-    speculation = Speculation() if work.member else engine.speculation
+    speculation = Speculation() if work.member else getattr(engine, "speculation", Speculation())
     return Rollout(complete, time.perf_counter() - began, failure, left, speculation)
 
 

@@ -181,7 +181,7 @@ def _slices(t: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 class Engine(Protocol):
-    """What the loop asks of an engine."""
+    """What the loop asks of an engine. One that drafts has a `speculation` too, a Speculation of the last generate."""
 
     def generate(self, work: Work, sampling: Sampling, progress: Progress = silent) -> dict[int, list[Response]]:
         """work.n responses to each prompt that this engine took, with the sampled tokens' log-probs as sampled.
@@ -189,11 +189,6 @@ class Engine(Protocol):
         Raises:
             EngineFailure: the engine died on the way.
         """
-        ...
-
-    @property
-    def speculation(self) -> Speculation:
-        """Of the last generate; empty without a drafter."""
         ...
 
     def load_weights(self, buckets: Iterable[list[tuple[str, torch.Tensor]]], version: int) -> None:

@@ -37,7 +37,6 @@ from .engine import (
     Checksum,
     Progress,
     Sampling,
-    Speculation,
     Work,
     eos_ids,
     fingerprint,
@@ -197,7 +196,6 @@ class TransformersEngine:
         self.batch_size = responses_at_once(config.rollout, ranks.world)
         self.device = ranks.device
         self.version = 0
-        self.speculation = Speculation()
         self.eos_ids = eos_ids(self.model.generation_config, tokenizer)
         self.continuous = decodes(self.model.config)
         if not self.continuous and ranks.main:

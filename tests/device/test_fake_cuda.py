@@ -199,7 +199,7 @@ def test_inside_the_heads_operators_nothing_waits_for_the_device(options, groups
         linear_policy_loss(hidden, head, tokens, Sequences(given, each), options, temperature=0.6)
         linear_logprobs(hidden, head, long, temperature=0.6)
         (loss_call,), (logprobs_call,) = map(watch.calls, ("kernels.linear_policy_loss", "kernels.linear_logprobs"))
-        plan = [loss_call["plan"][0], 1, 1, 0]
+        plan = [loss_call["plan"][0], 1, 1, 0, 0]
         loss, *_, d_hidden, d_head, _ = linear_policy_loss_op._init_fn(**loss_call | {"plan": plan})
         linear_logprobs_op._init_fn(**logprobs_call)
     rows = _head.chunk_size(T, head, None)
