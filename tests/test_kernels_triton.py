@@ -261,7 +261,7 @@ def test_opcheck(train: list):
         plan = [4, *(t or 0 for t in train), 0]
         torch.library.opcheck(ops.linear_policy_loss.default, (h, w, b, *tokens, *sequences, options, plan))
         torch.library.opcheck(ops.policy_loss.default, (z, *tokens, *sequences, options, True))
-    torch.library.opcheck(ops.linear_logprobs.default, (h, w, b, tokens.targets, softmax.encode(), 4))
+    torch.library.opcheck(ops.linear_logprobs.default, (h, w, b, tokens.targets, softmax.encode(), 4, False))
     torch.library.opcheck(ops.lead_advantages.default, GROUPS.encode())
 
 

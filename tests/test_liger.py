@@ -48,7 +48,7 @@ for liger in (False, True):
         policy_loss(policy, pack, o, c).loss.backward()
         gradient = torch.cat([p.grad.flatten() for p in policy.parameters()])
         plain = gradient if not out else plain
-        parts = [m for m in policy.modules() if type(m).__name__ in ("Qwen2RMSNorm", "Qwen2MLP")]
+        parts = [m for m in policy.modules() if type(m).__name__.endswith(("RMSNorm", "MLP"))]
         by = {m.forward.__module__.split(".")[0] for m in parts}
         out[f"{liger} {kind}"] = {"off": ((gradient - plain).norm() / plain.norm()).item(), "by": sorted(by)}
 

@@ -272,14 +272,15 @@ def test_every_gradient_is_within_the_bound(dtype, backend, monkeypatch):
     for options in (SPARSE, replace(SPARSE, sparse_head=True)):
         got, grads = gradients(options, dtype=dtype, chunk_rows=32)
         assert torch.equal(got.logprobs, want.logprobs) and torch.equal(got.loss, want.loss)
-        assert {k: got.metrics[k] for k in want.metrics} == want.metrics
+        torch.testing.assert_close({k: got.metrics[k] for k in want.metrics}, want.metrics)  # sums in another order
         T = len(got.logprobs)
         assert 0 < got.metrics["dropped_mass"] / T <= 0.01 and 0 < got.metrics["column_share"] / T < 0.9
         rounding = 0.0 if dtype != torch.bfloat16 else 2.0**-7 * exact["hidden"].norm(dim=1).max()
         error = (grads["hidden"].double() - exact["hidden"].double()).norm(dim=1).max()
         assert 0 < error <= got.metrics["max_hidden_error"] * (1 + 1e-4) + rounding
-        same = torch.equal(grads["head"], exact["head"]) and torch.equal(grads["bias"], exact["bias"])
-        assert same != options.sparse_head
+        off = max(((grads[k] - exact[k]).norm() / exact[k].norm()).item() for k in ("head", "bias"))
+        near = 1e-6 if dtype == torch.float32 else 1e-3  # C++ computes a dense row's exponentials once, else twice
+        assert (off < near) != options.sparse_head
         assert (grads["head"] - exact["head"]).norm() < 0.05 * exact["head"].norm()
         assert (grads["bias"] - exact["bias"]).norm() < 0.05 * exact["bias"].norm()
         alone, frozen = gradients(options, dtype=dtype, chunk_rows=32, train=("hidden",))
@@ -322,7 +323,7 @@ def test_what_is_computed_densely():
     for more, options in (({"scale": 0.001}, SPARSE), ({}, replace(SPARSE, entropy_coef=0.1))):
         want, exact = gradients(replace(options, dropped_mass=0.0), **more)
         got, grads = gradients(options, **more)
-        assert all(torch.equal(exact[k], grads[k]) for k in exact)
+        torch.testing.assert_close(grads, exact)
         T = len(got.logprobs)
         assert [float(got.metrics[k]) for k in sparse.SPARSE_METRICS] == [0.0, T, 0.0]
         assert not set(sparse.SPARSE_METRICS) & set(want.metrics)
