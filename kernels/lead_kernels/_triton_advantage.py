@@ -89,7 +89,7 @@ def group_advantage(table_ptr, first, size, options, BLOCK: tl.constexpr):
     sigma = tl.where(n > 1, tl.sqrt_rn(tl.div_rn(total(product(off, off)), tl.maximum(n - 1, 1.0))), 1.0)
     z = tl.div_rn(off, sigma + options.eps)
     rate = tl.div_rn(n, count)
-    shaped = n >= 0
+    shaped = n * 0.0 + 1.0  # 1 or 0
     if options.length_gate > 0:
         rest = tl.where(member, length, inf)
         three = 0.0
@@ -97,11 +97,12 @@ def group_advantage(table_ptr, first, size, options, BLOCK: tl.constexpr):
             low = tl.min(rest, 0)
             three += low
             rest = tl.where(cols == tl.min(tl.where(rest == low, cols, BLOCK), 0), inf, rest)
-        shaped = (count < 3) | (tl.div_rn(three, 3.0) > options.length_gate)
+        gated = (count >= 3) & (tl.div_rn(three, 3.0) <= options.length_gate)
+        shaped = tl.where(gated, 0.0, shaped)
     if options.length_min_solve_rate > 0:
-        shaped = shaped & (rate > options.length_min_solve_rate)
+        shaped = tl.where(rate > options.length_min_solve_rate, shaped, 0.0)
     if options.length_reward:
-        factor = tl.where(shaped, tl.exp(-options.alpha * z), 1.0)
+        factor = tl.where(shaped > 0, tl.exp(-options.alpha * z), 1.0)
     else:
         factor = tl.full([BLOCK], 1.0, tl.float32)
     reward = tl.where(right, factor, wrong) + bonus
@@ -126,7 +127,7 @@ def group_advantage(table_ptr, first, size, options, BLOCK: tl.constexpr):
             advantage = tl.div_rn(advantage, tl.div_rn(total(tl.abs(off)), count) + options.eps)
     if options.length_advantage > 0:
         brevity = product(options.length_advantage * rate, z)
-        advantage = advantage - tl.where(correct & shaped, brevity, 0.0)
+        advantage = advantage - tl.where(shaped > 0, tl.where(correct, brevity, 0.0), 0.0)
 
     # AD: the weight's argument turns with the sign of the advantage.
     rho = rate

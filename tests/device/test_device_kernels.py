@@ -113,7 +113,9 @@ def test_the_table_of_resources_is_of_the_cpu_sets_triton_and_names_what_differs
     text = (ROOT / "docs" / "kernel_resources.md").read_text(encoding="utf-8")
     here, there = (constraints(name)["triton"] for name in ("constraints.txt", "constraints-cuda.txt"))
     table, _, differing = text.partition(f"\n## Triton {there}: rows that differ\n")
-    assert f"Triton {here}, cross-compiled" in table and differing.count("\n- ") > 5 and "spills" not in differing
+    assert f"Triton {here}, cross-compiled" in table and differing.count("\n- ") > 5
+    spilled = [row for row in differing.split("\n- ") if "spills" in row]
+    assert all("gfx942" in row or row.startswith("row_gradient_kernel") for row in spilled), spilled
     changed = table.replace(f"Triton {here}", f"Triton {there}").replace("| 126 | 0 |", "| 127 | 0 |")
     assert "registers 127 (126)" in resources.beside(table, changed)
     with pytest.raises(ValueError, match="give one of another Triton, of the same kernels"):
