@@ -7,7 +7,7 @@ evaluated on held-out problems of three levels that are hard (1,000 x 4 samples)
 there is kept, so the same command resumes, within a run too, and more seeds can be added later. --quick: GRPO and LEAD
 on one seed.
 
---out gets table.md, effects.png, and per run metrics.jsonl and final.json, from which the tables are made.
+--out gets table.md, compare.png, and per run metrics.jsonl and evaluation.json, from which the tables are made.
 """
 
 import argparse
@@ -273,14 +273,14 @@ def one(out: Path, recipe: str, run: Path, args: list[str], seed: int) -> None:
     kept = out / run.name
     kept.mkdir(parents=True, exist_ok=True)
     shutil.copy(run / "metrics.jsonl", kept / "metrics.jsonl")
-    (kept / "final.json").write_text(json.dumps(measured(run), indent=1) + "\n", encoding="utf-8")
+    (kept / "evaluation.json").write_text(json.dumps(measured(run), indent=1) + "\n", encoding="utf-8")
 
 
 def write(out: Path) -> str:
     """Tables and picture of all records in `out`; returns the tables."""
     finals: dict[str, dict[int, Row]] = {}
     for label, (name, _) in VARIANTS.items():
-        for path in sorted(out.glob(f"{name}-[0-9]*/final.json")):
+        for path in sorted(out.glob(f"{name}-[0-9]*/evaluation.json")):
             seed = path.parent.name.removeprefix(f"{name}-")
             finals.setdefault(label, {})[int(seed)] = json.loads(path.read_text(encoding="utf-8"))
     first = [run.evals[0] for path in out.glob("*/metrics.jsonl") if (run := read_run(path.parent)).evals]
@@ -295,7 +295,7 @@ def write(out: Path) -> str:
         f"{effects_table(finals)}\nMean paired difference over seeds, and its standard error; `values`: each seed's.\n"
     )
     (out / "table.md").write_text(text, encoding="utf-8")
-    draw(finals, out / "effects.png")
+    draw(finals, out / "compare.png")
     return text
 
 
