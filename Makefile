@@ -108,8 +108,8 @@ format: $(INSTALLED)
 bench: $(INSTALLED)  ## kernels against what a user would pick instead
 	$(BIN)/python bench/kernels.py
 
-ablation: $(INSTALLED)  ## plain GRPO, L, L+AD, LEAD: three seeds each, a table and a picture in docs
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python bench/ablation.py
+ablation: $(INSTALLED)  ## GRPO, L, L+AD, LEAD and a control: five seeds each, table and picture in docs; ARGS="--quick" for two runs
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python bench/ablation.py $(ARGS)
 
 pipeline: $(INSTALLED)  ## a real pretrained model: data, SFT, two stages, evaluation, export; 2 CPU cores
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python bench/pipeline.py $(ARGS)

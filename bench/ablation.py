@@ -1,48 +1,306 @@
-"""The paper's ablation at the scale of `tiny`: plain GRPO, L, L + AD, LEAD, the same budget and seeds.
+"""GRPO-LEAD's parts told apart: plain GRPO, L, L + AD, LEAD, and LEAD where no answer costs what a wrong one does.
 
-    python bench/ablation.py [--seeds 0 1 2] [--ranks 2] [--runs runs/ablation] [--out docs/ablation]
+    python bench/ablation.py [--seeds 0 1 2 3 4] [--jobs 2] [--quick] [--runs runs/ablation] [--out docs/ablation]
 
-Finished runs are kept, so an interrupted ablation resumes. Writes a table (table.md), a
-picture (compare.png) and every run's metrics.jsonl under --out.
+Every run trains the recipe `levels` from the same model on one CPU thread, `--jobs` runs side by side, and is then
+evaluated on held-out problems of three levels that are hard (1,000 x 4 samples) and of the others (1,000 x 2). What is
+there is kept, so the same command resumes, within a run too, and more seeds can be added later. --quick: GRPO and LEAD
+on one seed.
+
+--out gets table.md, compare.png, and per run metrics.jsonl and evaluation.json, from which the tables are made.
 """
 
 import argparse
+import json
+import math
+import os
 import shutil
+import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-VARIANTS = {"GRPO": "grpo", "L": "l", "L + AD": "l-ad", "LEAD": "paper"}
+from lead_fast.data.levels import HARD, HOPELESS, HOPELESS_RATE, LEVELS
+from lead_fast.report import BLUE, GREY, INK, ORANGE, STYLE, read_run
+from lead_fast.runtime.jsonl import read_jsonl
+
+VARIANTS = {
+    "GRPO": ("grpo", ["--preset=grpo"]),
+    "L": ("l", ["--preset=l"]),
+    "L + AD": ("l-ad", ["--preset=l-ad"]),
+    "LEAD": ("lead", ["--preset=paper"]),
+    "LEAD, no answer is wrong": ("control", ["--preset=paper", "--reward.truncated=-1"]),
+}
+EASY = [d for d in (*LEVELS, HOPELESS) if d not in HARD]
+HARD_RATE = (1 - HOPELESS_RATE) * len(HARD) / len(LEVELS)  # of the task's problems
+PARTS = {"hard": (HARD, 4, HARD_RATE), "others": (EASY, 2, 1 - HARD_RATE)}
+"""The two sets of the final evaluation: levels, samples per problem, and how much of the task they stand for."""
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Effect:
+    """A part of the algorithm, the two variants that differ in it, and where it should show.
+
+    wanted: sign of the difference, 0 for none. least: how many standard errors it should have.
+    """
+
+    name: str
+    before: str
+    after: str
+    measure: str
+    wanted: int
+    least: float = 0.0
+
+
+MEASURES: dict[str, tuple[str, float]] = {
+    "pass_at_1": ("pass@1, %", 100),
+    "pass_at_1_hard": ("pass@1 on levels 4 to 6, %", 100),
+    "length_correct": ("length of correct responses, tokens", 1),
+    "answered": ("answered, %", 100),
+    "precision": ("precision, pooled, %", 100),
+    "precision_problems": ("precision, mean over problems, %", 100),
+}
+E_CHANGES = ("precision", "precision_problems", "answered")
+EFFECTS = (
+    Effect("L", "GRPO", "L", "length_correct", -1, 3),
+    Effect("L", "GRPO", "L", "pass_at_1", 0),
+    Effect("AD", "L", "L + AD", "pass_at_1_hard", 1, 2),
+    Effect("AD", "L", "L + AD", "length_correct", 1),
+    Effect("E", "L + AD", "LEAD", "precision", 1, 3),
+    Effect("E", "L + AD", "LEAD", "precision_problems", 1, 3),
+    Effect("E", "L + AD", "LEAD", "answered", -1),
+    Effect("E", "L + AD", "LEAD", "pass_at_1", 0),
+    *(Effect("control", "L + AD", "LEAD, no answer is wrong", m, 0) for m in E_CHANGES),
+    Effect("all", "GRPO", "LEAD", "length_correct", -1),
+    Effect("all", "GRPO", "LEAD", "pass_at_1", 0),
+    Effect("all", "GRPO", "LEAD", "precision", 1),
+)
+
+
+def train_and_evaluate(run: Path, args: list[str], seed: int, recipe: str) -> None:
+    """Train one variant on one seed and evaluate its model, each step only where its result is missing."""
+    own = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if not (run / "final").exists():
+        begun = ["--resume"] if run.exists() else []
+        execute("train", [f"--recipe={recipe}", *args, f"--seed={seed}", f"--output={run}", *begun], own, run)
+    for name, (levels, samples, _) in PARTS.items():
+        if not (run / name / "evaluation.json").exists():
+            test = f"levels:test?n=1000&seed=5&difficulties={'-'.join(map(str, levels))}"
+            given = [f"--recipe={recipe}", f"--model={run / 'final'}", f"--data.test={test}", "--seed=0"]
+            execute("evaluate", [*given, f"--evaluate.samples={samples}", f"--output={run / name}"], own, run)
+
+
+def execute(command: str, args: list[str], environment: dict[str, str], run: Path) -> None:
+    """Run a command of lead_fast; what it prints is appended to a file beside the run's folder."""
+    log = run.parent / f"{run.name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    print(f"lead_fast.{command} {' '.join(args)}", flush=True)
+    with log.open("a", encoding="utf-8") as out:
+        done = subprocess.run([sys.executable, "-m", f"lead_fast.{command}", *args], env=environment, stdout=out,
+                              stderr=out)  # fmt: skip
+    if done.returncode:
+        raise ValueError(f"lead_fast.{command} of {run} failed: see {log}.")
+
+
+# ---------------------------------------------------------------------------------------------------------- measures
+
+
+def measured(run: Path) -> Row:
+    """Measures of a run's final evaluation: the two sets in the proportion that the task has them."""
+    rows = {name: [r for r in read_jsonl(run / name / "samples.jsonl") if "correct" in r] for name in PARTS}
+    weights = {name: part / len(rows[name]) for name, (*_, part) in PARTS.items()}
+    problems = [(weights[name], r) for name, of_part in rows.items() for r in of_part]
+    correct = sum(w * statistics.fmean(r["correct"]) for w, r in problems)
+    answers = sum(w * answered(r) / len(r["correct"]) for w, r in problems)
+    tokens = sum(w * sum(n for n, ok in zip(r["lengths"], r["correct"], strict=True) if ok) / len(r["correct"])
+                 for w, r in problems)  # fmt: skip
+    some = [(w, sum(r["correct"]) / answered(r)) for w, r in problems if answered(r)]
+    by_level: dict[str, list[float]] = {}
+    for _, r in problems:
+        by_level.setdefault(f"{r['difficulty']:g}", []).append(statistics.fmean(r["correct"]))
+    return {
+        "pass_at_1": correct,
+        "pass_at_1_hard": statistics.fmean(statistics.fmean(r["correct"]) for r in rows["hard"]),
+        "length_correct": tokens / correct if correct else None,
+        "answered": answers,
+        "precision": correct / answers if answers else None,
+        "precision_problems": sum(w * p for w, p in some) / sum(w for w, _ in some) if some else None,
+        "by_level": {k: statistics.fmean(v) for k, v in sorted(by_level.items(), key=lambda kv: float(kv[0]))},
+        "problems": {name: len(r) for name, r in rows.items()},
+    }
+
+
+def answered(row: Row) -> int:
+    """How many of a problem's responses hold an answer."""
+    return sum(e is not None for e in row["extracted"])
+
+
+def paired(a: Sequence[float], b: Sequence[float]) -> tuple[float, float | None]:
+    """Mean over seeds of b - a, and its standard error (None for one seed)."""
+    differences = [y - x for x, y in zip(a, b, strict=True)]
+    error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else None
+    return statistics.fmean(differences), error
+
+
+def values(finals: dict[str, dict[int, Row]], e: Effect) -> tuple[list[int], list[float], list[float]]:
+    """Seeds that both variants of an effect have, and both variants' values of its measure."""
+    scale = MEASURES[e.measure][1]
+    seeds = sorted(set(finals.get(e.before, {})) & set(finals.get(e.after, {})))
+    a, b = ([scale * finals[v][s][e.measure] for s in seeds] for v in (e.before, e.after))
+    return seeds, a, b
+
+
+# --------------------------------------------------------------------------------------------------- table and picture
+
+
+def variants_table(finals: dict[str, dict[int, Row]]) -> str:
+    """Markdown: each variant's measures, mean ± sample standard deviation over seeds."""
+    out = f"| | seeds | {' | '.join(name for name, _ in MEASURES.values())} |\n|:--|{'--:|' * (1 + len(MEASURES))}\n"
+    for label, seeds in finals.items():
+        cells = [spread([scale * row[key] for row in seeds.values()]) for key, (_, scale) in MEASURES.items()]
+        out += f"| {label} | {len(seeds)} | {' | '.join(cells)} |\n"
+    return out
+
+
+def levels_table(finals: dict[str, dict[int, Row]]) -> str:
+    """Markdown: pass@1 by level, mean over seeds."""
+    names = [str(d) for d in (*LEVELS, HOPELESS)]
+    head = " | ".join("hopeless" if d == str(HOPELESS) else f"level {d}" for d in names)
+    out = f"| pass@1, % | {head} |\n|:--|{'--:|' * len(names)}\n"
+    for label, seeds in finals.items():
+        cells = [f"{100 * statistics.fmean(row['by_level'].get(d, 0.0) for row in seeds.values()):.1f}" for d in names]
+        out += f"| {label} | {' | '.join(cells)} |\n"
+    return out
+
+
+def spread(xs: list[float]) -> str:
+    return f"{statistics.fmean(xs):.1f}" + (f" ± {statistics.stdev(xs):.1f}" if len(xs) > 1 else "")
+
+
+def effects_table(finals: dict[str, dict[int, Row]]) -> str:
+    """Markdown: each effect's mean paired difference, its standard error, and every seed's values of both variants."""
+    out = (
+        "| part | from → to | measure | seeds | difference | standard error | in standard errors | wanted | values |\n"
+    )
+    out += "|:--|:--|:--|--:|--:|--:|--:|:--|:--|\n"
+    for e in EFFECTS:
+        seeds, a, b = values(finals, e)
+        if not seeds:
+            continue
+        mean, error = paired(a, b)
+        wanted = {1: "more", -1: "less", 0: "none" if e.name == "control" else "-"}[e.wanted]
+        wanted += f", {e.least:g} standard errors" if e.least else ""
+        each = ", ".join(f"{x:.1f} → {y:.1f}" for x, y in zip(a, b, strict=True))
+        cells = [e.name, f"{e.before} → {e.after}", MEASURES[e.measure][0], str(len(seeds)), f"{mean:+.1f}"]
+        cells += [f"{error:.2f}" if error is not None else "-", f"{mean / error:+.1f}" if error else "-", wanted, each]
+        out += f"| {' | '.join(cells)} |\n"
+    return out
+
+
+def draw(finals: dict[str, dict[int, Row]], path: Path) -> None:
+    """One panel per part of the algorithm: every seed's two values joined by a line, the mean difference above."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    panels = (
+        ("L: length", EFFECTS[0]),
+        ("AD: accuracy on hard problems", EFFECTS[2]),
+        ("E: precision of answers", EFFECTS[4]),
+        ("E: responses with an answer", EFFECTS[6]),
+    )
+    shown = [(title, e) for title, e in panels if values(finals, e)[0]]
+    if not shown:
+        return
+    with matplotlib.rc_context(STYLE):
+        fig: Figure = Figure(figsize=(3.4 * len(shown), 3.9), layout="constrained")
+        for ax, (title, e) in zip(fig.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+            seeds, a, b = values(finals, e)
+            mean, error = paired(a, b)
+            for x, y in zip(a, b, strict=True):
+                ax.plot([0, 1], [x, y], "-", color=GREY, linewidth=1, zorder=1)
+            ax.scatter([0] * len(a), a, color=ORANGE, zorder=2)
+            ax.scatter([1] * len(b), b, color=BLUE, zorder=2)
+            ax.plot([0, 1], [statistics.fmean(a), statistics.fmean(b)], color=INK, linewidth=2.5, zorder=3)
+            ax.set_xticks([0, 1], [e.before, e.after])
+            ax.set_xlim(-0.35, 1.35)
+            low, high = min(*a, *b), max(*a, *b)
+            ax.set_ylim(low - 0.25 * (high - low or 1), high + 0.35 * (high - low or 1))
+            ax.set_ylabel(MEASURES[e.measure][0], fontsize=9)
+            ax.set_title(title, fontsize=9.5)
+            unit = " tokens" if "tokens" in MEASURES[e.measure][0] else " points"
+            text = f"{mean:+.1f}" + (f" ± {error:.1f}" if error is not None else "") + unit
+            ax.text(0.5, 0.95, text, transform=ax.transAxes, ha="center", va="top", fontsize=11, weight="bold")
+        fig.savefig(path)
+
+
+# -------------------------------------------------------------------------------------------------------------- main
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description="The paper's ablation at the scale of tiny.")
-    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    p.add_argument("--ranks", type=int, default=2)
-    p.add_argument("--recipe", default="tiny")
+    p = argparse.ArgumentParser(description="GRPO-LEAD's parts told apart on the recipe levels.")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    p.add_argument("--jobs", type=int, default=2, help="runs side by side, one CPU thread each")
+    p.add_argument("--quick", action="store_true", help="GRPO and LEAD on the first seed alone")
+    p.add_argument("--variants", nargs="+", choices=[name for name, _ in VARIANTS.values()], help="all if not given")
+    p.add_argument("--recipe", default="levels")
     p.add_argument("--runs", type=Path, default=Path("runs/ablation"))
     p.add_argument("--out", type=Path, default=Path("docs/ablation"))
+    p.add_argument("--table", action="store_true", help="train nothing: tables and picture of the records in --out")
     a = p.parse_args()
-    folders: dict[str, list[Path]] = {label: [] for label in VARIANTS}
-    for seed in a.seeds:  # seed by seed, so that a part of the ablation compares all variants
-        for label, preset in VARIANTS.items():
-            run = a.runs / f"{preset}-{seed}"
-            folders[label].append(run)
-            if (run / "final").exists():
-                continue
-            shutil.rmtree(run, ignore_errors=True)
-            command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={a.ranks}", "--standalone",
-                       "-m", "lead_fast.train", f"--recipe={a.recipe}", f"--preset={preset}", f"--seed={seed}",
-                       f"--output={run}"]  # fmt: skip
-            print(" ".join(command[1:]), flush=True)
-            subprocess.run(command, check=True)
-    for runs in folders.values():
-        for run in runs:
-            (a.out / run.name).mkdir(parents=True, exist_ok=True)
-            shutil.copy(run / "metrics.jsonl", a.out / run.name / "metrics.jsonl")
-    compare = [f"{label}={','.join(str(a.out / r.name) for r in runs)}" for label, runs in folders.items()]
-    subprocess.run([sys.executable, "-m", "lead_fast.report", "--compare", *compare, "--out", str(a.out)], check=True)
+    names = ["grpo", "lead"] if a.quick else a.variants or [name for name, _ in VARIANTS.values()]
+    if a.quick:
+        a.seeds, a.out = a.seeds[:1], a.runs / "quick" if a.out == Path("docs/ablation") else a.out
+    jobs = [(a.runs / f"{name}-{seed}", args, seed) for seed in a.seeds for name, args in VARIANTS.values()
+            if name in names]  # fmt: skip
+    a.out.mkdir(parents=True, exist_ok=True)
+    if not a.table:
+        with ThreadPoolExecutor(a.jobs) as pool:
+            for done in [pool.submit(partial(one, a.out, a.recipe), *job) for job in jobs]:
+                done.result()
+    print(write(a.out))
+
+
+def one(out: Path, recipe: str, run: Path, args: list[str], seed: int) -> None:
+    """One run to its end, and its records copied to `out`."""
+    train_and_evaluate(run, args, seed, recipe)
+    kept = out / run.name
+    kept.mkdir(parents=True, exist_ok=True)
+    shutil.copy(run / "metrics.jsonl", kept / "metrics.jsonl")
+    (kept / "evaluation.json").write_text(json.dumps(measured(run), indent=1) + "\n", encoding="utf-8")
+
+
+def write(out: Path) -> str:
+    """Tables and picture of all records in `out`; returns the tables."""
+    finals: dict[str, dict[int, Row]] = {}
+    for label, (name, _) in VARIANTS.items():
+        for path in sorted(out.glob(f"{name}-[0-9]*/evaluation.json")):
+            seed = path.parent.name.removeprefix(f"{name}-")
+            finals.setdefault(label, {})[int(seed)] = json.loads(path.read_text(encoding="utf-8"))
+    first = [run.evals[0] for path in out.glob("*/metrics.jsonl") if (run := read_run(path.parent)).evals]
+    start = f"{100 * statistics.fmean(r['pass_at_1'] for r in first):.1f} %" if first else "unknown"
+    steps = {run.train[-1]["step"] for path in out.glob("*/metrics.jsonl") if (run := read_run(path.parent)).train}
+    counted = ", ".join(map(str, sorted(steps)))
+    text = (
+        f"`python bench/ablation.py`: recipe `levels`, {counted} steps, pass@1 {start} at the start (256 x 2). "
+        "At the end 1,000 held-out problems of levels 4 to 6 x 4 samples and 1,000 others x 2; numbers over all "
+        "problems weigh the two sets as the task has them.\n\n"
+        f"{variants_table(finals)}\nMean ± sample standard deviation over seeds.\n\n{levels_table(finals)}\n"
+        f"{effects_table(finals)}\nMean paired difference over seeds, and its standard error; `values`: each seed's.\n"
+    )
+    (out / "table.md").write_text(text, encoding="utf-8")
+    draw(finals, out / "compare.png")
+    return text
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as e:
+        sys.exit(f"error: {e}")

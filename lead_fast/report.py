@@ -113,7 +113,15 @@ def read_run(run_dir: str | Path) -> Run:
                 f"{folder} is a run of lead_fast.sft, which has no responses to report: see its TensorBoard."
             )
         raise ValueError(f"{path} holds no step and no evaluation yet: let the run finish its first step.")
-    return Run(folder, *kinds)
+    return Run(folder, kinds[0], [r | answers_of(r) for r in kinds[1]])
+
+
+def answers_of(record: Record) -> Record:
+    """The share of responses that hold an answer, and the share of those that is correct (None where none is)."""
+    if record.get("no_answer_share") is None or record.get("pass_at_1") is None:
+        return {}
+    answered = 1.0 - record["no_answer_share"]
+    return {"answered_share": answered, "precision": record["pass_at_1"] / answered if answered > 1e-9 else None}
 
 
 # ---------------------------------------------------------------------------------------------------------- pictures
@@ -188,6 +196,35 @@ def draw_length(run: Run) -> "Figure":
     ax.set_ylim(bottom=0)
     integer_steps(ax)
     legend(ax, ncols=2, fontsize=9, loc="upper right", bbox_to_anchor=(1, 1.17))
+    return fig
+
+
+def draw_answers(run: Run) -> "Figure | None":
+    """Of the held-out responses those with an answer, and of these the correct ones: what E trades for the other."""
+    if not any(r.get("precision") is not None for r in run.evals):
+        return None
+    fig, (ax,) = figure(7.2, 3.9)
+    held_out(ax, run, "answered_share", GREEN, "answered: responses with an answer", 100)
+    held_out(ax, run, "precision", PURPLE, "precision: answers that are correct", 100)
+    held_out(ax, run, "pass_at_1", BLUE, "pass@1: their product", 100)
+    ax.set(title="Answers and their precision", ylabel="held out (%)", ylim=(0, 105))
+    integer_steps(ax)
+    legend(ax, fontsize=9)
+    return fig
+
+
+def draw_budget(run: Run) -> "Figure | None":
+    """Held-out accuracy where a response counts only up to so many tokens, first and last evaluation."""
+    ends = [r for r in run.ends if r.get("budget")]
+    if not ends:
+        return None
+    fig, (ax,) = figure(7.2, 3.9)
+    for record, color in zip(ends[-1:] if ends[0] is ends[-1] else ends, (GREY, BLUE), strict=False):
+        points = [(0, 0.0)] + [(p["tokens"], 100 * p["accuracy"]) for p in record["budget"]]
+        ax.plot(*zip(*points, strict=True), "o-", color=color, markersize=4, label=f"step {record['step']}")
+    ax.set(title="Accuracy within a token budget", xlabel="tokens allowed", ylabel="correct within the budget (%)")
+    ax.set_ylim(0, 105)
+    legend(ax, loc="lower right")
     return fig
 
 
@@ -323,6 +360,8 @@ def draw_optimisation(run: Run) -> "Figure":
 DRAWINGS: dict[str, tuple[Callable[[Run], "Figure | None"], str]] = {
     "accuracy": (draw_accuracy, "Correct responses over the steps, in per cent"),
     "length": (draw_length, "Mean length of correct and of wrong responses over the steps"),
+    "answers": (draw_answers, "Share of responses with an answer, and of correct ones among these, over the steps"),
+    "budget": (draw_budget, "Correct responses within a number of tokens, before and after"),
     "difficulty": (draw_difficulty, "Held-out pass@1 by difficulty, before and after"),
     "terms": (draw_terms, "Mean terms of the reward function over the steps"),
     "groups": (draw_groups, "Groups with no, some and all responses correct, in per cent"),
@@ -451,6 +490,8 @@ ROWS = (
     ("length_wrong", "length of wrong responses, tokens", tokens),
     ("length_mean", "length of all responses, tokens", tokens),
     ("truncated_share", "truncated responses", percent),
+    ("answered_share", "responses with an answer", percent),
+    ("precision", "precision: answers that are correct", percent),
 )
 
 
@@ -459,6 +500,8 @@ def summary_table(run: Run) -> str:
     rows = ""
     for key, name, show in ROWS:
         a, b = first.get(key), last.get(key)
+        if key in ("answered_share", "precision") and a is None and b is None:
+            continue  # not recorded: training batches, or an older run
         cells = [interval(r, key, show) for r in (first, last)]
         rows += f"<tr><td>{name}</td><td>{cells[0]}</td><td>{cells[1]}</td><td>{change(a, b, show)}</td></tr>\n"
     head = f"<tr><th></th><th>step {first['step']}</th><th>step {last['step']}</th><th>change</th></tr>"

@@ -366,6 +366,18 @@ def test_every_picture_is_written_and_drawn_on(report):
         assert pixels.shape[0] > 400 and pixels.shape[1] > 800 and (pixels[..., :3] < 0.9).any(-1).mean() > 0.005
 
 
+def test_answers_their_precision_and_accuracy_within_a_budget_are_shown(tmp_path):
+    m = Metrics(tmp_path, total_steps=STEPS, tensorboard=False)
+    for step, rate, no_answer in ((0, 0.4, 0.2), (STEPS, 0.45, 0.4)):
+        budget = [{"tokens": 16 * (i + 1), "accuracy": rate * i / 3} for i in range(4)]
+        m.eval(step, eval_record(step, rate) | {"no_answer_share": no_answer, "budget": budget})
+    text = write_report(tmp_path).read_text(encoding="utf-8")
+    rows = [re.findall(r"<t[dh]>(.*?)</t[dh]>", row) for row in re.findall(r"<tr>(.*?)</tr>", text)]
+    assert ["responses with an answer", "80.0 %", "60.0 %", "-20.0 points"] in rows
+    assert ["precision: answers that are correct", "50.0 %", "75.0 %", "+25.0 points"] in rows
+    assert {"answers.png", "budget.png"} <= {p.name for p in tmp_path.iterdir()}
+
+
 def test_a_step_recorded_twice_counts_as_recorded_last(tmp_path):
     run = write_run(tmp_path)
     m = Metrics(run, total_steps=STEPS, tensorboard=False)

@@ -51,8 +51,8 @@ def make_problems(n: int, *, seed: int, split: str = "train", difficulties: Sequ
     seen: set[str] = set()
     rows: list[dict] = []
     while len(rows) < n:
-        start, steps, value = _steps(rng, rng.choice(difficulties))
-        text = _problem(rng, start, steps)
+        start, steps, value = steps_of(rng, rng.choice(difficulties))
+        text = problem_text(rng, start, steps)
         solution = rng.choices((_terse, _wordy, _hasty), STYLES)[0](start, steps, value)
         if text not in seen and is_test(text) == (split == "test"):
             seen.add(text)
@@ -65,7 +65,8 @@ def is_test(text: str) -> bool:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % ONE_IN == 0
 
 
-def _steps(rng: random.Random, level: int) -> tuple[int, list[Step], int]:
+def steps_of(rng: random.Random, level: int) -> tuple[int, list[Step], int]:
+    """Draw a start, `level` steps from it, and the value that they end at."""
     start = value = rng.randint(10, 60)
     steps: list[Step] = []
     for _ in range(level):
@@ -88,7 +89,8 @@ def _operand(rng: random.Random, most: int) -> int:
     return rng.randint(2, 9) if most < 10 or rng.random() < 0.75 else rng.randint(10, most)
 
 
-def _problem(rng: random.Random, start: int, steps: list[Step]) -> str:
+def problem_text(rng: random.Random, start: int, steps: list[Step]) -> str:
+    """Ask for the value after the steps: in symbols, as orders, or as a story."""
     kind = rng.random()
     if kind < 0.4:
         text = str(start)

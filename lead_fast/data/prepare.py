@@ -6,7 +6,7 @@
     select SOURCE --samples EVALUATION_DIR ... --out FILE.parquet   # solve rates of a model sampled k times
     mix SOURCE ... [--hold_out N] --out FILE.parquet                # N rows apart, in FILE.held-out.parquet
     stats SOURCE [--model DIR] [--out FOLDER]
-    arithmetic | word_problems --out FOLDER                         # the embedded tasks as JSONL
+    arithmetic | levels | word_problems --out FOLDER                 # the embedded tasks as JSONL
 
 Every set is Parquet with columns problem, answer, difficulty, solution, source, and beside it FILE.manifest.json:
 source and revision, filters, counts, hash. Equal inputs give equal files.
@@ -23,11 +23,11 @@ from typing import Any
 
 from ..records import Problem
 from ..runtime.jsonl import each_jsonl
-from . import arithmetic, word_problems
+from . import arithmetic, levels, word_problems
 from .check import check
 from .columns import DEFAULTS
 from .prompts import tokenize_prompts
-from .read import load_problems
+from .read import MADE, load_problems
 from .references import unverifiable
 
 DEEPSCALER = "agentica-org/DeepScaleR-Preview-Dataset"
@@ -87,7 +87,7 @@ def origin(source: str) -> dict[str, Any]:
         beside = path.with_suffix(".manifest.json")
         made = {"manifest": json.loads(beside.read_text(encoding="utf-8"))} if beside.is_file() else {}
         return {"source": source, "revision": f"sha256:{file_hash(path)}"} | made
-    if source.startswith("arithmetic:") or path.is_dir():
+    if source.startswith(MADE) or path.is_dir():
         return {"source": source, "revision": None}
     from huggingface_hub import HfApi
 
@@ -218,7 +218,11 @@ def stats(a: argparse.Namespace) -> None:
     print(a.out / "stats.png")
 
 
-TASKS = {"arithmetic": arithmetic.make_problems, "word_problems": word_problems.make_problems}
+TASKS = {
+    "arithmetic": arithmetic.make_problems,
+    "levels": levels.make_problems,
+    "word_problems": word_problems.make_problems,
+}
 
 
 def write_task(a: argparse.Namespace) -> None:
@@ -235,7 +239,7 @@ def number_or_none(text: str) -> float | None:
 def main(args: list[str] | None = None) -> None:
     p = argparse.ArgumentParser(prog="python -m lead_fast.data", description=(__doc__ or "").splitlines()[0])
     commands = p.add_subparsers(
-        required=True, metavar="check | deepscaler | select | mix | stats | arithmetic | word_problems"
+        required=True, metavar="check | deepscaler | select | mix | stats | arithmetic | levels | word_problems"
     )
 
     def command(run: Any, *, takes_columns: bool = True) -> argparse.ArgumentParser:

@@ -241,8 +241,8 @@ def _listed(rows: list[dict]) -> Table:
 
 def _read(source: str, split: str, called: str = "") -> Table:
     """The table of a source; `called` is what a complaint calls it."""
-    if source.startswith("arithmetic:"):
-        return _listed(_make_arithmetic(source))
+    if source.startswith(MADE):
+        return _listed(_make(source))
     name, _, named_split = source.partition("?split=")
     path = Path(name).expanduser()
     if not looks_local(name) or _holds_a_dataset(path):
@@ -259,16 +259,26 @@ def _read(source: str, split: str, called: str = "") -> Table:
     raise ValueError(f"{source} is neither .jsonl, .json, .csv nor .parquet: convert it to one of them.")
 
 
-def _make_arithmetic(source: str) -> list[dict]:
-    from .arithmetic import make_problems
+MADE = ("arithmetic:", "levels:")  # sources that are made here, from a seed
 
-    part, _, query = source.removeprefix("arithmetic:").partition("?")
+
+def _make(source: str) -> list[dict]:
+    from . import arithmetic, levels
+
+    task, _, rest = source.partition(":")
+    part, _, query = rest.partition("?")
     given = {k: v[-1] for k, v in parse_qs(query).items()}
-    known = part in ("train", "test") and set(given) <= {"n", "seed"}
+    module = levels if task == "levels" else arithmetic
+    allowed = (*levels.LEVELS, levels.HOPELESS) if task == "levels" else arithmetic.LEVELS
+    named = given.pop("difficulties", "-".join(map(str, allowed))).split("-")
+    known = part in ("train", "test") and set(given) <= {"n", "seed"} and set(named) <= {str(d) for d in allowed}
     if not known or not all(v.isdigit() for v in given.values()):
-        raise ValueError(f"{source} is not understood: give arithmetic:train?n=4000&seed=1, or arithmetic:test?...")
+        raise ValueError(
+            f"{source} is not understood: give {task}:train?n=4000&seed=1, or {task}:test?..., and difficulties=1-2 "
+            f"for some of {'-'.join(map(str, allowed))} alone."
+        )
     n = int(given.get("n", 4000 if part == "train" else 256))
-    return make_problems(n, seed=int(given.get("seed", 0)), split=part)
+    return module.make_problems(n, seed=int(given.get("seed", 0)), split=part, difficulties=[int(d) for d in named])
 
 
 def looks_local(source: str) -> bool:

@@ -17,7 +17,7 @@ from transformers import (
 
 from ..config import ModelConfig
 
-EMBEDDED = {"tiny": Path(__file__).parent.parent / "assets" / "tiny"}
+EMBEDDED = {name: Path(__file__).parent.parent / "assets" / name for name in ("tiny", "levels")}
 
 
 def resolve(path: str) -> str:

@@ -1,0 +1,100 @@
+"""The embedded task of the ablation: levels of 1 to 6 arithmetic steps, hopeless problems, five forms of solution.
+
+What L, E and AD act on has to be in the task, or their effects cannot show. So the first token of a solution says which
+form it has, and each form has a price of its own:
+
+- guess: the answer at once, right on easy problems only;
+- terse: one equation a step;
+- wordy: the same equations in sentences, twice as long and just as right;
+- check: terse work where each result is worked out again from its units (`47+38=75|15|85`: 7+8=15, so 85), which mends
+  slips: about 1.6 times as long as terse work, and right more often. A part of the results is wrong before the check;
+- none: no answer. The response ends without `</think>`, as one does that was cut at its limit.
+
+One problem in five is hopeless and can be recognised: a product of three three-digit numbers, which no form solves.
+A problem's difficulty is its level, 1 to 6, and 10 where it is hopeless. The steps are those of arithmetic.py, so that
+its model learns these forms by a short SFT (recipes/sft/levels.toml).
+
+    python -m lead_fast.data levels --out DIR [--train 4000] [--test 256]    # the same problems as JSONL
+"""
+
+import random
+from collections.abc import Callable, Sequence
+
+from .arithmetic import ASK, VERB, Step, is_test, problem_text, steps_of
+
+LEVELS = (1, 2, 3, 4, 5, 6)
+HOPELESS = 10
+HOPELESS_RATE = 0.2
+HARD = (4, 5, 6)
+FORMS = {"guess": 0.27, "terse": 0.2, "wordy": 0.2, "check": 0.28, "none": 0.05}
+HOPELESS_NONE = 0.35  # hopeless problems without an answer; the others have a guess, some number
+SLIP_RATE = 0.15  # results that are wrong before the check, in solutions with one
+OPENINGS = {"terse": "Work", "wordy": "We start with {}.", "check": "Compute"}
+
+
+def make_problems(
+    n: int, *, seed: int, split: str = "train", difficulties: Sequence[int] = (*LEVELS, HOPELESS)
+) -> list[dict]:
+    """Make `n` distinct problems of one split.
+
+    Args:
+        n: how many.
+        seed: equal seeds give equal problems, on every machine.
+        split: "train" or "test".
+        difficulties: those to draw from. A level is as likely as every other; of all problems one in five is hopeless.
+    Returns:
+        rows with problem, answer (the reference), difficulty and solution.
+    """
+    rng = random.Random(f"levels {seed} {split}")
+    weights = [HOPELESS_RATE if d == HOPELESS else (1 - HOPELESS_RATE) / len(LEVELS) for d in difficulties]
+    seen: set[str] = set()
+    rows: list[dict] = []
+    while len(rows) < n:
+        level = rng.choices(difficulties, weights)[0]
+        text, value, solution = _hopeless(rng) if level == HOPELESS else _solvable(rng, level)
+        if text not in seen and is_test(text) == (split == "test"):
+            seen.add(text)
+            rows.append({"problem": text, "answer": str(value), "difficulty": float(level), "solution": solution})
+    return rows
+
+
+def _solvable(rng: random.Random, level: int) -> tuple[str, int, str]:
+    start, steps, value = steps_of(rng, level)
+    form = rng.choices(list(FORMS), list(FORMS.values()))[0]
+    lines = [LINES[form](rng, i, step) for i, step in enumerate(steps)] if form in LINES else []
+    return problem_text(rng, start, steps), value, _written(form, start, lines, value)
+
+
+def _hopeless(rng: random.Random) -> tuple[str, int, str]:
+    a, b, c = (rng.randint(101, 999) for _ in range(3))
+    form = "none" if rng.random() < HOPELESS_NONE else "guess"
+    return rng.choice(ASK).format(f"{a}*{b}*{c}"), a * b * c, _written(form, a, [], rng.randint(10, 99))
+
+
+def _written(form: str, start: int, lines: list[str], value: int) -> str:
+    if form == "none":
+        return "No answer"
+    answer = f"</think>\\boxed{{{value}}}"
+    return answer if form == "guess" else "\n".join([OPENINGS[form].format(start), *lines, answer])
+
+
+def _terse(rng: random.Random, i: int, step: Step) -> str:
+    op, n, before, after = step
+    return f"{before}{op}{n}={after}"
+
+
+def _wordy(rng: random.Random, i: int, step: Step) -> str:
+    op, n, before, after = step
+    return f"{'Next' if i else 'First'} we {VERB[op]} {n}, which gives us\n{before}{op}{n}={after}"
+
+
+def _check(rng: random.Random, i: int, step: Step) -> str:
+    op, n, before, after = step
+    units = {"+": before % 10 + n % 10, "-": before % 10 - n % 10, "*": before % 10 * n}[op]
+    quick = after
+    if rng.random() < SLIP_RATE:
+        quick = rng.choice([x for x in (after - 10, after + 10, after - 1, after + 1, after + 2) if x > 0])
+    return f"{before}{op}{n}={quick}|{units}|{after}"
+
+
+LINES: dict[str, Callable[[random.Random, int, Step], str]] = {"terse": _terse, "wordy": _wordy, "check": _check}
