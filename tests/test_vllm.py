@@ -548,11 +548,10 @@ def test_acceptance_is_counted(drafted):
 
 
 def test_the_chi_square_test_sees_a_drafter_that_is_believed(drafted):
-    """Had one response in ten begun as the drafter likes best, the test above would fail."""
+    """Had one response in ten got a token too many, the test above would fail."""
     rng = random.Random(0)
-    plain = [(i, *r[:3]) for i, g in enumerate(drafted["none"]["responses"]) for r in g]
-    commonest = [Counter(x for x in plain if x[0] == i).most_common(1)[0][0] for i in range(4)]
-    believed = [commonest[x[0]] if rng.random() < 0.1 else x for x in plain]
+    plain = [(i, len(r)) for i, g in enumerate(drafted["none"]["responses"]) for r in g]
+    believed = [(i, n + 1) if rng.random() < 0.1 else (i, n) for i, n in plain]
     assert p_value(plain, believed) < 1e-3
 
 
