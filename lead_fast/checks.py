@@ -6,7 +6,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from .cli import ranges, wanted
+from .cli import named_keys, ranges, wanted
 from .config import Config, ModelConfig, ParallelConfig, RolloutConfig, SftConfig
 from .reward.function import split_name
 
@@ -38,9 +38,9 @@ def fit_quantized(c: Config, args: list[str]) -> tuple[Config, list[str]]:
     Returns:
         the configuration, and sentences (without full stops) on what was changed.
     """
-    given = {a.split("=")[0].removeprefix("--").replace("-", "_") for a in args}
     if not quantized(c):
         return c, []
+    given = named_keys(args)
     changes: dict[str, Any] = {}
     if c.loss.importance_cap is None and "loss.importance_cap" not in given:
         changes |= {"importance_cap": IMPORTANCE_CAP, "importance_level": "token", "importance_mode": "truncate"}

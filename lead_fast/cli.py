@@ -216,6 +216,11 @@ def load_config(
     return from_tree(tree, cls)
 
 
+def named_keys(args: list[str]) -> set[str]:
+    """The dotted keys that a command line's flags name."""
+    return {a.split("=")[0].removeprefix("--").replace("-", "_") for a in args if a.startswith("--")}
+
+
 def take_dry_run(args: list[str] | None) -> tuple[bool, list[str]]:
     """Whether `--dry-run` is among the arguments (None takes sys.argv), and the other arguments."""
     args = list(sys.argv[1:] if args is None else args)

@@ -17,7 +17,7 @@ import torch
 from lead_kernels._rows import backend
 
 from .checks import chosen_engine, responses_at_once
-from .cli import RECIPES, names
+from .cli import RECIPES, named_keys, names
 from .config import Config, ModelConfig
 from .learner.attention import attention_in_use
 from .learner.model import head_dim, load_shape
@@ -115,7 +115,7 @@ def fit_engine(c: Config, args: list[str], ranks: int, ranks_here: int, device_t
     shipped = c.recipe.startswith("lead-") and c.recipe in names(RECIPES)
     if device_type != "cuda" or not shipped or chosen_engine(c, device_type) != "vllm":
         return c, []
-    given = {a.split("=")[0].removeprefix("--").replace("-", "_") for a in args}
+    given = named_keys(args)
     r, reasons = c.rollout, []
     if c.recipe.startswith("lead-14b") and "rollout.tensor_parallel" not in given:
         n = next(n for n in (ENGINE_GPUS, 2, 1) if ranks % n == 0 == ranks_here % n)

@@ -220,3 +220,19 @@ def test_what_vllm_is_told_of_a_drafter():
     r = load_config([f"{key}.method=ngram"]).rollout
     assert drafter(r, 64)["speculative_config"]["num_speculative_tokens_per_batch_size"] is None
     assert drafter(r, 64)["sleep_preserve_parameter_names"] == []
+
+
+@pytest.mark.parametrize(("extra", "max_age"), [(0, 1), (4, 1), (24, 3)])
+def test_a_run_resumed_with_other_limits_loses_no_group(extra, max_age):
+    before = Backlog(lambda at: at, 8, 24, 3)
+    trained = [int(g.problem.id) for _, _, b in train(before, 5) for g in b.groups]
+    assert len(before.waiting) == 24 and any(before.begun.values())
+    again = Backlog(before.stream, 8, extra, max_age, json.loads(json.dumps(before.state())))
+    assert again.waiting == before.waiting and again.begun == before.begun
+    for step, _, batch in train(again, 8):
+        assert len(batch.groups) == 8
+        trained += [int(g.problem.id) for g in batch.groups]
+        once_more = Backlog(again.stream, 8, extra, max_age, json.loads(json.dumps(again.state())))
+        assert once_more.waiting == again.waiting, f"step {step} of the resumed run does not survive a checkpoint"
+    assert len(set(trained)) == len(trained) == 13 * 8
+    assert sorted([*trained, *again.waiting]) == list(range(again.position))

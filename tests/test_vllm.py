@@ -157,6 +157,9 @@ for step in range(3):
                 "parts": [r.parts for g in trained.values() for r in g],
                 "finish": [r.finish_reason for g in trained.values() for r in g],
                 "difference": differences(trained, 0.8, which=sorted(trained))})
+asked, begun = backlog.ask(), backlog.begun  # as in a run that is resumed without extra problems: all to the end
+sampled = rollout(engine, [prompts[p] for p in asked], 4, Sampling(64, 0.8), 103, ranks, begun=begun)
+out["to the end"] = tokens(begun), tokens(sampled.responses), list(sampled.leftover)
 out["steps"], engine.version = log, 0
 
 # Weights move: stale, synced, and synced with something missing.
@@ -442,6 +445,16 @@ def test_cut_off_answers_go_on_and_every_problem_is_trained_once(one):
     assert any(any(answers) for step in out["steps"] for answers in step["begun"].values())
     for before, after in zip(out["steps"], out["steps"][1:], strict=False):
         assert after["asked"][:2] == before["waiting"]
+
+
+def test_responses_that_were_cut_off_go_on_where_nothing_is_cut_off_any_more(one):
+    begun, done, leftover = one[1]["to the end"]
+    assert begun and len(done) == 5 and leftover == [] and all(len(group) == 4 for group in done.values())
+    for i, starts in begun.items():
+        assert all(
+            response[: len(start)] == start and len(response) <= 64
+            for start, response in zip(starts, done[i], strict=True)
+        )
 
 
 def test_a_prompt_longer_than_the_context_gets_a_sentence(one):

@@ -85,7 +85,8 @@ class Learner:
         kept_S = credit.kept.repeat_interleave(c.rollout.group_size)
         size = len(tokens) // c.optim.updates
         groups = outcomes(batch.scores, batch.lengths, c, ranks.device)
-        ages = batch.ages(step) if c.rollout.extra_problems else None
+        oldest = max(step - s.response.policy_version for s in batch.samples)  # in a resumed run without extra problems
+        ages = batch.ages(step) if c.rollout.extra_problems or oldest else None
         updates, parts, norms, balance, trained = [], [], [], [], set()
         with self.journal.phase("pack"):
             for first in range(0, len(tokens), size):
@@ -125,7 +126,7 @@ class Learner:
         if self._guard.margin:
             record["length_suspended"] = self._guard.suspended
         if not self.checked and sums["tokens"]:
-            if not ages or not any(map(any, ages)):  # of a resumed run older weights sampled some: the canary has to do
+            if not oldest:  # else older weights sampled some of a resumed run, and the canary has to do
                 fullest = max(updates[0][1], key=lambda pack: len(pack.rows_R))
                 limit = rounding_limit(self.policy, fullest, c, ranks)
                 check_agreement(record["logprob_diff_mean"], limit, c, ranks.device.type)
@@ -224,7 +225,8 @@ def age_sums(logprob_R: torch.Tensor, pack: Pack, c: Config) -> dict[str, torch.
         return {}
     assert pack.behavior_R is not None
     weight_R = (logprob_R.float() - pack.behavior_R).clamp(max=LOG_RATIO_CAP).exp()
-    age_R, ages = pack.age_R.long(), c.rollout.max_age + 1
+    most = c.rollout.max_age  # what is older, as in a run resumed with a lower limit, is counted with it
+    age_R, ages = pack.age_R.long().clamp(max=most), most + 1
     sums = weight_R.new_zeros(2, ages).index_put_((torch.zeros_like(age_R), age_R), weight_R, accumulate=True)
     sums.index_put_((torch.ones_like(age_R), age_R), torch.ones_like(weight_R), accumulate=True)
     return {f"{name}_{age}": sums[k, age] for k, name in enumerate(("weight_age", "tokens_age")) for age in range(ages)}

@@ -56,7 +56,7 @@ class Backlog:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, in JSON; unfinished responses are in it, for one sampled anew would be shorter."""
-        if not self.extra:
+        if not self.extra and not self.entries:
             return {"asked": self.position}
         return {
             "asked": self.position,
@@ -85,9 +85,12 @@ class Backlog:
 
     @property
     def due(self) -> int:
-        """How many of the step's problems, from the first on, must be complete before it ends."""
+        """How many of the step's problems, from the first on, must be complete before it ends.
+
+        A run that is resumed with a lower max_age cannot keep it at once; then every step trains on what is oldest.
+        """
         left = [e.asked + self.max_age - self.steps for e in self.entries]
-        return max([0, *(place - self.size * s for place, s in enumerate(left, 1))])
+        return min(self.size, max([0, *(place - self.size * s for place, s in enumerate(left, 1))]))
 
     def settle(self, batch: Batch) -> Batch:
         """The first `size` complete groups, those asked earliest first; what is left waits."""
@@ -120,7 +123,9 @@ class Backlog:
         out: dict[str, float] = {"group_age_mean": sum(ages) / size, "group_age_max": max(ages)}
         oldest = min([now + 1, *(e.asked for i, e in enumerate(self.entries) if i not in kept)])
         if (step := min(self.trained)) < oldest:
-            mean, asked = self.trained.pop(step), self.lengths.pop(step)
+            mean, asked = self.trained.pop(step), self.lengths.pop(step, [])
+            if not asked:  # a run that was resumed with fewer extra problems asks none until it has caught up
+                return out
             out |= {"length_bias": mean / (sum(asked) / len(asked)) - 1, "length_bias_step": step + 1}
         return out
 

@@ -230,7 +230,7 @@ class VllmEngine:
         if s.temperature == 0:  # n greedy responses are n times the same, and vLLM takes only one
             group.copies = work.n
             self._add(group, i, 0, work, s)
-        elif work.want is not None:
+        elif work.want is not None or i in work.begun:
             for j in range(work.n):
                 if not group.finished[j]:
                     self._add(group, i, j, work, s)
