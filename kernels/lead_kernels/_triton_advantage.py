@@ -89,7 +89,7 @@ def group_advantage(table_ptr, first, size, options, BLOCK: tl.constexpr):
     sigma = tl.where(n > 1, tl.sqrt_rn(tl.div_rn(total(product(off, off)), tl.maximum(n - 1, 1.0))), 1.0)
     z = tl.div_rn(off, sigma + options.eps)
     rate = tl.div_rn(n, count)
-    shaped = n * 0.0 + 1.0  # 1 or 0
+    shaped = tl.where(n >= 0, 1.0, 0.0)  # 1 or 0, and no product: see above
     if options.length_gate > 0:
         rest = tl.where(member, length, inf)
         three = 0.0
