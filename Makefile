@@ -93,7 +93,7 @@ check-cuda:  ## the CUDA set on any machine, 10 GiB in an environment of its own
 		$(CHECK_VENV)/bin/python -m pytest -q tests -k "attention or machine" && \
 		$(CHECK_VENV)/bin/torchrun --nproc_per_node 2 -m lead_fast.train --steps=2 --rollout.problems=4 --evaluate.every=0 --output=runs/check-cuda
 
-soak: $(INSTALLED)  ## the long tests: 500 steps, 25 kills, 100,000 gradings; the result is docs/soak.json
+soak: $(INSTALLED)  ## the long tests: 500 steps, 25 kills, 100,000 gradings; the result is docs/evidence/soak.json
 	$(CPU_ONLY) PYTHONPATH=.:kernels $(BIN)/python tests/soak.py $(ARGS)
 
 lint: $(INSTALLED)  ## format, lint, types

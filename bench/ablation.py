@@ -1,6 +1,7 @@
 """GRPO-LEAD's parts told apart: plain GRPO, L, L + AD, LEAD, and LEAD where no answer costs what a wrong one does.
 
-    python bench/ablation.py [--seeds 0 1 2 3 4] [--jobs 2] [--quick] [--runs runs/ablation] [--out docs/ablation]
+    python bench/ablation.py [--seeds 0 1 2 3 4] [--jobs 2] [--quick] [--runs runs/ablation]
+                             [--out docs/evidence/ablation]
 
 Every run trains the recipe `levels` from the same model on one CPU thread, `--jobs` runs side by side, and is then
 evaluated on held-out problems of three levels that are hard (1,000 x 4 samples) and of the others (1,000 x 2). What is
@@ -251,12 +252,12 @@ def main() -> None:
     p.add_argument("--variants", nargs="+", choices=[name for name, _ in VARIANTS.values()], help="all if not given")
     p.add_argument("--recipe", default="levels")
     p.add_argument("--runs", type=Path, default=Path("runs/ablation"))
-    p.add_argument("--out", type=Path, default=Path("docs/ablation"))
+    p.add_argument("--out", type=Path, default=Path("docs/evidence/ablation"))
     p.add_argument("--table", action="store_true", help="train nothing: tables and picture of the records in --out")
     a = p.parse_args()
     names = ["grpo", "lead"] if a.quick else a.variants or [name for name, _ in VARIANTS.values()]
     if a.quick:
-        a.seeds, a.out = a.seeds[:1], a.runs / "quick" if a.out == Path("docs/ablation") else a.out
+        a.seeds, a.out = a.seeds[:1], a.runs / "quick" if a.out == Path("docs/evidence/ablation") else a.out
     jobs = [(a.runs / f"{name}-{seed}", args, seed) for seed in a.seeds for name, args in VARIANTS.values()
             if name in names]  # fmt: skip
     a.out.mkdir(parents=True, exist_ok=True)

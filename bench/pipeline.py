@@ -72,12 +72,12 @@ def main() -> None:
     p = argparse.ArgumentParser(description="The whole pipeline with SmolLM2-135M-Instruct on a CPU.")
     p.add_argument("--model", help="folder or hub name of another model")
     p.add_argument("--runs", type=Path, help="working folder; runs/pipeline, with --scale runs/pipeline-SCALE")
-    p.add_argument("--out", type=Path, help="results; docs/pipeline, with --scale or --model RUNS/results")
+    p.add_argument("--out", type=Path, help="results; docs/evidence/pipeline, with --scale or --model RUNS/results")
     p.add_argument("--ranks", type=int, default=2)
     p.add_argument("--scale", type=float, default=1.0, help="multiplies the numbers of steps and of held-out problems")
     a = p.parse_args()
     runs: Path = a.runs or Path("runs/pipeline" + ("" if a.scale == 1 else f"-{a.scale:g}"))
-    out: Path = a.out or (Path("docs/pipeline") if a.scale == 1 and not a.model else runs / "results")
+    out: Path = a.out or (Path("docs/evidence/pipeline") if a.scale == 1 and not a.model else runs / "results")
     runs.mkdir(parents=True, exist_ok=True)
     asked, settings = {"scale": a.scale, "model": a.model}, runs / "settings.json"
     if settings.is_file() and json.loads(settings.read_text()) != asked:

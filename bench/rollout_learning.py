@@ -1,7 +1,7 @@
 """Does `tiny` learn by vLLM the same with partial and with quantised rollouts? Each beside its own baseline.
 
     python bench/rollout_learning.py [--seeds 0 1 2] [--ranks 2] [--runs runs/rollout-learning]
-                                     [--out docs/rollout-learning]
+                                     [--out docs/evidence/rollout-learning]
 
 Finished runs are kept, so an interrupted comparison resumes. Writes a table (table.md), a picture (compare.png) and
 every run's metrics.jsonl under --out. Needs vLLM (`make test-vllm` installs it for CPUs in an environment of its own).
@@ -29,7 +29,7 @@ def main() -> None:
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     p.add_argument("--ranks", type=int, default=2)
     p.add_argument("--runs", type=Path, default=Path("runs/rollout-learning"))
-    p.add_argument("--out", type=Path, default=Path("docs/rollout-learning"))
+    p.add_argument("--out", type=Path, default=Path("docs/evidence/rollout-learning"))
     a = p.parse_args()
     folders: dict[str, list[Path]] = {label: [] for label in VARIANTS}
     for seed in a.seeds:

@@ -1,6 +1,6 @@
-"""The long part of the tests: many steps, kills and gradings. `make soak` writes what it measured to docs/soak.json.
+"""The long part of the tests: many steps, kills and gradings. `make soak` writes docs/evidence/soak.json.
 
-    python tests/soak.py [--steps 500] [--kills 25] [--gradings 100000] [--out docs/soak.json]
+    python tests/soak.py [--steps 500] [--kills 25] [--gradings 100000] [--out docs/evidence/soak.json]
 
 A part with 0 is left out, and what an earlier call wrote of it stays. Ends non-zero if a promise of docs/reliability.md
 was broken.
@@ -240,7 +240,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for part, most in FULL.items():
         parser.add_argument(f"--{part}", type=int, default=most)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "soak.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "evidence" / "soak.json")
     asked = parser.parse_args()
     result = json.loads(asked.out.read_text()) if asked.out.exists() else {}
     rng, folder, failed = random.Random(7), Path(tempfile.mkdtemp(prefix="soak-")), []

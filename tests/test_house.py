@@ -20,7 +20,12 @@ from lead_fast.config import Config, SftConfig
 
 pytestmark = pytest.mark.quick
 
-DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs" / "internals").glob("*.md")),
+]
 
 
 def imports(path: Path) -> set[str]:
@@ -212,7 +217,7 @@ def test_make_check_cuda_runs_every_file_of_kernel_tests():
 WRITTEN = {"train.jsonl", "test.jsonl", "compare.png", "seconds.json", "extra.json", "config.json", "solved.jsonl",
            "avx512fintrin.h"}  # outputs; the last one is a header of the compiler  # fmt: skip
 GENERATED = {
-    "docs/pipeline/",
+    "docs/evidence/pipeline/",
     "samples.jsonl",
     "evaluation.png",
     "final/",

@@ -266,7 +266,7 @@ def test_opcheck(train: list):
 
 
 # The committed table has every row; compiling a few of them again shows that it is of these kernels.
-TABLE = DOCUMENT.parent / "kernel_resources.md"
+TABLE = DOCUMENT.parent / "evidence" / "kernel_resources.md"
 
 
 def committed() -> list[dict[str, str]]:

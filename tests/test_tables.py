@@ -188,7 +188,7 @@ def test_what_cannot_be_a_table_is_said(folders, tmp_path):
 
 def test_the_evaluations_of_the_pipeline_have_tables(tmp_path, capsys):
     """Their evaluation.json alone is kept in docs."""
-    docs = Path(__file__).parent.parent / "docs" / "pipeline"
+    docs = Path(__file__).parent.parent / "docs" / "evidence" / "pipeline"
     names = ("base", "sft", "stage1", "stage2")
     main(["--tables", *(f"{n}={docs / n}.json" for n in names), f"--output={tmp_path}"])
     out = capsys.readouterr().out

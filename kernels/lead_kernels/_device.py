@@ -1,7 +1,7 @@
 """Tile sizes of the Triton kernels and rows of a chunk of logits: tables, not autotuning.
 
 Every run gets the same bits, and no first step stalls. A row is read in tiles of `block` logits by `warps` warps; 16
-bytes a thread and load are met by every row of the table (docs/kernel_resources.md: registers, spills, load width,
+bytes a thread and load are met by every row of the table (docs/evidence/kernel_resources.md: registers, spills, width,
 instructions per logit, made by `python -m lead_kernels.testing resources`). No row was timed on a device yet. A kernel
 that writes the gradient has one program to a processor, with 32 KiB of the next tile under way while one is computed:
 what all processors look at is then 40 MB of bf16 logits at a vocabulary of 152,064, which a cache of 50 MB holds until

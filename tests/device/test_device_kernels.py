@@ -110,7 +110,7 @@ def test_a_target_out_of_range_stops_a_gpu(function, target, gpu):
 
 
 def test_the_table_of_resources_is_of_the_cpu_sets_triton_and_names_what_differs_under_the_cuda_sets():
-    text = (ROOT / "docs" / "kernel_resources.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "evidence" / "kernel_resources.md").read_text(encoding="utf-8")
     here, there = (constraints(name)["triton"] for name in ("constraints.txt", "constraints-cuda.txt"))
     table, _, differing = text.partition(f"\n## Triton {there}: rows that differ\n")
     assert f"Triton {here}, cross-compiled" in table and differing.count("\n- ") > 5

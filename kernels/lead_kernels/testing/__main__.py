@@ -1,4 +1,4 @@
-"""`python -m lead_kernels.testing resources [--out docs/kernel_resources.md]`: the table in docs; no GPU needed."""
+"""`python -m lead_kernels.testing resources [--out docs/evidence/kernel_resources.md]`: that table; no GPU needed."""
 
 import argparse
 from pathlib import Path

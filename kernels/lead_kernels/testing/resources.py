@@ -273,7 +273,7 @@ COMPARED = COLUMNS[: COLUMNS.index("both") + 1]  # with another Triton's
 
 
 def resource_table() -> str:
-    """Format the table of docs/kernel_resources.md; compiles every row of it."""
+    """Format the table of docs/evidence/kernel_resources.md; compiles every row of it."""
     import triton
 
     def cell(x: Any) -> str:
