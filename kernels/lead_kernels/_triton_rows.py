@@ -6,7 +6,7 @@ loss, metrics, and the gradient written where the caller says, over the logits i
 `row_stats_kernel` and `row_gradient_kernel` are its two halves for linear_logprobs, whose loss is not known here.
 
 A row is looked at twice, and both looks are meant to be limited by memory: 12 to 13 instructions per logit for the two
-(docs/evidence/kernel_resources.md, held by a test), the next tile's load in flight while one is computed. So there is no
+(docs/evidence/kernel_resources.md, held by a test), the next tile's load in flight while one is computed. There is no
 maximum in the loops. What is subtracted is fixed from the first tile and the target: float32 reaches 2^127 above it,
 and the sums' digits do not depend on it. With s = log2(e) / temperature and r = round(top s), x = fma(z, s, -r) is
 rounded once, e = 2^x is one instruction, and sum e and sum e x are all that the first look keeps. The second look's
