@@ -219,11 +219,13 @@ def skipped_batch(batch: Batch, credit: LeadAdvantages, record: dict) -> dict:
 
 def staleness(batch: Batch, version: int) -> dict[str, Any]:
     """How old the tokens are, in policy updates, when policy `version` is trained on them."""
-    ages = torch.tensor([age for response in batch.ages(version) for age in response])
+    parts = [(version - v, tokens) for s in batch.samples for v, tokens in s.response.parts]
+    ages, tokens = torch.tensor(parts).unbind(1)
+    by_age = torch.bincount(ages, weights=tokens.double())
     return {
-        "staleness_mean": ages.float().mean().item(),
+        "staleness_mean": ((ages * tokens).sum() / tokens.sum()).item(),
         "staleness_max": int(ages.max()),
-        "tokens_by_age": (torch.bincount(ages) / len(ages)).tolist(),
+        "tokens_by_age": (by_age.float() / int(tokens.sum())).tolist(),
     }
 
 
