@@ -422,6 +422,22 @@ def test_csv_that_is_not_plain_is_refused(content, says, tmp_path):
 @pytest.mark.parametrize(
     "name, content, says",
     [
+        ("a.jsonl", '{"problem": "a", "answer": "1"}\n{"problem": "b", "answer": "2", "answer": "3"}\n',
+         "a.jsonl, line 2 has the key 'answer' 2 times in one object: keep one of them."),
+        ("a.json", '[{"problem": "a", "answer": "1", "meta": {"level": 1, "level": 2}}]',
+         "a.json has the key 'level' 2 times in one object: keep one of them."),
+    ],
+)  # fmt: skip
+def test_a_key_that_stands_twice_in_a_row_is_named(name, content, says, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError) as e:
+        load_problems(str(tmp_path / name))
+    assert str(e.value).endswith(says)
+
+
+@pytest.mark.parametrize(
+    "name, content, says",
+    [
         ("a.jsonl", b"", "is empty: give a file with one problem per row."),
         ("a.csv", b"", "is empty"),
         ("a.parquet", b"", "is empty"),
