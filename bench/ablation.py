@@ -88,9 +88,7 @@ EFFECTS = (
 def train_and_evaluate(run: Path, args: list[str], seed: int, recipe: str) -> None:
     """Train one variant on one seed and evaluate its model, each step only where its result is missing."""
     own = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if not (run / "final").exists():
-        begun = ["--resume"] if run.exists() else []
-        execute("train", [f"--recipe={recipe}", *args, f"--seed={seed}", f"--output={run}", *begun], own, run)
+    train(run, [f"--recipe={recipe}", *args, f"--seed={seed}"], own)
     for name, (levels, samples, _) in PARTS.items():
         if not (run / name / "evaluation.json").exists():
             test = f"levels:test?n=1000&seed=5&difficulties={'-'.join(map(str, levels))}"
@@ -98,14 +96,22 @@ def train_and_evaluate(run: Path, args: list[str], seed: int, recipe: str) -> No
             execute("evaluate", [*given, f"--evaluate.samples={samples}", f"--output={run / name}"], own, run)
 
 
-def execute(command: str, args: list[str], environment: dict[str, str], run: Path) -> None:
+def train(run: Path, args: list[str], environment: dict[str, str], ranks: int = 1) -> None:
+    """Train a run to its end, from where it was stopped; one that is finished stays."""
+    if not (run / "final").exists():
+        begun = ["--resume"] if run.exists() else []
+        execute("train", [*args, f"--output={run}", *begun], environment, run, ranks)
+
+
+def execute(command: str, args: list[str], environment: dict[str, str], run: Path, ranks: int = 1) -> None:
     """Run a command of lead_fast; what it prints is appended to a file beside the run's folder."""
     log = run.parent / f"{run.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     print(f"lead_fast.{command} {' '.join(args)}", flush=True)
+    start = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"] if ranks > 1 else []
     with log.open("a", encoding="utf-8") as out:
-        done = subprocess.run([sys.executable, "-m", f"lead_fast.{command}", *args], env=environment, stdout=out,
-                              stderr=out)  # fmt: skip
+        done = subprocess.run([sys.executable, *start, "-m", f"lead_fast.{command}", *args], env=environment,
+                              stdout=out, stderr=out)  # fmt: skip
     if done.returncode:
         raise ValueError(f"lead_fast.{command} of {run} failed: see {log}.")
 

@@ -14,6 +14,7 @@ import html
 import statistics
 import sys
 import tempfile
+import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -517,9 +518,20 @@ def facts(run: Run) -> str:
     if run.evals and run.evals[-1].get("problems"):
         last = run.evals[-1]
         facts.append(f"held out: {last['problems']} problems, sampled {last.get('samples', 1)} x, scored 0 or 1")
+        if run.train and samples_rounded(run.folder):
+            facts.append("the run's own engine sampled them, with its weights or cache rounded")
     else:
         facts.append("no evaluation in this run: the table shows training batches")
     return " · ".join(facts)
+
+
+def samples_rounded(folder: Path) -> bool:
+    """Whether a run's engine rounds its weights or its cache."""
+    try:
+        rollout = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8")).get("rollout", {})
+    except (OSError, ValueError):
+        return False
+    return rollout.get("quantization", "none") != "none" or rollout.get("kv_dtype", "auto") != "auto"
 
 
 def percent(value: float) -> str:

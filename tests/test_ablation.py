@@ -73,3 +73,35 @@ def test_the_control_differs_from_lead_in_what_no_answer_costs_alone():
     truncated = {label: (c.reward.wrong, c.reward.truncated) for label, c in configs.items()}
     assert truncated["LEAD"] == (-1.0, 0.0) and truncated["LEAD, no answer is wrong"] == (-1.0, -1.0)
     assert truncated["GRPO"] == truncated["L"] == truncated["L + AD"] == (0.0, 0.0)
+
+
+def test_a_run_is_trained_from_where_it_stopped_and_a_finished_one_stays(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(ablation, "execute", lambda *args: asked.append(args))
+    for made in (None, "run", "run/final"):
+        if made:
+            (tmp_path / made).mkdir()
+        ablation.train(tmp_path / "run", ["--seed=3"], {}, 2)
+    fresh = ["--seed=3", f"--output={tmp_path / 'run'}"]
+    assert [a[:2] for a in asked] == [("train", fresh), ("train", [*fresh, "--resume"])] and asked[0][-1] == 2
+
+
+def test_rollouts_are_compared_seed_by_seed(tmp_path):
+    spec = importlib.util.spec_from_file_location("rollout_learning", PATH.parent / "rollout_learning.py")
+    assert spec and spec.loader
+    learning = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(learning)
+    folders: dict[str, list[Path]] = {label: [] for label in learning.VARIANTS}
+    for i, label in enumerate(folders):
+        for seed in range(2):
+            folder = tmp_path / f"{i}-{seed}"
+            folder.mkdir()
+            ends = (0, 0.4), (30, 0.8 + i * 0.01 * (seed + 1))
+            rows = [{"kind": "eval", "step": s, "pass_at_1": p, "length_correct": 30.0} for s, p in ends]
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+            folders[label].append(folder)
+    lines = learning.differences_table(folders).splitlines()
+    assert (
+        lines[2] == "| lock step → extra problems at 100 % | pass@1, % | 2 | +1.5 | 0.50 | 80.0 → 81.0, 80.0 → 82.0 |"
+    )
+    assert "| gain in pass@1 since the start, points | 2 | +1.5 | 0.50 |" in lines[6] and len(lines) == 8

@@ -396,6 +396,13 @@ def test_what_groups_teach_is_drawn_and_its_first_and_last_tenth_are_shown(tmp_p
     assert (tmp_path / "signal.png").stat().st_size > 10_000
 
 
+def test_held_out_numbers_of_a_rounded_engine_are_said_to_be_that(tmp_path):
+    for kind, rounded in (("none", False), ("fp8_per_channel", True)):
+        run = write_run(tmp_path / kind)
+        (run / "config.toml").write_text(f'[rollout]\nquantization = "{kind}"\nkv_dtype = "auto"\n')
+        assert ("its weights or cache rounded" in write_report(run).read_text(encoding="utf-8")) is rounded
+
+
 def test_every_phase_of_a_step_has_a_colour_of_its_own():
     source = "".join(p.read_text(encoding="utf-8") for p in Path(lead_fast.__file__).parent.rglob("*.py"))
     assert set(re.findall(r"""\bphase\(["'](\w+)["']\)""", source)) == set(PHASES)

@@ -22,13 +22,13 @@ from jobs import records
 
 from lead_fast.records import Batch, Group, Problem, Response, Sample, Score
 from lead_fast.report import main, pictures
+from lead_fast.runtime.metric_table import Metric
 from lead_fast.runtime.metrics import Metrics
 from lead_fast.runtime.rollouts import Rollouts, TokenValues, length_z, read_step, step_files, to_drop
 from lead_fast.view import pages, text
 from lead_fast.view.mathml import mathml
 from lead_fast.view.server import Server, Site, allowed_host, check_address, make_server
 from lead_fast.view.watched import QUIET_S, Filter, Watched, parse_filter, parse_range
-from lead_kernels.options import AdvantageOptions
 
 pytestmark = pytest.mark.quick
 
@@ -165,7 +165,7 @@ def test_a_damaged_file_is_named_and_the_others_are_shown(tmp_path, damage):
 
 
 def test_a_real_run_keeps_every_step_with_the_numbers_of_its_metrics(tiny_run):
-    columns = Watched(tiny_run).columns()
+    columns, alpha = Watched(tiny_run).columns(), Watched(tiny_run).config()["advantage"]["alpha"]
     train = records(tiny_run, "train")
     assert list(columns.indexes) == [r["step"] for r in train]
     compared = 0
@@ -176,7 +176,7 @@ def test_a_real_run_keeps_every_step_with_the_numbers_of_its_metrics(tiny_run):
         assert rows["correct"].mean() == r["accuracy"] and rows["length"].sum() == r["response_tokens"]
         assert rows["reward"].mean() == pytest.approx(r["reward_mean"], abs=1e-6) and (rows["age"] == 0).all()
         right = rows[rows["correct"]]  # the kernel's rewards are exp(-alpha z) of the z that the page shows
-        assert np.allclose(right["reward"], np.exp(-AdvantageOptions().alpha * right["z"]), rtol=1e-5)
+        assert np.allclose(right["reward"], np.exp(-alpha * right["z"]), rtol=1e-5)
         trained = [s for s in samples if s.gap is not None]
         assert len(samples) - len(trained) == r["sequences_skipped"]
         assert [s.gap is not None for s in samples] == (rows["advantage"] != 0).tolist()
@@ -502,7 +502,7 @@ def test_numbers_outside_their_healthy_range_say_what_is_wrong(site):
 
 
 def test_a_number_shows_its_course_and_rounding_errors_are_none():
-    number = pages.Number("x", lambda r: r.get("x"), str)
+    number = Metric("x", "", "")
     spans = pages.spans(600)
     assert len(spans) == 60 and [*range(600)] == [i for s in spans for i in range(600)[s]]
     out = pages.trend([{"x": float(i)} for i in range(600)], spans, number)
@@ -510,7 +510,7 @@ def test_a_number_shows_its_course_and_rounding_errors_are_none():
     assert "100.0,10.0" in pages.trend([{"x": 1 + 1e-7 * i} for i in range(3)], pages.spans(3), number)
     assert pages.trend([{"x": None}, {"x": math.nan}, {"x": 2}], pages.spans(3), number) == "<span></span>"
     shown = [pages._short(x) for x in (0, 1.4e-7, -0.125, 12345.0, 0.0321)]
-    assert shown == ["0", "below 0.0001", "−0.125", "12,345", "0.0321"]
+    assert shown == ["0", "0.0000", "−0.125", "12,345", "0.0321"]
 
 
 def test_time_left_and_silence_are_told(tmp_path):
@@ -659,9 +659,10 @@ class Browser:
     def __init__(self, chromium: str, profile: Path):
         (its_in, to), (back, its_out) = os.pipe(), os.pipe()
         its_in, its_out = (fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (its_in, its_out))  # not 3 or 4 themselves
-        start = "import os, sys; [os.dup2(int(a), b) for a, b in zip(sys.argv[1:3], (3, 4))]; os.execv(sys.argv[3], sys.argv[3:])"  # noqa: E501
-        command = [chromium, "--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe",
-                   "--window-size=900,700", f"--user-data-dir={profile}", "about:blank"]  # fmt: skip
+        start = "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4)"
+        start += "; os.execv(sys.argv[3], sys.argv[3:])"
+        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--remote-debugging-pipe"]
+        command = [chromium, *flags, "--window-size=900,700", f"--user-data-dir={profile}", "about:blank"]
         self.process = subprocess.Popen([sys.executable, "-c", start, str(its_in), str(its_out), *command],
                                         pass_fds=(its_in, its_out), stderr=subprocess.DEVNULL)  # fmt: skip
         for fd in (its_in, its_out):

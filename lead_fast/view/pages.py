@@ -4,14 +4,12 @@ import html
 import math
 import statistics
 import struct
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlencode
 
 import numpy as np
 
-from ..runtime.health import RATIO, SPIKE, WINDOW
+from ..runtime.metric_table import SECTIONS, SHARE, Metric
 from ..runtime.rollouts import KeptGroup, KeptSample
 from .text import (
     COLOURS,
@@ -56,6 +54,7 @@ table.list th, table.list td { padding: .3rem 1rem .3rem 0; border-bottom: 1px s
   vertical-align: baseline; white-space: nowrap; }
 table.list td.text { white-space: normal; overflow-wrap: anywhere; width: 60%; min-width: 10rem; }
 table.list .number { text-align: right; }
+@media (max-width: 40rem) { table.list { font-size: .88rem; } table.list th, table.list td { padding-right: .5rem; } }
 .numbers { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); gap: 0 2.2rem; }
 .numbers div { display: grid; grid-template-columns: 1fr auto 4.4rem; gap: 0 .7rem; padding: .35rem 0;
   align-items: baseline; align-content: start;
@@ -184,75 +183,22 @@ def duration(seconds: float) -> str:
 # --------------------------------------------------------------------------------------------------------------- run
 
 
-@dataclass(frozen=True)
-class Number:
-    """A number of a step's record and where it is usually healthy; rules of thumb, not limits.
-
-    value: from the last record and all of them, None where there is none. low, high: the range, or a function of the
-    records. why: what is wrong outside. note: what the number means, where there is no range.
-    """
-
-    name: str
-    value: Callable[[dict[str, Any]], float | None]
-    show: Callable[[float], str]
-    low: float | None = None
-    high: float | Callable[[list[dict[str, Any]]], float | None] | None = None
-    why: str = ""
-    note: str = ""
-
-
 def _percent(x: float) -> str:
     return f"{100 * x:.1f} %"
 
 
 def _short(x: float) -> str:
     """Three digits; what is below 0.0001 is rounding error in every number here."""
-    text = f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}" if x == 0 or abs(x) >= 1e-4 else "below 0.0001"
+    text = f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}" if x == 0 or abs(x) >= 1e-4 else "0.0000"
     return text.replace("-", "−")
 
 
-def _correlation(x: float) -> str:
-    return signed(x)
+NUMBERS = tuple(m for s in SECTIONS if "train" in s.kinds for m in s.metrics if m.title)
 
 
-def _key(name: str) -> Callable[[dict[str, Any]], float | None]:
-    return lambda r: r.get(name)
-
-
-def _mixed(r: dict[str, Any]) -> float | None:
-    return None if r.get("solve_none") is None else 1 - r["solve_none"] - r["solve_all"]
-
-
-def _clipped(r: dict[str, Any]) -> float | None:
-    return None if r.get("clip_low_share") is None else r["clip_low_share"] + (r.get("clip_high_share") or 0.0)
-
-
-def _spike(records: list[dict[str, Any]]) -> float | None:
-    usual = [r["grad_norm"] for r in records[-WINDOW - 1 : -1] if r.get("grad_norm")]
-    return SPIKE * statistics.median(usual) if usual else None
-
-
-NUMBERS = (
-    Number("correct responses", _key("accuracy"), _percent, 0.1, 0.9, "most groups are all wrong or all correct"),
-    Number("groups with both outcomes", _mixed, _percent, 0.3, None, "few groups teach what is right"),
-    Number("groups with a gradient", _key("groups_with_gradient"), _percent, 0.3, None, "most groups move nothing"),
-    Number("mean reward", _key("reward_mean"), _short),
-    Number("length of correct responses", _key("length_correct"), _short),
-    Number("length of wrong responses", _key("length_wrong"), _short),
-    Number("length against correctness", _key("length_correctness"), _correlation,
-           note="below 0 longer responses are more often wrong, above 0 shorter ones"),
-    Number("spread of correct lengths", _key("length_spread"), _percent, 0.01, None,
-           "a group's correct responses are equally long: L has nothing to tell apart"),
-    Number("truncated", _key("truncated_share"), _percent, None, 0.2, "the limit cuts thoughts short, or they loop"),
-    Number("entropy, nats per token", _key("entropy"), _short, 0.02, None, "the policy hardly explores"),
-    Number("gap to the engine, nats", _key("logprob_diff_mean"), _short, None, RATIO, "trainer and engine disagree"),
-    Number("mean ratio", _key("ratio_mean"), _short, 0.9, 1.1, "the batch is stale, or engine and trainer disagree"),
-    Number("clipped tokens", _clipped, _percent, None, 0.2, "steps are too large, or the batch is stale"),
-    Number("gradient norm", _key("grad_norm"), _short, None, _spike, "a spike beside the median of recent steps"),
-    Number("updates skipped", _key("updates_skipped"), _short, None, 0, "loss or gradient was not finite"),
-    Number("ranks idle in rollouts", _key("rollout_idle_share"), _percent, None, 0.3, "long responses make ranks wait"),
-    Number("tokens per second", _key("tokens_per_s"), _short),
-)  # fmt: skip
+def written(m: Metric, x: float) -> str:
+    """A metric's value as the page shows it."""
+    return _percent(x) if m.unit == SHARE else _short(x)
 
 
 def size(png: bytes) -> tuple[int, int]:
@@ -266,18 +212,18 @@ def spans(n: int, most: int = 60) -> list[slice]:
     return [slice(i * n // parts, (i + 1) * n // parts) for i in range(parts)]
 
 
-def trend(train: list[dict[str, Any]], parts: list[slice], number: Number) -> str:
+def trend(train: list[dict[str, Any]], parts: list[slice], m: Metric) -> str:
     """A number over the run as a line without axes: means over the parts that have it."""
     means = []
     for part in parts:
-        values = [v for r in train[part] if isinstance(v := number.value(r), int | float) and math.isfinite(v)]
+        values = [v for r in train[part] if isinstance(v := m.of(r), int | float) and math.isfinite(v)]
         means += [statistics.fmean(values)] if values else []
     if len(means) < 2:
         return "<span></span>"
     low, high = min(means), max(means)
     scale = 16 / (high - low) if high - low > 1e-4 else 0.0  # less is rounding errors
     points = " ".join(
-        f"{100 * i / (len(means) - 1):.1f},{18 - scale * (m - low) if scale else 10:.1f}" for i, m in enumerate(means)
+        f"{100 * i / (len(means) - 1):.1f},{18 - scale * (y - low) if scale else 10:.1f}" for i, y in enumerate(means)
     )
     return f'<svg viewBox="0 0 100 20" preserveAspectRatio="none"><polyline points="{points}"></polyline></svg>'
 
@@ -301,9 +247,9 @@ def held_out(evals: list[dict[str, Any]]) -> str:
     return f"<p>Held out: {' · '.join(facts)}</p>"
 
 
-def bounds(number: Number, low: float | None, high: float | None) -> str:
+def healthy(m: Metric, low: float | None, high: float | None) -> str:
     """The healthy range in words, empty without one."""
-    a, b = ("" if x is None else number.show(x).replace(".0 %", " %") for x in (low, high))
+    a, b = ("" if x is None else written(m, x).replace(".0 %", " %") for x in (low, high))
     if not a and not b:
         return ""
     if a and b:
@@ -327,18 +273,18 @@ def overview(state: dict[str, Any], records: list[dict[str, Any]], pictures: dic
     cells = ""
     last = train[-1] if train else {}
     parts = spans(len(train))
-    for number in NUMBERS:
-        value = number.value(last)
+    for m in NUMBERS:
+        value = m.of(last)
         if not isinstance(value, (int, float)) or not math.isfinite(value):
             continue
-        high = number.high(train) if callable(number.high) else number.high
-        low = number.low
+        low, high = m.bounds(train[:-1])
         outside = (low is not None and value < low) or (high is not None and value > high)
-        healthy = bounds(number, low, high)
-        note = f"<span class=bad>{healthy}; {number.why}</span>" if outside else healthy or number.note
+        usual = healthy(m, low, high)
+        note = f"<span class=bad>{usual}; {m.outside}</span>" if outside else usual
         mark = ' class="bad strong"' if outside else ""
+        about = html.escape(f"{m.meaning} {m.remedy}".replace("`", "").strip())
         cells += (
-            f"<div><span>{number.name}</span><span{mark}>{number.show(value)}</span>{trend(train, parts, number)}"
+            f'<div title="{about}"><span>{m.title}</span><span{mark}>{written(m, value)}</span>{trend(train, parts, m)}'
             f"<small>{note}</small></div>"
         )
     held = held_out([r for r in records if r.get("kind") == "eval" and r.get("pass_at_1") is not None])
@@ -388,7 +334,7 @@ def rollouts(columns: Columns, query: dict[str, str], chosen: np.ndarray, matchi
             f"<tr><td class=number>{step}</td><td>{outcome(columns, g)}</td>"
             f'<td class=text><a href="{link(f"/group/{step}/{place}", query)}">{rich(text)}</a></td>'
             f"<td class=number>{lengths[g]:,.0f}</td><td class=number>{ages[g]:.3g}</td>"
-            f"<td class=number>{small(gaps[g])}</td></tr>"
+            f"<td class=number>{small(float(gaps[g]))}</td></tr>"
         )
     if not len(columns.groups):
         table = (
@@ -572,8 +518,8 @@ def signed(x: float, digits: int = 2) -> str:
 
 
 def small(x: float) -> str:
-    """A mean gap, nats, as HTML; below 0.0001 the digits are rounding errors."""
-    return "–" if math.isnan(x) else f"{x:.2g}" if abs(x) >= 1e-4 or x == 0 else "&lt;0.0001"
+    """A mean gap, nats; below 0.0001 the digits are rounding errors."""
+    return "–" if math.isnan(x) else f"{x:.2g}" if abs(x) >= 1e-4 or x == 0 else "0.0000"
 
 
 def facts_of(row: np.void, sample: KeptSample) -> str:
