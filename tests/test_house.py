@@ -25,6 +25,8 @@ DOCS = [
     ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "docs" / "internals").glob("*.md")),
+    *sorted((ROOT / "docs" / "howto").glob("*.md")),
+    ROOT / "CHANGELOG.md",
 ]
 
 
@@ -227,6 +229,10 @@ GENERATED = {
     "config.toml",
     "report.html",
     "evaluation.json",
+    "configuration.md",
+    "metrics.md",
+    "solved.jsonl",
+    "generation_config.json",
 }
 
 
