@@ -1,16 +1,24 @@
 """Examples and quotations in docs: the engine of docs/howto/own-engine.md runs, quoted messages are the code's."""
 
 import re
+import shlex
 
 import pytest
 from jobs import ROOT, python, records, succeeded
 
 from lead_fast.cli import load_config
+from lead_fast.config import Config, SftConfig
 from lead_fast.learner.model import load_tokenizer
 from lead_fast.learner.policy import load_policy
 from lead_fast.rollout.sync import canary, publish
 
 DOCS = ROOT / "docs"
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted(DOCS.glob("*.md")),
+    *sorted((DOCS / "howto").glob("*.md")),
+]
 ENGINE = re.findall(
     r"^```python\n(.*?)^```", (DOCS / "howto" / "own-engine.md").read_text(encoding="utf-8"), re.M | re.S
 )
@@ -64,7 +72,7 @@ def test_every_test_that_a_page_names_exists():
     there = set()
     for path in (ROOT / "tests").rglob("test_*.py"):
         there |= {path.stem, *re.findall(r"^\s*def (test_\w+)\(", path.read_text(encoding="utf-8"), re.M)}
-    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.glob("*.md"), *(DOCS / "howto").glob("*.md")]:
+    for page in PAGES:
         named = set(re.findall(r"\b(test_\w+)\b", page.read_text(encoding="utf-8")))
         assert named <= there, f"{page.name} names {named - there}"
 
@@ -76,3 +84,23 @@ def test_the_example_of_the_concepts_page_prints_what_it_says(capsys):
     exec(example[0], {})
     printed = re.findall(r"-?\d\.\d{4}", capsys.readouterr().out)
     assert printed == [*re.findall(r"-?\d\.\d{4}", example[1]), *printed[-3:]] and len(printed) == 8
+
+
+OTHERS = ("--compare", "--tables", "--lighteval", "--help", "[")  # what takes no configuration, and patterns
+
+
+@pytest.mark.quick
+def test_every_command_of_the_pages_has_a_configuration():
+    loaded = 0
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        for module, rest in re.findall(
+            r"^ *(?:torchrun|python).*? -m lead_fast\.(train|sft|evaluate)\b(.*)$", text, re.M
+        ):
+            args = shlex.split(re.sub(r"\$\{?\w+[^ }]*\}?", "x", rest), comments=True)
+            if any(a.startswith(OTHERS) for a in args):
+                continue
+            args = [a for a in args if a not in ("--dry-run", "--allow_code")]
+            load_config(args, cls=SftConfig if module == "sft" else Config)
+            loaded += 1
+    assert loaded >= 20
