@@ -288,6 +288,10 @@ GENERATED = {
     "config.toml",
     "report.html",
     "evaluation.json",
+    "configuration.md",
+    "metrics.md",
+    "solved.jsonl",
+    "generation_config.json",
 }
 
 

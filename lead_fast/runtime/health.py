@@ -64,7 +64,7 @@ class Health:
             raise ValueError(
                 f"Loss or gradient was not finite in {self.consecutive} consecutive steps, the last of them step {step}"
                 + (f" (its batch is in {kept})" if kept else "")
-                + ": lower optim.lr, look at the data, or raise optim.max_skipped."
+                + ": lower optim.lr, check the data, or raise optim.max_skipped."
             )
 
     def keep(self, step: int, batch: dict[str, Any]) -> Path | None:
