@@ -4,10 +4,10 @@ What L, E and AD act on has to be in the task, or their effects cannot show. So 
 form it has, and each form has a price of its own:
 
 - guess: the answer at once, right on easy problems only;
-- terse: one equation a step;
+- terse: one equation per step;
 - wordy: the same equations in sentences, twice as long and just as right;
-- check: terse work where each result is worked out again from its units (`47+38=75|15|85`: 7+8=15, so 85), which mends
-  slips: about 1.6 times as long as terse work, and right more often. A part of the results is wrong before the check;
+- check: each equation worked out twice (`47+38=75|47+38=85`), the second time as if the first were not there: twice as
+  long as terse work, and right more often, for the slip of the first time is mended;
 - none: no answer. The response ends without `</think>`, as one does that was cut at its limit.
 
 One problem in five is hopeless and can be recognised: a product of three three-digit numbers, which no form solves.
@@ -19,6 +19,7 @@ its model learns these forms by a short SFT (recipes/sft/levels.toml).
 
 import random
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 from .arithmetic import ASK, VERB, Step, is_test, problem_text, steps_of
 
@@ -26,9 +27,9 @@ LEVELS = (1, 2, 3, 4, 5, 6)
 HOPELESS = 10
 HOPELESS_RATE = 0.2
 HARD = (4, 5, 6)
-FORMS = {"guess": 0.27, "terse": 0.2, "wordy": 0.2, "check": 0.28, "none": 0.05}
+FORMS = {"guess": 0.27, "terse": 0.22, "wordy": 0.22, "check": 0.24, "none": 0.05}
 HOPELESS_NONE = 0.35  # hopeless problems without an answer; the others have a guess, some number
-SLIP_RATE = 0.15  # results that are wrong before the check, in solutions with one
+SLIP_RATE = 0.08  # of the results, in every form
 OPENINGS = {"terse": "Work", "wordy": "We start with {}.", "check": "Compute"}
 
 
@@ -61,8 +62,36 @@ def make_problems(
 def _solvable(rng: random.Random, level: int) -> tuple[str, int, str]:
     start, steps, value = steps_of(rng, level)
     form = rng.choices(list(FORMS), list(FORMS.values()))[0]
-    lines = [LINES[form](rng, i, step) for i, step in enumerate(steps)] if form in LINES else []
-    return problem_text(rng, start, steps), value, _written(form, start, lines, value)
+    text = problem_text(rng, start, steps)
+    lines, last = [], value
+    if form in LINES:
+        lines, last = _worked(rng, form, start, steps)
+    return text, value, _written(form, start, lines, last)
+
+
+def _worked(rng: random.Random, form: str, start: int, steps: Sequence[Step]) -> tuple[list[str], int]:
+    """Lines of the work and the value it ends at: slips are made in every form, carried on but for checked work."""
+    lines, before = [], start
+    for i, (op, n, *_) in enumerate(steps):
+        after = apply(before, op, n)
+        quick = _slip(rng, after, steps[i + 1 :]) if rng.random() < SLIP_RATE else after
+        lines.append(LINES[form](i, (op, n, before, after), quick))
+        before = after if form == "check" else quick
+    return lines, before
+
+
+def apply(value: int, op: str, n: int) -> int:
+    return {"+": value + n, "-": value - n, "*": value * n}[op]
+
+
+def _slip(rng: random.Random, after: int, rest: Sequence[Step]) -> int:
+    """A result that is wrong by 1 or by 10, from which the remaining steps stay above zero."""
+
+    def lowest(value: int) -> int:
+        values = list(accumulate(rest, lambda v, step: apply(v, step[0], step[1]), initial=value))
+        return min(values)
+
+    return rng.choice([x for x in (after - 10, after - 1, after + 1, after + 10) if lowest(x) > 0])
 
 
 def _hopeless(rng: random.Random) -> tuple[str, int, str]:
@@ -78,23 +107,17 @@ def _written(form: str, start: int, lines: list[str], value: int) -> str:
     return answer if form == "guess" else "\n".join([OPENINGS[form].format(start), *lines, answer])
 
 
-def _terse(rng: random.Random, i: int, step: Step) -> str:
-    op, n, before, after = step
-    return f"{before}{op}{n}={after}"
+def _terse(i: int, step: Step, quick: int) -> str:
+    op, n, before, _ = step
+    return f"{before}{op}{n}={quick}"
 
 
-def _wordy(rng: random.Random, i: int, step: Step) -> str:
-    op, n, before, after = step
-    return f"{'Next' if i else 'First'} we {VERB[op]} {n}, which gives us\n{before}{op}{n}={after}"
+def _wordy(i: int, step: Step, quick: int) -> str:
+    return f"{'Next' if i else 'First'} we {VERB[step[0]]} {step[1]}, which gives us\n{_terse(i, step, quick)}"
 
 
-def _check(rng: random.Random, i: int, step: Step) -> str:
-    op, n, before, after = step
-    units = {"+": before % 10 + n % 10, "-": before % 10 - n % 10, "*": before % 10 * n}[op]
-    quick = after
-    if rng.random() < SLIP_RATE:
-        quick = rng.choice([x for x in (after - 10, after + 10, after - 1, after + 1, after + 2) if x > 0])
-    return f"{before}{op}{n}={quick}|{units}|{after}"
+def _check(i: int, step: Step, quick: int) -> str:
+    return f"{_terse(i, step, quick)}|{_terse(i, step, step[3])}"
 
 
-LINES: dict[str, Callable[[random.Random, int, Step], str]] = {"terse": _terse, "wordy": _wordy, "check": _check}
+LINES: dict[str, Callable[[int, Step, int], str]] = {"terse": _terse, "wordy": _wordy, "check": _check}
