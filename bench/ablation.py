@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lead_fast.data.levels import HARD, HOPELESS, HOPELESS_RATE, LEVELS
+from lead_fast.data.levels import FORMS, HARD, HOPELESS, HOPELESS_RATE, LEVELS, form_of
 from lead_fast.report import BLUE, GREY, INK, ORANGE, STYLE, read_run
 from lead_fast.runtime.jsonl import read_jsonl
 
@@ -51,6 +51,9 @@ EASY = [d for d in (*LEVELS, HOPELESS) if d not in HARD]
 HARD_RATE = (1 - HOPELESS_RATE) * len(HARD) / len(LEVELS)  # of the task's problems
 PARTS = {"hard": (HARD, 4, HARD_RATE), "others": (EASY, 2, 1 - HARD_RATE)}
 """The two sets of the final evaluation: levels, samples per problem, and how much of the task they stand for."""
+
+WRITTEN = {"levels 1 to 3": LEVELS[:3], "levels 4 to 6": HARD, "hopeless": (HOPELESS,)}
+"""For which problems the forms of the responses are counted."""
 
 Row = dict[str, Any]
 
@@ -141,6 +144,11 @@ def measured(run: Path) -> Row:
     by_level: dict[str, list[float]] = {}
     for _, r in problems:
         by_level.setdefault(f"{r['difficulty']:g}", []).append(statistics.fmean(r["correct"]))
+    forms: dict[str, dict[str, list[bool]]] = {name: {} for name in WRITTEN}
+    for _, r in problems:
+        name = next(name for name, levels in WRITTEN.items() if r["difficulty"] in levels)
+        for text, ok in zip(r["texts"], r["correct"], strict=True):
+            forms[name].setdefault(form_of(text), []).append(ok)
     return {
         "pass_at_1": correct,
         "pass_at_1_hard": statistics.fmean(statistics.fmean(r["correct"]) for r in rows["hard"]),
@@ -149,6 +157,12 @@ def measured(run: Path) -> Row:
         "precision": correct / answers if answers else None,
         "precision_problems": sum(w * p for w, p in some) / sum(w for w, _ in some) if some else None,
         "by_level": {k: statistics.fmean(v) for k, v in sorted(by_level.items(), key=lambda kv: float(kv[0]))},
+        "forms": {
+            name: {
+                form: [len(oks) / sum(map(len, drawn.values())), statistics.fmean(oks)] for form, oks in drawn.items()
+            }
+            for name, drawn in forms.items()
+        },
         "problems": {name: len(r) for name, r in rows.items()},
     }
 
@@ -193,6 +207,23 @@ def levels_table(finals: dict[str, dict[int, Row]]) -> str:
     for label, seeds in finals.items():
         cells = [f"{100 * statistics.fmean(row['by_level'].get(d, 0.0) for row in seeds.values()):.1f}" for d in names]
         out += f"| {label} | {' | '.join(cells)} |\n"
+    return out
+
+
+def forms_table(finals: dict[str, dict[int, Row]]) -> str:
+    """Markdown: how many responses have which form, and how many of those are right, mean over seeds."""
+    names = [*FORMS, "other"]
+    out = f"| responses, % (of them right, %) | on | {' | '.join(names)} |\n|:--|:--|{'--:|' * len(names)}\n"
+    for label, seeds in finals.items():
+        for where in WRITTEN:
+            drawn = [row["forms"][where] for row in seeds.values()]
+            cells = []
+            for form in names:
+                of_form = [d[form] for d in drawn if form in d]
+                count = sum(part for part, _ in of_form)
+                right = f" ({100 * sum(part * ok for part, ok in of_form) / count:.0f})" if count else ""
+                cells.append(f"{100 * count / len(drawn):.1f}{right}")
+            out += f"| {label} | {where} | {' | '.join(cells)} |\n"
     return out
 
 
@@ -316,7 +347,8 @@ def write(out: Path) -> str:
         f"`python bench/ablation.py`: recipe `levels`, {counted} steps, pass@1 {start} at the start (256 x 2). "
         "At the end 1,000 held-out problems of levels 4 to 6 x 4 samples and 1,000 others x 2; numbers over all "
         "problems weigh the two sets as the task has them.\n\n"
-        f"{variants_table(finals)}\nMean ± sample standard deviation over seeds.\n\n{levels_table(finals)}\n"
+        f"{variants_table(finals)}\nMean ± sample standard deviation over seeds.\n\n"
+        f"{levels_table(finals)}\n{forms_table(finals)}\n"
         f"{effects_table(finals)}\nMean paired difference over seeds, and its standard error; `values`: each seed's.\n"
     )
     if any(label in finals for label in SWITCHES):

@@ -4,10 +4,10 @@ What L, E and AD act on has to be in the task, or their effects cannot show. So 
 form it has, and each form has a price of its own:
 
 - guess: the answer at once, right on easy problems only;
-- terse: one equation per step;
+- terse: two steps at a time in one equation, which the model gets wrong now and then;
 - wordy: the same equations in sentences, twice as long and just as right;
-- check: each equation worked out twice (`47+38=75|47+38=85`), the second time as if the first were not there: twice as
-  long as terse work, and right more often, for the slip of the first time is mended;
+- check: terse work whose results are worked out again one step at a time (`47+38-6=75|47+38=85|85-6=79`): twice as
+  long, and right more often. A quarter of the results before the check are wrong, and are mended;
 - none: no answer. The response ends without `</think>`, as one does that was cut at its limit.
 
 One problem in five is hopeless and can be recognised: a product of three three-digit numbers, which no form solves.
@@ -19,7 +19,6 @@ its model learns these forms by a short SFT (recipes/sft/levels.toml).
 
 import random
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 
 from .arithmetic import ASK, VERB, Step, is_test, problem_text, steps_of
 
@@ -29,7 +28,7 @@ HOPELESS_RATE = 0.2
 HARD = (4, 5, 6)
 FORMS = {"guess": 0.27, "terse": 0.22, "wordy": 0.22, "check": 0.24, "none": 0.05}
 HOPELESS_NONE = 0.35  # hopeless problems without an answer; the others have a guess, some number
-SLIP_RATE = 0.08  # of the results, in every form
+SLIP_RATE = 0.25  # results that are wrong before the check, in solutions with one
 OPENINGS = {"terse": "Work", "wordy": "We start with {}.", "check": "Compute"}
 
 
@@ -62,36 +61,9 @@ def make_problems(
 def _solvable(rng: random.Random, level: int) -> tuple[str, int, str]:
     start, steps, value = steps_of(rng, level)
     form = rng.choices(list(FORMS), list(FORMS.values()))[0]
-    text = problem_text(rng, start, steps)
-    lines, last = [], value
-    if form in LINES:
-        lines, last = _worked(rng, form, start, steps)
-    return text, value, _written(form, start, lines, last)
-
-
-def _worked(rng: random.Random, form: str, start: int, steps: Sequence[Step]) -> tuple[list[str], int]:
-    """Lines of the work and the value it ends at: slips are made in every form, carried on but for checked work."""
-    lines, before = [], start
-    for i, (op, n, *_) in enumerate(steps):
-        after = apply(before, op, n)
-        quick = _slip(rng, after, steps[i + 1 :]) if rng.random() < SLIP_RATE else after
-        lines.append(LINES[form](i, (op, n, before, after), quick))
-        before = after if form == "check" else quick
-    return lines, before
-
-
-def apply(value: int, op: str, n: int) -> int:
-    return {"+": value + n, "-": value - n, "*": value * n}[op]
-
-
-def _slip(rng: random.Random, after: int, rest: Sequence[Step]) -> int:
-    """A result that is wrong by 1 or by 10, from which the remaining steps stay above zero."""
-
-    def lowest(value: int) -> int:
-        values = list(accumulate(rest, lambda v, step: apply(v, step[0], step[1]), initial=value))
-        return min(values)
-
-    return rng.choice([x for x in (after - 10, after - 1, after + 1, after + 10) if lowest(x) > 0])
+    pairs = [steps[i : i + 2] for i in range(0, len(steps), 2)]
+    lines = [LINES[form](rng, i, pair) for i, pair in enumerate(pairs)] if form in LINES else []
+    return problem_text(rng, start, steps), value, _written(form, start, lines, value)
 
 
 def _hopeless(rng: random.Random) -> tuple[str, int, str]:
@@ -107,17 +79,37 @@ def _written(form: str, start: int, lines: list[str], value: int) -> str:
     return answer if form == "guess" else "\n".join([OPENINGS[form].format(start), *lines, answer])
 
 
-def _terse(i: int, step: Step, quick: int) -> str:
-    op, n, before, _ = step
-    return f"{before}{op}{n}={quick}"
+def form_of(text: str) -> str:
+    """Return the form that a response opens with; "other" where it is none of the task's."""
+    openings = {"</think>": "guess", "Work\n": "terse", "We start": "wordy", "Compute\n": "check", "No answer": "none"}
+    return next((form for opening, form in openings.items() if text.startswith(opening)), "other")
 
 
-def _wordy(i: int, step: Step, quick: int) -> str:
-    return f"{'Next' if i else 'First'} we {VERB[step[0]]} {step[1]}, which gives us\n{_terse(i, step, quick)}"
+def _equation(steps: Sequence[Step], result: int) -> str:
+    """The steps from left to right and a result: a product of a sum has it in brackets."""
+    left = str(steps[0][2])
+    for op, n, *_ in steps:
+        left = f"({left}){op}{n}" if op == "*" and not left.isdigit() else f"{left}{op}{n}"
+    return f"{left}={result}"
 
 
-def _check(i: int, step: Step, quick: int) -> str:
-    return f"{_terse(i, step, quick)}|{_terse(i, step, step[3])}"
+def _terse(rng: random.Random, i: int, pair: Sequence[Step]) -> str:
+    return _equation(pair, pair[-1][3])
 
 
-LINES: dict[str, Callable[[int, Step, int], str]] = {"terse": _terse, "wordy": _wordy, "check": _check}
+def _wordy(rng: random.Random, i: int, pair: Sequence[Step]) -> str:
+    named = " and ".join(f"{VERB[op]} {n}" for op, n, *_ in pair)
+    return f"{'Next' if i else 'First'} we {named}, which gives us\n{_terse(rng, i, pair)}"
+
+
+def _check(rng: random.Random, i: int, pair: Sequence[Step]) -> str:
+    after = pair[-1][3]
+    quick = after
+    if rng.random() < SLIP_RATE:
+        quick = rng.choice([x for x in (after - 10, after - 1, after + 1, after + 10) if x > 0])
+    return "|".join([_equation(pair, quick), *(_equation([step], step[3]) for step in pair)])
+
+
+LINES: dict[str, Callable[[random.Random, int, Sequence[Step]], str]] = {
+    "terse": _terse, "wordy": _wordy, "check": _check
+}  # fmt: skip
