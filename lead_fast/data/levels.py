@@ -4,10 +4,11 @@ What L, E and AD act on has to be in the task, or their effects cannot show. So 
 form it has, and each form has a price of its own:
 
 - guess: the answer at once, right on easy problems only;
-- terse: two steps at a time in one equation, which the model gets wrong now and then;
+- terse: one equation per step, but a small one (2, 3 or 4 more or less) joins the equation before it (`47+38-2=83`),
+  and such equations the model gets wrong often;
 - wordy: the same equations in sentences, twice as long and just as right;
-- check: terse work whose results are worked out again one step at a time (`47+38-6=75|47+38=85|85-6=79`): twice as
-  long, and right more often. A quarter of the results before the check are wrong, and are mended;
+- check: terse work whose results are worked out again step by step (`47+38-2=73|47+38=85|85-2=83`): twice as long, and
+  right more often. A quarter of the results before the check are wrong, and are mended;
 - none: no answer. The response ends without `</think>`, as one does that was cut at its limit.
 
 One problem in five is hopeless and can be recognised: a product of three three-digit numbers, which no form solves.
@@ -28,6 +29,7 @@ HOPELESS_RATE = 0.2
 HARD = (4, 5, 6)
 FORMS = {"guess": 0.27, "terse": 0.22, "wordy": 0.22, "check": 0.24, "none": 0.05}
 HOPELESS_NONE = 0.35  # hopeless problems without an answer; the others have a guess, some number
+JOINED = (2, 3, 4)  # operands of the steps that terse work joins to the one before
 SLIP_RATE = 0.25  # results that are wrong before the check, in solutions with one
 OPENINGS = {"terse": "Work", "wordy": "We start with {}.", "check": "Compute"}
 
@@ -61,8 +63,7 @@ def make_problems(
 def _solvable(rng: random.Random, level: int) -> tuple[str, int, str]:
     start, steps, value = steps_of(rng, level)
     form = rng.choices(list(FORMS), list(FORMS.values()))[0]
-    pairs = [steps[i : i + 2] for i in range(0, len(steps), 2)]
-    lines = [LINES[form](rng, i, pair) for i, pair in enumerate(pairs)] if form in LINES else []
+    lines = [LINES[form](rng, i, line) for i, line in enumerate(_joined(steps))] if form in LINES else []
     return problem_text(rng, start, steps), value, _written(form, start, lines, value)
 
 
@@ -85,29 +86,35 @@ def form_of(text: str) -> str:
     return next((form for opening, form in openings.items() if text.startswith(opening)), "other")
 
 
+def _joined(steps: Sequence[Step]) -> list[list[Step]]:
+    """The steps of each equation of terse work."""
+    lines: list[list[Step]] = []
+    for step in steps:
+        if step[0] != "*" and step[1] in JOINED and lines and len(lines[-1]) == 1:
+            lines[-1].append(step)
+        else:
+            lines.append([step])
+    return lines
+
+
 def _equation(steps: Sequence[Step], result: int) -> str:
-    """The steps from left to right and a result: a product of a sum has it in brackets."""
-    left = str(steps[0][2])
-    for op, n, *_ in steps:
-        left = f"({left}){op}{n}" if op == "*" and not left.isdigit() else f"{left}{op}{n}"
-    return f"{left}={result}"
+    return str(steps[0][2]) + "".join(f"{op}{n}" for op, n, *_ in steps) + f"={result}"
 
 
-def _terse(rng: random.Random, i: int, pair: Sequence[Step]) -> str:
-    return _equation(pair, pair[-1][3])
+def _terse(rng: random.Random, i: int, steps: Sequence[Step]) -> str:
+    return _equation(steps, steps[-1][3])
 
 
-def _wordy(rng: random.Random, i: int, pair: Sequence[Step]) -> str:
-    named = " and ".join(f"{VERB[op]} {n}" for op, n, *_ in pair)
-    return f"{'Next' if i else 'First'} we {named}, which gives us\n{_terse(rng, i, pair)}"
+def _wordy(rng: random.Random, i: int, steps: Sequence[Step]) -> str:
+    named = " and ".join(f"{VERB[op]} {n}" for op, n, *_ in steps)
+    return f"{'Next' if i else 'First'} we {named}, which gives us\n{_terse(rng, i, steps)}"
 
 
-def _check(rng: random.Random, i: int, pair: Sequence[Step]) -> str:
-    after = pair[-1][3]
-    quick = after
+def _check(rng: random.Random, i: int, steps: Sequence[Step]) -> str:
+    quick = after = steps[-1][3]
     if rng.random() < SLIP_RATE:
         quick = rng.choice([x for x in (after - 10, after - 1, after + 1, after + 10) if x > 0])
-    return "|".join([_equation(pair, quick), *(_equation([step], step[3]) for step in pair)])
+    return "|".join([_equation(steps, quick), *(_equation([step], step[3]) for step in steps)])
 
 
 LINES: dict[str, Callable[[random.Random, int, Sequence[Step]], str]] = {
