@@ -119,7 +119,7 @@ def test_bad_sources(tmp_path, monkeypatch):
         load_problems(str(tmp_path / "latin.jsonl"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no retries
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match="could not be had from the hub.*give a .jsonl"):
+    with pytest.raises(ValueError, match="could not be fetched from the hub.*give a .jsonl"):
         load_problems("nobody/no-such-dataset-here")
 
 

@@ -482,7 +482,7 @@ def _read_hub(name: str, split: str, called: str) -> Any:
         if Path(path).is_dir():
             raise ValueError(f"{called} is a folder that cannot be read ({reason}): give {FORMATS}.") from e
         raise ValueError(
-            f"{called} is not a local file and could not be had from the hub, split {split} ({reason}): "
+            f"{called} is not a local file and could not be fetched from the hub, split {split} ({reason}): "
             f"give {FORMATS} with columns problem and answer."
         ) from e
     raise ValueError(f"{name} has no split {split}, only {', '.join(splits)}: give one as {name}?split={splits[0]}.")

@@ -144,8 +144,9 @@ class Journal:
 def describe(batch: Batch, credit: LeadAdvantages, group_size: int) -> dict[str, Any]:
     """Statistics of a step's responses and rewards.
 
-    A new metric is a key here: metrics.jsonl, TensorBoard and Weights & Biases take every key, the console and the
-    report's table (ROWS in report.py) show a chosen few. A metric of the update is a key in Learner.step.
+    A new metric is a key here and an entry in metric_table.py: metrics.jsonl, TensorBoard and Weights & Biases take
+    every key, the console and the report's table (ROWS in report.py) show a chosen few. A metric of the update is a key
+    in Learner.step.
     """
     correct = torch.tensor([s.correct for s in batch.scores], dtype=torch.float32)
     lengths = torch.tensor(batch.lengths, dtype=torch.float32)

@@ -2,16 +2,13 @@
 
 import html
 import math
-import statistics
 import struct
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlencode
 
 import numpy as np
 
-from ..runtime.health import RATIO, SPIKE, WINDOW
+from ..runtime.metric_table import SECTIONS, SHARE, Metric
 from ..runtime.rollouts import KeptGroup, KeptSample
 from .text import (
     COLOURS,
@@ -154,22 +151,6 @@ def state_text(state: dict[str, Any]) -> str:
 # --------------------------------------------------------------------------------------------------------------- run
 
 
-@dataclass(frozen=True)
-class Number:
-    """A number of a step's record and where it is usually healthy; rules of thumb, not limits.
-
-    value: from the last record and all of them, None where there is none. low, high: the range, or a function of the
-    records. why: what is wrong outside.
-    """
-
-    name: str
-    value: Callable[[dict[str, Any]], float | None]
-    show: Callable[[float], str]
-    low: float | None = None
-    high: float | Callable[[list[dict[str, Any]]], float | None] | None = None
-    why: str = ""
-
-
 def _percent(x: float) -> str:
     return f"{100 * x:.1f} %"
 
@@ -178,39 +159,12 @@ def _short(x: float) -> str:
     return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}"
 
 
-def _key(name: str) -> Callable[[dict[str, Any]], float | None]:
-    return lambda r: r.get(name)
+NUMBERS = tuple(m for s in SECTIONS if "train" in s.kinds for m in s.metrics if m.title)
 
 
-def _mixed(r: dict[str, Any]) -> float | None:
-    return None if r.get("solve_none") is None else 1 - r["solve_none"] - r["solve_all"]
-
-
-def _clipped(r: dict[str, Any]) -> float | None:
-    return None if r.get("clip_low_share") is None else r["clip_low_share"] + (r.get("clip_high_share") or 0.0)
-
-
-def _spike(records: list[dict[str, Any]]) -> float | None:
-    usual = [r["grad_norm"] for r in records[-WINDOW - 1 : -1] if r.get("grad_norm")]
-    return SPIKE * statistics.median(usual) if usual else None
-
-
-NUMBERS = (
-    Number("correct responses", _key("accuracy"), _percent, 0.1, 0.9, "most groups are all wrong or all correct"),
-    Number("groups with both outcomes", _mixed, _percent, 0.3, None, "few groups teach what is right"),
-    Number("mean reward", _key("reward_mean"), _short),
-    Number("length of correct responses", _key("length_correct"), _short),
-    Number("length of wrong responses", _key("length_wrong"), _short),
-    Number("truncated", _key("truncated_share"), _percent, None, 0.2, "the limit cuts thoughts short, or they loop"),
-    Number("entropy, nats per token", _key("entropy"), _short, 0.02, None, "the policy hardly explores"),
-    Number("gap to the engine, nats", _key("logprob_diff_mean"), _short, None, RATIO, "trainer and engine disagree"),
-    Number("mean ratio", _key("ratio_mean"), _short, 0.9, 1.1, "the batch is stale, or engine and trainer disagree"),
-    Number("clipped tokens", _clipped, _percent, None, 0.2, "steps are too large, or the batch is stale"),
-    Number("gradient norm", _key("grad_norm"), _short, None, _spike, "a spike beside the median of recent steps"),
-    Number("updates skipped", _key("updates_skipped"), _short, None, 0, "loss or gradient was not finite"),
-    Number("ranks idle in rollouts", _key("rollout_idle_share"), _percent, None, 0.3, "long responses make ranks wait"),
-    Number("tokens per second", _key("tokens_per_s"), _short),
-)  # fmt: skip
+def written(m: Metric, x: float) -> str:
+    """A metric's value as the page shows it."""
+    return _percent(x) if m.unit == SHARE else _short(x)
 
 
 def is_broad(png: bytes) -> bool:
@@ -219,9 +173,9 @@ def is_broad(png: bytes) -> bool:
     return width > 2 * height
 
 
-def bounds(number: Number, low: float | None, high: float | None) -> str:
+def healthy(m: Metric, low: float | None, high: float | None) -> str:
     """The healthy range in words, empty without one."""
-    a, b = ("" if x is None else number.show(x).replace(".0 %", " %") for x in (low, high))
+    a, b = ("" if x is None else written(m, x).replace(".0 %", " %") for x in (low, high))
     if not a and not b:
         return ""
     if a and b:
@@ -244,17 +198,16 @@ def overview(state: dict[str, Any], records: list[dict[str, Any]], pictures: dic
         return "<h1>A run of lead_fast.sft</h1><p class=faint>It samples no responses: see its TensorBoard.</p>"
     cells = ""
     last = train[-1] if train else {}
-    for number in NUMBERS:
-        value = number.value(last)
+    for m in NUMBERS:
+        value = m.of(last)
         if not isinstance(value, (int, float)) or not math.isfinite(value):
             continue
-        high = number.high(train) if callable(number.high) else number.high
-        low = number.low
+        low, high = m.bounds(train[:-1])
         outside = (low is not None and value < low) or (high is not None and value > high)
-        healthy = bounds(number, low, high)
-        note = f"<span class=bad>{healthy}; {number.why}</span>" if outside else healthy
+        usual = healthy(m, low, high)
+        note = f"<span class=bad>{usual}; {m.outside}</span>" if outside else usual
         mark = ' class="bad strong"' if outside else ""
-        cells += f"<div><span>{number.name}</span><span{mark}>{number.show(value)}</span><small>{note}</small></div>"
+        cells += f"<div><span>{m.title}</span><span{mark}>{written(m, value)}</span><small>{note}</small></div>"
     evals = [r for r in records if r.get("kind") == "eval" and r.get("pass_at_1") is not None]
     held = ""
     if evals:
