@@ -300,14 +300,15 @@ def main() -> None:
     p = argparse.ArgumentParser(description="GRPO-LEAD's parts told apart on the recipe levels.")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     p.add_argument("--jobs", type=int, default=2, help="runs side by side, one CPU thread each")
-    p.add_argument("--quick", action="store_true", help="GRPO and LEAD on the first seed alone")
-    p.add_argument(
+    choice = p.add_mutually_exclusive_group()
+    choice.add_argument("--quick", action="store_true", help="GRPO and LEAD on the first seed alone")
+    choice.add_argument(
         "--variants",
         nargs="+",
         choices=[name for name, _ in (VARIANTS | SWITCHES).values()],
         help="all but the switches if not given",
     )
-    p.add_argument("--switches", action="store_true", help="LEAD and each switch, on the first three seeds")
+    choice.add_argument("--switches", action="store_true", help="LEAD and each switch, on the first three seeds")
     p.add_argument("--recipe", default="levels")
     p.add_argument("--runs", type=Path, default=Path("runs/ablation"))
     p.add_argument("--out", type=Path, default=Path("docs/evidence/ablation"))

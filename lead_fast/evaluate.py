@@ -34,7 +34,7 @@ from .data.prompts import load_test
 from .learner.model import load_tokenizer, resolve
 from .machine import look_at_machine
 from .records import Batch, Problem, Sample
-from .report import parse_labelled
+from .report import parse_labelled, samples_rounded
 from .reward.function import RewardFunction
 from .reward.grading import grade
 from .reward.programs import Programs, counted, protection
@@ -214,6 +214,19 @@ def own_settings(args: list[str]) -> list[str]:
     return [f"--config={path}", "--output=", "--rollout.quantization=none", "--rollout.kv_dtype=auto"]
 
 
+def settings(c: Config) -> str:
+    """Where the settings come from, and whether weights or cache are rounded, here and in the model's own run."""
+    text = f"Settings of recipe {c.recipe}."
+    if quantized(c):
+        text += (
+            f"\nSamples from rounded weights or a rounded cache (rollout.quantization={c.rollout.quantization}, "
+            f"rollout.kv_dtype={c.rollout.kv_dtype}): none and auto evaluate the model as it is saved."
+        )
+    elif samples_rounded(Path(c.model.path)):
+        text += "\nThe run sampled from rounded weights or a rounded cache; its model is evaluated as it is saved."
+    return text
+
+
 def asked(c: Config, problems: list[Problem]) -> dict:
     """All that responses and their grades depend on, for Samples."""
     text = json.dumps([[p.id, p.problem, p.reference, *(p.messages or ())] for p in problems])
@@ -278,13 +291,7 @@ def main(args: list[str] | None = None) -> None:
     asked_to_stop = stop_on_signals(ranks, "portion of the problems that is being sampled")
     check(c, ranks.world, trains=False, device_type=ranks.device.type)
     if ranks.main:
-        print(f"Settings of recipe {c.recipe}.", flush=True)
-        if quantized(c):
-            print(
-                f"Samples from rounded weights or a rounded cache (rollout.quantization={c.rollout.quantization}, "
-                f"rollout.kv_dtype={c.rollout.kv_dtype}): none and auto evaluate the model as it is saved.",
-                flush=True,
-            )
+        print(settings(c), flush=True)
     shape = look_at_machine(c.model, ranks, engine=chosen_engine(c, ranks.device.type))
     code = parse_source(c.data.test) is not None
     if code and not allowed:

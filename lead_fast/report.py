@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from .runtime.console import clock
 from .runtime.jsonl import read_jsonl
+from .runtime.metric_table import answers_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -117,14 +118,6 @@ def read_run(run_dir: str | Path) -> Run:
             )
         raise ValueError(f"{path} holds no step and no evaluation yet: let the run finish its first step.")
     return Run(folder, kinds[0], [r | answers_of(r) | half_limit(r) for r in kinds[1]])
-
-
-def answers_of(record: Record) -> Record:
-    """The share of responses that hold an answer, and the share of those that is correct (None where none is)."""
-    if record.get("no_answer_share") is None or record.get("pass_at_1") is None:
-        return {}
-    answered = 1.0 - record["no_answer_share"]
-    return {"answered_share": answered, "precision": record["pass_at_1"] / answered if answered > 1e-9 else None}
 
 
 def half_limit(record: Record) -> Record:

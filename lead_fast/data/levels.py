@@ -31,7 +31,9 @@ FORMS = {"guess": 0.27, "terse": 0.22, "wordy": 0.22, "check": 0.24, "none": 0.0
 HOPELESS_NONE = 0.35  # hopeless problems without an answer; the others have a guess, some number
 JOINED = (2, 3, 4)  # operands of the steps that terse work joins to the one before
 SLIP_RATE = 0.25  # results that are wrong before the check, in solutions with one
-OPENINGS = {"terse": "Work", "wordy": "We start with {}.", "check": "Compute"}
+OPENINGS = {
+    "guess": "</think>", "terse": "Work\n", "wordy": "We start with {}.\n", "check": "Compute\n", "none": "No answer"
+}  # fmt: skip
 
 
 def make_problems(
@@ -75,15 +77,14 @@ def _hopeless(rng: random.Random) -> tuple[str, int, str]:
 
 def _written(form: str, start: int, lines: list[str], value: int) -> str:
     if form == "none":
-        return "No answer"
+        return OPENINGS["none"]
     answer = f"</think>\\boxed{{{value}}}"
-    return answer if form == "guess" else "\n".join([OPENINGS[form].format(start), *lines, answer])
+    return answer if form == "guess" else OPENINGS[form].format(start) + "\n".join([*lines, answer])
 
 
 def form_of(text: str) -> str:
     """Return the form that a response opens with; "other" where it is none of the task's."""
-    openings = {"</think>": "guess", "Work\n": "terse", "We start": "wordy", "Compute\n": "check", "No answer": "none"}
-    return next((form for opening, form in openings.items() if text.startswith(opening)), "other")
+    return next((form for form, s in OPENINGS.items() if text.startswith(s.partition(" with {")[0])), "other")
 
 
 def _joined(steps: Sequence[Step]) -> list[list[Step]]:

@@ -81,6 +81,14 @@ def _clipped(r: Record) -> float | None:
     return None if r.get("clip_low_share") is None else r["clip_low_share"] + (r.get("clip_high_share") or 0.0)
 
 
+def answers_of(record: Record) -> Record:
+    """The share of responses that hold an answer, and the share of those that is correct (None where none is)."""
+    if record.get("no_answer_share") is None or record.get("pass_at_1") is None:
+        return {}
+    answered = 1.0 - record["no_answer_share"]
+    return {"answered_share": answered, "precision": record["pass_at_1"] / answered if answered > 1e-9 else None}
+
+
 M = Metric
 
 EVERY = Section("Every record", ("train", "eval", "sft"), (

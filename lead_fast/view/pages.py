@@ -9,7 +9,7 @@ from urllib.parse import urlencode
 
 import numpy as np
 
-from ..runtime.metric_table import SECTIONS, SHARE, Metric
+from ..runtime.metric_table import SECTIONS, SHARE, Metric, answers_of
 from ..runtime.rollouts import KeptGroup, KeptSample
 from .text import (
     COLOURS,
@@ -241,9 +241,10 @@ def held_out(evals: list[dict[str, Any]]) -> str:
     if last.get("length_correct"):
         since = f" (then {first['length_correct']:,.0f})" if last is not first and first.get("length_correct") else ""
         facts += [f"correct responses have {last['length_correct']:,.0f} tokens{since}"]
-    answered = 1 - (last.get("no_answer_share") or 0.0)
-    if 0 < answered < 1:
-        facts += [f"{100 * answered:.1f} % answered, {100 * last['pass_at_1'] / answered:.1f} % of these correct"]
+    answers = answers_of(last)
+    if answers and answers["precision"] is not None and last["no_answer_share"]:
+        share, precision = answers["answered_share"], answers["precision"]
+        facts += [f"{100 * share:.1f} % answered, {100 * precision:.1f} % of these correct"]
     return f"<p>Held out: {' · '.join(facts)}</p>"
 
 
