@@ -256,7 +256,8 @@ EVALUATION = Section("Evaluation", ("eval",), (
       remedy="Rises; a difference inside the intervals is noise: more `evaluate.problems` or `evaluate.samples`."),
     M("pass_at_K", SHARE, "Unbiased chance that one of k samples is correct, k = 2, 4, ... and K.", interval=True,
       remedy="Falls while `pass_at_1` rises: the policy loses variety; see `entropy`."),
-    M("cons_at_k", SHARE, "Majority vote over each problem's K answers is right. Only with three samples or more, and not of programs.",
+    M("cons_at_k", SHARE, "Majority vote over each problem's K answers is right. Only with three samples or "
+      "more, and not of programs.",
       interval=True),
     M("length_correct", TOKENS, "Mean length of correct responses.", interval=True),
     M("length_wrong", TOKENS, "Mean length of wrong responses.", interval=True),
