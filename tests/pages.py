@@ -230,7 +230,7 @@ def metrics() -> str:
         "number that does not exist, such as the length of wrong responses where none is wrong.",
         "Healthy ranges are rules of thumb, not limits: the page of `python -m lead_fast.report RUN_DIR --serve` marks "
         "what is outside of them, and two kinds are printed as warnings and kept in `alerts`: spikes of `loss` and "
-        "`grad_norm`, and a `logprob_diff_mean` outside its range. What ends a run is said in the last column.",
+        "`grad_norm`, and a `logprob_diff_mean` outside its range. The last column says what ends a run.",
         MADE.format("`lead_fast/runtime/metric_table.py`"),
     ]
     for s in SECTIONS:
@@ -239,7 +239,7 @@ def metrics() -> str:
             for m in s.metrics
         ]
         parts += [f"## {s.title}", cell(f"In {listed([f'`{k}`' for k in s.kinds])} records. {s.about}".strip())]
-        parts.append(table(("key", "unit", "meaning", "healthy", "outside of it, or how to read it"), rows))
+        parts.append(table(("key", "unit", "meaning", "healthy", "how to read it, what to do"), rows))
         if any(m.interval for m in s.metrics):
             parts.append(
                 "`_ci`: the same key with `_ci` holds [low, high] of the 95 % bootstrap interval over problems."
