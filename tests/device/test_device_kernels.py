@@ -118,7 +118,7 @@ def test_the_table_of_resources_is_of_the_cpu_sets_triton_and_names_what_differs
     assert all("gfx942" in row or row.startswith("row_gradient_kernel") for row in spilled), spilled
     changed = table.replace(f"Triton {here}", f"Triton {there}").replace("| 126 | 0 |", "| 127 | 0 |")
     assert "registers 127 (126)" in resources.beside(table, changed)
-    with pytest.raises(ValueError, match="give one of another Triton, of the same kernels"):
+    with pytest.raises(ValueError, match="give a table of another Triton with the same kernels"):
         resources.beside(table, table)
 
 
