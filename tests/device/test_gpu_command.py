@@ -76,7 +76,7 @@ def test_results_are_named_by_the_planners_device(name, key, monkeypatch):
 
 
 @pytest.mark.parametrize("args, says", [
-    (["--parts=1,9"], "--parts is '1,9', and '9' is no part: give numbers of 1, 2, 3, 4, 5, 6, 7"),
+    (["--parts=1,9"], "--parts is '1,9', and '9' is not a part: give numbers from 1, 2, 3, 4, 5, 6, 7"),
     (["--parts="], "--parts is ''"),
     (["--limit_s=0"], "--limit_s is 0: give seconds above 0"),
     (["--device=cuda"], "torch sees no GPU here: give --device cpu"),
