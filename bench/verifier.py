@@ -893,8 +893,7 @@ def judge(pairs: list[Pair]) -> list[Judged]:
 
 
 def table(judged: list[Judged]) -> list[str]:
-    """Format one row per suite: wrong pairs accepted, right pairs refused, and pairs that only math-verify gets
-    right."""
+    """Format one row per suite: wrong pairs accepted, right pairs refused, pairs that only math-verify judges right."""
     rows = [
         "| suite | pairs | wrong accepted: ours, math-verify, strings | right refused: ours, math-verify, strings "
         "| math-verify right, ours wrong |",

@@ -169,8 +169,8 @@ def test_the_shipped_model_is_small_and_fits_every_engine():
 
 @pytest.mark.parametrize("work_begun,low,high", [(False, 0.30, 0.65), (True, 0.75, 1.0)])
 def test_the_shipped_model_leaves_room_to_learn(work_begun, low, high):
-    """Sampled at temperature 1 it is right on 35 to 60 % (here with room for 200 draws' noise), and where it works
-    its way through the steps, nearly always: what reinforcement learning has to find."""
+    """Sampled at temperature 1, the model is right on 35 to 60 % of problems, and nearly always if it works through the
+    steps, which is what reinforcement learning has to find. The limits leave room for the noise of 200 draws."""
     rows = make_problems(200, seed=2, split="test")
     starts = [re.findall(r"\d+", row["problem"])[0] if work_begun else "" for row in rows]  # a terse solution's start
     model = AutoModelForCausalLM.from_pretrained(ASSET, dtype=torch.float32)
