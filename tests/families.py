@@ -1,9 +1,9 @@
-"""Model families at a small random size, what becomes of each, and the table in docs/models.md.
+"""Model families at a small random size: how each is handled, and the table in docs/models.md.
 
     python tests/families.py > docs/models.md
 
-A family is a model type of transformers with what matters about it in its configuration. Where it is applied, packed
-log-probs, loss and gradients must equal transformers' on each sequence alone.
+A family is a model type of transformers with the configuration entries that matter. For a family that is supported,
+packed log-probs, loss and gradients must equal those of transformers on each sequence alone.
 """
 
 import sys
@@ -27,9 +27,9 @@ BASE = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hid
 
 @dataclass(frozen=True)
 class Family:
-    """A model type with the entries of its configuration that matter, beside BASE.
+    """A model type with the configuration entries that matter, on top of BASE.
 
-    refused: words of the sentence with which it is refused; empty: it is applied.
+    refused: words of the message with which it is refused; empty if it is supported.
     quick: tested in the default run.
     """
 
@@ -147,7 +147,7 @@ FAMILIES = {
 
 
 def check(family: Family) -> str:
-    """The sentence with which a run refuses the family, empty where it does not."""
+    """Return the message with which a run refuses the family; empty if it does not."""
     try:
         check_model(family.config(), ModelConfig(path="DIR"), CPU, None)
     except ValueError as e:
@@ -156,7 +156,7 @@ def check(family: Family) -> str:
 
 
 def errors(family: Family) -> dict[str, float]:
-    """Largest difference of log-probs (nats), and relative differences of SFT's loss and of its gradient."""
+    """Compute the largest difference of log-probs (nats), and relative differences of SFT's loss and gradient."""
     with quiet():
         torch.manual_seed(0)
         model: Any = AutoModelForCausalLM.from_config(

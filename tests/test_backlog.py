@@ -1,4 +1,4 @@
-"""Partial rollouts: groups that wait are trained on once and in time, and bias lengths for max_age steps at most."""
+"""Test partial rollouts: waiting groups are trained on once and in time, and bias lengths for at most max_age steps."""
 
 import heapq
 import json
@@ -24,7 +24,7 @@ GROUP_SIZE, LIMIT = 4, 64
 
 
 class FakeEngine:
-    """Decodes all that it is asked at one token per response and iteration; lengths follow from the prompt alone."""
+    """Engine that decodes one token per response and iteration; lengths depend on the prompt alone."""
 
     def __init__(self) -> None:
         self.version = 0
@@ -58,7 +58,7 @@ class FakeEngine:
 
 
 def train(backlog: Backlog, steps: int, restart_at: int = -1):
-    """Batches of so many steps; after `restart_at` of them the backlog is what a checkpoint made of it."""
+    """Collect batches of so many steps; after `restart_at` of them the backlog is restored from a checkpoint."""
     engine = FakeEngine()
     for step in range(steps):
         if step == restart_at:
@@ -110,7 +110,7 @@ def test_every_group_is_trained_on_once_within_its_age_and_lengths_are_unbiased(
 
 
 def test_dropping_what_is_late_would_bias_the_length():
-    """The test above would see it: half of the groups, the longer ones, thrown away every step."""
+    """Shows that the test above can fail: every step discards half of the groups, the longer ones."""
     engine, kept = FakeEngine(), []
     for step in range(250):
         lengths = sorted((engine.lengths([p]) for p in range(16 * step, 16 * step + 16)), key=max)

@@ -1,4 +1,4 @@
-"""Data in: read right or refused in one sentence that names the value and the remedy; the stream by the step alone."""
+"""Test data input: read correctly, or refused in one sentence; the stream depends on the step alone."""
 
 import gzip
 import hashlib
@@ -150,7 +150,7 @@ VERL = {
     "reward_model": {"ground_truth": "34", "style": "rule"},
     "extra_info": {"index": "a"},
 }
-LAYOUTS = {  # a row as the set has it; problem, reference, solution; what a run says
+LAYOUTS = {  # a row as in the set; problem, reference, solution; what a run prints
     "gsm8k": (
         {"question": "Q", "answer": WORKED},
         ("Q", "18", WORKED),
@@ -305,7 +305,7 @@ def test_a_cell_that_is_neither_text_nor_a_number_is_refused(value, says, column
     if column == "solution" and says.startswith("is empty"):
         assert load_problems(source, references=False)[1].solution is None
         return
-    if column == "problem" and isinstance(value, list):  # no text, but perhaps a chat
+    if column == "problem" and isinstance(value, list):  # not text, but perhaps a chat
         says = "is not an object with role and content" if value else "has no user turn: give"
     with pytest.raises(ValueError) as e:
         load_problems(source, references=column != "solution")
@@ -361,7 +361,7 @@ def test_parquet_reads_no_column_that_is_not_used(tmp_path, monkeypatch):
     asked, once = [], parquet.ParquetFile.iter_batches
     monkeypatch.setattr(parquet.ParquetFile, "iter_batches", lambda f, **k: asked.append(k["columns"]) or once(f, **k))
     assert len(load_problems(str(tmp_path / "a.parquet"))) == 300
-    assert asked == [None, ["problem", "solution", "answer"]]  # the first for a few rows
+    assert asked == [None, ["problem", "solution", "answer"]]  # the first reads only a few rows
 
 
 # --------------------------------------------------------------------------------------------------------------- files

@@ -1,4 +1,4 @@
-"""A machine with GPUs, as far as one without can show it: the commands install, and what is missing is one sentence."""
+"""Test set-up for GPU machines without a GPU: commands install, and anything missing gets one sentence."""
 
 import hashlib
 import importlib.metadata
@@ -41,7 +41,7 @@ H100 = "NVIDIA H100 80GB HBM3"
 
 
 def stub_nvidia_smi(folder: Path, listing: str, driver: str = "580.95.05", code: int = 0) -> dict[str, str]:
-    """An environment whose nvidia-smi lists these GPUs; the lines of `-L`."""
+    """Make an environment whose nvidia-smi -L prints these lines."""
     names = [re.sub(r"GPU \d+: (.*?) \(UUID.*", r"\1", line) for line in listing.splitlines() if line.startswith("GPU")]
     query = "".join(f"{name}, {driver}\n" for name in names)
     (folder / "listing").write_text(listing)
@@ -59,8 +59,8 @@ def eight_h100(folder: Path, driver: str = "580.95.05") -> dict[str, str]:
 
 
 def planned(target: str, env: dict[str, str], *args: str) -> str:
-    """What make would run for a target."""
-    env = {k: v for k, v in env.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}  # of a make around the tests
+    """Return what make would run for a target."""
+    env = {k: v for k, v in env.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}  # set if make runs the tests
     command = ["make", "--no-print-directory", "-n", target, *args]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
@@ -79,11 +79,11 @@ def test_where_a_gpu_is_make_installs_the_cuda_set_with_vllm(target, tmp_path):
 
 
 def test_without_a_gpu_make_installs_the_cpu_set(tmp_path):
-    for listing, code in (("", 9), ("No devices were found\n", 0)):  # a driver that answers nothing, a login node
+    for listing, code in (("", 9), ("No devices were found\n", 0)):  # a driver that does not answer, a login node
         text = planned("install", stub_nvidia_smi(tmp_path, listing, code=code), f"VENV={tmp_path}/env")
         assert "torch==2.13.0" in text and '".[dev]"' in text and ".ci/constraints.txt" in text
         assert "constraints-cuda" not in text and "--cuda" not in text
-    text = planned("install", eight_h100(tmp_path), f"VENV={tmp_path}/env", "CUDA=")  # asked for by hand
+    text = planned("install", eight_h100(tmp_path), f"VENV={tmp_path}/env", "CUDA=")  # requested explicitly
     assert "torch==2.13.0" in text
 
 
@@ -214,7 +214,7 @@ def test_a_run_whose_checkpoints_do_not_fit_the_disk_gets_a_sentence(tmp_path, m
     monkeypatch.setattr(hardware.shutil, "disk_usage", lambda path: SimpleNamespace(free=100 * hardware.GIB))
     (tmp_path / "checkpoints" / "step-20").mkdir(parents=True)
     with open(tmp_path / "checkpoints" / "step-20" / "weights", "wb") as f:
-        f.truncate(int(430 * hardware.GIB))  # a resumed run: what is there need not be written again
+        f.truncate(int(430 * hardware.GIB))  # a resumed run: existing files need not be written again
     check_room(tmp_path, shape, checkpoint_every=20)
     assert not capsys.readouterr().out
 
@@ -223,7 +223,7 @@ def test_a_run_whose_checkpoints_do_not_fit_the_disk_gets_a_sentence(tmp_path, m
 
 
 def pretend_gpus(monkeypatch, n: int, gib: float = 79.1, capability=(9, 0)) -> None:
-    """Let torch show n GPUs."""
+    """Make torch report n GPUs."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: n > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: n)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i=0: capability)
@@ -282,7 +282,7 @@ def test_what_triton_compiles_with_is_looked_for(tmp_path, monkeypatch):
     "gpus, gib, world, here, recipe, says",
     [
         (8, 79.1, 8, 8, "lead-14b", "8 GPUs with 79 GiB each"),
-        (8, 79.0, 8, 8, "lead-14b", ""),  # an '80 GB' card shows less than 79.1
+        (8, 79.0, 8, 8, "lead-14b", ""),  # an '80 GB' card reports less than 79.1
         (8, 139.7, 8, 8, "lead-14b", ""),
         (4, 139.7, 8, 4, "lead-14b", ""),  # two machines
         (8, 39.4, 8, 8, "tiny", "Warning: 8 GPUs with 39 GiB each, of which 8 train the small embedded model"),
@@ -305,9 +305,9 @@ ASKED = ["--recipe=lead-14b"]
     "args, ranks, here, device, tensor_parallel, batch_size",
     [
         (ASKED, 8, 8, "cuda", 4, 128),
-        (ASKED, 16, 8, "cuda", 4, 64),  # 4 engines get 64 responses each, which the recipe's cap holds
-        (ASKED, 6, 6, "cuda", 2, 88),  # 11 problems for the one that gets most
-        (ASKED, 8, 1, "cuda", 1, 64),  # one GPU per machine: an engine does not leave it
+        (ASKED, 16, 8, "cuda", 4, 64),  # 4 engines get 64 responses each, within the recipe's cap
+        (ASKED, 6, 6, "cuda", 2, 88),  # 11 problems for the engine that gets most
+        (ASKED, 8, 1, "cuda", 1, 64),  # one GPU per machine: an engine does not span machines
         (ASKED, 4, 4, "cuda", 4, 256),
         (["--recipe=lead-14b-stage2"], 8, 8, "cuda", 4, 128),
         (["--recipe=lead-14b-official"], 8, 8, "cuda", 4, 128),
@@ -316,7 +316,7 @@ ASKED = ["--recipe=lead-14b"]
         ([*ASKED, "--rollout.tensor_parallel=2"], 8, 8, "cuda", 2, 64),
         ([*ASKED, "--rollout.tensor-parallel", "1"], 8, 8, "cuda", 1, 64),
         ([*ASKED, "--rollout.batch_size=32"], 8, 8, "cuda", 4, 32),
-        ([*ASKED, "--rollout.batch_size=0"], 8, 8, "cuda", 4, 0),  # all of an engine's part, whatever that is
+        ([*ASKED, "--rollout.batch_size=0"], 8, 8, "cuda", 4, 0),  # all of an engine's responses, whatever their number
         ([*ASKED, "--rollout.extra_problems=32"], 8, 8, "cuda", 4, 256),
         ([*ASKED, "--rollout.engine=transformers"], 8, 8, "cuda", 1, 64),
         (ASKED, 8, 8, "cpu", 1, 64),
@@ -378,7 +378,7 @@ def test_remedies_work_as_typed(monkeypatch, tmp_path):
         found = SimpleNamespace(read_text=lambda name: text, metadata={})
         monkeypatch.setattr(hardware.importlib.metadata, "distribution", lambda name: found)
 
-    distribution(ROOT.as_uri())  # an editable installation, wherever the command is typed
+    distribution(ROOT.as_uri())  # an editable installation, from any folder
     command = hardware.how_to_install("vllm")
     assert f'-e "{ROOT}[vllm]"' in command and f'-c "{ROOT}/.ci/constraints-cuda.txt"' in command
     assert command.startswith(sys.executable)
@@ -436,7 +436,7 @@ def test_the_allocator_is_set_before_torch_is_there():
 
 
 def install_package(folder: Path, name: str, version: str, files: dict[str, str]) -> None:
-    """Write a distribution as pip would: its files, METADATA and RECORD."""
+    """Write a distribution as pip would: files, METADATA and RECORD."""
     record = []
     for path, text in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
@@ -462,7 +462,7 @@ FA4 = "def _flash_attn_fwd(q): pass\ndef _flash_attn_bwd(q): pass\n"
 
 @pytest.fixture
 def packages(tmp_path, monkeypatch):
-    """An empty folder of packages that comes before all others; what flash-attn is installed elsewhere is not seen."""
+    """An empty folder of packages that precedes all others; flash-attn installed elsewhere is hidden."""
     installed_before = attention.fa4_version()
     if installed_before or importlib.util.find_spec("flash_attn"):
         pytest.skip("a flash-attn is installed here")
@@ -502,7 +502,7 @@ def test_fa4_is_known_by_its_distribution_and_its_files(packages, monkeypatch):
         assert attention.choose(capability, head_dim) == Attention(said)
     assert activated == ["FA4"]
     attention.choose.cache_clear()
-    monkeypatch.setattr(torch, "__version__", "2.13.0+cu130")  # unpacks two of the five values that FA4 returns
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cu130")  # it unpacks two of the five values that FA4 returns
     said = "torch's varlen_attn; FA4 is installed and cannot be used (it needs torch 2.14)"
     assert attention.choose((9, 0), 128) == Attention(said)
     (packages / "flash_attn" / "cute" / "interface.py").write_text("# of the old archive, installed over it\n")

@@ -1,4 +1,4 @@
-"""Models train as transformers computes them, or are refused in a sentence before their weights are loaded."""
+"""Test that models train as transformers computes them, or are refused in one sentence before weights are loaded."""
 
 import dataclasses
 import json
@@ -235,7 +235,7 @@ def test_rounding_alone_explains_what_bfloat16_changes_and_not_another_temperatu
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A copy of the embedded model's files."""
+    """Copy the embedded model's files."""
     for file in EMBEDDED["tiny"].iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     return tmp_path
@@ -324,7 +324,7 @@ def test_sft_of_a_folder_begins_with_its_weights_and_refuses_what_it_cannot_trai
     refused = FAMILIES["lfm2"].config()
     refused.vocab_size = 439
     refused.save_pretrained(folder)
-    (folder / "model.safetensors").unlink()  # the sentence comes before weights are looked for
+    (folder / "model.safetensors").unlink()  # the message comes before weights are read
     (sft, train) = commands(
         [*args, f"--output={tmp_path / 'a'}"], ["lead_fast.train", f"--model={folder}", "--steps=1"]
     )

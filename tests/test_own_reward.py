@@ -1,4 +1,4 @@
-"""The user's own reward function: the page docs/own-reward.md, what goes wrong in it, and what becomes of its value."""
+"""Test the user's own reward function: the page docs/own-reward.md, errors in the function, use of its value."""
 
 import os
 import re
@@ -51,7 +51,7 @@ def everything(**given): return {"total": len(given), "reward": given["columns"]
 
 def problem(text: str = "p", **columns: Any) -> Problem:
     made = Problem("1", text, "7")
-    if columns:  # a loader keeps them where that is asked for
+    if columns:  # a loader keeps the columns if asked to
         made = SimpleNamespace(id="1", problem=text, reference="7", columns=columns)  # type: ignore[assignment]
     return made
 
@@ -149,7 +149,7 @@ def test_rewards_that_replace_would_leave_unused_are_refused(tmp_path):
     given = [f"--reward.function={tmp_path}/x.py:f", "--preset=official"]
     with pytest.raises(ValueError, match="and there is no file"):
         check(load_config(given), 1)
-    check(load_config(given), 1, trains=False)  # an evaluation does not call it
+    check(load_config(given), 1, trains=False)  # an evaluation does not call the function
     (tmp_path / "x.py").touch()
     with pytest.raises(ValueError, match="reward.truncated is 0.0 with reward.mode=replace.*--reward.truncated=none"):
         check(load_config(given), 1)
