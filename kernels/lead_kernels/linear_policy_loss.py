@@ -234,8 +234,8 @@ def linear_policy_loss(
             `options.Softmax` says how to fold a model's multipliers into temperature and soft cap.
         head_bias: [V], the head's dtype, added to the logits before anything else; None: no bias.
         chunk_rows: largest number of rows of logits held at once; None: as many as fit 128 MiB (2 GiB on a GPU).
-        seed: for options.sample_dropped, whose draw depends on seed, row and column only: pass a new seed in every
-    call. Returns:
+        seed: for options.sample_dropped, whose draw depends on seed, row and column only: pass a new one in every call.
+    Returns:
         PolicyLoss: fp32, or fp64 for fp64 inputs. With options.dropped_mass its metrics include those of
             `_sparse.SPARSE_METRICS`.
     Raises:

@@ -411,7 +411,8 @@ def policy_loss(
     Raises:
         ValueError: a target outside the vocabulary or a sequence id without a sequence (on a GPU both are device-side
             assertions instead, without synchronisation), shapes, dtypes or options that do not match, or an input that
-            an option needs is missing. NotImplementedError: a second or a forward-mode derivative.
+            an option needs is missing.
+        NotImplementedError: a second or a forward-mode derivative.
     """
     check_logits(logits)
     check_tokens(tokens, logits.shape[0], options)
