@@ -7,8 +7,8 @@ causal attention; no model is run. It prints for each way its efficiency, the sl
 milliseconds that the distribution takes, and finishes within seconds. Efficiency is the necessary work divided by the
 work of the slowest rank, padding included, times the number of ranks.
 
-    lead-fast longest first, to the rank with the least work, there to the pack with room and the least work first-fit
-    packs filled in order by tokens, dealt to ranks in turn
+    lead-fast          longest first, to the rank with the least work, there to the roomy pack with the least work
+    first-fit          packs filled in order by tokens, dealt to ranks in turn
     padded, sorted     micro-batches of 4 of similar length, padded to the longest, dealt to ranks in turn
     padded             micro-batches of 4 in sampling order, padded to the longest, dealt to ranks in turn
 """
