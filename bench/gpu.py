@@ -1,4 +1,4 @@
-"""What only a GPU can tell, in ten minutes: seven parts in the order of their worth, each a process with a limit.
+"""Checks that need a GPU, in ten minutes: seven parts, the most important first, each a process with a time limit.
 
     python bench/gpu.py [--device cuda|cpu] [--parts 1,3] [--limit_s 600] [--out FOLDER]
 

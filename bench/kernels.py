@@ -1,4 +1,4 @@
-"""The kernels beside everything a user would pick instead, on the same work, in one run.
+"""Time the kernels and the alternatives that a user could choose, on the same work, in one run.
 
     python bench/kernels.py [--device cpu|cuda] [--rows 1024] [--vocabulary 49152] [--hidden 576] [--gate] ...
 

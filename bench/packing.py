@@ -1,4 +1,4 @@
-"""How well responses of very different lengths are spread over packs and ranks, beside three other ways.
+"""How well responses of very different lengths are spread over packs and ranks, compared with three other methods.
 
     python bench/packing.py [--responses 256] [--ranks 8] [--budget 16384] [--seeds 5]
 

@@ -1,4 +1,4 @@
-"""Rollouts: tokens per second of both engines, weight sync beside a bare memcpy, and what sharing work saves.
+"""Rollouts: tokens per second of both engines, weight sync compared with a bare memcpy, time saved by sharing work.
 
 python bench/rollout.py                 all three; the first two under torchrun on two ranks
 python bench/rollout.py --part idle     the simulation alone, in seconds

@@ -1,4 +1,4 @@
-"""Does `tiny` learn by vLLM the same with partial and with quantised rollouts? Each beside its own baseline.
+"""How `tiny` learns in vLLM with partial and with quantised rollouts, each compared with its own baseline.
 
     python bench/rollout_learning.py [--seeds 0 1 2] [--ranks 2] [--runs runs/rollout-learning]
                                      [--out docs/evidence/rollout-learning] [--table]

@@ -1,4 +1,4 @@
-"""What the sparse backward costs and what it leaves out, on SmolLM2-135M's own responses (V 49,152), on a CPU.
+"""Cost and error of the sparse backward pass, on SmolLM2-135M's own responses (V 49,152), on a CPU.
 
     python bench/sparse.py [--model DIR_OR_HUB_NAME] [--rows 1024] [--runs DIR] [--out FILE]
 

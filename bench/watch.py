@@ -1,4 +1,4 @@
-"""Time to open and to page through a run's kept rollouts: the page's own code, on files made here.
+"""Time to open a run's kept rollouts and to page through them: the page's own code, on generated files.
 
 python bench/watch.py [--responses 100000] [--group_size 8] [--per_step 256] [--tokens 400]
 """
