@@ -108,7 +108,7 @@ format: $(INSTALLED)
 bench: $(INSTALLED)  ## time the kernels and the alternatives that a user could choose
 	$(BIN)/python bench/kernels.py
 
-ablation: $(INSTALLED)  ## GRPO, L, L+AD, LEAD and a control: five seeds each, table and plot in docs; ARGS="--quick" for two runs
+ablation: $(INSTALLED)  ## GRPO, L, L+AD, LEAD and a control: five seeds each, table and plot in docs; `ARGS="--quick"` for two runs
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python bench/ablation.py $(ARGS)
 
 pipeline: $(INSTALLED)  ## run the complete pipeline with a real pretrained model: data, SFT, two stages, evaluation, export; 2 CPU cores

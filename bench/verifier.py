@@ -1,4 +1,4 @@
-"""Pairs of answers and references judged by this verifier, by math-verify alone, and by comparing strings.
+"""Judge pairs of answers and references by this verifier, by math-verify alone, and by comparing strings.
 
     python bench/verifier.py [--suites FOLDER] [--show] [--speed] [--docs] [--out FILE.json]
 

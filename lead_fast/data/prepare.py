@@ -268,7 +268,9 @@ def main(args: list[str] | None = None) -> None:
     c.add_argument("--out", type=Path, required=True, help="file to write, FILE.parquet")
     c = command(mix)
     c.add_argument("sources", nargs="+")
-    c.add_argument("--hold_out", type=int, default=0, help="number of rows to write to a separate file, OUT.held-out.parquet")
+    c.add_argument(
+        "--hold_out", type=int, default=0, help="number of rows to write to a separate file, OUT.held-out.parquet"
+    )
     c.add_argument("--out", type=Path, required=True, help="file to write, FILE.parquet")
     c = command(stats)
     c.add_argument("source")
