@@ -731,19 +731,19 @@ def generated(forms: int = FORMS, each: int = 10, seed: int = 0) -> Iterator[Pai
 
 # ------------------------------------------------------------------------------------------------------ foreign tests
 
-COMMA = "a comma separates thousands or values and is no decimal point"
-TWO_PLACES = "the test asks for two decimal places, and six are asked here"
+COMMA = "a comma separates thousands or values and is not a decimal point"
+TWO_PLACES = "the test accepts two decimal places; here six are required"
 OVERRULED = {
     # the ends of reference and answer as the test has them: why its label does not hold here
     ("1000.99", "1000,99"): COMMA,
     ("1,22", "1.22"): COMMA,
     ("2.74", "Soucis : 2,74 $ a.."): COMMA,
     ("0,111", "0.111"): COMMA,
-    ("$9$", "Answer $ \n 9 \n $"): "the test is of which formulas are found in a text; here what is boxed is",
-    ("$9$", "Answer \\( \n 9 \n \\)"): "the test is of which formulas are found in a text; here what is boxed is",
+    ("$9$", "Answer $ \n 9 \n $"): "the test is about finding formulas in a text; here only a boxed answer counts",
+    ("$9$", "Answer \\( \n 9 \n \\)"): "the test is about finding formulas in a text; here only a boxed answer counts",
     ("ac{1}{5} \\end{pmatrix})$", "in{pmatrix}0.33\\\\0.2 \\end{pmatrix}$"): TWO_PLACES,
     ("$(\\frac{3}{5},\\frac{8}{3}]$", "$(0.6,2.6667]$"): TWO_PLACES,
-    ("35 cm} ++++++ \\\\boxed{4}$", "${35 cm,4}$"): "boxes with plus signs between them are no list",
+    ("35 cm} ++++++ \\\\boxed{4}$", "${35 cm,4}$"): "boxes with plus signs between them are not a list",
     ("\\\\text{ and } W(n) = -1", "W(x)=1orW(x)=-1"): "the box is never closed",
     ("$10455$", "answer is $10,455$. I hope it is correct."): "the last box holds 255",
     ("$x \\in [-2,7]$", "$-2 \\\\le x \\\\le 7$"): "the test switches the comparison of sets with inequalities off",
@@ -751,7 +751,7 @@ OVERRULED = {
     ("\\frac{1}{\\mathrm{e}}$", "\\frac{1}{\\mathrm{e}}$"): "1 - 1/e is not 1 + 1/e: the label is a mistake",
 }
 """Labels of other libraries' tests that this verifier overrules, each with the reason."""
-NOT_BOXED = "nothing is boxed, and what is boxed is the answer"
+NOT_BOXED = "nothing is boxed, and only a boxed answer counts"
 
 
 def foreign(folder: Path) -> tuple[list[Pair], list[str]]:
@@ -951,7 +951,12 @@ def cell(text: str) -> str:
 
 def rule_tables() -> str:
     """Format the rules for the page: how answers are read, then how types are compared."""
-    out = ["## How an answer is read", "", "In this order; the first type that claims the text has it.", ""]
+    out = [
+        "## How an answer is read",
+        "",
+        "The types are tried in this order; the first one that matches the text is used.",
+        "",
+    ]
     for r in READERS:
         out += [f"**{r.type.capitalize()}.** {r.rule} {r.reason}".strip(), "", *_examples(r.pairs)]
     out += ["## How two types are compared", "", "A pair of types that is not listed is not equal.", ""]
@@ -977,13 +982,13 @@ INTRODUCTION = """# Which answers count as equal
 
 The answer is the content of a response's last `\\boxed{}`. Boxes that the last sentence joins by a comma or `and` are
 one list; an empty box does not count. Answer and reference are each read as a type, such as a number, a list or an
-interval, and compared by the rule for the two types. The rules are the tables of `lead_fast/reward/answers.py`; this
-page is generated from them, and a test tries every example. To try an answer of your own:
+interval, and compared by the rule for the two types. This page is generated from the rules in
+`lead_fast/reward/answers.py`, and a test tries every example. To try an answer yourself:
 
     python -c "from lead_fast.reward.answers import decide; print(decide('ANSWER', 'REFERENCE'))"
 
-It prints True, False, or None. None means that no rule decides, and math-verify is asked, in a process whose CPU time
-is limited (`--reward.verifier_timeout_s`).
+It prints True, False, or None. None means that no rule decides; in a run, math-verify then decides, in a process whose
+CPU time is limited (`--reward.verifier_timeout_s`).
 """
 
 
@@ -996,14 +1001,15 @@ def write_page(
     )
     out = [INTRODUCTION, rule_tables(), "## Measured", ""]
     out += [
-        "`python bench/verifier.py --suites FOLDER --speed --docs`, FOLDER with the unpacked source distributions:",
+        "`python bench/verifier.py --suites FOLDER --speed --docs`, "
+        "where FOLDER holds the unpacked source distributions:",
         "",
     ]
     out += [*table(judged), "", *(f"Missing: {m}." for m in missing), ""]
     out += [f"{local} of {total} pairs are decided without a worker.", ""]
     if rates:
         out += [
-            "Pairs a second, both through one process each (the fastest of three turns):",
+            "Pairs per second, each verifier in one process (the fastest of three turns):",
             "",
             "| pairs | ours | math-verify | ratio |",
             "|---|---|---|---|",
@@ -1013,7 +1019,7 @@ def write_page(
         ]
         out.append("")
     out += [
-        "Labels of math-verify's tests that are overruled, by the end of each text:",
+        "Labels in math-verify's tests that this verifier overrules, with the end of each text:",
         "",
         "| reference | answer | reason |",
         "|---|---|---|",

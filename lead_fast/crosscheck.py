@@ -146,7 +146,7 @@ def report(found: dict[str, Any]) -> str:
 
 def main(args: list[str]) -> None:
     p = argparse.ArgumentParser(prog="python -m lead_fast.evaluate", description=(__doc__ or "").splitlines()[0])
-    p.add_argument("--lighteval", type=Path, metavar="DIR", required=True)
+    p.add_argument("--lighteval", type=Path, metavar="DIR", required=True, help="output folder of an evaluation")
     p.add_argument("--python", default=sys.executable, help="interpreter of the environment that has lighteval")
     p.add_argument("--output", type=Path, help="where to write; DIR itself if absent")
     a = p.parse_args(args)

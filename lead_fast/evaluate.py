@@ -261,8 +261,8 @@ def write(folder: Path, records: dict[str, dict], gains: dict | None = None) -> 
 def compare(args: list[str]) -> None:
     """Print and write finished evaluations side by side, with what each gained over the first, paired by problem."""
     p = argparse.ArgumentParser(prog="python -m lead_fast.evaluate", description="Finished evaluations side by side.")
-    p.add_argument("--compare", nargs="+", metavar="LABEL=DIR", required=True)
-    p.add_argument("--output", default=".")
+    p.add_argument("--compare", nargs="+", metavar="LABEL=DIR", required=True, help="output folders of evaluations")
+    p.add_argument("--output", default=".", help="folder for table.md and evaluation.png")
     given = p.parse_args(args)
     check_folder("--output", given.output)
     records, rows = {}, {}

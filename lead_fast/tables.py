@@ -382,8 +382,8 @@ def tables(evaluations: Sequence[Evaluation], by: str | None = None) -> str:
 
 def main(args: list[str]) -> None:
     p = argparse.ArgumentParser(prog="python -m lead_fast.evaluate", description=(__doc__ or "").splitlines()[0])
-    p.add_argument("--tables", nargs="+", metavar="[LABEL=]DIR[,DIR...]", required=True)
-    p.add_argument("--output", default=".")
+    p.add_argument("--tables", nargs="+", metavar="[LABEL=]DIR[,DIR...]", required=True, help="folders of evaluations")
+    p.add_argument("--output", default=".", help="folder for tables.md")
     p.add_argument("--groups", choices=("position", "column"), help="of Table 4; by position if absent")
     a = p.parse_args(args)
     evaluations = []
