@@ -56,7 +56,7 @@ def killed(tiny_run) -> SimpleNamespace:
 def test_killed_in_rollout_backward_and_save_the_job_goes_on_to_the_same_weights(killed, tiny_run):
     said = [killed.first_out.count(f"fault: kill at {f['at']}, step {f['step']}") for f in KILLS]
     assert said == [1, 1, 1], killed.first_out[-3000:]
-    assert "checkpoint step-4.partial is passed over (it was cut short" in killed.out
+    assert "checkpoint step-4.partial is skipped (its writing was interrupted" in killed.out
     assert "resuming from step-3" in killed.out
     assert same(weights(killed.run), weights(tiny_run))
     resumed, unbroken = records(killed.run, "train"), records(tiny_run, "train")
@@ -156,7 +156,7 @@ print(signal.getsignal(signal.SIGTERM) == before, flush=True)
 def test_sigterm_may_come_twice_and_an_interrupt_after_it_ends_the_process():
     done = python("-c", TWICE, timeout=60)
     assert done.returncode == 0 and done.stdout.splitlines()[-2:] == ["3", "True"], done.stderr
-    assert done.stdout.count("Ctrl-C leaves at once") == 1
+    assert done.stdout.count("Ctrl-C exits at once") == 1
     assert "threads 1\n" in done.stdout  # a lone process keeps to OMP_NUM_THREADS, which `environment` sets
     done = python("-c", TWICE, "interrupt", timeout=60)
     assert done.returncode == 130 and done.stdout.splitlines()[-1] == "3"
@@ -234,7 +234,7 @@ SPOILT = {
     "half a list": (lambda f: os.truncate(f / "extra.json", 20), "list of files cannot be read"),
     "no list": (lambda f: (f / "extra.json").unlink(), "list of files cannot be read"),
     "empty list": (lambda f: (f / "extra.json").write_text('{"files": {}}'), "list of files is incomplete"),
-    "cut short": (lambda f: f.rename(f.with_suffix(".partial")), "cut short while it was written"),
+    "cut short": (lambda f: f.rename(f.with_suffix(".partial")), "its writing was interrupted"),
 }
 
 
@@ -588,5 +588,5 @@ def test_a_run_directory_belongs_to_one_run(tmp_path):
     lock.close()
     checkpoint.claim(run, resume=True).close()
     (run / "config.toml").write_text("")
-    with pytest.raises(ValueError, match="holds a run already"):
+    with pytest.raises(ValueError, match="already holds a run"):
         checkpoint.claim(run, resume=False)

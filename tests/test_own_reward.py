@@ -92,7 +92,7 @@ def test_the_first_traceback_is_shown_and_a_worker_that_died_idle_costs_nothing(
         ("FILE:needs", "takes temperature: it may take problem, response, reference, columns, correct, by name."),
         ("FILE:nothing", "has no function nothing: it has reward, needs, everything."),
         ("FILE:calls", "has no function calls"),
-        ("FILE:everything", "raised KeyError: 'x'; it was given a right response to the first problem."),
+        ("FILE:everything", "raised KeyError: 'x'; it was given a correct response to the first problem."),
         ("FILE", "write path/to/FILE.py:name or module:name."),
         ("nowhere.py:reward", "and there is no file"),
         ("no.such.module:reward", "and there is no module no.such.module"),

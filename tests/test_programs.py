@@ -587,7 +587,7 @@ def test_the_made_set_through_the_whole_evaluation(guard, tmp_path):
     done = subprocess.run([sys.executable, "-c", ANSWERING, str(stored), *args], capture_output=True, text=True,
                           env=environment(), timeout=300)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert re.search(r"^error: .* is graded by running programs .*: allow it with --allow_code\.$", done.stdout, re.M)
+    assert re.search(r"^error: .* is graded by running programs .*: allow it by --allow_code\.$", done.stdout, re.M)
     assert "Programs run under guard" in done.stdout and "data.instruction is left out" in done.stdout
     assert "Programs: 20 passed, " in done.stdout and "wrong answer" in done.stdout
     rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()][1:]

@@ -160,7 +160,7 @@ def test_a_damaged_file_is_named_and_the_others_are_shown(tmp_path, damage):
         with pytest.raises(ValueError, match="is (incomplete|damaged .*): remove it"):
             columns.indexes[2].group(0)
     else:
-        assert "step-00000002.bin holds no rollouts" in watched.unreadable[0]
+        assert "step-00000002.bin holds no readable rollouts" in watched.unreadable[0]
     assert columns.indexes[1].group(0).problem == "problem 0 of step 1"
 
 
