@@ -12,7 +12,7 @@ from lead_kernels.options import AdvantageOptions, LossOptions
 
 @dataclass(frozen=True)
 class Range:
-    """The permitted values of a number, declared beside its type; NaN and infinity never are.
+    """The permitted values of a number, declared beside its type; NaN and infinity are never permitted.
 
     An optional key (`float | None`) may also be None; in a tuple, every element must be in the range.
     """

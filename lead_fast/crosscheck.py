@@ -129,19 +129,21 @@ def compare(rows: list[dict[str, Any]], theirs: list[list[bool]]) -> dict[str, A
     return {"samples": total, "agreement": 1 - len(differ) / total, "counts": counts, "disagreements": differ}
 
 
-def report(found: dict[str, Any]) -> str:
+def report(comparison: dict[str, Any]) -> str:
     """Format the comparison for the screen."""
     lines = [
-        f"lighteval {found['lighteval']} and this project agree on {100 * found['agreement']:.2f} % of "
-        f"{found['samples']} samples: " + ", ".join(f"{n} {what}" for what, n in found["counts"].items()) + "."
+        f"lighteval {comparison['lighteval']} and this project agree on {100 * comparison['agreement']:.2f} % of "
+        f"{comparison['samples']} samples: "
+        + ", ".join(f"{n} {what}" for what, n in comparison["counts"].items())
+        + "."
     ]
-    for d in found["disagreements"][:SHOWN]:
+    for d in comparison["disagreements"][:SHOWN]:
         lines.append(
             f"- problem {d['id']}, sample {d['sample']}: reference {d['reference']!r}, extracted "
             f"{d['extracted']!r}, ours {d['ours']}, lighteval's {d['lighteval']}; ends {d['end'][-60:]!r}"
         )
-    if len(found["disagreements"]) > SHOWN:
-        lines.append(f"- and {len(found['disagreements']) - SHOWN} more in crosscheck.json")
+    if len(comparison["disagreements"]) > SHOWN:
+        lines.append(f"- and {len(comparison['disagreements']) - SHOWN} more in crosscheck.json")
     return "\n".join(lines)  # fmt: skip
 
 
@@ -157,6 +159,6 @@ def main(args: list[str]) -> None:
     if all(reference(r).startswith("tests ") for r in rows):
         raise ValueError(f"{a.lighteval} holds programs, which lighteval cannot grade; they were only exported.")
     version, theirs = grade_by_lighteval(file, a.python)
-    found = {"lighteval": version} | compare(rows, theirs)
-    (output / "crosscheck.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    print(report(found))
+    comparison = {"lighteval": version} | compare(rows, theirs)
+    (output / "crosscheck.json").write_text(json.dumps(comparison, indent=2) + "\n", encoding="utf-8")
+    print(report(comparison))

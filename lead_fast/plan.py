@@ -247,9 +247,9 @@ def time_of(p: Planner, generates: bool) -> dict[str, Any]:
         generates: whether the configured cache holds the longest sequence; if not, the best setting replaces it.
     """
     g, t = p.generation(p.d), p.training(p.c.model.activation_checkpointing, p.d)
-    found = g.search(p.setting)
+    settings = g.search(p.setting)
     rollout = g.time(p.setting) if generates else None
-    rollout = rollout or (found[0][1] if found else RolloutTime(math.inf, 0.0, t.tokens, 0.0))
+    rollout = rollout or (settings[0][1] if settings else RolloutTime(math.inf, 0.0, t.tokens, 0.0))
     scale = rollout.tokens / t.tokens
     sync = sync_s(p.numbers, p.gpus // p.c.parallel.replicate, p.d)
     seconds = {"rollout": rollout.seconds, **{k: scale * v for k, v in t.seconds.items()}, "sync": sync}
@@ -267,7 +267,7 @@ def time_of(p: Planner, generates: bool) -> dict[str, Any]:
         "other_share": {"as configured": other, "fused": other if fused else ratio, "torch": ratio if fused else other},
         "fused": fused,
         "settings": [dataclasses.asdict(s) | {"seconds": x.seconds, "configured": s == p.setting}
-                     for s, x in found[:SHOWN]],
+                     for s, x in settings[:SHOWN]],
         "traffic_gb_per_step": t.traffic_gb | {"weight sync's all-gather": p.numbers["sync_bytes"] / 1e9},
     }  # fmt: skip
 

@@ -19,15 +19,15 @@ PACKAGES = ("lead-fast", "torch", "transformers", "triton", "vllm", "math-verify
 def generation_config(folder: Path, *, temperature: float, min_p: float, max_new_tokens: int | None) -> None:
     """Set how the model is meant to be sampled; its end-of-sequence tokens and all other settings are kept."""
     path = folder / "generation_config.json"
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     for key in ("top_k", "top_p", "do_sample", "temperature", "min_p"):
-        found.pop(key, None)
-    found |= {"do_sample": temperature > 0}
+        settings.pop(key, None)
+    settings |= {"do_sample": temperature > 0}
     if temperature > 0:
-        found |= {"temperature": temperature} | ({"min_p": min_p} if min_p else {})
+        settings |= {"temperature": temperature} | ({"min_p": min_p} if min_p else {})
     if max_new_tokens:
-        found["max_new_tokens"] = max_new_tokens
-    path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        settings["max_new_tokens"] = max_new_tokens
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def versions() -> dict[str, str]:

@@ -233,18 +233,18 @@ def groups(e: Evaluation, by: str | None = None) -> dict[str, Group]:
     """
     if by is None:
         by = "position" if e.data.upper() == "AIME25" and len(e.rows) % 15 == 0 else "column"
-    found: dict[Any, list[dict[str, Any]]] = defaultdict(list)
+    by_group: dict[Any, list[dict[str, Any]]] = defaultdict(list)
     if by == "position":
         if len(e.rows) % 15:
             raise ValueError(f"{e.data} has {len(e.rows)} problems, not a multiple of 15: group by --groups=column.")
         for i, row in enumerate(e.rows):
-            found[i % 15 // 5].append(row)
-        return {f"{5 * k + 1} to {5 * k + 5}": group(rows) for k, rows in sorted(found.items())}
+            by_group[i % 15 // 5].append(row)
+        return {f"{5 * k + 1} to {5 * k + 5}": group(rows) for k, rows in sorted(by_group.items())}
     for row in e.rows:
         if row["difficulty"] is not None:
-            found[row["difficulty"]].append(row)
+            by_group[row["difficulty"]].append(row)
     names = LEVELS if e.of_programs else {}
-    return {names.get(level, f"{level:g}"): group(rows) for level, rows in sorted(found.items())}
+    return {names.get(level, f"{level:g}"): group(rows) for level, rows in sorted(by_group.items())}
 
 
 def groups_table(folder: Path, by: str | None = None) -> str:
@@ -272,13 +272,13 @@ def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 # ------------------------------------------------------------------------------------------------------- Tables 1 to 4
 
 
-def accuracy_table(rows: dict[str, tuple[Paper, Paper]], found: dict[tuple[str, str], Evaluation]) -> str:
+def accuracy_table(rows: dict[str, tuple[Paper, Paper]], evaluations: dict[tuple[str, str], Evaluation]) -> str:
     """Tables 1 and 2: Cons@32, Pass@1 and length on both exams."""
     out = []
     for label, papers in rows.items():
         line = [label]
         for data, paper in zip(SETS, papers, strict=True):
-            e = found.get((label, data))
+            e = evaluations.get((label, data))
             for key, digits in (("cons_at_k", 3), ("pass_at_1", 3), ("length_mean", 0)):
                 ours = e.measure(key) if e else Measured(None)
                 same = key != "cons_at_k" or (e is not None and e.samples == SAMPLES)
@@ -287,11 +287,11 @@ def accuracy_table(rows: dict[str, tuple[Paper, Paper]], found: dict[tuple[str, 
     return _markdown(["", *(f"{d} {m}" for d in SETS for m in ("Cons@32", "Pass@1", "tokens"))], out)
 
 
-def code_table(found: dict[tuple[str, str], Evaluation]) -> str:
+def code_table(evaluations: dict[tuple[str, str], Evaluation]) -> str:
     """Table 3: programs, and their length by difficulty."""
     out = []
     for label, (pass_at_1, *lengths) in TABLE_3.items():
-        e = found.get((label, "LiveCodeBench"))
+        e = evaluations.get((label, "LiveCodeBench"))
         line = [label, (e.measure("pass_at_1") if e else Measured(None)).cell(pass_at_1, 4)]
         line.append((e.measure("length_mean") if e else Measured(None)).cell(lengths[0], 0))
         made = groups(e) if e else {}
@@ -302,11 +302,11 @@ def code_table(found: dict[tuple[str, str], Evaluation]) -> str:
     return _markdown(["", "Pass@1", "tokens", *(f"tokens, {level}" for level in LEVELS.values())], out)
 
 
-def difficulty_table(found: dict[tuple[str, str], Evaluation], by: str | None) -> str:
+def difficulty_table(evaluations: dict[tuple[str, str], Evaluation], by: str | None) -> str:
     """Table 4: AIME25 by position in the exam. Counts are scaled to 32 samples."""
     out = []
     for label, papers in TABLE_4.items():
-        e = found.get((label, "AIME25"))
+        e = evaluations.get((label, "AIME25"))
         made = groups(e, by) if e and e.rows else {}
         for name, (cons, correct, answered, precision, pass_at_1) in papers.items():
             g = made.get(name)
@@ -352,22 +352,22 @@ def unlike_the_paper(e: Evaluation) -> list[str]:
 
 def tables(evaluations: Sequence[Evaluation], by: str | None = None) -> str:
     """All tables as Markdown. Raises ValueError for two evaluations of one model on one set."""
-    found: dict[tuple[str, str], Evaluation] = {}
+    in_paper: dict[tuple[str, str], Evaluation] = {}
     rest = []
     known = {"AIME24": {**TABLE_1, **TABLE_2}, "AIME25": {**TABLE_1, **TABLE_2}, "LiveCodeBench": TABLE_3}
     for e in evaluations:
         data = next((d for d in known if e.data.lower().partition(":")[0].partition("?")[0] == d.lower()), e.data)
-        if (e.label, data) in found or any((e.label, e.data) == (r.label, r.data) for r in rest):
+        if (e.label, data) in in_paper or any((e.label, e.data) == (r.label, r.data) for r in rest):
             raise ValueError(f"{e.label} has two evaluations on {e.data}: give one of them, or each a LABEL.")
         if data in known and e.label in known[data]:
-            found[e.label, data] = e
+            in_paper[e.label, data] = e
         else:
             rest.append(e)
     parts: list[tuple[str, Callable[[], str]]] = [
-        ("Table 1: what each part adds, 7B", lambda: accuracy_table(TABLE_1, found)),
-        ("Table 2: 14B", lambda: accuracy_table(TABLE_2, found)),
-        ("Table 3: LiveCodeBench v5", lambda: code_table(found)),
-        ("Table 4: AIME25 by position in the exam, 7B", lambda: difficulty_table(found, by)),
+        ("Table 1: what each part adds, 7B", lambda: accuracy_table(TABLE_1, in_paper)),
+        ("Table 2: 14B", lambda: accuracy_table(TABLE_2, in_paper)),
+        ("Table 3: LiveCodeBench v5", lambda: code_table(in_paper)),
+        ("Table 4: AIME25 by position in the exam, 7B", lambda: difficulty_table(in_paper, by)),
     ]
     if rest:
         parts.append(("Not in the paper", lambda: other_table(rest)))
@@ -375,7 +375,7 @@ def tables(evaluations: Sequence[Evaluation], by: str | None = None) -> str:
     for e in rest:
         if 0 < len(made := groups(e)) <= MOST_GROUPS:
             text += f"### {e.label} on {e.data} by difficulty\n\n{_groups_markdown(made)}\n"
-    notes = [note for e in found.values() for note in unlike_the_paper(e)]
+    notes = [note for e in in_paper.values() for note in unlike_the_paper(e)]
     notes.append("Cells: ours [95 % interval] / the paper's; ≠: the paper's value lies outside the interval.")
     return text + "".join(f"- {note}\n" for note in notes)
 

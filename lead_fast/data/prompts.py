@@ -136,8 +136,8 @@ def encode_between(
     """Token ids of a chat whose texts hold names of control tokens: the template's pieces, and its texts as text."""
     if len(frame) != len(texts) + 1:
         raise ValueError(
-            f"Problem {problem} has the name of a control token in its text, and the chat template does not write its "
-            "messages one after the other, as they are: remove the row."
+            f"Problem {problem} contains a control token's name, but the chat template changes or reorders its "
+            "messages: remove the row."
         )
     ids = encode(frame[0])
     for text, piece in zip(texts, frame[1:], strict=True):

@@ -28,13 +28,13 @@ def outcomes(scores: list[Score], lengths: list[int], c: Config, device: torch.d
     """
     wrong = [wrong_reward(s, c) for s in scores]
     added = [bonus(s, n, c) for s, n in zip(scores, lengths, strict=True)]
-    found = Outcomes(
+    batch = Outcomes(
         torch.tensor([s.correct for s in scores]),
         torch.tensor(lengths),
         torch.tensor(wrong, dtype=torch.float32),
         torch.tensor(added, dtype=torch.float32),
     )
-    table, options = found.table(), c.advantage
+    table, options = batch.table(), c.advantage
     if options.std == "batch":
         options = replace(options, batch_std=batch_std(table, c.rollout.group_size, options))
     return Groups(table.to(device), c.rollout.group_size, options)

@@ -97,14 +97,14 @@ class Generation:
         timed = {given: self.time(given)}
         for n in dict.fromkeys([*parallel, given.tensor_parallel]):
             part = self.share(n)
-            whole = Setting(n, part, memory)
-            timed[whole] = t = self.time(whole)
+            setting = Setting(n, part, memory)
+            timed[setting] = t = self.time(setting)
             if not t or t.preemptions:
                 half = max(self.job.group_size, part // 2)
                 timed |= {s: self.time(s) for s in (Setting(n, part, most), Setting(n, half, memory),
                                                     Setting(n, half, most))}  # fmt: skip
-        found = [(s, t) for s, t in timed.items() if t]
-        return sorted(found, key=lambda x: (round(x[1].seconds, 1), *dataclasses.astuple(x[0])))
+        feasible = [(s, t) for s, t in timed.items() if t]
+        return sorted(feasible, key=lambda x: (round(x[1].seconds, 1), *dataclasses.astuple(x[0])))
 
 
 @dataclass(frozen=True)
@@ -167,10 +167,10 @@ def ladder(
         g = change(g)
         if mechanism and not exists(mechanism):
             missing = (*missing, mechanism)
-        found = g.search(today) if mechanism else [(today, t)] if (t := g.time(today)) else []
-        if not found:
+        settings = g.search(today) if mechanism else [(today, t)] if (t := g.time(today)) else []
+        if not settings:
             continue
-        setting, rollout = found[0]
+        setting, rollout = settings[0]
         out.append(_rung(name, g, setting, rollout, train_s(rollout.tokens), sync, missing))
     if out and best_train_s is not train_s:
         at = out[-1]

@@ -197,8 +197,8 @@ class _Rollout:
         self.held, self.left, self.prompt, self.G = held_N, left_N, prompt, group_size
         self.open = (left_N.reshape(-1, group_size) > 0).sum(1)
         self.groups, self.wanted, self.must = len(self.open), wanted, due
-        share = math.ceil(self.groups / engines) * group_size
-        self.room = max(group_size, min(engine.at_once, share))
+        equal_part = math.ceil(self.groups / engines) * group_size
+        self.room = max(group_size, min(engine.at_once, equal_part))
         self.taken = self.complete = self.complete_due = self.preemptions = 0
 
     def run(self) -> tuple[float, float]:

@@ -59,19 +59,19 @@ class Form:
 @lru_cache(4096)
 def factors(n: int) -> tuple[tuple[int, int], ...]:
     """Prime factors and their exponents of a positive integer that is small or smooth; raises Undecided for others."""
-    found, p = [], 2
+    powers, p = [], 2
     while p * p <= n:
         if p > 40_000:
             if isqrt(n) ** 2 == n and n < 10**18:
-                return (*found, *((q, 2 * k) for q, k in factors(isqrt(n))))
+                return (*powers, *((q, 2 * k) for q, k in factors(isqrt(n))))
             raise Undecided
         k = 0
         while n % p == 0:
             n, k = n // p, k + 1
         if k:
-            found.append((p, k))
+            powers.append((p, k))
         p += 1 if p == 2 else 2
-    return (*found, (n, 1)) if n > 1 else tuple(found)
+    return (*powers, (n, 1)) if n > 1 else tuple(powers)
 
 
 def is_prime_atom(atom: str) -> bool:
@@ -528,12 +528,12 @@ def names(node: Node) -> set[str]:
     """The unknowns in a tree."""
     if node[0] == "name":
         return {node[1]}
-    found: set[str] = set()
+    unknowns: set[str] = set()
     for part in node[1:]:
         for x in part if isinstance(part, list) else [part]:
             if isinstance(x, tuple):
-                found |= names(x)
-    return found
+                unknowns |= names(x)
+    return unknowns
 
 
 # ------------------------------------------------------------------------------------------------------------- numbers

@@ -855,16 +855,16 @@ def read_word(ts: Tokens, answer: bool) -> Text | None:
 # ----------------------------------------------------------------------------------------------------------- comparing
 
 
-def every(found: Sequence[bool | None]) -> bool | None:
-    return False if False in found else None if None in found else True
+def every(verdicts: Sequence[bool | None]) -> bool | None:
+    return False if False in verdicts else None if None in verdicts else True
 
 
 def same(a: Any, b: Any) -> bool | None:
     """Whether an answer's value equals the reference's: True, False, or None for undecided."""
-    found = _BY_TYPES.get((type(a), type(b)))
-    if found is None:
+    compare = _BY_TYPES.get((type(a), type(b)))
+    if compare is None:
         return False
-    return found(a, b)
+    return compare(a, b)
 
 
 def numbers(a: Node, b: Node, a_printed: tuple[int, int] | None, b_printed: tuple[int, int] | None) -> bool | None:

@@ -34,8 +34,8 @@ def quick(answer: str, reference: str) -> bool | None:
     """Whether the answer is right, if the rules decide it, else None."""
     if len(answer) > MAX_ANSWER_CHARS:
         return False
-    told = decide(answer, reference)
-    return False if told is None and (_tower(answer) or _unbalanced(answer)) else told
+    verdict = decide(answer, reference)
+    return False if verdict is None and (_tower(answer) or _unbalanced(answer)) else verdict
 
 
 def _unbalanced(s: str) -> bool:
@@ -243,9 +243,9 @@ class Verifier:
         return self.worker.ask(answer, answer, self.timeout_s)
 
     def _equal(self, answer: str, reference: str) -> bool:
-        told = quick(answer, reference)
-        if told is not None:
-            return told
+        verdict = quick(answer, reference)
+        if verdict is not None:
+            return verdict
         key = answer, reference
         if key not in self.seen:
             if len(self.seen) > 100_000:

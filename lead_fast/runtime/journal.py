@@ -183,8 +183,8 @@ def length_correctness(lengths_PG: torch.Tensor, correct_PG: torch.Tensor) -> fl
     """
     x, y = (v - v.mean(1, keepdim=True) for v in (lengths_PG, correct_PG))
     size = (x.square().sum(1) * y.square().sum(1)).sqrt()
-    told = size > 0
-    return ((x * y).sum(1)[told] / size[told]).mean().item() if told.any() else None
+    varies = size > 0
+    return ((x * y).sum(1)[varies] / size[varies]).mean().item() if varies.any() else None
 
 
 def length_spread(lengths_PG: torch.Tensor, correct_PG: torch.Tensor) -> float | None:

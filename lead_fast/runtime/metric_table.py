@@ -152,10 +152,11 @@ LENGTHS = Section("Lengths", ("train",), (
 
 UPDATE = Section("Loss and gradient", ("train", "sft"), (
     M("loss", "", "Loss of the batch, mean over `optim.updates`. In SFT: mean negative log-likelihood, nats per token.",
-      spike=True, outside="a spike beside the median of recent steps",
-      remedy="As for `grad_norm`. Else a policy loss, near 0 by construction, says little; SFT's should fall."),
+      spike=True, outside="a spike compared with the median of recent steps",
+      remedy="As for `grad_norm`. Otherwise a policy loss is near 0 by construction and says little; SFT's should "
+             "fall."),
     M("grad_norm", "", "Global norm of the gradient before clipping, mean over `optim.updates`.", "gradient norm",
-      spike=True, outside="a spike beside the median of recent steps",
+      spike=True, outside="a spike compared with the median of recent steps",
       remedy="A single spike is clipped (`optim.grad_clip`). If spikes recur, lower `optim.lr` and read the step's "
              "responses. 0 means that no group had a gradient."),
     M("learning_rate", "", "AdamW's learning rate in this step."),
@@ -231,7 +232,7 @@ ROLLOUT = Section("Rollouts", ("train",), (
 ))  # fmt: skip
 
 PARTIAL = Section("Partial rollouts", ("train",), (
-    M("groups_waiting", "groups", "Groups that were asked but are not yet trained on after this step."),
+    M("groups_waiting", "groups", "Groups that were asked but not yet trained on after this step."),
     M("tokens_waiting_mean", TOKENS, "Mean length of their responses so far."),
     M("group_age_mean", "steps", "Mean number of steps that this step's groups waited."),
     M("group_age_max", "steps", "The longest such wait; at most `rollout.max_age`."),
@@ -239,8 +240,8 @@ PARTIAL = Section("Partial rollouts", ("train",), (
       remedy="Lower `rollout.extra_problems` or `rollout.max_age` if `ratio_mean` or `clipped_share` suffer."),
     M("staleness_max", "updates", "Age of the oldest token."),
     M("tokens_by_age", SHARE, "Tokens of age 0, 1, ..."),
-    M("length_bias", "", "Mean length of the groups that a step trained on over that of the groups asked in it, - 1; "
-      "for the last step whose groups are all complete.",
+    M("length_bias", "", "Mean length of the groups that a step trained on, divided by that of the groups asked in "
+      "it, minus 1; for the last step whose groups have all been trained on.",
       remedy="Below 0, short responses are trained on first; it averages out over steps unless lengths keep growing."),
     M("length_bias_step", "steps", "The step that `length_bias` describes."),
 ), "With `rollout.extra_problems`.")  # fmt: skip

@@ -164,12 +164,12 @@ def to_drop(steps: list[int]) -> int:
 
 def step_files(folder: Path) -> dict[int, Path]:
     """Files of the kept steps, by step, ascending."""
-    found = {}
+    files = {}
     for path in folder.glob("step-*.bin"):
         number = path.stem.removeprefix("step-")
         if number.isascii() and number.isdigit():
-            found[int(number)] = path
-    return dict(sorted(found.items()))
+            files[int(number)] = path
+    return dict(sorted(files.items()))
 
 
 # ------------------------------------------------------------------------------------------------------------ format

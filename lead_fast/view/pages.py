@@ -243,8 +243,8 @@ def held_out(evals: list[dict[str, Any]]) -> str:
         facts += [f"correct responses have {last['length_correct']:,.0f} tokens{since}"]
     answers = answers_of(last)
     if answers and answers["precision"] is not None and last["no_answer_share"]:
-        share, precision = answers["answered_share"], answers["precision"]
-        facts += [f"{100 * share:.1f} % answered, {100 * precision:.1f} % of those correct"]
+        answered, precision = answers["answered_share"], answers["precision"]
+        facts += [f"{100 * answered:.1f} % answered, {100 * precision:.1f} % of those correct"]
     return f"<p>Held out: {' · '.join(facts)}</p>"
 
 

@@ -113,13 +113,13 @@ class Columns:
         counts_G = np.bincount(r["group"], weights=kept_N, minlength=n)
         solve_G = 100 * self.groups["correct"] / np.maximum(self.groups["responses"], 1)
         kept_G = (counts_G > 0) & wanted.step.holds(self.step_G) & wanted.solve.holds(np.round(solve_G, 6))
-        found = np.flatnonzero(kept_G)
+        selected = np.flatnonzero(kept_G)
         if wanted.sort in ("longest", "gap"):
             key_G = self.mean("length") if wanted.sort == "longest" else self.mean("gap")
-            found = found[np.argsort(-np.nan_to_num(key_G[found], nan=-1.0), kind="stable")]
+            selected = selected[np.argsort(-np.nan_to_num(key_G[selected], nan=-1.0), kind="stable")]
         elif wanted.sort == "newest":
-            found = found[np.lexsort((self.place_G[found], -self.step_G[found]))]
-        return found, int(counts_G[found].sum())
+            selected = selected[np.lexsort((self.place_G[selected], -self.step_G[selected]))]
+        return selected, int(counts_G[selected].sum())
 
     def mean(self, name: str) -> np.ndarray:
         """Mean of a column over each group's responses that have a value; NaN if none has. [G]"""
