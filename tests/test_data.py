@@ -613,7 +613,7 @@ def test_sft_takes_worked_solutions_and_replies(tmp_path):
 @pytest.mark.parametrize(
     "reference, why",
     [
-        ("", "there is none"),
+        ("", "it is empty"),
         ("x" * 1001, "longer than 1000 characters"),
         ("\\frac{1}{", "its braces do not match"),
         ("\\boxed{3", "its braces do not match"),
