@@ -70,7 +70,7 @@ class ModelConfig:
     liger: bool = True
     """On a GPU, use Liger's kernels for RMSNorm, RoPE and SwiGLU if Liger is installed."""
     compile: bool = False
-    """Compile each block, all but its attention, with torch.compile."""
+    """Compile each block, except its attention, with torch.compile."""
     trust_remote_code: bool = False
     """Allow a model repository to run its own code."""
     freeze_head: bool = False
@@ -122,7 +122,8 @@ class SpeculativeConfig:
     tokens: Annotated[int, Range(1, 64)] = 3
     """Tokens proposed per verification."""
     max_batch: Count = 64
-    """Maximum number of running responses with which an engine still speculates; above it the GPU is busy anyway."""
+    """Maximum number of running responses with which an engine still speculates; with more of them the
+    matrix products are the bottleneck."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,8 @@ class RolloutConfig:
     """How responses are sampled."""
 
     engine: Literal["auto", "transformers", "vllm"] = "auto"
-    """Engine that samples the responses; `auto` is vLLM on a GPU, where it must be installed, else transformers."""
+    """Engine that samples the responses; `auto` is vLLM on a GPU, where it must be installed, and
+    transformers elsewhere."""
     problems: Count = 32
     """Problems per step, over all ranks."""
     group_size: Annotated[int, Range(1, 1024)] = 8
@@ -162,7 +164,7 @@ class RolloutConfig:
     max_age: Count = 2
     """With extra_problems: maximum steps that a group may wait; groups that would wait longer are completed first."""
     quantization: Literal["none", "fp8_per_channel", "fp8_per_block", "fp8_per_tensor"] = "none"
-    """How vLLM rounds the weights of linear layers after each sync; all but none turn on token importance weights."""
+    """How vLLM rounds the weights of linear layers after each sync; any but none turns on token importance weights."""
     kv_dtype: Literal["auto", "fp8", "fp8_per_token_head"] = "auto"
     """Format of vLLM's key-value cache: the model's own, fp8 at scale 1, or fp8 with scales computed at run time."""
     speculative: SpeculativeConfig = field(default_factory=SpeculativeConfig)
@@ -240,7 +242,8 @@ class LossConfig(LossOptions):
     mean: Literal["response", "token", "constant"] = "response"
     """Mean per response (paper), over all tokens of the batch (released code), or over a constant length (Dr. GRPO)."""
     old_logprobs: Literal["engine", "current", "recompute"] = "engine"
-    """Denominator of the ratio: log-probs of the engine, of the policy itself (ratio 1), or of a separate pass."""
+    """Denominator of the ratio: log-probs of the engine, of the policy itself (ratio 1), or of a separate pass
+    before the update."""
 
 
 @dataclass(frozen=True)
@@ -310,13 +313,14 @@ class MetricsConfig:
     """What a run keeps for inspection."""
 
     keep_rollouts: Annotated[int, Range(0, 10**8, zero="none kept")] = 1024
-    """Maximum size of RUN_DIR/rollouts in MiB: every step's groups, compressed; once full, older steps are thinned."""
+    """Maximum size of RUN_DIR/rollouts in MiB: every step's groups, compressed; beyond it older
+    steps are thinned out."""
 
 
 @dataclass(frozen=True)
 class Config:
     recipe: str = ""
-    """Name of the recipe, or path of the TOML file, that this came from."""
+    """Name of the recipe, or path of the TOML file, that the configuration came from."""
     preset: str = ""
     """Name of the preset laid over the recipe: paper, official, grpo, l, l-ad."""
     output: str = ""
@@ -352,7 +356,7 @@ class SftConfig:
     """Configuration of `python -m lead_fast.sft`; its recipes are in recipes/sft."""
 
     recipe: str = ""
-    """Name of the recipe, or path of the TOML file, that this came from."""
+    """Name of the recipe, or path of the TOML file, that the configuration came from."""
     output: str = ""
     """Run directory; empty: runs/sft-<recipe>-<time>."""
     resume: bool = False

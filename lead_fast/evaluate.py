@@ -6,11 +6,11 @@
     python -m lead_fast.evaluate --tables [LABEL=]DIR[,DIR...] ... [--output=DIR]        # docs/tables.md
     python -m lead_fast.evaluate --lighteval DIR [--python=FILE] [--output=DIR]
 
-DIR, the evaluation's output folder, gets samples.jsonl (every graded response), evaluation.json, table.md and
-evaluation.png. The set is AIME24, AIME25, MATH500, AMC23, Minerva, OlympiadBench, LiveCodeBench, a hub set or a file.
-Responses that samples.jsonl already holds are not sampled again, so the same command resumes an evaluation that was
-stopped. If no recipe is named, a run directory's own configuration applies (its lengths, instruction and grading, but
-not the quantisation of its rollouts), otherwise the recipe `tiny`.
+The set is AIME24, AIME25, MATH500, AMC23, Minerva, OlympiadBench, LiveCodeBench, a hub set or a file. The output folder
+gets samples.jsonl (every graded response), evaluation.json, table.md and evaluation.png. Responses that samples.jsonl
+already holds are not sampled again, so the same command resumes an evaluation that was stopped. If no recipe is named,
+a run directory's own configuration applies (its lengths, instruction and grading, but not the quantisation of its
+rollouts), otherwise the recipe `tiny`.
 """
 
 import argparse

@@ -4,11 +4,11 @@
 
 Memory, traffic and work come from the trainer itself, run without memory (learner/fake_step.py) on a pack of
 parallel.pack_tokens or of the longest sequence, whichever is larger. The rollout is simulated (planner/rollout.py).
-Seconds rest on one table, planner/assumptions.py, which results of bench/gpu.py for the device replace where they
-exist; the same table predicts published numbers, and the errors are printed. Training and generation never run at the
-same time: vLLM sleeps (level 2) while the policy trains. If a run does not fit, the command says what to change and
-exits with code 1. Not counted: grading, evaluation, checkpoints, a reference model (loss.kl_coef), and a pass that
-recomputes old log-probs. model.compile is credited with the same gain as model.liger. Ranks that share a pack
+Seconds are computed from one table, planner/assumptions.py; results of bench/gpu.py on the device replace its entries
+where they exist. The same table predicts published numbers, and the errors are printed. Training and generation never
+run at the same time: vLLM sleeps (level 2) while the policy trains. If a run does not fit, the command says what to
+change and exits with code 1. Not counted: grading, evaluation, checkpoints, a reference model (loss.kl_coef), and a
+pass that recomputes old log-probs. model.compile is credited with the same gain as model.liger. Ranks that share a pack
 (parallel.sequence) each hold and compute a part of it.
 """
 
