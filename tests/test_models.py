@@ -251,7 +251,7 @@ def test_a_tokenizer_that_cannot_work_gets_one_sentence(folder, capsys):
     assert load_tokenizer(config).pad_token_id == load_tokenizer(config).eos_token_id
     assert "has no padding token: its end-of-sequence token is used instead" in capsys.readouterr().out
     set_keys(folder / "config.json", vocab_size=400)
-    with pytest.raises(ValueError, match=r"with id 438, and the model's embedding has 400 rows"):
+    with pytest.raises(ValueError, match=r"with id 438, but the model's embedding has only 400 rows"):
         load_tokenizer(config)
     set_keys(folder / "tokenizer_config.json", eos_token=None)
     with pytest.raises(ValueError, match="no end-of-sequence token.*tokenizer_config.json"):
