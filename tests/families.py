@@ -58,7 +58,7 @@ DEEPSEEK = LATENT | {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group":
                      "moe_intermediate_size": 32, "first_k_dense_replace": 1, "n_shared_experts": 1}  # fmt: skip
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_expand": 2, "mamba_n_groups": 1}
 BLOCKS = "blocks or its head are not in"
-LEAKS = "see across the sequences of a pack"
+LEAKS = "mix the sequences of a pack"
 BOUNDS = "does not pass the bounds of packed sequences"
 
 FAMILIES = {

@@ -140,7 +140,7 @@ def test_sources_that_name_levels_are_read_and_mistyped_ones_refused():
     problems = load_problems("levels:test?n=40&seed=5&difficulties=1-10", split="test")
     assert {p.difficulty for p in problems} == {1.0, 10.0} and len(problems) == 40
     for mistyped in ("levels:test?difficulties=7", "levels:dev", "arithmetic:test?difficulties=5", "levels:test?n=x"):
-        with pytest.raises(ValueError, match="is not understood: give"):
+        with pytest.raises(ValueError, match="cannot be parsed: give"):
             load_problems(mistyped)
 
 

@@ -185,11 +185,11 @@ def test_a_quantised_rollout_brings_importance_weights_and_a_bound():
     own = [*args, "--loss.importance_cap=5", "--loss.old_logprobs=recompute"]
     assert fit_quantized(load_config(own), own) == (load_config(own), [])
     for kept in ("--loss.importance_cap=none", "--loss.old_logprobs=engine"):
-        with pytest.raises(ValueError, match="takes importance weights"):
+        with pytest.raises(ValueError, match="need importance weights"):
             check(fit_quantized(load_config([*args, kept]), [*args, kept])[0], 2)
     plain = load_config([])
     assert fit_quantized(plain, []) == (plain, [])
-    with pytest.raises(ValueError, match="which only vLLM can do"):
+    with pytest.raises(ValueError, match="which only vLLM supports"):
         check(fit_quantized(load_config(args[1:]), args[1:])[0], 2)
     assert mismatch(0.049, c) == mismatch(float("nan"), c) == mismatch(9.0, plain) == ""
     assert "kl_behavior is 0.06 nats per token" in mismatch(0.06, c)
@@ -198,9 +198,9 @@ def test_a_quantised_rollout_brings_importance_weights_and_a_bound():
 def test_drafters_that_cannot_be_used_are_refused():
     key = "--rollout.speculative"
     for args, words in [
-        ([f"{key}.method=ngram"], "which only vLLM can do"),
+        ([f"{key}.method=ngram"], "which only vLLM supports"),
         (["--rollout.engine=vllm", f"{key}.method=eagle3"], "needs the path or hub name of a drafter"),
-        (["--rollout.engine=vllm", f"{key}.method=ngram", f"{key}.model=x"], "without a model of its own"),
+        (["--rollout.engine=vllm", f"{key}.method=ngram", f"{key}.model=x"], "without a second model"),
         (["--rollout.engine=vllm", f"{key}.model=x"], "give a method, or no model"),
         (["--rollout.engine=vllm", f"{key}.method=mtp", "--rollout.min_p=0.1"], "cannot verify under min_p"),
     ]:

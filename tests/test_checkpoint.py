@@ -128,16 +128,16 @@ def test_a_failed_write_is_reported_once_and_the_last_good_checkpoint_stays(writ
     assert writer.save(3, policy, optimizer, {}, wait=True)
 
 
-def test_what_does_not_fit_the_disk_is_not_staged(writer, trained, tmp_path, monkeypatch):
+def test_a_checkpoint_that_does_not_fit_on_the_disk_is_not_staged(writer, trained, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=5 << 20))
     monkeypatch.setattr(writer._stager, "stage", lambda state: pytest.fail("staged in vain"))
     assert not writer.save(1, trained[1], trained[2], {}, wait=False)
     (sentence,) = writer.failures()
-    assert "the disk has 0.00488 GiB free and it takes 0.00" in sentence and "kept: none" in sentence
+    assert "the disk has 0.00488 GiB free and it needs 0.00" in sentence and "kept: none" in sentence
 
 
-def test_where_host_memory_is_short_the_run_waits_for_the_write(writer, trained, tmp_path, monkeypatch, capsys):
+def test_the_run_waits_for_the_write_if_host_memory_is_short(writer, trained, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(checkpoint, "available_bytes", lambda: 1e6)
     monkeypatch.setattr(writer._stager, "stage", lambda state: pytest.fail("staged where there is no room"))
     assert writer.save(1, trained[1], trained[2], {}, wait=False)
@@ -197,7 +197,7 @@ def test_killed_in_the_middle_of_a_write_the_checkpoint_before_is_resumed(traine
     ranks, policy, optimizer = trained
     state = checkpoint.load(tmp_path, policy, optimizer, ranks)
     assert state and state["step"] == 1
-    assert "step-2.partial is passed over (it was cut short while it was written): resuming" in capsys.readouterr().out
+    assert "step-2.partial is skipped (its writing was interrupted): resuming" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -214,7 +214,9 @@ def test_killed_at_every_stage_of_a_write_the_job_restarts_to_the_weights_of_an_
     assert job.code == 0 and not job.alive(), out[-3000:]
     for fault in faults:
         assert out.count(f"fault: kill at {fault['at']}, step {fault['step']}") == 1, out[-3000:]
-    assert "checkpoint step-2.partial is passed over (it was cut short" in out and same(weights(run), weights(tiny_run))
+    assert "checkpoint step-2.partial is skipped (its writing was interrupted" in out and same(
+        weights(run), weights(tiny_run)
+    )
 
 
 def test_all_ranks_resume_from_what_the_first_one_sees(trained, tmp_path, monkeypatch):

@@ -80,7 +80,7 @@ def test_logprobs_are_those_of_one_forward_over_the_response(engine):
                 assert len(r.token_ids) <= 40 and not set(r.token_ids[:-1]) & set(engine.eos_ids)
 
 
-def test_who_took_a_prompt_and_what_ran_beside_it_change_nothing(engine):
+def test_results_depend_neither_on_the_rank_nor_on_the_batch(engine):
     asked = prompts(engine, 10)
     together = responses(engine, asked, 4, Sampling(48), batch_size=40)
     for batch_size in (1, 4, 12):

@@ -46,7 +46,7 @@ def test_an_engine_that_ignores_the_temperature_is_refused(single_rank):
     publish(policy, engine, 0, c, single_rank)
     assert engine.version == 0
     prompt = engine.tokenizer.encode("Compute 3+4.")
-    with pytest.raises(ValueError, match="At the first sync the engine's .* it gives them before the temperature"):
+    with pytest.raises(ValueError, match="At the first sync log-probs .* it reports them before the temperature"):
         canary(policy, engine, prompt, c, single_rank)
 
 

@@ -213,7 +213,7 @@ def test_answers_to_another_question_are_refused(machine, tmp_path):
     c, _, _, (problems, _), _ = machine
     samples = Samples(tmp_path / "s.jsonl", asked(c, problems))
     samples.add([made(1, [1], [3])])
-    with pytest.raises(ValueError, match="holds responses with another evaluate.temperature"):
+    with pytest.raises(ValueError, match="holds responses sampled with another evaluate.temperature"):
         Samples(tmp_path / "s.jsonl", asked(c, problems) | {"evaluate.temperature": 0.1})
 
 

@@ -53,10 +53,10 @@ def killed(tiny_run) -> SimpleNamespace:
     return SimpleNamespace(run=run, job=first, first_out=first_out, left=first_left, checkers=checkers, out=out)
 
 
-def test_killed_in_rollout_backward_and_save_the_job_goes_on_to_the_same_weights(killed, tiny_run):
+def test_killed_in_rollout_backward_and_save_the_job_resumes_to_the_same_weights(killed, tiny_run):
     said = [killed.first_out.count(f"fault: kill at {f['at']}, step {f['step']}") for f in KILLS]
     assert said == [1, 1, 1], killed.first_out[-3000:]
-    assert "checkpoint step-4.partial is passed over (it was cut short" in killed.out
+    assert "checkpoint step-4.partial is skipped (its writing was interrupted" in killed.out
     assert "resuming from step-3" in killed.out
     assert same(weights(killed.run), weights(tiny_run))
     resumed, unbroken = records(killed.run, "train"), records(tiny_run, "train")
@@ -90,7 +90,7 @@ def reward(response, correct):
 """
 
 
-def test_ctrl_c_on_torchrun_saves_and_what_grades_outlives_it(tiny_run):
+def test_ctrl_c_on_torchrun_saves_and_the_graders_outlive_it(tiny_run):
     """torchrun interrupts each rank's process group; verifier and reward function belong to none of them."""
     run = tiny_run.parent / "interrupted"
     (tiny_run.parent / "own.py").write_text(OWN)
@@ -156,7 +156,7 @@ print(signal.getsignal(signal.SIGTERM) == before, flush=True)
 def test_sigterm_may_come_twice_and_an_interrupt_after_it_ends_the_process():
     done = python("-c", TWICE, timeout=60)
     assert done.returncode == 0 and done.stdout.splitlines()[-2:] == ["3", "True"], done.stderr
-    assert done.stdout.count("Ctrl-C leaves at once") == 1
+    assert done.stdout.count("Ctrl-C exits at once") == 1
     assert "threads 1\n" in done.stdout  # a single process obeys OMP_NUM_THREADS, which `environment` sets
     done = python("-c", TWICE, "interrupt", timeout=60)
     assert done.returncode == 130 and done.stdout.splitlines()[-1] == "3"
@@ -234,12 +234,12 @@ SPOILT = {
     "half a list": (lambda f: os.truncate(f / "extra.json", 20), "list of files cannot be read"),
     "no list": (lambda f: (f / "extra.json").unlink(), "list of files cannot be read"),
     "empty list": (lambda f: (f / "extra.json").write_text('{"files": {}}'), "list of files is incomplete"),
-    "cut short": (lambda f: f.rename(f.with_suffix(".partial")), "cut short while it was written"),
+    "cut short": (lambda f: f.rename(f.with_suffix(".partial")), "its writing was interrupted"),
 }
 
 
 @pytest.mark.parametrize("kind", SPOILT)
-def test_a_spoilt_checkpoint_is_passed_over_for_the_last_whole_one(kind, alone, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_skipped_for_the_last_complete_one(kind, alone, tmp_path, capsys):
     spoil, why = SPOILT[kind]
     states = saved(tmp_path, alone)
     assert [p.name for p in checkpoint.finished(tmp_path)] == ["step-3", "step-2"]
@@ -294,7 +294,7 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_on_a_disk_that_fills_up_goes_on_to_its_end(small_disk, tiny_run):
+def test_a_run_on_a_disk_that_fills_up_is_trained_to_its_end(small_disk, tiny_run):
     """There is room at first; then other files fill the disk until only one checkpoint and the final model fit."""
     run = small_disk / "run"
     job = Job(2, "-m", "lead_fast.train", *small(tiny_run.parent, f"--output={run}"))
@@ -376,7 +376,7 @@ def test_a_process_ends_cleanly_while_the_watchdog_looks_into_the_store():
 # ------------------------------------------------------------------------------------------------------------- numbers
 
 
-def test_what_is_not_finite_is_skipped_on_all_ranks_counted_kept_and_stops_the_run_in_the_end(tiny_run):
+def test_non_finite_updates_are_skipped_on_all_ranks_counted_and_kept_and_many_stop_the_run(tiny_run):
     run = tiny_run.parent / "nonfinite"
     faults = [{"do": "inf", "step": 2, "rank": 1}, {"do": "nan", "step": 4, "rank": 0}]
     faults += [{"do": "nan", "step": 5, "rank": 1}]
@@ -447,7 +447,7 @@ def test_a_step_that_is_not_finite_leaves_weights_and_moments_as_they_were(alone
         assert all(torch.equal(a, b) for a, b in zip(moments, after, strict=True))
 
 
-def test_spikes_and_exploded_ratios_are_told_and_ordinary_steps_are_not(tmp_path):
+def test_spikes_and_exploded_ratios_are_reported_and_ordinary_steps_are_not(tmp_path):
     health = Health(tmp_path, 3)
     usual = {"loss": -0.02, "grad_norm": 0.3, "logprob_diff_mean": 1e-4, "logprob_diff_max": 1e-2}
     assert [health.look(s, usual | {"grad_norm": 0.3 + s / 100}) for s in range(20)] == [[]] * 20
@@ -522,7 +522,7 @@ def test_a_checkpoints_getattr_reaches_enumerations_only():
         checkpoint._Unpickler(io.BytesIO(method)).load()
 
 
-def test_what_is_no_tensor_in_a_checkpoint_is_not_executed_either(alone, tmp_path):
+def test_objects_other_than_tensors_in_a_checkpoint_are_not_executed(alone, tmp_path):
     """Settings and notes of the optimiser are pickles inside the shards, which DCP would load without restriction."""
     ranks, policy, optimizer = alone
     mark = tmp_path / "mark"
@@ -588,5 +588,5 @@ def test_a_run_directory_belongs_to_one_run(tmp_path):
     lock.close()
     checkpoint.claim(run, resume=True).close()
     (run / "config.toml").write_text("")
-    with pytest.raises(ValueError, match="holds a run already"):
+    with pytest.raises(ValueError, match="already holds a run"):
         checkpoint.claim(run, resume=False)

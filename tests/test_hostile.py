@@ -58,7 +58,7 @@ def test_no_hostile_answer_is_right_run_or_slow(tmp_path, n):
 
 
 @pytest.mark.parametrize("text", hostile.STALLS)
-def test_what_stalls_the_checker_is_wrong_and_the_next_answer_is_not(text):
+def test_an_answer_that_stalls_the_checker_is_wrong_and_the_next_one_is_unaffected(text):
     with Verifier(timeout_s=20.0) as v:
         v.grade([SUM])
         first, v.timeout_s = v.worker.process, LIMIT_S

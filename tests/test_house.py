@@ -397,7 +397,7 @@ def test_text_that_is_needed_is_not_empty(key):
 def test_an_output_that_is_a_file_is_refused(cls, tmp_path):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "nowhere").symlink_to(tmp_path / "missing")
-    for path, why in (("file", "is a file"), ("file/below", "is a file"), ("nowhere", "is a link to nothing")):
+    for path, why in (("file", "is a file"), ("file/below", "is a file"), ("nowhere", "is a broken link")):
         with pytest.raises(ValueError, match=f"output is {tmp_path}/{path} and {tmp_path}/{path.split('/')[0]} {why}"):
             check_values(load_config([f"--output={tmp_path / path}"], cls=cls))
     check_values(load_config([f"--output={tmp_path / 'new' / 'folder'}"], cls=cls))
@@ -427,8 +427,8 @@ MISTAKES = [
     (["--loss.dual_clip=0.5"], "loss.dual_clip is 0.5"),
     (["--rollout.top_k=-1"], "rollout.top_k is -1"),
     (["--rollout.engine=vllm", "--rollout.tensor_parallel=3"], "rollout.tensor_parallel is 3, which does not divide 2"),
-    (["--rollout.tensor_parallel=2"], "only vLLM can do"),
-    (["--rollout.extra_problems=4"], "only vLLM can do"),
+    (["--rollout.tensor_parallel=2"], "only vLLM supports"),
+    (["--rollout.extra_problems=4"], "only vLLM supports"),
 ]
 
 

@@ -186,13 +186,13 @@ def test_an_installation_is_checked_before_it_downloads(tmp_path):
     done = install_check(env, str(tmp_path / "env"), "--cuda")
     assert done.returncode == 0 and f"8 x {H100}, driver 580.95.05" in done.stdout, done.stderr
     done = install_check(eight_h100(tmp_path, driver="550.54.14"), str(tmp_path / "env"), "--cuda")
-    assert done.returncode == 1 and "The NVIDIA driver is 550.54.14, and CUDA 13.0 needs 580 or newer" in done.stderr
+    assert done.returncode == 1 and "The NVIDIA driver is 550.54.14, but CUDA 13.0 needs 580 or newer" in done.stderr
     assert done.stderr.count("\n") == 1
 
 
 def test_too_little_disk_gets_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(hardware.shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * hardware.GIB))
-    with pytest.raises(ValueError, match=r"env is on a disk with 2.0 GiB free, and the installation needs 20.0 GiB"):
+    with pytest.raises(ValueError, match=r"env is on a disk with 2.0 GiB free, but the installation needs 20.0 GiB"):
         hardware.before_install(tmp_path / "env", cuda=True)
     with pytest.raises(ValueError, match=r"needs 3.0 GiB: make room, or give VENV=FOLDER on another disk"):
         hardware.before_install(tmp_path / "env", cuda=False)
@@ -204,7 +204,7 @@ def test_a_run_whose_checkpoints_do_not_fit_the_disk_gets_a_sentence(tmp_path, m
 
     shape = AutoConfig.for_model(**QWEN_14B)
     monkeypatch.setattr(hardware.shutil, "disk_usage", lambda path: SimpleNamespace(free=100 * hardware.GIB))
-    with pytest.raises(ValueError, match=r"100.0 GiB free, and writing a checkpoint of 165.1 GiB .* needs 192.6 GiB"):
+    with pytest.raises(ValueError, match=r"100.0 GiB free, but writing a checkpoint of 165.1 GiB .* needs 192.6 GiB"):
         check_room(tmp_path, shape, checkpoint_every=20)
     check_room(tmp_path, shape, checkpoint_every=0)  # 27.5 GiB of exported weights
     assert not capsys.readouterr().out
@@ -235,13 +235,13 @@ def pretend_gpus(monkeypatch, n: int, gib: float = 79.1, capability=(9, 0)) -> N
 def test_gpus_that_torch_cannot_use_stop_the_run(tmp_path, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     for driver, cuda, says in (("550.54.14", "13.0", "it needs driver 580 or newer; update the driver"),
-                               ("580.95.05", "13.0", "collect_env tells why; fix that"),
-                               ("580.95.05", None, "it is a build for the CPU; run make install")):  # fmt: skip
+                               ("580.95.05", "13.0", "collect_env shows why; fix that"),
+                               ("580.95.05", None, "it is a CPU build; run make install")):  # fmt: skip
         monkeypatch.setenv("PATH", eight_h100(tmp_path, driver)["PATH"])
         monkeypatch.setattr(torch.version, "cuda", cuda)
         with pytest.raises(ValueError) as e:
             hardware.use_cuda(0, 8)
-        assert f"nvidia-smi shows 8 GPUs (driver {driver}), and torch" in str(e.value) and says in str(e.value)
+        assert f"nvidia-smi shows 8 GPUs (driver {driver}), but torch" in str(e.value) and says in str(e.value)
         assert "or set CUDA_VISIBLE_DEVICES=" in str(e.value) and "\n" not in str(e.value)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # on purpose
     assert hardware.use_cuda(0, 8) is False
@@ -263,7 +263,7 @@ def test_more_ranks_than_gpus_and_old_gpus_get_a_sentence(monkeypatch):
     with pytest.raises(ValueError, match=r"8 ranks .* sees 4 GPUs \(CUDA_VISIBLE_DEVICES=0,1,2,3\): .*node 4\."):
         hardware.use_cuda(0, 8)
     pretend_gpus(monkeypatch, 1, capability=(7, 0))
-    with pytest.raises(ValueError, match="compute capability 7.0, and bfloat16 needs 8.0"):
+    with pytest.raises(ValueError, match="compute capability 7.0, but bfloat16 needs 8.0"):
         hardware.use_cuda(0, 1)
 
 
@@ -286,8 +286,8 @@ def test_what_triton_compiles_with_is_looked_for(tmp_path, monkeypatch):
         (8, 139.7, 8, 8, "lead-14b", ""),
         (4, 139.7, 8, 4, "lead-14b", ""),  # two machines
         (8, 39.4, 8, 8, "tiny", "Warning: 8 GPUs with 39 GiB each, of which 8 train the small embedded model"),
-        (8, 79.1, 1, 1, "tiny", "of which 1 train the small embedded model, and lead-14b wants 8 ranks"),
-        (0, 0, 2, 2, "tiny", "no GPU, and lead-14b wants"),
+        (8, 79.1, 1, 1, "tiny", "of which 1 train the small embedded model, and lead-14b needs 8 ranks"),
+        (0, 0, 2, 2, "tiny", "no GPU, and lead-14b needs"),
     ],
 )
 def test_the_recipe_fits_the_ranks(monkeypatch, gpus, gib, world, here, recipe, says):
@@ -363,7 +363,7 @@ def test_auto_means_vllm_on_a_gpu_and_does_not_fall_back(monkeypatch):
     assert chosen_engine(named, "cuda") == "transformers"
     shared = load_config(["--recipe=lead-14b", "--rollout.tensor_parallel=4"])
     check(shared, 8, device_type="cuda")
-    with pytest.raises(ValueError, match="only vLLM can do"):
+    with pytest.raises(ValueError, match="only vLLM supports"):
         check(shared, 8)
     monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"not installed: .*pip install.*or give --rollout.engine=transformers"):
@@ -396,7 +396,7 @@ def test_versions_outside_the_declared_range_are_named(monkeypatch):
     real = hardware.installed
     monkeypatch.setattr(hardware, "installed", lambda name: "2.10.0" if name == "torch" else real(name))
     (sentence,) = [s for s in hardware.untested_versions() if s.startswith("torch ")]
-    assert sentence.startswith("torch 2.10.0 is installed, and lead-fast is tested with torch<2.15,>=2.11")
+    assert sentence.startswith("torch 2.10.0 is installed, but lead-fast is tested with torch<2.15,>=2.11")
     monkeypatch.setattr(hardware, "installed", lambda name: "2.13.0+cpu" if name == "torch" else real(name))
     assert not [s for s in hardware.untested_versions() if s.startswith("torch ")]
 

@@ -455,7 +455,7 @@ def test_attention_is_named():
     "args,words",
     [
         (["--parallel.offload=activations"], "model.activation_checkpointing=none"),
-        (["--model.compile", "--model.activation_checkpointing=selective"], "must see single operators"),
+        (["--model.compile", "--model.activation_checkpointing=selective"], "must see single operations"),
     ],
 )
 def test_what_does_not_fit_together_is_said(args, words):

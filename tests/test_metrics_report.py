@@ -392,7 +392,7 @@ def test_what_groups_teach_is_drawn_and_its_first_and_last_tenth_are_shown(tmp_p
     assert ["training batches", "steps 1–2", "steps 19–20", "change"] in rows
     assert ["groups with a gradient", "96.2 %", "51.2 %", "-45.0 points"] in rows
     assert ["correlation of length and correctness within groups", "-0.08", "-0.97", "-0.90"] in rows
-    assert ["correct within half of the limit on tokens", "10.0 %", "10.0 %", "+0.0 points"] in rows
+    assert ["correct within half of the token limit", "10.0 %", "10.0 %", "+0.0 points"] in rows
     assert (tmp_path / "signal.png").stat().st_size > 10_000
 
 
@@ -400,7 +400,7 @@ def test_held_out_numbers_of_a_rounded_engine_are_said_to_be_that(tmp_path):
     for kind, rounded in (("none", False), ("fp8_per_channel", True)):
         run = write_run(tmp_path / kind)
         (run / "config.toml").write_text(f'[rollout]\nquantization = "{kind}"\nkv_dtype = "auto"\n')
-        assert ("its weights or cache rounded" in write_report(run).read_text(encoding="utf-8")) is rounded
+        assert ("with rounded weights or a rounded cache" in write_report(run).read_text(encoding="utf-8")) is rounded
 
 
 def test_every_phase_of_a_step_has_a_colour_of_its_own():
@@ -432,7 +432,7 @@ def test_report_of_a_run_that_never_evaluated_or_never_trained(tmp_path):
     m.train(1, train_record(1, length_wrong=None, solve_rate_histogram=None, seconds={}))
     Metrics(tmp_path / "eval", total_steps=2, tensorboard=False).eval(0, {"pass_at_1": 0.5, "by_difficulty": {}})
     text = write_report(tmp_path / "train").read_text(encoding="utf-8")
-    assert "no evaluation in this run" in text and "55.0 %" in text
+    assert "the run has no evaluation" in text and "55.0 %" in text
     out = write_report(tmp_path / "eval", tmp_path / "elsewhere")
     assert {p.name for p in out.parent.iterdir()} == {"report.html", "accuracy.png", "length.png"}
     assert [p.name for p in (tmp_path / "eval").iterdir()] == ["metrics.jsonl"]
@@ -470,7 +470,7 @@ def test_mistakes_get_one_sentence(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "ki')
     Metrics(tmp_path / "train", total_steps=2, tensorboard=False).train(1, train_record(1))
     mistakes = [
-        (lambda: write_report(tmp_path / "nowhere"), "nowhere has no metrics.jsonl: give the folder of a run"),
+        (lambda: write_report(tmp_path / "nowhere"), "nowhere has no metrics.jsonl: give the run directory of a"),
         (lambda: write_report(tmp_path), "holds no step and no evaluation yet"),
         (
             lambda: main(["--compare", f"A={tmp_path / 'train'}", "--out", str(tmp_path)]),
@@ -490,9 +490,9 @@ def test_an_out_that_is_a_file_is_refused(tmp_path):
     run = write_run(tmp_path / "run")
     (tmp_path / "file").write_text("mine")
     for out in ("file", "file/below"):
-        with pytest.raises(ValueError, match=f"--out is {tmp_path}/{out}, which cannot be made a folder"):
+        with pytest.raises(ValueError, match=f"--out is {tmp_path}/{out}, which cannot be created"):
             main([str(run), "--out", str(tmp_path / out)])
-        with pytest.raises(ValueError, match="which cannot be made a folder"):
+        with pytest.raises(ValueError, match="which cannot be created"):
             main(["--compare", f"a={run}", "--out", str(tmp_path / out)])
     assert (tmp_path / "file").read_text() == "mine"
 

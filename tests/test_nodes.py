@@ -118,16 +118,14 @@ def test_a_mistake_that_only_another_rank_meets_is_not_silent(waiting):
 def test_ranks_that_were_started_with_other_settings_are_refused_in_one_sentence(waiting):
     for rank in (0, 1):
         sentence = waiting.ranks[rank]["other settings"]
-        assert (
-            sentence == "Rank 1 was started with seed = 1 and rank 0 with seed = 0: give all machines the same command."
-        )
+        assert sentence == "Rank 1 was started with seed = 1 and rank 0 with seed = 0: use the same command everywhere."
 
 
 def test_machines_that_do_not_share_the_run_directory_are_refused_in_one_sentence(waiting):
     first, second = waiting.ranks[0], waiting.ranks[1]
     assert first["one machine"] is None is first["shared"] is second["shared"]
     assert first["not shared"] == second["not shared"] and "\n" not in first["not shared"]
-    assert "do not see the same run directory" in first["not shared"] and "(rank 1)" in first["not shared"]
+    assert "do not share the run directory" in first["not shared"] and "(rank 1)" in first["not shared"]
     assert first["left"] == second["left"] == []
 
 
@@ -294,9 +292,11 @@ def test_two_machines_with_folders_of_their_own_are_refused(tmp_path):
         agents.append(Agent(port, "-m", "lead_fast.train", *args, cwd=tmp_path / name))
     outs = [agent.wait(timeout=200) for agent in agents]
     assert all(agent.code for agent in agents), outs
-    errors = {line for out in outs for line in out.splitlines() if "same run directory" in line and "error:" in line}
+    errors = {
+        line for out in outs for line in out.splitlines() if "share the run directory" in line and "error:" in line
+    }
     (sentence,) = errors
-    assert "--output=FOLDER on a file system that all of them share" in sentence
+    assert "--output=FOLDER on a file system that all of them mount" in sentence
     assert not [*tmp_path.rglob("checkpoints")] and not [*tmp_path.rglob(".seen*")]
 
 

@@ -61,7 +61,7 @@ def config(tmp_path: Path, name: str, *more: str):
     return load_config([f"--reward.function={tmp_path}/faulty.py:{name}", "--reward.function_timeout_s=1.5", *more])
 
 
-def test_what_fails_costs_its_response_alone_is_counted_and_said_once(tmp_path):
+def test_a_failing_function_costs_one_response_and_is_counted_and_reported_once(tmp_path):
     said: list[str] = []
     c = config(tmp_path, "reward", "--reward.function_failed=-3").reward
     bad = ["none", "raise", "nan", "huge", "text", "list", "empty", "key", "inner", "die", "sleep"]
@@ -92,7 +92,7 @@ def test_the_first_traceback_is_shown_and_a_worker_that_died_idle_costs_nothing(
         ("FILE:needs", "takes temperature: it may take problem, response, reference, columns, correct, by name."),
         ("FILE:nothing", "has no function nothing: it has reward, needs, everything."),
         ("FILE:calls", "has no function calls"),
-        ("FILE:everything", "raised KeyError: 'x'; it was given a right response to the first problem."),
+        ("FILE:everything", "raised KeyError: 'x'; it was given a correct response to the first problem."),
         ("FILE", "write path/to/FILE.py:name or module:name."),
         ("nowhere.py:reward", "and there is no file"),
         ("no.such.module:reward", "and there is no module no.such.module"),

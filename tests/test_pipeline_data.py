@@ -243,9 +243,9 @@ def test_sft_leaves_out_solutions_over_the_limit_and_cuts_none(tmp_path, capsys)
     prompts, solutions = load_examples(SftConfig(max_solution_tokens=5), tokenizer, source, "train")
     assert [len(s) for s in solutions] == [4, 5]
     assert all(f"P{n}" in tokenizer.decode(p) for n, p in zip((3, 4), prompts, strict=True))
-    assert "1 of 3 solutions left out: over 5 tokens" in capsys.readouterr().out
+    assert "1 of 3 solutions are left out: longer than 5 tokens" in capsys.readouterr().out
     assert len(load_examples(SftConfig(), tokenizer, source, "train")[1]) == 3
-    with pytest.raises(ValueError, match="every solution is over max_solution_tokens, 2: raise it"):
+    with pytest.raises(ValueError, match="every solution is longer than max_solution_tokens, 2: raise it"):
         load_examples(SftConfig(max_solution_tokens=2), tokenizer, source, "train")
 
 

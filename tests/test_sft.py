@@ -114,7 +114,7 @@ stop()
 """
 
 
-def test_a_checkpoint_is_resumed_with_either_choice_of_what_is_decayed(tmp_path):
+def test_a_checkpoint_resumes_with_either_choice_of_decayed_weights(tmp_path):
     """Weights and AdamW's moments come from the checkpoint, the decay from the configuration."""
     (tmp_path / "resume.py").write_text(RESUME)
     done = torchrun(2, str(tmp_path / "resume.py"), str(tmp_path))

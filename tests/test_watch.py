@@ -160,7 +160,7 @@ def test_a_damaged_file_is_named_and_the_others_are_shown(tmp_path, damage):
         with pytest.raises(ValueError, match="is (incomplete|damaged .*): remove it"):
             columns.indexes[2].group(0)
     else:
-        assert "step-00000002.bin holds no rollouts" in watched.unreadable[0]
+        assert "step-00000002.bin holds no readable rollouts" in watched.unreadable[0]
     assert columns.indexes[1].group(0).problem == "problem 0 of step 1"
 
 
@@ -498,7 +498,7 @@ def test_a_group_is_shown_side_by_side_in_parts(site):
 def test_numbers_outside_their_healthy_range_say_what_is_wrong(site):
     page = ask(site, "/")[1].decode()
     assert "healthy: 10 to 90 %; most groups are all wrong or all correct" in page
-    assert "a spike beside the median of recent steps" in page and "healthy: up to 10" in page
+    assert "a spike compared with the median of recent steps" in page and "healthy: up to 10" in page
 
 
 def test_a_number_shows_its_course_and_rounding_errors_are_none():

@@ -45,4 +45,4 @@ def test_weights_arrive_in_place_and_are_used(saw):
 
 
 def test_the_canary_refuses_stale_weights(saw):
-    assert "log-probs of the tokens that it sampled differ from the trainer's" in saw["stale"]
+    assert "differ from the trainer's by" in saw["stale"]
