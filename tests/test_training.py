@@ -14,7 +14,7 @@ from lead_fast.cli import load_config
 from lead_fast.learner.attention import attention_groups
 from lead_fast.learner.head import Head
 from lead_fast.learner.model import load_model
-from lead_fast.learner.packing import Pack, assign, efficiency, flops_per_sequence, make_pack
+from lead_fast.learner.packing import Pack, assign, assign_shared, efficiency, flops_per_sequence, make_pack
 from lead_fast.learner.policy import Policy
 
 CPU = torch.device("cpu")
@@ -91,6 +91,46 @@ def test_packs_hold_everything_once_within_the_budget_and_ranks_get_the_same_num
     assert efficiency(plan, lengths, cost) > 0.97
 
 
+@pytest.mark.quick
+def test_responses_to_one_prompt_share_its_tokens_and_nothing_else_changes():
+    policy = Policy(load_model(load_config([]).model))
+    prompts, responses = sequences(2)
+    prompts = [prompts[i] for i in (0, 0, 0, 1, 2, 2, 0)]
+    responses[1] = responses[1][:1]  # no token of its own: its one row is the prompt's last
+    apart, shared = (make_pack(range(7), prompts, responses, None, CPU, shared=s) for s in (False, True))
+    spared = 2 * len(prompts[0]) + len(prompts[4])  # the last one does not stand beside its like
+    assert len(shared.input_ids_T) == len(apart.input_ids_T) - spared and apart.prefixes == []
+    assert shared.prefixes.count((0, len(prompts[0]))) == 1 and len(shared.prefixes) == len(shared.lengths) == 6
+    assert shared.cu_seqlens.diff().tolist() == shared.lengths
+    for name in ("targets_R", "sequence_ids_R"):
+        assert torch.equal(getattr(shared, name), getattr(apart, name))
+    torch.testing.assert_close(logprobs_of(policy, shared), logprobs_of(policy, apart), atol=1e-5, rtol=1e-5)
+    other = [[*responses[0][:-1], 7], *responses[1:]]
+    other[2] = [t + 1 for t in responses[2]]  # its neighbours see the prompt alone
+    after = logprobs_of(policy, make_pack(range(7), prompts, other, None, CPU, shared=True))
+    of_neighbours = shared.sequence_ids_R > 2
+    torch.testing.assert_close(after[of_neighbours], logprobs_of(policy, shared)[of_neighbours], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("groups, size, ranks", [(32, 8, 2), (1, 64, 2), (3, 5, 1), (2, 1, 4), (7, 8, 8)])
+def test_responses_to_one_prompt_stay_together_as_far_as_balance_allows(groups, size, ranks):
+    g = torch.Generator().manual_seed(groups)
+    own = torch.randint(0, 300, (groups * size,), generator=g).tolist()
+    prompts = [[i // size] * 40 for i in range(groups * size)]
+    lengths = [40 + n for n in own]
+    cost = flops_per_sequence(1_000_000, 4, 128)
+    plan, even = assign_shared(prompts, lengths, 2000, ranks, cost)
+    packs = [pack for rank in plan for pack in rank]
+    assert sorted(i for pack in packs for i in pack) == list(range(groups * size))
+    assert len(plan) == ranks and len({len(rank) for rank in plan}) == 1
+    responses = [[1] * (n - 40 + 1) for n in lengths]
+    sizes = [len(make_pack(pack, prompts, responses, None, CPU, shared=True).input_ids_T) for pack in packs]
+    assert max(sizes) <= 2000 and even > (0.9 if groups * size > 50 else 0.2)
+    if groups == 32:  # each prompt once
+        assert sum(sizes) == sum(own) + 40 * groups
+
+
 # --------------------------------------------------------------------------------------- one gradient however it is cut
 
 GRADIENT = """
@@ -100,7 +140,7 @@ from lead_fast.cli import load_config
 from lead_fast.runtime.ranks import start, stop
 from lead_fast.learner.loss import needs_gradient, objective, policy_loss
 from lead_fast.learner.policy import load_policy
-from lead_fast.learner.packing import assign, make_pack
+from lead_fast.learner.packing import assign, assign_shared, make_pack
 from lead_fast.records import Score
 
 world = start().world
@@ -116,7 +156,8 @@ whole = [len(p) + n - 1 for p, n in zip(prompts, lengths)]
 
 policies = {}
 
-def gradient(args, reshard, prune, shuffle, packs, checkpointing, sequence=1, replicate=1, offload="none"):
+def gradient(args, reshard, prune, shuffle, packs, checkpointing, sequence=1, replicate=1, offload="none",
+             share=False):
     c = load_config(["--rollout.group_size=4", f"--model.activation_checkpointing={checkpointing}", *args,
                      f"--parallel.reshard={reshard}", f"--parallel.sequence={min(sequence, world)}",
                      f"--parallel.replicate={min(replicate, world)}", f"--parallel.offload={offload}"])
@@ -133,7 +174,9 @@ def gradient(args, reshard, prune, shuffle, packs, checkpointing, sequence=1, re
     if shuffle:
         live = live[::-1]
     if packs == "budget":
-        plan = assign([whole[i] for i in live], 60, ranks.teams, float)
+        lengths_live = [whole[i] for i in live]
+        plan = (assign_shared([prompts[i] for i in live], lengths_live, 60, ranks.teams, float)[0] if share
+                else assign(lengths_live, 60, ranks.teams, float))
     else:  # dealt out like cards; with more packs than sequences some are empty
         hands = packs * ranks.teams
         deal = [list(range(len(live)))[h::hands] for h in range(hands)]
@@ -141,7 +184,7 @@ def gradient(args, reshard, prune, shuffle, packs, checkpointing, sequence=1, re
     loss = torch.zeros(())
     part = ranks.member, ranks.sequence
     for members in plan[ranks.team]:
-        pack = make_pack([live[i] for i in members], prompts, responses, behavior, ranks.device, part)
+        pack = make_pack([live[i] for i in members], prompts, responses, behavior, ranks.device, part, share)
         out = policy_loss(policy, pack, o, c)
         out.loss.backward()
         loss += out.loss.detach()
@@ -172,6 +215,9 @@ CUTS = {
     "3 packs, not pruned, shared by 2 (Ulysses), checkpointed": {
         "packs": 3, "prune": False, "sequence": 2, "checkpointing": "full"},
     "1 packs, shared by 2 (Ulysses)": {"sequence": 2},
+    "1 packs, prompts once": {"share": True},
+    "1 packs, prompts once, shared (Ulysses)": {"share": True, "sequence": 2},
+    "budget, prompts once": {"packs": "budget", "share": True},
     "3 packs, 2 copies, shared by 2, shuffled": {"packs": 3, "replicate": 2, "sequence": 2, "shuffle": True},
 }  # fmt: skip
 WHOLE = "1 packs, pruned"

@@ -33,7 +33,7 @@ from .loss import (
 )
 from .memory import rehearse
 from .optimizer import learning_rate, make_optimizer, update
-from .packing import Pack, assign, efficiency, make_pack
+from .packing import Pack, assign, assign_shared, efficiency, make_pack
 from .policy import load_policy
 
 ROUNDING = 1e-4  # nats; how far above 0 a log-prob may be rounded
@@ -72,7 +72,7 @@ class Learner:
         Raises:
             ValueError: at the first step with a gradient, the engine's log-probs differ from the policy's.
         """
-        c, ranks, flops = self.c, self.ranks, self.policy.flops()
+        c, ranks = self.c, self.ranks
         self._report_failed_saves()
         if c.debug:
             must_be_finite("rollout's log-probs", *map(torch.tensor, batch.logprobs), most=ROUNDING)
@@ -89,8 +89,8 @@ class Learner:
                 in_update_S[first : first + size] = True
                 o = objective(credit.advantage, batch.lengths, kept_S & in_update_S, c, groups)
                 live = [i for i, moves in enumerate(needs_gradient(o, c)) if moves]
-                plan = assign([tokens[i] for i in live], c.parallel.pack_tokens, ranks.teams, flops)
-                balance.append(efficiency(plan, [tokens[i] for i in live], flops))
+                plan, even = self._plan([batch.prompts[i] for i in live], [tokens[i] for i in live])
+                balance.append(even)
                 updates.append((o, [self._pack([live[i] for i in members], batch) for members in plan[ranks.team]]))
                 trained.update(live)
         with self.journal.phase("train"):  # old log-probs are the policy's before the first of the updates
@@ -121,9 +121,17 @@ class Learner:
             self.checked = True
         return record
 
+    def _plan(self, prompts: list[list[int]], tokens: list[int]) -> tuple[list[list[list[int]]], float]:
+        """Deal the sequences to packs and ranks; returns that and how even the ranks' work is."""
+        budget, teams, flops = self.c.parallel.pack_tokens, self.ranks.teams, self.policy.flops()
+        if self.policy.shares_prompts:
+            return assign_shared(prompts, tokens, budget, teams, flops)
+        plan = assign(tokens, budget, teams, flops)
+        return plan, efficiency(plan, tokens, flops)
+
     def _pack(self, members: list[int], batch: Batch) -> Pack:
-        part = (self.ranks.member, self.ranks.sequence)
-        return make_pack(members, batch.prompts, batch.responses, batch.logprobs, self.ranks.device, part)
+        part, shared = (self.ranks.member, self.ranks.sequence), self.policy.shares_prompts
+        return make_pack(members, batch.prompts, batch.responses, batch.logprobs, self.ranks.device, part, shared)
 
     def _old_logprobs(self, pack: Pack) -> torch.Tensor | None:
         """Log-probs of the response tokens for the ratio's denominator, where a pass of their own is asked for."""

@@ -7,6 +7,7 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import os
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -58,6 +59,7 @@ class Policy(nn.Module):
         self.attention = attention or Attention("torch's varlen_attn")
         self.sequence_group = sequence_group
         self.offload = offload
+        self.shares_prompts = False  # make_policy: where attention is plain torch, which knows Pack.prefixes
         model.config.use_cache = False
         model.set_attn_implementation("lead_packed")
         self.model = model
@@ -71,8 +73,9 @@ class Policy(nn.Module):
         device = pack.input_ids_T.device
         kw: dict[str, Any] = {}
         if device.type == "cpu" or next(self.parameters()).dtype == torch.float32:
-            kw["sdpa_index"] = sdpa_index(lengths, device)
+            kw["sdpa_index"] = sdpa_index(lengths, device, pack.prefixes)
         else:
+            assert not pack.prefixes, "varlen attention has no prefixes"
             kw |= {"cu_seq_lens_q": pack.cu_seqlens, "cu_seq_lens_k": pack.cu_seqlens}
             kw |= {"max_length_q": max(lengths), "max_length_k": max(lengths), "implementation": self.attention}
         if self.sequence_group:
@@ -152,7 +155,8 @@ def shard(
         block.set_modules_to_forward_prefetch([following])
     for module in policy.modules():
         if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
+            if ranks.world > 1:  # one rank alone would divide all by 1, in a tensor of its own
+                module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # NVLS refuses NCCL's PREMUL_SUM, gloo has none
             module.set_reshard_after_backward(parallel.reshard)
     return policy
@@ -162,7 +166,7 @@ def prepare_blocks(policy: Policy, model: ModelConfig, device: torch.device) -> 
     """The policy's blocks with Liger's parts, compiled and checkpointed as `model` says."""
     blocks = list(policy.model.model.layers)
     if uses_liger(model.liger, device):
-        _patch_by_liger(policy.model)
+        _patch_by_liger(policy.model, copy_rope_inputs=model.activation_checkpointing == "selective")
     for block in blocks:
         if model.compile:
             block.forward = torch.compile(block.forward, dynamic=True)
@@ -186,14 +190,42 @@ def blocks_in_use(asked: bool, device: torch.device) -> str:
     return f"torch ({'liger-kernel is not installed' if asked else 'model.liger is false'})"
 
 
-def _patch_by_liger(model: nn.Module) -> None:
-    # Beside vLLM's cutlass-dsl Liger would choose its CuTe kernels by itself, which nobody has measured here.
-    os.environ.setdefault("LIGER_KERNEL_IMPL", "nvidia-triton")
+def _patch_by_liger(model: Any, *, copy_rope_inputs: bool) -> None:
+    """Put Liger's RMSNorm, RoPE and SwiGLU in the place of the model's own.
+
+    Args:
+        copy_rope_inputs: with selective checkpointing, which keeps the projections' outputs: Liger rotates queries and
+            keys in place, unseen by torch, and the backward pass would rotate what is rotated.
+
+    It leaves a model as it is whose type Liger has no kernels for, and says so.
+    """
+    from liger_kernel.backends import set_impl  # type: ignore
     from liger_kernel.transformers import _apply_liger_kernel_to_instance  # type: ignore
 
+    set_impl("nvidia-triton")  # beside vLLM's cutlass-dsl Liger would choose its CuTe kernels, not measured here
     parts = {"rope": True, "rms_norm": True, "swiglu": True}
     losses = {"cross_entropy": False, "fused_linear_cross_entropy": False}
     _apply_liger_kernel_to_instance(model, **parts, **losses)
+    if not any(_by_liger(getattr(m, "forward", None)) for m in model.modules()) and os.environ.get("RANK", "0") == "0":
+        kind = model.config.model_type
+        print(f"Liger has no kernels for model type {kind}: its RMSNorm, RoPE and SwiGLU are torch's.", flush=True)
+    code = sys.modules[type(model).__module__]
+    for name, function in [*vars(code).items()]:
+        if copy_rope_inputs and _by_liger(function) and "rotary" in function.__name__:
+            setattr(code, name, _on_copies(function))
+
+
+def _by_liger(function: Any) -> bool:
+    return (getattr(function, "__module__", None) or "").startswith("liger_kernel.")
+
+
+def _on_copies(rope: Callable[..., Any]) -> Callable[..., Any]:
+    """`rope` on copies of queries and keys, laid out in memory as they are."""
+
+    def rotated(q: torch.Tensor, k: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return rope(q.clone(), k.clone(), *args, **kwargs)
+
+    return rotated
 
 
 def load_policy(model: ModelConfig, parallel: ParallelConfig, ranks: Ranks) -> Policy:
@@ -223,4 +255,5 @@ def make_policy(network: Any, fill: Fill | None, model: ModelConfig, parallel: P
         attention = choose(torch.cuda.get_device_capability(ranks.device), head_dim(network.config), capped)
     group = ranks.sequence_group if n > 1 else None
     policy = Policy(network, sequence_group=group, offload=offload, attention=attention)
+    policy.shares_prompts = attention is None
     return shard(policy, ranks, model, parallel, fill)
