@@ -18,7 +18,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -280,19 +280,26 @@ def attention_groups(lengths: list[int], waste: float = 0.25) -> list[list[int]]
     return groups
 
 
-def sdpa_index(lengths: list[int], device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def sdpa_index(
+    lengths: list[int], device: torch.device, prefixes: Sequence[tuple[int, int]] = ()
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """For each group of similar lengths: the packed position of every (sequence, slot), and which slots are real.
 
     A slot behind a sequence's end points at the sequence's first token and is thrown away; attention being causal,
-    no real token ever looks at it.
+    no real token ever looks at it. A sequence with a prefix (Pack.prefixes) has slots for the prefix's tokens before
+    its own, which are keys and values to it; as queries they are thrown away here, being real where they stand.
     """
     starts = torch.tensor([0, *lengths]).cumsum(0)
+    prefixes = prefixes or [(0, 0)] * len(lengths)
+    first, before = torch.tensor(prefixes).unbind(1)
+    total = [n + prefix for n, (_, prefix) in zip(lengths, prefixes, strict=True)]
     out = []
-    for group in attention_groups(lengths):
-        longest = max(lengths[i] for i in group)
-        slot = torch.arange(longest)
-        real = slot[None] < torch.tensor([lengths[i] for i in group])[:, None]
-        where = torch.where(real, starts[group][:, None] + slot[None], starts[group][:, None])
+    for group in attention_groups(total):
+        slot = torch.arange(max(total[i] for i in group))[None]
+        start, prefix, end = starts[group][:, None], before[group][:, None], torch.tensor([total[i] for i in group])
+        real = (slot >= prefix) & (slot < end[:, None])
+        own = torch.where(real, start + slot - prefix, start)
+        where = torch.where(slot < prefix, first[group][:, None] + slot, own)
         out.append((where.to(device), real.to(device)))
     return out
 
@@ -373,11 +380,16 @@ def _attend(
         q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))  # [T, heads, K]
         cu, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
         return varlen_attention(q, k, v, cu, longest, scaling, kwargs["implementation"], features)[None]
+    wheres, reals = zip(*kwargs["sdpa_index"], strict=True)
+    slots = torch.cat([where.flatten() for where in wheres])  # of all groups at once: one gradient to scatter
+    gathered = (x[0].transpose(0, 1)[slots].split([w.numel() for w in wheres]) for x in (query, key, value))
+    parts = []
+    for where, real, *qkv in zip(wheres, reals, *gathered, strict=True):
+        q, k, v = (x.unflatten(0, where.shape).transpose(1, 2) for x in qkv)  # [sequences, heads, slots, K]
+        parts.append(_causal(q, k, v, scaling, features).transpose(1, 2)[real])
+    places = torch.cat([where[real] for where, real in zip(wheres, reals, strict=True)])
     out = value.new_empty(query.shape[2], query.shape[1], value.shape[3])  # [T, H, K]
-    for where, real in kwargs["sdpa_index"]:
-        q, k, v = (x[0][:, where].transpose(0, 1) for x in (query, key, value))  # [sequences, heads, slots, K]
-        out = out.index_put((where[real],), _causal(q, k, v, scaling, features).transpose(1, 2)[real])
-    return out[None]
+    return out.index_put((places,), torch.cat(parts))[None]
 
 
 def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float | None, features: Features):

@@ -34,7 +34,7 @@ from .loss import (
 )
 from .memory import rehearse
 from .optimizer import learning_rate, make_optimizer, update
-from .packing import Pack, assign, efficiency, make_pack
+from .packing import Pack, assign, assign_shared, efficiency, make_pack, shared_work
 from .policy import load_policy
 
 MOST_PACKS = 4099  # of an update and rank; up to here no two of its packs draw with the same seed
@@ -75,7 +75,7 @@ class Learner:
         Raises:
             ValueError: at the first step with a gradient, the engine's log-probs differ from the policy's.
         """
-        c, ranks, flops = self.c, self.ranks, self.policy.flops()
+        c, ranks = self.c, self.ranks
         self._report_failed_saves()
         if c.debug:
             must_be_finite("rollout's log-probs", *map(torch.tensor, batch.logprobs), most=ROUNDING)
@@ -94,11 +94,9 @@ class Learner:
                 in_update_S[first : first + size] = True
                 o = objective(credit.advantage, batch.lengths, kept_S & in_update_S, c, groups)
                 live = [i for i, moves in enumerate(needs_gradient(o, c)) if moves]
-                plan = assign([tokens[i] for i in live], c.parallel.pack_tokens, ranks.teams, flops)
-                balance.append(efficiency(plan, [tokens[i] for i in live], flops))
-                updates.append(
-                    (o, [self._pack([live[i] for i in members], batch, ages) for members in plan[ranks.team]])
-                )
+                plan, even = self._plan(live, batch.prompts, tokens)
+                balance.append(even)
+                updates.append((o, [self._pack(members, batch, ages) for members in plan[ranks.team]]))
                 trained.update(live)
         with self.journal.phase("train"):  # old log-probs are the policy's before the first of the updates
             old = [[self._old_logprobs(pack) for pack in packs] for _, packs in updates]
@@ -133,9 +131,24 @@ class Learner:
             self.checked = True
         return record
 
+    def _plan(
+        self, live: list[int], prompts: list[list[int]], tokens: list[int]
+    ) -> tuple[list[list[list[int]]], float]:
+        """Deal the sequences `live` to packs and ranks; return that and how even the ranks' work is."""
+        c, teams, cost = self.c.parallel, self.ranks.teams, self.policy.flops()
+        prompts, lengths = [prompts[i] for i in live], [tokens[i] for i in live]
+        if self.policy.shares_prompts:
+            plan = assign_shared(prompts, lengths, c.pack_tokens, teams, cost)
+            even = efficiency(plan, lambda pack: shared_work(pack, prompts, lengths, cost))
+        else:
+            plan = assign(lengths, c.pack_tokens, teams, cost)
+            even = efficiency(plan, lambda pack: sum(cost(lengths[i]) for i in pack))
+        return [[[live[i] for i in pack] for pack in rank] for rank in plan], even
+
     def _pack(self, members: list[int], batch: Batch, ages: list[list[int]] | None) -> Pack:
-        part = (self.ranks.member, self.ranks.sequence)
-        return make_pack(members, batch.prompts, batch.responses, batch.logprobs, self.ranks.device, part, ages)
+        part, shared = (self.ranks.member, self.ranks.sequence), self.policy.shares_prompts
+        sampled = batch.prompts, batch.responses, batch.logprobs
+        return make_pack(members, *sampled, self.ranks.device, part, ages, shared=shared)
 
     def _old_logprobs(self, pack: Pack) -> torch.Tensor | None:
         """Log-probs of the response tokens for the ratio's denominator, where a pass of their own is asked for."""

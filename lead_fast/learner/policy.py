@@ -59,6 +59,7 @@ class Policy(nn.Module):
         self.attention = attention or Attention("torch's varlen_attn")
         self.sequence_group = sequence_group
         self.offload = offload
+        self.shares_prompts = False  # make_policy: where attention is plain torch, which knows Pack.prefixes
         model.config.use_cache = False
         model.set_attn_implementation("lead_packed")
         self.model = model
@@ -72,8 +73,9 @@ class Policy(nn.Module):
         device = pack.input_ids_T.device
         kw: dict[str, Any] = {}
         if device.type == "cpu" or next(self.parameters()).dtype == torch.float32:
-            kw["sdpa_index"] = sdpa_index(lengths, device)
+            kw["sdpa_index"] = sdpa_index(lengths, device, pack.prefixes)
         else:
+            assert not pack.prefixes, "varlen attention has no prefixes"
             kw |= {"cu_seq_lens_q": pack.cu_seqlens, "cu_seq_lens_k": pack.cu_seqlens}
             kw |= {"max_length_q": max(lengths), "max_length_k": max(lengths), "implementation": self.attention}
         if self.sequence_group:
@@ -255,4 +257,5 @@ def make_policy(network: Any, fill: Fill | None, model: ModelConfig, parallel: P
         attention = choose(torch.cuda.get_device_capability(ranks.device), head_dim(network.config), capped)
     group = ranks.sequence_group if n > 1 else None
     policy = Policy(network, sequence_group=group, offload=offload, attention=attention)
+    policy.shares_prompts = attention is None
     return shard(policy, ranks, model, parallel, fill)
