@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from transformers import AttentionInterface, AutoModelForCausalLM
 
+from lead_kernels import LossOptions
 from lead_kernels._head import CHUNK_BYTES
 
 from ..config import Config
@@ -167,10 +168,12 @@ class Tracker(FSDPMemTracker):
         """What an operator allocates for itself alone, as tensors to hold while it is counted."""
         inside, kind = [], HEAD
         if func is HEAD_OP:
-            hidden, head = args[:2]
-            rows = max(1, min(hidden.shape[0], self.chunk_bytes // (head.shape[0] * head.element_size())))
-            inside = [torch.empty(rows, head.shape[0], dtype=head.dtype)]
-            if head.dtype == torch.bfloat16:  # d(head) is added up in float32
+            (hidden, head), (logits, _, trained) = args[:2], head_work(args)
+            rows = max(1, min(hidden.shape[0], self.chunk_bytes // (head.shape[0] * logits.itemsize)))
+            inside = [torch.empty(rows, head.shape[0], dtype=logits)]
+            if logits != head.dtype:  # their gradient, rounded for its products
+                inside.append(torch.empty(rows, head.shape[0], dtype=head.dtype))
+            if head.dtype == torch.bfloat16 and trained:  # d(head) is added up in float32
                 inside.append(torch.empty(head.shape, dtype=torch.float32))
         elif ATTENTION.get(func) == "attention_backward":
             kind = _FSDPRefType.TEMP
@@ -178,6 +181,13 @@ class Tracker(FSDPMemTracker):
         for x in inside:
             self._update_and_maybe_create_winfos(x, kind)  # type: ignore[arg-type]
         return inside
+
+
+def head_work(args: tuple) -> tuple[torch.dtype, int, int]:
+    """Of a call of HEAD_OP: the logits' dtype, and whether (1 or 0) hidden states and head get a gradient."""
+    head, options, (_, hidden_trained, head_trained, *_) = args[1], LossOptions.decode(args[-2])[0], args[-1]
+    wide = torch.promote_types(head.dtype, torch.float32)
+    return wide if options.fp32_logits else head.dtype, hidden_trained, head_trained
 
 
 class Counter(TorchDispatchMode):
@@ -200,9 +210,11 @@ class Counter(TorchDispatchMode):
             self.counts[f"{name}_bytes"] += size
             self.counts[f"{name}_largest"] = max(size, self.counts[f"{name}_largest"])
         elif func is HEAD_OP:
-            self.counts["gemm_flops"] += 6 * args[0].numel() * args[1].shape[0]
-            # rows of logits are read twice and their gradient is written once, chunk by chunk
-            self.counts["moved_bytes"] += 3 * args[0].shape[0] * args[1].shape[0] * args[1].element_size()
+            (hidden, head), (logits, *trained) = args[:2], head_work(args)
+            self.counts["gemm_flops"] += 2 * (1 + sum(trained)) * hidden.numel() * head.shape[0]
+            # rows of logits are read twice and their gradient is written once, chunk by chunk, and rounded
+            rounded = logits.itemsize + head.element_size() if logits != head.dtype else 0
+            self.counts["moved_bytes"] += hidden.shape[0] * head.shape[0] * (3 * logits.itemsize + rounded)
         elif name := ATTENTION.get(func):
             self.counts[f"{name}_calls"] += 1
         elif func._overloadpacket in flop_registry:
@@ -249,12 +261,14 @@ def run_pack(c: Config, shape: Any, ranks: Ranks, lengths: Sequence[int], rows: 
         model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
         if on_gpu and c.model.liger:
             patched.enter_context(fused_blocks(model))
+        if c.model.freeze_head:
+            model.lm_head.requires_grad_(False)
         policy = FakePolicy(model, head_form=HeadForm())  # a probe wants values; scale and cap cost no memory
         policy.model.set_attn_implementation("lead_plan")
         shard(policy, ranks, c.model, c.parallel)
         optimizer = make_optimizer(policy, c.optim)
         for p in policy.parameters():
-            p.grad = torch.empty_like(p)
+            p.grad = torch.empty_like(p) if p.requires_grad else None
         optimizer.step()
         T = sum(lengths)
         long, S = torch.zeros(T, dtype=torch.int64), c.rollout.problems * c.rollout.group_size
