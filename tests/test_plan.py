@@ -88,7 +88,7 @@ def test_flops_of_a_pack_are_the_closed_form():
 
 
 def test_a_frozen_head_and_float32_logits_are_counted():
-    head, T, half = 8192 * 512, 512, ("full", "true", "--model.dtype=bfloat16")
+    head, T, half = 8192 * 512, 4096, ("full", "true", "--model.dtype=bfloat16")
     plain, frozen, exact = (
         numbers(config(*half, *more), 4, T) for more in ([], ["--model.freeze_head=true"], ["--loss.fp32_logits=true"])
     )
