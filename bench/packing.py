@@ -1,6 +1,6 @@
-"""How well answers of very different lengths are spread over packs and ranks, beside two other ways.
+"""How well responses of very different lengths are spread over packs and ranks, beside three other ways.
 
-    python bench/packing.py [--answers 256] [--ranks 8] [--budget 16384] [--seeds 5]
+    python bench/packing.py [--responses 256] [--ranks 8] [--budget 16384] [--seeds 5]
 
 Lengths are lognormal, median 4,096 tokens, cut at 14,336; work is FLOPs of Qwen2.5-14B's shape, causal attention
 counted. No model is run. Efficiency is the work that had to be done over what the ranks spend: the slowest rank's work,
@@ -69,21 +69,21 @@ def measure(lengths: Sequence[int], budget: int, ranks: int) -> dict[str, dict[s
     return out
 
 
-def long_tail(answers: int, seed: int) -> list[int]:
+def long_tail(responses: int, seed: int) -> list[int]:
     g = torch.Generator().manual_seed(seed)
-    return (4096 * torch.exp(0.8 * torch.randn(answers, generator=g))).long().clamp(64, 14_336).tolist()
+    return (4096 * torch.exp(0.8 * torch.randn(responses, generator=g))).long().clamp(64, 14_336).tolist()
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description="How well answers are spread over packs and ranks.")
-    p.add_argument("--answers", type=int, default=256)
+    p = argparse.ArgumentParser(description="How well responses are spread over packs and ranks.")
+    p.add_argument("--responses", type=int, default=256)
     p.add_argument("--ranks", type=int, default=8)
     p.add_argument("--budget", type=int, default=16_384, help="tokens of a pack")
     p.add_argument("--seeds", type=int, default=5)
     p.add_argument("--out", type=Path, default=RESULTS / "packing.json")
     a = p.parse_args()
-    found = [measure(long_tail(a.answers, seed), a.budget, a.ranks) for seed in range(a.seeds)]
-    rows = {n: {k: statistics.mean(f[n][k] for f in found) for k in found[0][n]} for n in WAYS}
+    runs = [measure(long_tail(a.responses, seed), a.budget, a.ranks) for seed in range(a.seeds)]
+    rows = {n: {k: statistics.mean(run[n][k] for run in runs) for k in runs[0][n]} for n in WAYS}
     print(f"{'':16} {'efficiency':>10} {'slowest / mean':>15} {'ms':>7}")
     for name, row in rows.items():
         print(f"{name:16} {100 * row['efficiency']:9.1f}% {row['slowest_over_mean']:15.3f} {row['ms']:7.1f}")

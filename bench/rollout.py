@@ -1,12 +1,12 @@
-"""Rollouts: tokens a second of both engines, the sync beside a bare memcpy, and what sharing work saves.
+"""Rollouts: tokens per second of both engines, weight sync beside a bare memcpy, and what sharing work saves.
 
 python bench/rollout.py                 all three; the first two under torchrun on two ranks
 python bench/rollout.py --part idle     the simulation alone, in seconds
 
-speed   the embedded model, its own answers (lengths differ), both engines on the same prompts, interleaved
+speed   the embedded model, its own responses (lengths differ), both engines on the same prompts, interleaved
 sync    a random model of --hidden x --layers: FSDP shards to vLLM, beside a copy of as many bytes in the same run
-idle    simulated: 8 ranks decode answers of log-normal length with a tail to 14k tokens. A decode step of a rank with
-        b running answers takes 6.2 + 0.29 b ms: the weights of a 14B model in bf16 and b caches of 7,000 tokens
+idle    simulated: 8 ranks decode responses of log-normal length with a tail to 14k tokens. A decode step of a rank
+        with b running responses takes 6.2 + 0.29 b ms: the weights of a 14B model in bf16 and b caches of 7,000 tokens
         (48 layers, 8 key-value heads of 128), read at 4.8 TB/s. Idle share: 1 - mean / max of the ranks' times.
 """
 
@@ -37,39 +37,39 @@ def step_ms(running: int) -> float:
 
 
 class Rank:
-    """An engine's clock: answers run side by side, one token each a step, until they have their lengths."""
+    """An engine's clock: responses run side by side, one token per step each, until they have their lengths."""
 
     def __init__(self) -> None:
         self.ms, self.steps = 0.0, 0
-        self.ends: list[tuple[int, int]] = []  # heap: the step at which a running answer ends, its group
+        self.ends: list[tuple[int, int]] = []  # heap: the step at which a running response ends, its group
 
     def add(self, group: int, lengths: list[int]) -> None:
         for n in lengths:
             heapq.heappush(self.ends, (self.steps + n, group))
 
     def next_end(self) -> float:
-        """When the next answer ends, ms."""
+        """Time at which the next response ends, ms."""
         return self.ms + (self.ends[0][0] - self.steps) * step_ms(len(self.ends))
 
     def advance(self) -> int:
-        """To the end of the next answer; returns its group."""
+        """Advance to the end of the next response; return its group."""
         self.ms = self.next_end()
         self.steps, group = heapq.heappop(self.ends)
         return group
 
     def left(self, ms: float) -> list[tuple[int, int]]:
-        """At a time before the next end: what is running, as (group, tokens to go)."""
+        """Responses that run at a time before the next end, as (group, tokens to go)."""
         steps = self.steps + int((ms - self.ms) / step_ms(len(self.ends))) if self.ends else 0
         return [(group, max(1, end - steps)) for end, group in self.ends]
 
 
 def simulate(groups: list[list[int]], capacity: int, policy: str, want: int) -> tuple[list[float], list[list[int]]]:
-    """Milliseconds of each rank, and the tokens that are still to come of the groups that were cut off. Policies:
+    """Return milliseconds per rank, and the tokens still to come of the groups that were cut off. Policies:
 
-    lock step       each rank its own prompts, a full batch at a time, the next when its last answer has ended
+    lock step       each rank its own prompts, a full batch at a time, the next when its last response has ended
     fixed shares    each rank its own prompts, the next as soon as there is room
     shared counter  every rank takes the next prompt of all as soon as it has room (lead_fast.rollout)
-    early cut       the same, and all stop when `want` groups are whole (rollout.extra_problems)
+    early cut       the same, and all stop when `want` groups are complete (rollout.extra_problems)
     """
     ranks = [Rank() for _ in range(RANKS)]
     n = max(map(len, groups))
@@ -78,7 +78,7 @@ def simulate(groups: list[list[int]], capacity: int, policy: str, want: int) -> 
     shared = policy in ("shared counter", "early cut")
     queues = [every] * RANKS if shared else [every[r::RANKS] for r in range(RANKS)]
     to_come = [len(lengths) for lengths in groups]
-    turn = ranks  # who may have room: everybody at first, then who has just ended an answer
+    turn = ranks  # who may have room: all at first, then the one that has just ended a response
     while True:
         for rank in turn:
             queue = queues[ranks.index(rank)]
@@ -109,17 +109,17 @@ def idle(repeats: int, steps: int = 4) -> list[dict]:
                 rng = np.random.default_rng(seed)
                 waiting: list[list[int]] = []
                 for _ in range(steps):
-                    hard = rng.normal(8.3, 0.5, (asked - len(waiting), 1))  # a hard problem's answers are all long
+                    hard = rng.normal(8.3, 0.5, (asked - len(waiting), 1))  # a hard problem's responses are all long
                     new = np.exp(rng.normal(hard, 0.5, (len(hard), 8))).clip(16, TAIL).astype(int).tolist()
                     ms, waiting = simulate(waiting + new, capacity, policy, problems)
                     shares.append(1 - statistics.mean(ms) / max(ms))
                     seconds.append(max(ms) / 1e3)
-            rows.append({"problems": problems, "asked": asked, "answers_at_once": capacity, "policy": policy,
+            rows.append({"problems": problems, "asked": asked, "batch_size": capacity, "policy": policy,
                          "runs": repeats, "steps": steps, "idle_share": statistics.mean(shares),
-                         "seconds_a_step": statistics.mean(seconds)})  # fmt: skip
+                         "seconds_per_step": statistics.mean(seconds)})  # fmt: skip
             print(
-                f"{problems:4} problems x 8, {capacity:3} at once a rank   {policy:15}"
-                f"   idle {100 * rows[-1]['idle_share']:5.1f} %   {rows[-1]['seconds_a_step']:7.1f} s a step",
+                f"{problems:4} problems x 8, {capacity:3} at once per rank   {policy:15}"
+                f"   idle {100 * rows[-1]['idle_share']:5.1f} %   {rows[-1]['seconds_per_step']:7.1f} s per step",
                 flush=True,
             )
     return rows
@@ -129,7 +129,7 @@ def idle(repeats: int, steps: int = 4) -> list[dict]:
 
 
 def speed(a: argparse.Namespace) -> list[dict]:
-    """Tokens a second of both engines on this rank's prompts; a rank's own, so that ranks do not wait."""
+    """Tokens per second of both engines on prompts that belong to this rank alone, so that ranks do not wait."""
     from lead_fast.cli import load_config
     from lead_fast.data.prompts import tokenize_prompts
     from lead_fast.data.read import load_problems
@@ -159,10 +159,10 @@ def speed(a: argparse.Namespace) -> list[dict]:
     for name, values in seen.items():
         median = statistics.median(values)
         rows.append({"engine": name, "model": a.model, "dtype": c.model.dtype, "ranks": ranks.world,
-                     "problems": len(prompts), "answers_at_once": a.batch, "tokens_per_s_a_rank": median,
+                     "problems": len(prompts), "batch_size": a.batch, "tokens_per_s_per_rank": median,
                      "min": min(values), "max": max(values), "times_transformers": median / ours})  # fmt: skip
         if ranks.main:
-            print(f"{name:13} {median:8.0f} tokens/s a rank ({min(values):.0f} to {max(values):.0f})"
+            print(f"{name:13} {median:8.0f} tokens/s per rank ({min(values):.0f} to {max(values):.0f})"
                   f"   {median / ours:5.2f} x transformers", flush=True)  # fmt: skip
     return rows
 
@@ -203,12 +203,12 @@ def sync_times(a: argparse.Namespace) -> list[dict]:
     policy = load_policy(c.model, c.parallel, ranks)
     engine = VllmEngine(c, load_tokenizer(c.model), ranks)
     size = int(publish(policy, engine, 0, c, ranks)["sync_bytes"])
-    one, other = torch.ones(size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8)
-    mine, whole = torch.ones(size // 4 // ranks.world), torch.zeros(size // 4 // ranks.world * ranks.world)
+    source, target = torch.ones(size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8)
+    shard, gathered = torch.ones(size // 4 // ranks.world), torch.zeros(size // 4 // ranks.world * ranks.world)
     held = [torch.ones(size // 4 // 16) for _ in range(16)]
     bare = {
-        "memcpy": lambda: other.copy_(one),
-        "bare all-gather": lambda: all_gather(whole, mine),
+        "memcpy": lambda: target.copy_(source),
+        "bare all-gather": lambda: all_gather(gathered, shard),
         "checksums of one side": lambda: fingerprint(held),
     }
     seen: dict[str, list[float]] = {
@@ -246,7 +246,7 @@ def main() -> None:
     p.add_argument("--ranks", type=int, default=2)
     p.add_argument("--model", default="tiny")
     p.add_argument("--problems", type=int, default=32)
-    p.add_argument("--batch", type=int, default=128, help="answers at once")
+    p.add_argument("--batch", type=int, default=128, help="responses at once")
     p.add_argument("--hidden", type=int, default=768)
     p.add_argument("--layers", type=int, default=8)
     p.add_argument("--repeats", type=int, default=5)

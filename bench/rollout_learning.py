@@ -1,17 +1,23 @@
 """Does `tiny` learn by vLLM the same with partial and with quantised rollouts? Each beside its own baseline.
 
     python bench/rollout_learning.py [--seeds 0 1 2] [--ranks 2] [--runs runs/rollout-learning]
-                                     [--out docs/evidence/rollout-learning]
+                                     [--out docs/evidence/rollout-learning] [--table]
 
-Finished runs are kept, so an interrupted comparison resumes. Writes a table (table.md), a picture (compare.png) and
-every run's metrics.jsonl under --out. Needs vLLM (`make test-vllm` installs it for CPUs in an environment of its own).
+What is there is kept, so the same command resumes, within a run too. Writes a table with paired differences (table.md),
+a picture (compare.png) and every run's metrics.jsonl under --out. --table: train nothing, tables and picture of the
+records there. Needs vLLM (`make test-vllm` installs it for CPUs in an environment of its own).
 """
 
 import argparse
+import os
 import shutil
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+from ablation import paired, train
+
+from lead_fast.report import Run, compare, read_run
 
 VARIANTS = {
     "lock step": ("lock-step", []),
@@ -22,6 +28,27 @@ VARIANTS = {
         ["--model.dtype=bfloat16", "--rollout.quantization=fp8_per_channel", "--rollout.kv_dtype=fp8"],
     ),
 }
+PAIRS = (("lock step", "extra problems at 100 %"), ("lock step, bfloat16", "weights and cache in fp8"))
+MEASURES: dict[str, Callable[[Run], float]] = {
+    "pass@1, %": lambda run: 100 * run.evals[-1]["pass_at_1"],
+    "gain in pass@1 since the start, points": lambda run: (
+        100 * (run.evals[-1]["pass_at_1"] - run.evals[0]["pass_at_1"])
+    ),
+    "length of correct responses, tokens": lambda run: run.evals[-1]["length_correct"],
+}
+
+
+def differences_table(folders: dict[str, list[Path]]) -> str:
+    """Markdown: what each way of sampling changed, paired by seed."""
+    out = "| from → to | at the end | seeds | difference | standard error | values |\n|:--|:--|--:|--:|--:|:--|\n"
+    for before, after in PAIRS:
+        for name, measure in MEASURES.items():
+            a, b = ([measure(read_run(folder)) for folder in folders[label]] for label in (before, after))
+            mean, error = paired(a, b)
+            each = ", ".join(f"{x:.1f} → {y:.1f}" for x, y in zip(a, b, strict=True))
+            shown = "-" if error is None else f"{error:.2f}"
+            out += f"| {before} → {after} | {name} | {len(a)} | {mean:+.1f} | {shown} | {each} |\n"
+    return out
 
 
 def main() -> None:
@@ -30,27 +57,26 @@ def main() -> None:
     p.add_argument("--ranks", type=int, default=2)
     p.add_argument("--runs", type=Path, default=Path("runs/rollout-learning"))
     p.add_argument("--out", type=Path, default=Path("docs/evidence/rollout-learning"))
+    p.add_argument("--table", action="store_true", help="train nothing: tables and picture of the records in --out")
     a = p.parse_args()
-    folders: dict[str, list[Path]] = {label: [] for label in VARIANTS}
-    for seed in a.seeds:
-        for label, (name, args) in VARIANTS.items():
+    for seed in a.seeds if not a.table else ():
+        for name, args in VARIANTS.values():
             run = a.runs / f"{name}-{seed}"
-            folders[label].append(run)
-            if (run / "final").exists():
-                continue
-            shutil.rmtree(run, ignore_errors=True)
-            command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={a.ranks}", "--standalone",
-                       "-m", "lead_fast.train", "--recipe=tiny", "--rollout.engine=vllm", f"--seed={seed}", *args,
-                       f"--output={run}"]  # fmt: skip
-            print(" ".join(command[1:]), flush=True)
-            subprocess.run(command, check=True)
-    for runs in folders.values():
-        for run in runs:
+            train(run, ["--recipe=tiny", "--rollout.engine=vllm", f"--seed={seed}", *args], dict(os.environ), a.ranks)
             (a.out / run.name).mkdir(parents=True, exist_ok=True)
             shutil.copy(run / "metrics.jsonl", a.out / run.name / "metrics.jsonl")
-    compare = [f"{label}={','.join(str(a.out / r.name) for r in runs)}" for label, runs in folders.items()]
-    subprocess.run([sys.executable, "-m", "lead_fast.report", "--compare", *compare, "--out", str(a.out)], check=True)
+    folders = {label: [a.out / f"{name}-{seed}" for seed in a.seeds] for label, (name, _) in VARIANTS.items()}
+    table, _ = compare(folders, a.out)
+    with table.open("a", encoding="utf-8") as f:
+        f.write(
+            f"\n{differences_table(folders)}\nMean paired difference over seeds, and its standard error. A run is "
+            "evaluated by its own engine: one with fp8 from rounded weights and a rounded cache, at the start too.\n"
+        )
+    print(table.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as e:
+        sys.exit(f"error: {e}")

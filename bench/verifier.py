@@ -971,17 +971,17 @@ def _examples(pairs: Iterable[tuple[str, str, bool]]) -> list[str]:
     return ["| reference | answer | equal |", "|---|---|---|", *rows, ""] if rows else []
 
 
-INTRODUCTION = """# What counts as equal
+INTRODUCTION = """# Which answers count as equal
 
-An answer is what the last `\\boxed{}` of a response holds; boxes that the last sentence joins by a comma or `and` are
-one list, and an empty box does not count. Answer and reference are read into a type each and compared by type. The
-rules are the tables of `lead_fast/reward/answers.py`; this page is written from them, and a test compares it with them
-and tries every example. To try a form:
+The answer is the content of a response's last `\\boxed{}`. Boxes that the last sentence joins by a comma or `and` are
+one list; an empty box does not count. Answer and reference are each read as a type, such as a number, a list or an
+interval, and compared by the rule for the two types. The rules are the tables of `lead_fast/reward/answers.py`; this
+page is generated from them, and a test tries every example. To try an answer of your own:
 
     python -c "from lead_fast.reward.answers import decide; print(decide('ANSWER', 'REFERENCE'))"
 
-It prints True, False, or None for what is left to math-verify: that goes there as it is, in a process whose CPU time is
-limited (`--reward.verifier_timeout_s`).
+It prints True, False, or None. None means that no rule decides, and math-verify is asked, in a process whose CPU time
+is limited (`--reward.verifier_timeout_s`).
 """
 
 

@@ -9,7 +9,8 @@
 The set is AIME24, AIME25, MATH500, AMC23, Minerva, OlympiadBench, LiveCodeBench, a hub set or a file. DIR gets
 samples.jsonl (every graded answer), evaluation.json, table.md and evaluation.png. What samples.jsonl holds is not
 sampled again, so an evaluation that was stopped is resumed by the same command. Where no recipe is named, a run
-directory's own configuration holds (its lengths, instruction and grading), else the recipe `tiny`.
+directory's own configuration holds (its lengths, instruction and grading; not the quantisation of its rollouts), else
+the recipe `tiny`.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from . import crosscheck, tables
-from .checks import check, check_folder, chosen_engine, responses_at_once
+from .checks import check, check_folder, chosen_engine, quantized, responses_at_once
 from .cli import dump, load_config, take_dry_run
 from .command import run_command
 from .config import Config
@@ -33,7 +34,7 @@ from .data.prompts import load_test
 from .learner.model import load_tokenizer, resolve
 from .machine import look_at_machine
 from .records import Batch, Problem, Sample
-from .report import parse_labelled
+from .report import parse_labelled, samples_rounded
 from .reward.function import RewardFunction
 from .reward.grading import grade
 from .reward.programs import Programs, counted, protection
@@ -58,7 +59,7 @@ class Samples:
 
     Args:
         path: the file, made when the first responses come.
-        asked: everything that the responses depend on; a file that was asked otherwise is refused.
+        asked: everything that the responses depend on; a file that was asked otherwise is refused. {}: any is read.
     """
 
     def __init__(self, path: Path, asked: dict):
@@ -74,11 +75,11 @@ class Samples:
                     self.done[answered.id] = answered
                 else:
                     old = json.loads(line).get("asked", {})
-                    other = [k for k in asked if old.get(k) != asked[k]]
+                    other = [k for k in {**asked, **old} if old.get(k) != asked.get(k)] if asked else []
                     if other:
                         raise ValueError(
                             f"{path} holds responses with another {other[0]} ({old.get(other[0])!r}, now "
-                            f"{asked[other[0]]!r}): give another --output, or remove the file."
+                            f"{asked.get(other[0])!r}): give another --output, or remove the file."
                         )
                 self.complete_bytes += len(line)
 
@@ -198,7 +199,10 @@ def weights(model: str) -> str | None:
 
 
 def own_settings(args: list[str]) -> list[str]:
-    """Arguments that stand for a recipe where `args` name none: a run directory's own configuration."""
+    """Arguments that stand for a recipe where `args` name none: a run directory's own configuration.
+
+    The weights are evaluated as they are saved: rounding its rollouts made the run faster, and is no part of its model.
+    """
     if any(a.split("=")[0] in ("--recipe", "--config") for a in args):
         return []
     named = [b if a in ("--model", "--model.path") else a.partition("=")[2]
@@ -207,7 +211,20 @@ def own_settings(args: list[str]) -> list[str]:
     path = Path(named[-1]) / "config.toml" if named else None
     if path is None or not path.is_file() or "rollout" not in tomllib.loads(path.read_text(encoding="utf-8")):
         return []
-    return [f"--config={path}", "--output="]
+    return [f"--config={path}", "--output=", "--rollout.quantization=none", "--rollout.kv_dtype=auto"]
+
+
+def settings(c: Config) -> str:
+    """Where the settings come from, and whether weights or cache are rounded, here and in the model's own run."""
+    text = f"Settings of recipe {c.recipe}."
+    if quantized(c):
+        text += (
+            f"\nSamples from rounded weights or a rounded cache (rollout.quantization={c.rollout.quantization}, "
+            f"rollout.kv_dtype={c.rollout.kv_dtype}): none and auto evaluate the model as it is saved."
+        )
+    elif samples_rounded(Path(c.model.path)):
+        text += "\nThe run sampled from rounded weights or a rounded cache; its model is evaluated as it is saved."
+    return text
 
 
 def asked(c: Config, problems: list[Problem]) -> dict:
@@ -226,6 +243,8 @@ def asked(c: Config, problems: list[Problem]) -> dict:
         "reward.grade": c.reward.grade,
         "data.instruction": c.data.instruction,
         **({"data.template": c.data.template} if c.data.template else {}),
+        **({"rollout.quantization": c.rollout.quantization} if c.rollout.quantization != "none" else {}),
+        **({"rollout.kv_dtype": c.rollout.kv_dtype} if c.rollout.kv_dtype != "auto" else {}),
         "seed": c.seed,
     }
 
@@ -272,7 +291,7 @@ def main(args: list[str] | None = None) -> None:
     asked_to_stop = stop_on_signals(ranks, "portion of the problems that is being sampled")
     check(c, ranks.world, trains=False, device_type=ranks.device.type)
     if ranks.main:
-        print(f"Settings of recipe {c.recipe}.", flush=True)
+        print(settings(c), flush=True)
     shape = look_at_machine(c.model, ranks, engine=chosen_engine(c, ranks.device.type))
     code = parse_source(c.data.test) is not None
     if code and not allowed:

@@ -145,10 +145,10 @@ def push_to_hub(folder: Path, repository: str, *, private: bool = True) -> str:
     except HfHubHTTPError as e:
         code = e.response.status_code if e.response is not None else "no status"
         raise ValueError(
-            f"The hub refused {repository} ({code}): look at the name, and at whether the token may write to it."
+            f"The hub refused {repository} ({code}): check the name, and whether the token may write to it."
         ) from e
     except (OSError, client_error) as e:  # no network
-        raise ValueError(f"{repository} cannot be uploaded ({type(e).__name__}): look at the network.") from e
+        raise ValueError(f"{repository} cannot be uploaded ({type(e).__name__}): check the network.") from e
     return str(url)
 
 

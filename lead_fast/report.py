@@ -14,6 +14,7 @@ import html
 import statistics
 import sys
 import tempfile
+import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from .runtime.console import clock
 from .runtime.jsonl import read_jsonl
+from .runtime.metric_table import answers_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,6 +51,7 @@ PHASES = {
     "train": ORANGE,
     "optim": AMBER,
     "sync": GREEN,
+    "keep": "#882255",
     "evaluate": GREY,
     "save": "#3B3F46",
 }
@@ -78,6 +81,7 @@ STYLE: dict[Any, Any] = {
 }
 BAND_LEVELS = 12  # more difficulties than this are put into BANDS bands of about as many problems each
 BANDS = 8
+WIDE = 14.6  # inches of a picture that takes the place of two: their letters are as large
 
 
 @dataclass(frozen=True)
@@ -113,15 +117,14 @@ def read_run(run_dir: str | Path) -> Run:
                 f"{folder} is a run of lead_fast.sft, which has no responses to report: see its TensorBoard."
             )
         raise ValueError(f"{path} holds no step and no evaluation yet: let the run finish its first step.")
-    return Run(folder, kinds[0], [r | answers_of(r) for r in kinds[1]])
+    return Run(folder, kinds[0], [r | answers_of(r) | half_limit(r) for r in kinds[1]])
 
 
-def answers_of(record: Record) -> Record:
-    """The share of responses that hold an answer, and the share of those that is correct (None where none is)."""
-    if record.get("no_answer_share") is None or record.get("pass_at_1") is None:
-        return {}
-    answered = 1.0 - record["no_answer_share"]
-    return {"answered_share": answered, "precision": record["pass_at_1"] / answered if answered > 1e-9 else None}
+def half_limit(record: Record) -> Record:
+    """The share of responses that are correct within half of the longest budget; {} where no budget was recorded."""
+    points = record.get("budget") or []
+    half = [p["accuracy"] for p in points if 2 * p["tokens"] == points[-1]["tokens"]]
+    return {"pass_at_half_limit": half[0]} if half else {}
 
 
 # ---------------------------------------------------------------------------------------------------------- pictures
@@ -147,11 +150,24 @@ def noisy(ax: "Axes", records: Sequence[Record], key: str, color: str, label: st
         ax.plot(x, trend(y), "s" if len(y) == 1 else "-", color=color, linewidth=1.6, alpha=0.75, label=label)
 
 
-def held_out(ax: "Axes", run: Run, key: str, color: str, label: str, scale: float = 1.0) -> None:
+def held_out(ax: "Axes", run: Run, key: str, color: str, label: str, scale: float = 1.0, style: str = "o-") -> None:
     """A value of every evaluation."""
     x, y = line(run.evals, key, scale)
     if y:
-        ax.plot(x, y, "o-", color=color, label=label)
+        ax.plot(x, y, style, color=color, label=label)
+
+
+def stacked(ax: "Axes", steps: list[int], parts: Sequence[tuple[str, str, list[float]]]) -> None:
+    """Values on top of each other, a step one unit wide; (label, color, values) from the bottom.
+
+    One area per part: a bar per step and part takes minutes in a run of thousands of steps.
+    """
+    edges = [step + side for step in steps for side in (-0.5, 0.5)]
+    bottom = [0.0] * len(edges)
+    for label, color, values in parts:
+        top = [low + v for low, v in zip(bottom, (v for v in values for _ in range(2)), strict=True)]
+        ax.fill_between(edges, bottom, top, color=color, linewidth=0, label=label)
+        bottom = top
 
 
 def integer_steps(ax: "Axes") -> None:
@@ -204,12 +220,12 @@ def draw_answers(run: Run) -> "Figure | None":
     if not any(r.get("precision") is not None for r in run.evals):
         return None
     fig, (ax,) = figure(7.2, 3.9)
-    held_out(ax, run, "answered_share", GREEN, "answered: responses with an answer", 100)
-    held_out(ax, run, "precision", PURPLE, "precision: answers that are correct", 100)
-    held_out(ax, run, "pass_at_1", BLUE, "pass@1: their product", 100)
-    ax.set(title="Answers and their precision", ylabel="held out (%)", ylim=(0, 105))
+    held_out(ax, run, "answered_share", GREEN, "answered", 100)
+    held_out(ax, run, "precision", PURPLE, "precision: correct of these", 100)
+    held_out(ax, run, "pass_at_1", BLUE, "pass@1: their product", 100, "o:")  # covers precision where all are answered
+    ax.set(title="Answers", ylabel="held out (%)", ylim=(0, 105))
     integer_steps(ax)
-    legend(ax, fontsize=9)
+    legend(ax, fontsize=9, ncols=3, loc="upper right", bbox_to_anchor=(1, 1.14), columnspacing=1.2)
     return fig
 
 
@@ -222,6 +238,12 @@ def draw_budget(run: Run) -> "Figure | None":
     for record, color in zip(ends[-1:] if ends[0] is ends[-1] else ends, (GREY, BLUE), strict=False):
         points = [(0, 0.0)] + [(p["tokens"], 100 * p["accuracy"]) for p in record["budget"]]
         ax.plot(*zip(*points, strict=True), "o-", color=color, markersize=4, label=f"step {record['step']}")
+        banded = [
+            (p["tokens"], *p["accuracy_ci"]) for p in record["budget"] if None not in p.get("accuracy_ci", [None])
+        ]
+        if banded:
+            at, low, high = zip(*banded, strict=True)
+            ax.fill_between(at, [100 * x for x in low], [100 * x for x in high], color=color, alpha=0.15, linewidth=0)
     ax.set(title="Accuracy within a token budget", xlabel="tokens allowed", ylabel="correct within the budget (%)")
     ax.set_ylim(0, 105)
     legend(ax, loc="lower right")
@@ -281,11 +303,11 @@ def draw_groups(run: Run) -> "Figure":
     kept = [r for r in run.train if r.get("solve_rate_histogram")]
     shares = [[100 * n / sum(r["solve_rate_histogram"]) for n in r["solve_rate_histogram"]] for r in kept]
     parts = ("all wrong", ORANGE, 0, 1), ("mixed", FAINT, 1, -1), ("all correct", GREEN, -1, None)
-    bottom = [0.0] * len(kept)
-    for name, color, first, last in parts:
-        part = [sum(s[first:last]) for s in shares]
-        ax.bar([r["step"] for r in kept], part, 1.0, bottom=bottom, color=color, linewidth=0, label=name)
-        bottom = [x + y for x, y in zip(bottom, part, strict=True)]
+    stacked(
+        ax,
+        [r["step"] for r in kept],
+        [(name, color, [sum(s[first:last]) for s in shares]) for name, color, first, last in parts],
+    )
     ax.set(title="Outcome of groups", ylabel="groups (%)", ylim=(0, 100))
     integer_steps(ax)
     ax.margins(x=0)
@@ -296,7 +318,7 @@ def draw_groups(run: Run) -> "Figure":
 
 def draw_time(run: Run) -> "Figure":
     """Mean seconds of each phase, and all phases over the steps."""
-    fig, (ax, over) = figure(10.4, 3.9, 2, width_ratios=(1, 1.25))
+    fig, (ax, over) = figure(WIDE, 3.9, 2, width_ratios=(1, 1.25))
     seconds = {p: [r.get("seconds", {}).get(p) or 0.0 for r in run.train] for p in phases(run)}
     means = {p: statistics.fmean(values) for p, values in seconds.items()}
     step_s = sum(means.values()) or 1.0
@@ -308,13 +330,8 @@ def draw_time(run: Run) -> "Figure":
     ax.grid(axis="y", visible=False)
     ax.tick_params(axis="y", length=0)
     ax.set(title="Time per phase", xlabel="mean seconds per step")
-    bottom = [0.0] * len(run.train)
-    steps = [r["step"] for r in run.train]
-    for phase, values in seconds.items():
-        color = PHASES.get(phase, GREY)
-        over.bar(steps, values, 1.0, bottom=bottom, color=color, linewidth=0, label=phase)
-        bottom = [b + v for b, v in zip(bottom, values, strict=True)]
-    over.set_ylim(0, 1.06 * max(bottom, default=1.0) or 1.0)
+    stacked(over, [r["step"] for r in run.train], [(p, PHASES.get(p, GREY), values) for p, values in seconds.items()])
+    over.set_ylim(0, 1.06 * max(map(sum, zip(*seconds.values(), strict=True)), default=1.0) or 1.0)
     over.set(title="Over the run", ylabel="seconds per step")
     integer_steps(over)
     return fig
@@ -345,8 +362,29 @@ def draw_terms(run: Run) -> "Figure | None":
     return fig
 
 
+def draw_signal(run: Run) -> "Figure | None":
+    """What the groups' lengths and outcomes leave to learn from; None for an older run, which did not record it."""
+    if not any(r.get("groups_with_gradient") is not None for r in run.train):
+        return None
+    fig, (moving, correlation, spread) = figure(WIDE, 3.9, 3)
+    noisy(moving, run.train, "groups_with_gradient", BLUE, None, 100)
+    moving.set(title="Groups with a gradient", ylabel="groups (%)", ylim=(0, 105))
+    noisy(correlation, run.train, "length_correctness", PURPLE, None)
+    correlation.axhline(0, color=INK, linewidth=0.8)
+    correlation.set(title="Length and correctness", ylabel="correlation within groups", ylim=(-1.05, 1.05))
+    for height, words in ((0.97, "shorter responses are more often wrong"), (0.03, "longer ones are more often wrong")):
+        correlation.text(0.02, height, words, transform=correlation.transAxes, fontsize=9, color=GREY,
+                         va="top" if height > 0.5 else "bottom")  # fmt: skip
+    noisy(spread, run.train, "length_spread", GREEN, None, 100)
+    spread.set(title="Spread of a group's correct lengths", ylabel="standard deviation / mean (%)")
+    spread.set_ylim(bottom=0)
+    for ax in (moving, correlation, spread):
+        integer_steps(ax)
+    return fig
+
+
 def draw_optimisation(run: Run) -> "Figure":
-    fig, (left, right) = figure(10.4, 3.6, 2)
+    fig, (left, right) = figure(WIDE, 3.9, 2)
     noisy(left, run.train, "entropy", BLUE, None)
     left.set(title="Entropy of the policy", ylabel="nats per token")
     noisy(right, run.train, "grad_norm", ORANGE, None)
@@ -365,10 +403,12 @@ DRAWINGS: dict[str, tuple[Callable[[Run], "Figure | None"], str]] = {
     "difficulty": (draw_difficulty, "Held-out pass@1 by difficulty, before and after"),
     "terms": (draw_terms, "Mean terms of the reward function over the steps"),
     "groups": (draw_groups, "Groups with no, some and all responses correct, in per cent"),
+    "signal": (draw_signal, "Groups with a gradient, correlation of length and correctness, spread of correct lengths"),
     "time": (draw_time, "Seconds of each phase"),
     "optimisation": (draw_optimisation, "Entropy and gradient norm over the steps"),
 }
-NEED_TRAINING = {"groups", "time", "optimisation"}
+NEED_TRAINING = {"groups", "signal", "time", "optimisation"}
+BROAD = {"signal", "time", "optimisation"}
 
 
 def draw(run: Run, out: Path) -> dict[str, Path]:
@@ -424,7 +464,7 @@ def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
     folder = make_folder(out or run_dir)
     pictures = draw(run, folder)
     images = "\n".join(
-        f'<img class="{"wide" if name in ("time", "optimisation") else ""}" alt="{DRAWINGS[name][1]}"'
+        f'<img class="{"wide" if name in BROAD else ""}" alt="{DRAWINGS[name][1]}"'
         f' src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
         for name, path in pictures.items()
     )
@@ -471,9 +511,20 @@ def facts(run: Run) -> str:
     if run.evals and run.evals[-1].get("problems"):
         last = run.evals[-1]
         facts.append(f"held out: {last['problems']} problems, sampled {last.get('samples', 1)} x, scored 0 or 1")
+        if run.train and samples_rounded(run.folder):
+            facts.append("the run's own engine sampled them, with its weights or cache rounded")
     else:
         facts.append("no evaluation in this run: the table shows training batches")
     return " · ".join(facts)
+
+
+def samples_rounded(folder: Path) -> bool:
+    """Whether a run's engine rounds its weights or its cache."""
+    try:
+        rollout = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8")).get("rollout", {})
+    except (OSError, ValueError):
+        return False
+    return rollout.get("quantization", "none") != "none" or rollout.get("kv_dtype", "auto") != "auto"
 
 
 def percent(value: float) -> str:
@@ -484,6 +535,14 @@ def tokens(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}"
 
 
+def correlation(value: float) -> str:
+    return f"{value:+.2f}"
+
+
+def decimals(value: float) -> str:
+    return f"{value:.3f}"
+
+
 ROWS = (
     ("pass_at_1", "pass@1", percent),
     ("length_correct", "length of correct responses, tokens", tokens),
@@ -492,6 +551,14 @@ ROWS = (
     ("truncated_share", "truncated responses", percent),
     ("answered_share", "responses with an answer", percent),
     ("precision", "precision: answers that are correct", percent),
+    ("pass_at_half_limit", "correct within half of the limit on tokens", percent),
+)
+OPTIONAL = {"answered_share", "precision", "pass_at_half_limit"}  # of evaluations, and not of older ones
+TRAINING_ROWS = (
+    ("groups_with_gradient", "groups with a gradient", percent),
+    ("length_correctness", "correlation of length and correctness within groups", correlation),
+    ("length_spread", "spread of a group's correct lengths, of their mean", percent),
+    ("entropy", "entropy, nats per token", decimals),
 )
 
 
@@ -500,12 +567,27 @@ def summary_table(run: Run) -> str:
     rows = ""
     for key, name, show in ROWS:
         a, b = first.get(key), last.get(key)
-        if key in ("answered_share", "precision") and a is None and b is None:
-            continue  # not recorded: training batches, or an older run
+        if key in OPTIONAL and a is None and b is None:
+            continue
         cells = [interval(r, key, show) for r in (first, last)]
         rows += f"<tr><td>{name}</td><td>{cells[0]}</td><td>{cells[1]}</td><td>{change(a, b, show)}</td></tr>\n"
     head = f"<tr><th></th><th>step {first['step']}</th><th>step {last['step']}</th><th>change</th></tr>"
-    return f"<table>{head}\n{rows}</table>"
+    return f"<table>{head}\n{rows}{training_rows(run)}</table>"
+
+
+def training_rows(run: Run) -> str:
+    """Means over the first and the last tenth of the training batches; empty with fewer than two of them."""
+    n = max(1, len(run.train) // 10)
+    early, late = run.train[:n], run.train[-n:]
+    rows = ""
+    for key, name, show in TRAINING_ROWS if len(run.train) > 1 else ():
+        a, b = (statistics.fmean(y) if (y := line(part, key)[1]) else None for part in (early, late))
+        if a is not None or b is not None:
+            cells = ["–" if x is None else show(x) for x in (a, b)]
+            rows += f"<tr><td>{name}</td><td>{cells[0]}</td><td>{cells[1]}</td><td>{change(a, b, show)}</td></tr>\n"
+    spans = [f"step {p[0]['step']}" if n == 1 else f"steps {p[0]['step']}–{p[-1]['step']}" for p in (early, late) if p]
+    head = f"<tr><th>training batches</th>{''.join(f'<th>{s}</th>' for s in spans)}<th>change</th></tr>\n"
+    return head + rows if rows else ""
 
 
 def interval(record: Record, key: str, show: Callable[[float], str]) -> str:
@@ -517,11 +599,13 @@ def interval(record: Record, key: str, show: Callable[[float], str]) -> str:
 
 
 def change(a: float | None, b: float | None, show: Callable[[float], str]) -> str:
-    """Shares in points, lengths in per cent."""
+    """Shares in points, correlations as they are, lengths in per cent."""
     if a is None or b is None:
         return "–"
     if show is percent:
         return f"{100 * (b - a):+.1f} points"
+    if show is correlation:
+        return f"{b - a:+.2f}"
     return f"{100 * (b / a - 1):+.1f} %" if a else "–"
 
 

@@ -57,7 +57,7 @@ LATENT = {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rop
 DEEPSEEK = LATENT | {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
                      "moe_intermediate_size": 32, "first_k_dense_replace": 1, "n_shared_experts": 1}  # fmt: skip
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_expand": 2, "mamba_n_groups": 1}
-BLOCKS = "blocks or its head are elsewhere"
+BLOCKS = "blocks or its head are not in"
 LEAKS = "see across the sequences of a pack"
 BOUNDS = "does not pass the bounds of packed sequences"
 
@@ -189,11 +189,11 @@ def errors(family: Family) -> dict[str, float]:
 
 HEADER = """# Which models train
 
-What a model does in attention, between its last hidden states and its log-probs, and in layers that are no attention is applied, or the model is refused in one sentence before its weights are loaded. A run decides this by comparing a small copy of the model, on packed sequences, with transformers on each sequence alone (`learner/model_check.py`); what is not in this table is decided in the same way. `--model.unchecked` trains a type of which no small copy can be made.
+The trainer computes a model as transformers does, up to rounding, or refuses it in one sentence before its weights are loaded. Every run checks this on a small random copy of the model: the trainer on packed sequences, transformers on each sequence alone (`learner/model_check.py`). A model that is not in this table is checked in the same way. `--model.unchecked` trains a type of which no small copy can be made.
 
-Applied everywhere: the head's bias, scales and soft caps of the logits (`learner/head.py`), sliding windows per layer, the scale of attention. Soft-capped attention needs flash-attn on a GPU in bfloat16; sinks need `--model.dtype=float32` there.
+Supported in every family: a bias of the head, scales and soft caps of the logits (`learner/head.py`), sliding windows per layer, a scale of attention. Soft-capped attention needs flash-attn on a GPU in bfloat16; sinks need `--model.dtype=float32` there.
 
-This page is the output of `python tests/families.py`, on random weights in float32: the largest difference of a log-prob from transformers' (nats), and the relative differences of SFT's loss and gradient.
+This page is the output of `python tests/families.py`, with random weights in float32. It shows the largest difference between a log-prob and that of transformers, in nats, and the relative differences of SFT's loss and gradient.
 
 | family | outcome | log-probs | loss | gradient | why refused |
 |---|---|---|---|---|---|"""  # noqa: E501

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from lead_fast.data.arithmetic import make_problems
+from lead_fast.runtime.metric_table import metric, paths
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 5  # of a small run
@@ -147,8 +148,10 @@ def faulty(faults: list[dict]) -> list[str]:
 
 
 def records(run_folder: Path, kind: str | None = None) -> list[dict]:
-    """The records of metrics.jsonl, of one kind if it is named."""
-    rows = map(json.loads, (run_folder / "metrics.jsonl").read_text().splitlines())
+    """The records of metrics.jsonl, of one kind if it is named; every key of them must have an entry."""
+    rows = [*map(json.loads, (run_folder / "metrics.jsonl").read_text().splitlines())]
+    for row in rows:
+        assert [metric(path, row["kind"]) for path in paths(row)]
     return [r for r in rows if kind is None or r["kind"] == kind]
 
 

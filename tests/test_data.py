@@ -119,7 +119,7 @@ def test_bad_sources(tmp_path, monkeypatch):
         load_problems(str(tmp_path / "latin.jsonl"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no retries
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match="could not be had from the hub.*give a .jsonl"):
+    with pytest.raises(ValueError, match="could not be fetched from the hub.*give a .jsonl"):
         load_problems("nobody/no-such-dataset-here")
 
 
@@ -417,6 +417,22 @@ def test_csv_that_is_not_plain_is_refused(content, says, tmp_path):
     with pytest.raises(ValueError) as e:
         load_problems(str(tmp_path / "a.csv"))
     assert says in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "name, content, says",
+    [
+        ("a.jsonl", '{"problem": "a", "answer": "1"}\n{"problem": "b", "answer": "2", "answer": "3"}\n',
+         "a.jsonl, line 2 has the key 'answer' 2 times in one object: keep one of them."),
+        ("a.json", '[{"problem": "a", "answer": "1", "meta": {"level": 1, "level": 2}}]',
+         "a.json has the key 'level' 2 times in one object: keep one of them."),
+    ],
+)  # fmt: skip
+def test_a_key_that_stands_twice_in_a_row_is_named(name, content, says, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError) as e:
+        load_problems(str(tmp_path / name))
+    assert str(e.value).endswith(says)
 
 
 @pytest.mark.parametrize(

@@ -184,7 +184,7 @@ def test_answers_of_weights_that_were_there_before_are_refused(tmp_path):
 def test_a_run_directory_is_evaluated_with_its_own_settings(tmp_path):
     from lead_fast.checks import check
     from lead_fast.cli import dump
-    from lead_fast.evaluate import own_settings
+    from lead_fast.evaluate import own_settings, settings
 
     c = load_config(["--recipe=lead-14b", "--rollout.max_tokens=77", "--output=elsewhere"])
     (tmp_path / "config.toml").write_text(dump(c))
@@ -192,6 +192,15 @@ def test_a_run_directory_is_evaluated_with_its_own_settings(tmp_path):
         found = load_config([*own_settings(args), *args])
         assert (found.rollout.max_tokens, found.reward.grade, found.output) == (77, "after_think", "")
         assert found.model.path == str(tmp_path)
+    (tmp_path / "config.toml").write_text(
+        dump(load_config(["--rollout.quantization=fp8_per_channel", "--rollout.kv_dtype=fp8"]))
+    )
+    for more, wanted in (([], ("none", "auto")), (["--rollout.quantization=fp8_per_block"], ("fp8_per_block", "auto"))):
+        args = [f"--model={tmp_path}", *more]
+        found = load_config([*own_settings(args), *args])  # the weights as they are saved, unless asked otherwise
+        assert (found.rollout.quantization, found.rollout.kv_dtype) == wanted
+        assert ("The run sampled from rounded weights" if not more else "=fp8_per_block") in settings(found)
+    assert "rounded" not in settings(load_config(["--model=tiny"]))
     assert own_settings([f"--model={tmp_path}", "--recipe=tiny"]) == own_settings(["--model=tiny"]) == []
     (tmp_path / "config.toml").write_text("batch_tokens = 5\n")  # of SFT
     assert own_settings([f"--model={tmp_path}"]) == []

@@ -20,11 +20,10 @@ from lead_fast.config import Config, SftConfig
 
 pytestmark = pytest.mark.quick
 
+EVIDENCE = ROOT / "docs" / "evidence"  # what commands generate
 DOCS = [
-    ROOT / "README.md",
-    ROOT / "CONTRIBUTING.md",
-    *sorted((ROOT / "docs").glob("*.md")),
-    *sorted((ROOT / "docs" / "internals").glob("*.md")),
+    *sorted(ROOT.glob("*.md")),
+    *(p for p in sorted((ROOT / "docs").rglob("*.md")) if EVIDENCE not in p.parents),
 ]
 
 
@@ -156,7 +155,10 @@ def test_vllm_is_imported_in_one_file_at_most():
     assert users in ([], ["vllm_engine.py"])
 
 
-@pytest.mark.parametrize("doc", DOCS, ids=lambda p: p.name)
+EACH_DOC = pytest.mark.parametrize("doc", DOCS, ids=lambda p: str(p.relative_to(ROOT)))
+
+
+@EACH_DOC
 def test_paths_and_commands_in_documents_exist(doc: Path):
     text = doc.read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.M))
@@ -177,7 +179,66 @@ def test_paths_and_commands_in_documents_exist(doc: Path):
                 places += [ROOT / "lead_fast" / wing for wing in BELOW]
                 assert any((p / word).exists() for p in places) or word in GENERATED, f"{doc.name} names {word}"
     for key in re.findall(r"--([a-z]+(?:\.[a-z_]+)+)", text):
-        assert key in {*keys(Config), *keys(SftConfig)}, f"{doc.name} names --{key}"
+        assert key in {*keys(Config), *keys(SftConfig)} or stands_for_keys(key), f"{doc.name} names --{key}"
+    for name in re.findall(rf"`({'|'.join(SECTION_NAMES)})\.([a-z_.]+)(?:=[^`]*)?`", text):
+        if name[1].rpartition(".")[2] not in ("py", "md", "toml", "json", "jsonl", "key"):
+            assert ".".join(name) in {*keys(Config), "rollout.speculative"}, f"{doc.name} names {'.'.join(name)}"
+
+
+def stands_for_keys(flag: str) -> bool:
+    """Whether a flag is a pattern, such as --section.key, or one of the chat template's own arguments."""
+    return flag.endswith(".key") or flag.startswith("data.template.")
+
+
+SECTION_NAMES = [f.name for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type)]
+SOURCES = {
+    p: p.read_text(encoding="utf-8") for p in sorted(ROOT.glob("*/*.py")) + sorted(ROOT.glob("lead_fast/*/*.py"))
+}
+
+
+@EACH_DOC
+def test_flags_recipes_and_presets_in_documents_exist(doc: Path):
+    text = re.sub(r"\\\n\s*", "", doc.read_text(encoding="utf-8"))
+    for module, script, rest in re.findall(r"(?:-m (lead_fast\.\w+)|python ((?:bench|tests)/\w+\.py))([^`\n]*)", text):
+        sources = [p for p in SOURCES if p.is_relative_to(ROOT / "lead_fast")] if module else [ROOT / script]
+        accepted = {f for p in sources for f in re.findall(r'"--([\w-]+)[="]', SOURCES[p])}
+        accepted |= {f for p in sources if 'f"--{' in SOURCES[p] for f in re.findall(r'"(\w+)"', SOURCES[p])}
+        accepted |= {"KEY", *(f"{name}_column" for name in ("problem", "reference", "solution"))}
+        accepted |= {"config", "model", "dry-run", "help", *keys(Config), *keys(SftConfig)} if module else set()
+        for flag in re.findall(r"--([A-Za-z][\w.-]*)", re.split(r"&&|[#|;]| and ", rest)[0]):
+            assert flag in accepted or stands_for_keys(flag), f"{doc.name}: {module or script} --{flag}"
+    for kind, known in (("recipe", {*names(RECIPES), *names(RECIPES / "sft")}), ("preset", {*names(PRESETS)})):
+        for name in re.findall(rf"--{kind}[ =]([\w./-]+)", text):
+            fits = name.isupper() or name.endswith(".toml") or name in known
+            assert fits, f"{doc.name} names the {kind} {name}"
+
+
+def anchors(path: Path) -> set[str]:
+    """Anchors of a page's headings, as GitHub and the site make them."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+    headings = [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", h) for h in re.findall(r"^#+ (.+?) *$", text, re.M)]
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+@EACH_DOC
+def test_links_in_documents_lead_to_a_file_and_a_heading(doc: Path):
+    text = re.sub(r"^```.*?^```|`[^`\n]*`", "", doc.read_text(encoding="utf-8"), flags=re.M | re.S)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?://|mailto:", link):
+            continue
+        file, _, anchor = link.partition("#")
+        target = (doc.parent / file).resolve() if file else doc
+        assert target.exists() and target.is_relative_to(ROOT), f"{doc.name} links to {link}"
+        if anchor:
+            assert target.suffix == ".md" and anchor in anchors(target), f"{doc.name} links to {link}"
+
+
+def test_every_page_is_in_the_sites_navigation():
+    listed = re.findall(
+        r"^ +- (?:[^:\n]+: )?(\S+\.md)$", (ROOT / ".ci" / "mkdocs.yml").read_text(encoding="utf-8"), re.M
+    )
+    pages = {str(p.relative_to(ROOT / "docs")) for p in DOCS if ROOT / "docs" in p.parents}
+    assert len(listed) == len(set(listed)) and {*listed} - {"contributing.md", "changelog.md"} == pages
 
 
 def prose(path: Path) -> list[str]:
@@ -227,6 +288,10 @@ GENERATED = {
     "config.toml",
     "report.html",
     "evaluation.json",
+    "configuration.md",
+    "metrics.md",
+    "solved.jsonl",
+    "generation_config.json",
 }
 
 

@@ -235,7 +235,7 @@ def pretend_gpus(monkeypatch, n: int, gib: float = 79.1, capability=(9, 0)) -> N
 def test_gpus_that_torch_cannot_use_stop_the_run(tmp_path, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     for driver, cuda, says in (("550.54.14", "13.0", "it needs driver 580 or newer; update the driver"),
-                               ("580.95.05", "13.0", "collect_env tells why; mend it"),
+                               ("580.95.05", "13.0", "collect_env tells why; fix that"),
                                ("580.95.05", None, "it is a build for the CPU; run make install")):  # fmt: skip
         monkeypatch.setenv("PATH", eight_h100(tmp_path, driver)["PATH"])
         monkeypatch.setattr(torch.version, "cuda", cuda)

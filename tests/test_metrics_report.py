@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+import lead_fast
 from lead_fast.cli import load_config
 from lead_fast.learner.advantage import LengthGuard
-from lead_fast.report import band, main, parse_labelled, read_run, write_report
+from lead_fast.report import PHASES, band, draw_groups, draw_time, main, parse_labelled, read_run, write_report
 from lead_fast.runtime import journal as metrics_module
 from lead_fast.runtime.console import clock
 from lead_fast.runtime.journal import length_correctness, length_spread
@@ -376,6 +377,45 @@ def test_answers_their_precision_and_accuracy_within_a_budget_are_shown(tmp_path
     assert ["responses with an answer", "80.0 %", "60.0 %", "-20.0 points"] in rows
     assert ["precision: answers that are correct", "50.0 %", "75.0 %", "+25.0 points"] in rows
     assert {"answers.png", "budget.png"} <= {p.name for p in tmp_path.iterdir()}
+
+
+def test_what_groups_teach_is_drawn_and_its_first_and_last_tenth_are_shown(tmp_path):
+    m = Metrics(tmp_path, total_steps=20, tensorboard=False)
+    for step in range(1, 21):
+        signal = {"groups_with_gradient": 1 - step / 40, "length_correctness": -step / 20, "length_spread": 0.2}
+        m.train(step, train_record(1) | signal)
+    budget = [{"tokens": 32 * (i + 1), "accuracy": 0.1 * i, "accuracy_ci": [0.1 * i, 0.1 * i + 0.05]} for i in range(4)]
+    for step in (0, 20):
+        m.eval(step, eval_record(step, 0.3) | {"budget": budget})
+    text = write_report(tmp_path).read_text(encoding="utf-8")
+    rows = [re.findall(r"<t[dh]>(.*?)</t[dh]>", row) for row in re.findall(r"<tr>(.*?)</tr>", text)]
+    assert ["training batches", "steps 1–2", "steps 19–20", "change"] in rows
+    assert ["groups with a gradient", "96.2 %", "51.2 %", "-45.0 points"] in rows
+    assert ["correlation of length and correctness within groups", "-0.08", "-0.97", "-0.90"] in rows
+    assert ["correct within half of the limit on tokens", "10.0 %", "10.0 %", "+0.0 points"] in rows
+    assert (tmp_path / "signal.png").stat().st_size > 10_000
+
+
+def test_held_out_numbers_of_a_rounded_engine_are_said_to_be_that(tmp_path):
+    for kind, rounded in (("none", False), ("fp8_per_channel", True)):
+        run = write_run(tmp_path / kind)
+        (run / "config.toml").write_text(f'[rollout]\nquantization = "{kind}"\nkv_dtype = "auto"\n')
+        assert ("its weights or cache rounded" in write_report(run).read_text(encoding="utf-8")) is rounded
+
+
+def test_every_phase_of_a_step_has_a_colour_of_its_own():
+    source = "".join(p.read_text(encoding="utf-8") for p in Path(lead_fast.__file__).parent.rglob("*.py"))
+    assert set(re.findall(r"""\bphase\(["'](\w+)["']\)""", source)) == set(PHASES)
+    assert len(set(PHASES.values())) == len(PHASES)
+
+
+def test_a_run_of_thousands_of_steps_is_drawn_with_a_patch_per_part(tmp_path):
+    records = [train_record(1) | {"kind": "train", "step": step} for step in range(1, 3001)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    run = read_run(tmp_path)
+    assert len(draw_groups(run).axes[0].collections) == 3 and not draw_groups(run).axes[0].patches
+    _, over = draw_time(run).axes
+    assert len(over.collections) == len(records[0]["seconds"]) and not over.patches
 
 
 def test_a_step_recorded_twice_counts_as_recorded_last(tmp_path):

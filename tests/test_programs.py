@@ -458,7 +458,7 @@ except ValueError as e:
     assert done.returncode == 0, done.stderr
     first, second, third = done.stdout.splitlines()
     assert first == f"20 {[len(m.inputs) for m in MADE]} {MADE[7].name}" and second == "8"
-    assert "test6.jsonl could not be had from the hub" in third
+    assert "test6.jsonl could not be fetched from the hub" in third
 
 
 class Evil:
@@ -495,7 +495,7 @@ def test_a_pickle_of_anything_but_data_is_not_read(tmp_path):
         ("question_content", " ", "question_content is empty"),
         ("metadata", "{}", "metadata has no func_name"),
         ("contest_date", "soon", "Invalid isoformat"),
-        ("question_id", MADE[0].name, "was there before"),
+        ("question_id", MADE[0].name, "appears twice"),
         ("platform", ..., "it has no platform"),
     ],
 )

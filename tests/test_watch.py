@@ -1,13 +1,17 @@
 """The rollouts that a run keeps, and the page that shows them: limits, filters, escaping, access, a browser."""
 
+import fcntl
 import html.parser
 import http.client
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,12 +22,13 @@ from jobs import records
 
 from lead_fast.records import Batch, Group, Problem, Response, Sample, Score
 from lead_fast.report import main, pictures
+from lead_fast.runtime.metric_table import Metric
 from lead_fast.runtime.metrics import Metrics
 from lead_fast.runtime.rollouts import Rollouts, TokenValues, length_z, read_step, step_files, to_drop
 from lead_fast.view import pages, text
 from lead_fast.view.mathml import mathml
-from lead_fast.view.server import Server, allowed_host, check_address, make_server
-from lead_fast.view.watched import Filter, Watched, parse_filter, parse_range
+from lead_fast.view.server import Server, Site, allowed_host, check_address, make_server
+from lead_fast.view.watched import QUIET_S, Filter, Watched, parse_filter, parse_range
 
 pytestmark = pytest.mark.quick
 
@@ -160,7 +165,7 @@ def test_a_damaged_file_is_named_and_the_others_are_shown(tmp_path, damage):
 
 
 def test_a_real_run_keeps_every_step_with_the_numbers_of_its_metrics(tiny_run):
-    columns = Watched(tiny_run).columns()
+    columns, alpha = Watched(tiny_run).columns(), Watched(tiny_run).config()["advantage"]["alpha"]
     train = records(tiny_run, "train")
     assert list(columns.indexes) == [r["step"] for r in train]
     compared = 0
@@ -170,6 +175,8 @@ def test_a_real_run_keeps_every_step_with_the_numbers_of_its_metrics(tiny_run):
         samples = [s for g in groups for s in g.samples]
         assert rows["correct"].mean() == r["accuracy"] and rows["length"].sum() == r["response_tokens"]
         assert rows["reward"].mean() == pytest.approx(r["reward_mean"], abs=1e-6) and (rows["age"] == 0).all()
+        right = rows[rows["correct"]]  # the kernel's rewards are exp(-alpha z) of the z that the page shows
+        assert np.allclose(right["reward"], np.exp(-alpha * right["z"]), rtol=1e-5)
         trained = [s for s in samples if s.gap is not None]
         assert len(samples) - len(trained) == r["sequences_skipped"]
         assert [s.gap is not None for s in samples] == (rows["advantage"] != 0).tolist()
@@ -231,7 +238,7 @@ def test_order_and_paging_show_every_group_once(watched):
     seen = []
     for page in range(1, 6):
         shown = pages.rollouts(columns, {"page": str(page), "sort": "longest"}, chosen, n, [])
-        seen += re.findall(r'href="(/group/\d+/\d+)"', shown)
+        seen += re.findall(r'href="(/group/\d+/\d+)\?sort=longest"', shown)
         assert f"page {min(page, 4)} of 4" in shown
     assert len(seen[:180]) == len(set(seen[:180])) == 180 and seen[180:] == seen[150:180]  # page 5 is the last one
     assert "sort=longest&amp;page=3" in pages.rollouts(columns, {"page": "2", "sort": "longest"}, chosen, n, [])
@@ -248,6 +255,29 @@ def test_a_filter_that_cannot_be_read_gets_one_sentence(query, says):
         parse_filter(query)
     assert says in str(e.value) and "\n" not in str(e.value) and len(str(e.value)) < 200
     assert parse_range("step", " ").holds(np.array([1, 2])).all()
+
+
+def test_a_groups_neighbours_are_those_of_the_filtered_list(watched):
+    columns = watched.columns()
+    query = {"solve": "1-99", "sort": "oldest", "colour": "gap"}
+    chosen, _ = columns.select(parse_filter(query))
+    step, place = int(columns.step_G[chosen[60]]), int(columns.place_G[chosen[60]])
+    out = pages.neighbours(columns, step, place, query)
+    for at, rel in ((59, "prev"), (61, "next")):
+        path = f"/group/{columns.step_G[chosen[at]]}/{columns.place_G[chosen[at]]}"
+        assert f'<a rel={rel} href="{path}?solve=1-99&amp;sort=oldest&amp;colour=gap">' in out
+    assert 'href="/rollouts?solve=1-99&amp;sort=oldest&amp;page=2"' in out and "61 of 90" in out
+    assert 'href="/rollouts?solve=100"' in pages.neighbours(columns, step, place, {"solve": "100"})
+    first = pages.neighbours(columns, int(columns.step_G[chosen[0]]), int(columns.place_G[chosen[0]]), query)
+    assert "rel=prev" not in first and "rel=next" in first
+
+
+def test_the_list_tells_correct_wrong_and_truncated_apart(watched):
+    columns = watched.columns()
+    place = int(np.flatnonzero(columns.responses["truncated"])[0])
+    out = pages.outcome(columns, int(columns.responses["group"][place]))
+    assert ">◌○○○</span>" in out and "0 of 4 correct, 1 truncated" in out
+    assert ">" + "<b>●</b>" * 2 + "○○</span>" in pages.outcome(columns, 2)
 
 
 def test_files_are_read_once_and_again_when_they_change(tmp_path, monkeypatch):
@@ -273,7 +303,7 @@ ATTRIBUTES = {"class", "mathvariant", "stretchy", "fence", "display", "width", "
               "lspace", "rspace"}  # fmt: skip
 HTML = {"html", "head", "meta", "title", "style", "body", "header", "nav", "b", "a", "span", "main", "h1", "p", "div",
         "i", "small", "img", "script", "form", "label", "input", "select", "option", "button", "table", "tr", "th",
-        "td"}  # fmt: skip
+        "td", "svg", "polyline"}  # fmt: skip
 
 
 class Tags(html.parser.HTMLParser):
@@ -334,6 +364,10 @@ def test_hostile_text_becomes_text_and_nothing_else():
         (r"\text{if } x", "<mtext>if\u00a0</mtext>"),
         (r"\left( x \right)", '<mo fence="true" stretchy="true">(</mo>'),
         (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", "<mtr><mtd><mrow><mn>3</mn></mrow></mtd>"),
+        (r"\begin{align}a&=b\\c&=d\end{align}", '<mtable class="pairs"><mtr><mtd><mrow><mi>a</mi></mrow></mtd>'),
+        (r"1 \pmod{24}", "<mtext>\u00a0(mod\u00a0</mtext><mrow><mn>24</mn></mrow><mtext>)</mtext>"),
+        (r"a \not\equiv b", '<mo stretchy="false">≡\u0338</mo>'),
+        (r"x \tag{1}", "<mtext>\u2003(1)</mtext>"),
         ("x_1^2", "<msubsup><mi>x</mi><mn>1</mn><mrow><mn>2</mn></mrow></msubsup>"),
         ("1<2", "&lt;"),
         ("f'(x)", "<mo>′</mo>"),
@@ -359,6 +393,10 @@ def test_prices_and_program_text_are_not_mathematics():
     for words in ("costs $5 and $7 more", "a $ b $ c", r"\$5$", "US$3", "$x\n y$"):
         assert "<math" not in text.rich(words), words
     assert text.rich("so $x=1$, and \\boxed{2}").count("<math") == 2
+    assert text.rich("so\n\\begin{align*}\na &= b\n\\end{align*}\nand").count('<math display="block"') == 1
+    began = time.process_time()
+    text.rich("\\begin{align}" * (text.WHOLE // 13))  # many that never end
+    assert time.process_time() - began < 2
 
 
 def test_tokens_are_coloured_by_what_was_computed_and_the_absence_is_said(tmp_path):
@@ -377,9 +415,9 @@ def test_tokens_are_coloured_by_what_was_computed_and_the_absence_is_said(tmp_pa
         TokenValues(*(np.zeros(3, d) for d in ("i4", "i4")), *[np.full(3, np.nan, "f2")] * 2),
     )
     index = Watched(tmp_path).columns()
-    shown = pages.group(index, 1, 0, index.indexes[1].group(0), "entropy", None)
+    shown = pages.group(index, 1, 0, index.indexes[1].group(0), {"colour": "entropy"}, None)
     assert shown.count("Not trained on in its step") == shown.count("gap <b>not trained on") == 3
-    assert shown.count("gap <b>nan") == 1 and shown.count("keeps no tokenizer.json") == 1  # of a skipped update
+    assert shown.count("gap <b>–") == 1 and shown.count("keeps no tokenizer.json") == 1  # of a skipped update
 
 
 # ------------------------------------------------------------------------------------------------------------- server
@@ -461,6 +499,52 @@ def test_numbers_outside_their_healthy_range_say_what_is_wrong(site):
     page = ask(site, "/")[1].decode()
     assert "healthy: 10 to 90 %; most groups are all wrong or all correct" in page
     assert "a spike beside the median of recent steps" in page and "healthy: up to 10" in page
+
+
+def test_a_number_shows_its_course_and_rounding_errors_are_none():
+    number = Metric("x", "", "")
+    spans = pages.spans(600)
+    assert len(spans) == 60 and [*range(600)] == [i for s in spans for i in range(600)[s]]
+    out = pages.trend([{"x": float(i)} for i in range(600)], spans, number)
+    assert 'points="0.0,18.0 ' in out and '100.0,2.0"' in out
+    assert "100.0,10.0" in pages.trend([{"x": 1 + 1e-7 * i} for i in range(3)], pages.spans(3), number)
+    assert pages.trend([{"x": None}, {"x": math.nan}, {"x": 2}], pages.spans(3), number) == "<span></span>"
+    shown = [pages._short(x) for x in (0, 1.4e-7, -0.125, 12345.0, 0.0321)]
+    assert shown == ["0", "0.0000", "−0.125", "12,345", "0.0321"]
+
+
+def test_time_left_and_silence_are_told(tmp_path):
+    (tmp_path / "config.toml").write_text("steps = 10\n")
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(f'{{"kind": "train", "step": {i}, "elapsed_s": {300 * i}}}\n' for i in (1, 2, 3)))
+    state = Watched(tmp_path).state()
+    assert (state["left_s"], state["usual_s"]) == (2100, 1500) and "about 35 min left" in pages.state_text(state)
+    assert state | {"silent_s": 0} == state | {"silent_s": 0, "ended": False}
+    assert "no record for 33 min: has the run stopped?" in pages.state_text(state | {"silent_s": 2000.0})
+    path.write_text('{"kind": "train", "step": 1}\n')
+    state = Watched(tmp_path).state()
+    assert (state["left_s"], state["usual_s"]) == (None, QUIET_S) and "left" not in pages.state_text(state)
+
+
+def test_pictures_leave_the_processor_to_the_run(tmp_path, monkeypatch):
+    (tmp_path / "metrics.jsonl").write_text("")
+    drawn, now = [], [0.0]
+    monkeypatch.setattr("lead_fast.view.server.time.monotonic", lambda: now[0])
+
+    def draw():
+        drawn.append(now[0])
+        now[0] += 2.0
+        return {}
+
+    site = Site(tmp_path, draw)
+    for step in range(12):  # a record a second, a page that asks after each
+        with (tmp_path / "metrics.jsonl").open("a") as f:
+            f.write(f'{{"kind": "train", "step": {step + 1}}}\n')
+        site.answer("/state")
+        while site._drawing is not None:
+            time.sleep(0.001)
+        now[0] += 1.0
+    assert drawn == [0.0, 10.0]  # two seconds of drawing, eight of rest
 
 
 @pytest.mark.parametrize(
@@ -567,3 +651,110 @@ def test_a_browser_renders_mathematics_and_runs_nothing_that_a_model_wrote(chrom
     browse(chromium, tmp_path / "profile", f"{base}/group/2/0", f"--screenshot={shot}", "--window-size=600,900")
     pixels = imread(shot)[..., :3]
     assert pixels.shape == (900, 600, 3) and 0.005 < (pixels < 0.6).any(-1).mean() < 0.5
+
+
+class Browser:
+    """A page in headless Chromium, driven over its debugging pipe: JSON messages that end with a zero byte."""
+
+    def __init__(self, chromium: str, profile: Path):
+        (its_in, to), (back, its_out) = os.pipe(), os.pipe()
+        its_in, its_out = (fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (its_in, its_out))  # not 3 or 4 themselves
+        start = "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4)"
+        start += "; os.execv(sys.argv[3], sys.argv[3:])"
+        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--remote-debugging-pipe"]
+        command = [chromium, *flags, "--window-size=900,700", f"--user-data-dir={profile}", "about:blank"]
+        self.process = subprocess.Popen([sys.executable, "-c", start, str(its_in), str(its_out), *command],
+                                        pass_fds=(its_in, its_out), stderr=subprocess.DEVNULL)  # fmt: skip
+        for fd in (its_in, its_out):
+            os.close(fd)
+        self.to, self.back = os.fdopen(to, "wb"), os.fdopen(back, "rb")
+        self.count, self.session = 0, {}
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self.session = {"sessionId": self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+
+    def call(self, method: str, **params: object) -> dict:
+        self.count += 1
+        self.to.write(json.dumps({"id": self.count, "method": method, "params": params, **self.session}).encode())
+        self.to.write(b"\0")
+        self.to.flush()
+        while True:
+            message = bytearray()
+            while (byte := self.back.read(1)) not in (b"\0", b""):
+                message += byte
+            assert message, "Chromium has ended"
+            reply = json.loads(message)
+            if reply.get("id") == self.count:
+                assert "error" not in reply, reply
+                return reply["result"]
+
+    def run(self, expression: str):
+        """The value of an expression, awaited."""
+        done = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in done, done
+        return done["result"].get("value")
+
+    def wait(self, expression: str) -> None:
+        for _ in range(300):
+            if self.run(expression):
+                return
+            time.sleep(0.1)
+        raise AssertionError(f"{expression} did not come true: {self.run('document.body.innerText')[:500]}")
+
+    def open(self, url: str) -> None:
+        self.call("Page.navigate", url=url)
+        self.wait("document.readyState === 'complete' && typeof look === 'function'")
+
+    def close(self) -> None:
+        self.to.close()
+        self.process.wait(timeout=30)
+        self.back.close()
+
+
+def test_a_browser_follows_a_run_and_keeps_the_readers_place(chromium, tmp_path):
+    run = tmp_path / "run"
+    m, store = Metrics(run, total_steps=40, tensorboard=False), Rollouts(run, 10**8)
+
+    def step(n: int) -> None:
+        add(store, n, [plain_group(n, i, i % 5) for i in range(20)])
+        m.train(n, {"accuracy": n / 40, "seconds": {"rollout": 1.0}, "solve_rate_histogram": [1, 2, 1]})
+
+    for n in range(1, 7):
+        step(n)
+    server = make_server(run, lambda: pictures(run), port=0)
+    server.site._draw("before")
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    base = f"http://127.0.0.1:{server.server_address[1]}"
+    browser = Browser(chromium, tmp_path / "profile")
+    try:
+        browser.open(base + "/")
+        browser.wait("document.images.length > 2 && [...document.images].every(i => i.naturalWidth > 0)")
+        browser.run("window.scrollTo(0, 700)")
+        before = browser.run("scrollY")
+        step(7)
+        browser.run("look()")
+        assert before > 500 and browser.run("[document.querySelector('h1').textContent, scrollY]") == ["Step 7", before]
+        assert browser.run("document.querySelectorAll('svg polyline').length") >= 1
+
+        browser.open(base + "/rollouts?solve=1-99&correct=yes")
+        browser.run("document.querySelector('[name=step]').value = '3-'; window.scrollTo(0, 300)")
+        step(8)
+        browser.run("look()")
+        state = "[scrollY, document.querySelector('[name=step]').value, news.hidden]"
+        assert browser.run(state) == [300, "3-", False]  # a list stands still until asked
+        assert browser.run("document.querySelector('td').textContent") == "7"
+        browser.run("news.click()")
+        browser.wait("news.hidden")
+        assert browser.run("[document.querySelector('td').textContent, scrollY, news.hidden]") == ["8", 300, True]
+        filters = "['solve', 'correct'].map(name => document.querySelector(`[name=${name}]`).value)"
+        assert browser.run(filters) == ["1-99", "yes"]
+
+        browser.run("document.querySelector('td a').click()")
+        browser.wait("location.pathname.startsWith('/group/8/') && document.readyState === 'complete'")
+        browser.run("document.body.dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowRight', bubbles: true}))")
+        browser.wait("location.pathname === '/group/8/2' && document.readyState === 'complete'")
+        assert browser.run("location.search") == "?solve=1-99&correct=yes"
+    finally:
+        browser.close()
+        server.shutdown()
+        server.server_close()
+        m.close()

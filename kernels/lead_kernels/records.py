@@ -162,7 +162,12 @@ METRICS = ("tokens", "entropy", *RowMetrics._fields, *MAXIMA)
 
 
 class PolicyLoss(NamedTuple):
-    """loss: 0-dim, differentiable; logprobs, entropy: [T], detached; metrics: 0-dim sums (`max_*`: maxima) over T."""
+    """What a policy loss of T rows comes to.
+
+    loss: 0-dim, differentiable.
+    logprobs, entropy: [T], detached.
+    metrics: 0-dim sums over the rows (`max_*`: maxima).
+    """
 
     loss: torch.Tensor
     logprobs: torch.Tensor

@@ -4,10 +4,11 @@ What L, E and AD act on has to be in the task, or their effects cannot show. So 
 form it has, and each form has a price of its own:
 
 - guess: the answer at once, right on easy problems only;
-- terse: one equation a step;
+- terse: one equation per step, but a small one (2, 3 or 4 more or less) joins the equation before it (`47+38-2=83`),
+  and such equations the model gets wrong often;
 - wordy: the same equations in sentences, twice as long and just as right;
-- check: terse work where each result is worked out again from its units (`47+38=75|15|85`: 7+8=15, so 85), which mends
-  slips: about 1.6 times as long as terse work, and right more often. A part of the results is wrong before the check;
+- check: terse work whose results are worked out again step by step (`47+38-2=73|47+38=85|85-2=83`): twice as long, and
+  right more often. A quarter of the results before the check are wrong, and are mended;
 - none: no answer. The response ends without `</think>`, as one does that was cut at its limit.
 
 One problem in five is hopeless and can be recognised: a product of three three-digit numbers, which no form solves.
@@ -26,10 +27,13 @@ LEVELS = (1, 2, 3, 4, 5, 6)
 HOPELESS = 10
 HOPELESS_RATE = 0.2
 HARD = (4, 5, 6)
-FORMS = {"guess": 0.27, "terse": 0.2, "wordy": 0.2, "check": 0.28, "none": 0.05}
+FORMS = {"guess": 0.27, "terse": 0.22, "wordy": 0.22, "check": 0.24, "none": 0.05}
 HOPELESS_NONE = 0.35  # hopeless problems without an answer; the others have a guess, some number
-SLIP_RATE = 0.15  # results that are wrong before the check, in solutions with one
-OPENINGS = {"terse": "Work", "wordy": "We start with {}.", "check": "Compute"}
+JOINED = (2, 3, 4)  # operands of the steps that terse work joins to the one before
+SLIP_RATE = 0.25  # results that are wrong before the check, in solutions with one
+OPENINGS = {
+    "guess": "</think>", "terse": "Work\n", "wordy": "We start with {}.\n", "check": "Compute\n", "none": "No answer"
+}  # fmt: skip
 
 
 def make_problems(
@@ -61,7 +65,7 @@ def make_problems(
 def _solvable(rng: random.Random, level: int) -> tuple[str, int, str]:
     start, steps, value = steps_of(rng, level)
     form = rng.choices(list(FORMS), list(FORMS.values()))[0]
-    lines = [LINES[form](rng, i, step) for i, step in enumerate(steps)] if form in LINES else []
+    lines = [LINES[form](rng, i, line) for i, line in enumerate(_joined(steps))] if form in LINES else []
     return problem_text(rng, start, steps), value, _written(form, start, lines, value)
 
 
@@ -73,28 +77,47 @@ def _hopeless(rng: random.Random) -> tuple[str, int, str]:
 
 def _written(form: str, start: int, lines: list[str], value: int) -> str:
     if form == "none":
-        return "No answer"
+        return OPENINGS["none"]
     answer = f"</think>\\boxed{{{value}}}"
-    return answer if form == "guess" else "\n".join([OPENINGS[form].format(start), *lines, answer])
+    return answer if form == "guess" else OPENINGS[form].format(start) + "\n".join([*lines, answer])
 
 
-def _terse(rng: random.Random, i: int, step: Step) -> str:
-    op, n, before, after = step
-    return f"{before}{op}{n}={after}"
+def form_of(text: str) -> str:
+    """Return the form that a response opens with; "other" where it is none of the task's."""
+    return next((form for form, s in OPENINGS.items() if text.startswith(s.partition(" with {")[0])), "other")
 
 
-def _wordy(rng: random.Random, i: int, step: Step) -> str:
-    op, n, before, after = step
-    return f"{'Next' if i else 'First'} we {VERB[op]} {n}, which gives us\n{before}{op}{n}={after}"
+def _joined(steps: Sequence[Step]) -> list[list[Step]]:
+    """The steps of each equation of terse work."""
+    lines: list[list[Step]] = []
+    for step in steps:
+        if step[0] != "*" and step[1] in JOINED and lines and len(lines[-1]) == 1:
+            lines[-1].append(step)
+        else:
+            lines.append([step])
+    return lines
 
 
-def _check(rng: random.Random, i: int, step: Step) -> str:
-    op, n, before, after = step
-    units = {"+": before % 10 + n % 10, "-": before % 10 - n % 10, "*": before % 10 * n}[op]
-    quick = after
+def _equation(steps: Sequence[Step], result: int) -> str:
+    return str(steps[0][2]) + "".join(f"{op}{n}" for op, n, *_ in steps) + f"={result}"
+
+
+def _terse(rng: random.Random, i: int, steps: Sequence[Step]) -> str:
+    return _equation(steps, steps[-1][3])
+
+
+def _wordy(rng: random.Random, i: int, steps: Sequence[Step]) -> str:
+    named = " and ".join(f"{VERB[op]} {n}" for op, n, *_ in steps)
+    return f"{'Next' if i else 'First'} we {named}, which gives us\n{_terse(rng, i, steps)}"
+
+
+def _check(rng: random.Random, i: int, steps: Sequence[Step]) -> str:
+    quick = after = steps[-1][3]
     if rng.random() < SLIP_RATE:
-        quick = rng.choice([x for x in (after - 10, after + 10, after - 1, after + 1, after + 2) if x > 0])
-    return f"{before}{op}{n}={quick}|{units}|{after}"
+        quick = rng.choice([x for x in (after - 10, after - 1, after + 1, after + 10) if x > 0])
+    return "|".join([_equation(steps, quick), *(_equation([step], step[3]) for step in steps)])
 
 
-LINES: dict[str, Callable[[random.Random, int, Step], str]] = {"terse": _terse, "wordy": _wordy, "check": _check}
+LINES: dict[str, Callable[[random.Random, int, Sequence[Step]], str]] = {
+    "terse": _terse, "wordy": _wordy, "check": _check
+}  # fmt: skip

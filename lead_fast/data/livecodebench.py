@@ -236,11 +236,11 @@ def load_programs(text: str, *, limit: int | None = None) -> tuple[list[Problem]
                         continue
                     problem = _problem(row)
                     if problem.id in tests.places:
-                        raise ValueError(f"question_id {problem.id} was there before.")
+                        raise ValueError(f"question_id {problem.id} appears twice.")
                     if number % world == rank:
                         tests_of(row)
                 except ValueError as e:
-                    raise ValueError(f"{path}, row {number}: {e} Mend the row or remove it.") from e
+                    raise ValueError(f"{path}, row {number}: {e} Correct the row or remove it.") from e
                 tests.places[problem.id] = (path, at)
                 problems.append(problem)
                 if limit and len(problems) == limit:
@@ -284,8 +284,8 @@ def _download(name: str, text: str) -> Path:
     except (OSError, ValueError, HfHubHTTPError) as e:
         reason = re.sub(r"\s+", " ", str(e)).strip()[:200]
         raise ValueError(
-            f"{text}: {HUB}/{name} could not be had from the hub ({reason}): download it, or give a local .jsonl file "
-            "of the same schema."
+            f"{text}: {HUB}/{name} could not be fetched from the hub ({reason}): download it, or give a local .jsonl "
+            "file of the same schema."
         ) from e
 
 

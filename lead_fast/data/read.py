@@ -352,7 +352,7 @@ def _read_json(path: Path) -> list[dict]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.decode("utf-8"))
+                row = json.loads(line.decode("utf-8"), object_pairs_hook=_object)
             except (ValueError, RecursionError) as e:
                 if number == 1 and path.suffix.lower() == ".json" and _is_one_object(path):
                     raise ValueError(f"{path} is a single JSON object: give an array of objects, one per row.") from e
@@ -365,7 +365,7 @@ def _read_json(path: Path) -> list[dict]:
 
 def _json_array(path: Path) -> list[dict]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        rows = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_object)
     except (ValueError, RecursionError) as e:
         raise _unreadable(e, path, getattr(e, "lineno", None), "give one array of objects") from e
     other = next((i for i, row in enumerate(rows) if not isinstance(row, dict)), None)
@@ -374,11 +374,25 @@ def _json_array(path: Path) -> list[dict]:
     return rows
 
 
+class _Repeated(ValueError):
+    """A key stands twice in an object; json.loads would keep its last value and say nothing."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        key, times = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise _Repeated(f"has the key {key!r:.60} {times} times in one object: keep one of them")
+    return row
+
+
 def _unreadable(e: Exception, path: Path, line: int | None, remedy: str) -> ValueError:
     """The sentence for what json.loads raised."""
     at = f"{path}, line {line}" if line else f"{path}"
     if isinstance(e, UnicodeDecodeError):
         return ValueError(f"{at} is not valid UTF-8: save the file in that encoding.")
+    if isinstance(e, _Repeated):
+        return ValueError(f"{at} {e}.")
     if isinstance(e, json.JSONDecodeError):
         return ValueError(f"{at} is not valid JSON ({e.msg}): {remedy}.")
     if isinstance(e, RecursionError):
@@ -482,7 +496,7 @@ def _read_hub(name: str, split: str, called: str) -> Any:
         if Path(path).is_dir():
             raise ValueError(f"{called} is a folder that cannot be read ({reason}): give {FORMATS}.") from e
         raise ValueError(
-            f"{called} is not a local file and could not be had from the hub, split {split} ({reason}): "
+            f"{called} is not a local file and could not be fetched from the hub, split {split} ({reason}): "
             f"give {FORMATS} with columns problem and answer."
         ) from e
     raise ValueError(f"{name} has no split {split}, only {', '.join(splits)}: give one as {name}?split={splits[0]}.")

@@ -417,7 +417,7 @@ def load(run: Path, policy: Policy, optimizer: torch.optim.Optimizer, ranks: Ran
     if newest is None and any(p.suffix != ".partial" for p, _ in passed):
         reasons = "; ".join(f"{p.name}: {why}" for p, why in passed)
         raise ValueError(
-            f"No checkpoint in {run} is complete ({reasons}): remove them to begin anew, or give another --output."
+            f"No checkpoint in {run} is complete ({reasons}): remove them to start afresh, or give another --output."
         )
     for p, why in passed if ranks.main else []:
         instead = f"resuming from {newest.name}" if newest else "there is none before it, so the run begins anew"
@@ -495,7 +495,7 @@ def _member(enumeration: Any, name: str) -> enum.Enum:
     """getattr for enumerations alone."""
     if isinstance(enumeration, type) and issubclass(enumeration, enum.Enum):
         return enumeration[name]
-    raise pickle.UnpicklingError(f".metadata asks for {name} of what is no enumeration")
+    raise pickle.UnpicklingError(f".metadata asks for {name} of something that is not an enumeration")
 
 
 class _Planner(DefaultLoadPlanner):

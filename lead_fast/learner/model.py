@@ -132,6 +132,6 @@ def check_layout(model: Any) -> None:
         hasattr(getattr(model, "model", None), "layers") and isinstance(getattr(model, "lm_head", None), nn.Linear)
     ):
         raise LayoutError(
-            "its blocks or its head are elsewhere than in model.layers and lm_head, where the trainer looks; give a "
+            "its blocks or its head are not in model.layers and lm_head, where the trainer looks for them; give a "
             "model of the Llama kind (Llama, Qwen2, Qwen3, Mistral, ...)"
         )

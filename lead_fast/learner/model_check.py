@@ -416,7 +416,7 @@ def check_model(shape: PretrainedConfig, c: ModelConfig, device: torch.device, l
             return
         raise ValueError(
             f"{name} cannot be checked: no small copy of it can be made ({e}); give another model, or "
-            "--model.unchecked if you know that it trains right on packed sequences."
+            "--model.unchecked if you know that it trains correctly on packed sequences."
         ) from e
     except ValueError as e:
         raise ValueError(f"{name} cannot be trained: {e}.") from e

@@ -1250,7 +1250,7 @@ READERS = (
         "infinity",
         read_infinity,
         "Infinity and its negative, alone.",
-        "It is no number: nothing but itself equals it.",
+        "It is not a number: nothing but itself equals it.",
         ((r"-\infty", "-oo", True), ("7", r"\infty", False)),
     ),
     Reader(

@@ -81,7 +81,7 @@ def worker() -> None:
     except ValueError:  # as it must
         pass
     else:
-        raise RuntimeError("This sympy evaluates strings by another way than sympy_parser.parse_expr.")
+        raise RuntimeError("This version of sympy does not evaluate strings by sympy_parser.parse_expr.")
     config = [LatexExtractionConfig()]
     out = sys.stdout
     print("ready", file=out, flush=True)
@@ -136,7 +136,7 @@ def _only_numbers(parse_expr: Callable) -> Callable:
 
     def parse(text: str, *args, **kwargs):
         if not safe.fullmatch(text):
-            raise ValueError(f"{text[:50]!r} is no number.")
+            raise ValueError(f"{text[:50]!r} is not a number.")
         return parse_expr(text, *args, **kwargs)
 
     return parse

@@ -134,7 +134,7 @@ def use_cuda(local_rank: int, local_ranks: int) -> bool:
             raise ValueError(f"{seen}it is a build for the CPU; run make install, {either}")
         if _older(driver):
             raise ValueError(f"{seen}it needs driver {DRIVER} or newer; update the driver, {either}")
-        raise ValueError(f"{seen}python -m torch.utils.collect_env tells why; mend it, {either}")
+        raise ValueError(f"{seen}python -m torch.utils.collect_env tells why; fix that, {either}")
     n = torch.cuda.device_count()
     if local_ranks > n:
         seen = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -10,11 +10,9 @@ from typing import Any
 import torch
 
 from .jsonl import plain
+from .metric_table import SPIKE, WINDOW, metric
 
-WINDOW = 50  # steps that a spike is measured against
 FEWEST = 8  # steps before anything is called a spike
-SPIKE = 10.0  # times the median
-RATIO = 0.5  # nats between engine and trainer, mean over tokens
 MOST_KEPT = 5  # batches kept for inspection, in a run
 
 
@@ -44,8 +42,8 @@ class Health:
                 alerts.append(f"step {step}: {key} is {value:.3g}, its median over {len(recent)} steps is {usual:.3g}.")
             if value != 0:  # a batch without a gradient says nothing of what is usual
                 recent.append(abs(value))
-        drift = record.get("logprob_diff_mean")
-        if drift is not None and math.isfinite(drift) and drift > RATIO:
+        drift, most = record.get("logprob_diff_mean"), metric("logprob_diff_mean").high
+        if drift is not None and most is not None and math.isfinite(drift) and drift > most:
             alerts.append(
                 f"step {step}: log-probs of trainer and engine differ by {drift:.3g} nats on average, "
                 f"{record.get('logprob_diff_max', math.nan):.3g} at most: the ratio has exploded."
@@ -66,7 +64,7 @@ class Health:
             raise ValueError(
                 f"Loss or gradient was not finite in {self.consecutive} consecutive steps, the last of them step {step}"
                 + (f" (its batch is in {kept})" if kept else "")
-                + ": lower optim.lr, look at the data, or raise optim.max_skipped."
+                + ": lower optim.lr, check the data, or raise optim.max_skipped."
             )
 
     def keep(self, step: int, batch: dict[str, Any]) -> Path | None:

@@ -144,8 +144,9 @@ class Journal:
 def describe(batch: Batch, credit: LeadAdvantages, group_size: int) -> dict[str, Any]:
     """Statistics of a step's responses and rewards.
 
-    A new metric is a key here: metrics.jsonl, TensorBoard and Weights & Biases take every key, the console and the
-    report's table (ROWS in report.py) show a chosen few. A metric of the update is a key in Learner.step.
+    A new metric is a key here and an entry in metric_table.py: metrics.jsonl, TensorBoard and Weights & Biases take
+    every key, the console and the report's table (ROWS in report.py) show a chosen few. A metric of the update is a key
+    in Learner.step.
     """
     correct = torch.tensor([s.correct for s in batch.scores], dtype=torch.float32)
     lengths = torch.tensor(batch.lengths, dtype=torch.float32)
@@ -219,11 +220,13 @@ def skipped_batch(batch: Batch, credit: LeadAdvantages, record: dict) -> dict:
 
 def staleness(batch: Batch, version: int) -> dict[str, Any]:
     """How old the tokens are, in policy updates, when policy `version` is trained on them."""
-    ages = torch.tensor([age for response in batch.ages(version) for age in response])
+    parts = [(version - v, tokens) for s in batch.samples for v, tokens in s.response.parts]
+    ages, tokens = torch.tensor(parts).unbind(1)
+    by_age = torch.bincount(ages, weights=tokens.double())
     return {
-        "staleness_mean": ages.float().mean().item(),
+        "staleness_mean": ((ages * tokens).sum() / tokens.sum()).item(),
         "staleness_max": int(ages.max()),
-        "tokens_by_age": (torch.bincount(ages) / len(ages)).tolist(),
+        "tokens_by_age": (by_age.float() / int(tokens.sum())).tolist(),
     }
 
 

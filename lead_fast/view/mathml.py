@@ -38,7 +38,8 @@ OPERATORS = {
     "uparrow": "↑", "downarrow": "↓", "forall": "∀", "exists": "∃", "mid": "∣", "nmid": "∤", "parallel": "∥",
     "perp": "⊥", "therefore": "∴", "because": "∵", "colon": ":", "lfloor": "⌊", "rfloor": "⌋", "lceil": "⌈",
     "rceil": "⌉", "langle": "⟨", "rangle": "⟩", "lvert": "|", "rvert": "|", "vert": "|", "Vert": "‖", "lVert": "‖",
-    "rVert": "‖", "lbrace": "{", "rbrace": "}", "lbrack": "[", "rbrack": "]", "backslash": "\\",
+    "rVert": "‖", "lt": "<", "gt": ">",
+    "lbrace": "{", "rbrace": "}", "lbrack": "[", "rbrack": "]", "backslash": "\\",
 }  # fmt: skip
 LARGE = {"sum": "∑", "prod": "∏", "coprod": "∐", "bigcup": "⋃", "bigcap": "⋂", "bigoplus": "⨁"}
 INTEGRALS = {"int": "∫", "iint": "∬", "iiint": "∭", "oint": "∮"}
@@ -63,7 +64,8 @@ FONTS = {"mathrm": 0, "mathbf": 0x1D400, "boldsymbol": 0x1D400, "bm": 0x1D400, "
 ODD = {0x1D49C: dict(zip("BEFHILMRego", "ℬℰℱℋℐℒℳℛℯℊℴ", strict=True)), 0x1D504: dict(zip("CHIRZ", "ℭℌℑℜℨ", strict=True)),
        0x1D538: dict(zip("CHNPQRZ", "ℂℍℕℙℚℝℤ", strict=True))}  # fmt: skip
 FENCES = {"pmatrix": "()", "bmatrix": "[]", "vmatrix": "||", "Vmatrix": "‖‖", "Bmatrix": "{}", "cases": "{ "}
-TABLES = {*FENCES, "matrix", "array", "aligned", "align", "align*", "gathered", "split", "smallmatrix", "eqnarray*",
+PAIRS = {"aligned", "align", "align*", "split", "eqnarray", "eqnarray*"}  # left and right sides of relations
+TABLES = {*FENCES, *PAIRS, "matrix", "array", "gathered", "smallmatrix",
           "gather*", "gather", "equation*", "equation"}  # fmt: skip
 
 
@@ -204,7 +206,9 @@ class _Parser:
             return _leaf("mi", token), False
         if token == "~":
             return '<mspace width=".25em"/>', False
-        fixed = ' stretchy="false"' if token in "()[]|/" else ""
+        if token == "/":
+            return _leaf("mo", token, ' lspace="0" rspace="0"'), False
+        fixed = ' stretchy="false"' if token in "()[]|" else ""
         return _leaf("mo", "−" if token == "-" else token, fixed), False
 
     def command(self, name: str) -> tuple[str, bool]:
@@ -266,7 +270,7 @@ class _Parser:
             below = self.argument()
             return _tag("munder", self.argument() + below), False
         if name == "pmod":
-            return _tag("mrow", _leaf("mtext", "\u00a0(mod\u00a0") + self.argument() + _leaf("mo", ")")), False
+            return _tag("mrow", _leaf("mtext", "\u00a0(mod\u00a0") + self.argument() + _leaf("mtext", ")")), False
         if name in ("bmod", "mod"):
             return _leaf("mo", "mod", ' lspace=".22em" rspace=".22em"'), False
         if name == "left":
@@ -277,6 +281,10 @@ class _Parser:
             following = self.atom()[0]
             if following.endswith("=</mo>"):
                 return _leaf("mo", "≠"), False
+            if match := re.fullmatch(r"(<mo[^>]*>)([^<&])</mo>", following):
+                return f"{match[1]}{match[2]}\u0338</mo>", False  # struck through
+        if name == "tag":
+            return _leaf("mtext", f"\u2003({self.raw()})"), False
         raise Unknown(name)
 
     def letters(self, font: str) -> str:
@@ -334,7 +342,8 @@ class _Parser:
             raise Unknown("another \\end")
         if len(rows[-1]) == 1 and rows[-1][0] == "<mtd><mrow></mrow></mtd>":
             rows.pop()
-        left = ' class="left"' if name in ("cases", "aligned", "align", "align*", "split") else ""
-        table = _tag("mtable", "".join(_tag("mtr", "".join(cells)) for cells in rows), left)
+        sides = "left" if name == "cases" else "pairs" if name in PAIRS else ""
+        attributes = f' class="{sides}"' if sides else ""
+        table = _tag("mtable", "".join(_tag("mtr", "".join(cells)) for cells in rows), attributes)
         fences = [_leaf("mo", f, ' fence="true" stretchy="true"') if f.strip() else "" for f in FENCES.get(name, "  ")]
         return _tag("mrow", fences[0] + table + fences[1])

@@ -4,14 +4,12 @@ import html
 import math
 import statistics
 import struct
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlencode
 
 import numpy as np
 
-from ..runtime.health import RATIO, SPIKE, WINDOW
+from ..runtime.metric_table import SECTIONS, SHARE, Metric, answers_of
 from ..runtime.rollouts import KeptGroup, KeptSample
 from .text import (
     COLOURS,
@@ -26,7 +24,7 @@ from .text import (
     shown,
     token_values,
 )
-from .watched import SORTS, Columns
+from .watched import SORTS, Columns, parse_filter
 
 PAGE = 50  # groups in a list
 CARDS = 16  # responses side by side
@@ -37,10 +35,11 @@ STYLE = """
   --link: #0b5cad; --good: #00684c; --bad: #b04a00; --low: 217,95,14; --high: 0,114,178; --much: 140,70,150; }
 @media (prefers-color-scheme: dark) { :root { --ink: #dfe3e8; --faint: #98a1ab; --line: #2c323a; --soft: #1b2026;
   --paper: #12161b; --link: #7ab7f5; --good: #53c7a0; --bad: #f0a15e; --low: 240,140,70; --high: 90,170,235;
-  --much: 200,130,215; } .pictures img { filter: invert(.92) hue-rotate(180deg); } }
+  --much: 200,130,215; } .pictures img { filter: invert(1) hue-rotate(180deg); mix-blend-mode: screen; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.55 system-ui, sans-serif; }
 header, main { max-width: 84rem; margin: 0 auto; padding: 0 1.25rem; }
+.broad header, .broad main { max-width: none; }
 header { display: flex; flex-wrap: wrap; gap: .2rem 1.4rem; align-items: baseline; padding-top: 1.1rem;
   padding-bottom: .8rem; border-bottom: 1px solid var(--line); }
 header b { font-weight: 600; overflow-wrap: anywhere; } header .state { margin-left: auto; color: var(--faint); }
@@ -55,15 +54,22 @@ table.list th, table.list td { padding: .3rem 1rem .3rem 0; border-bottom: 1px s
   vertical-align: baseline; white-space: nowrap; }
 table.list td.text { white-space: normal; overflow-wrap: anywhere; width: 60%; min-width: 10rem; }
 table.list .number { text-align: right; }
+@media (max-width: 40rem) { table.list { font-size: .88rem; } table.list th, table.list td { padding-right: .5rem; } }
 .numbers { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); gap: 0 2.2rem; }
-.numbers div { display: grid; grid-template-columns: 1fr auto; padding: .35rem 0; border-bottom: 1px solid var(--line);
-  font-variant-numeric: tabular-nums; } .numbers small { grid-column: 1 / 3; color: var(--faint); line-height: 1.3; }
+.numbers div { display: grid; grid-template-columns: 1fr auto 4.4rem; gap: 0 .7rem; padding: .35rem 0;
+  align-items: baseline; align-content: start;
+  border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums; }
+.numbers small { grid-column: 1 / 4; color: var(--faint); line-height: 1.3; }
+.numbers svg { width: 4.4rem; height: 1.2rem; align-self: center; }
+polyline { fill: none; stroke: var(--link); stroke-width: 1.3; vector-effect: non-scaling-stroke; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 30rem), 1fr)); gap: 1rem; }
-.pictures img { width: 100%; height: auto; } .pictures .broad { grid-column: 1 / -1; }
-.dots { letter-spacing: .12em; } form { display: flex; flex-wrap: wrap; gap: .5rem .9rem; align-items: end;
+.pictures img { width: 100%; height: auto; } .pictures .wide { grid-column: 1 / -1; }
+.dots { letter-spacing: .12em; color: var(--faint); } .dots b { font-weight: 400; color: var(--good); }
+form { display: flex; flex-wrap: wrap; gap: .5rem .9rem; align-items: end;
   margin: 1rem 0; } label { display: grid; color: var(--faint); font-size: .82rem; }
 input, select, button { font: inherit; font-size: .93rem; color: var(--ink); background: var(--paper);
-  border: 1px solid var(--line); border-radius: 4px; padding: .22rem .45rem; } input { width: 6.5rem; }
+  border: 1px solid var(--line); border-radius: 4px; padding: 0 .45rem;
+  height: 2rem; } input { width: 6.5rem; } form > a { line-height: 2rem; }
 button { background: var(--soft); cursor: pointer; } .pager { margin: 1rem 0; }
 .problem { margin: .6rem 0 1rem; max-width: 60rem; } .problem, .response { white-space: pre-wrap;
   overflow-wrap: anywhere; unicode-bidi: isolate; }
@@ -79,6 +85,7 @@ button { background: var(--soft); cursor: pointer; } .pager { margin: 1rem 0; }
   padding: 0 .2em; } math { font-size: 1.05em; } math .over { border-top: 1px solid; padding-top: .1em; }
   math .boxed { border: 1px solid var(--faint); padding: .15em .3em; }
 math[display=block] { overflow-x: auto; overflow-y: hidden; padding: .3em 0; } mtable.left mtd { text-align: left; }
+mtable.pairs mtd { padding: .2em .1em; text-align: right; } mtable.pairs mtd:nth-child(even) { text-align: left; }
 .tokens { line-height: 1.75; } .tokens span, .note span { border-radius: 2px; }
 """ + "\n".join(
     f".{kind}{level} {{ background: rgba(var(--{name}), {0.1 + 0.11 * level:.2f}); }}"
@@ -89,19 +96,24 @@ math[display=block] { overflow-x: auto; overflow-y: hidden; padding: .3em 0; } m
 SCRIPT = """
 'use strict';
 let mark = document.body.dataset.mark;
+const news = document.getElementById('news');
+async function renew() {
+  const text = await (await fetch(location.href)).text();
+  const fresh = new DOMParser().parseFromString(text, 'text/html').querySelector('main');
+  for (const image of fresh.querySelectorAll('img')) {  // the old picture stays until the new one is there
+    const old = [...document.images].find(i => i.alt === image.alt);
+    if (old) { old.src = image.src; image.replaceWith(old); }
+  }
+  document.querySelector('main').replaceWith(fresh);
+  news.hidden = true;
+}
 async function look() {
   try {
     const state = await (await fetch('/state')).json();
     document.getElementById('state').textContent = state.text;
     if (state.mark !== mark) {
       mark = state.mark;
-      if (document.body.dataset.follows) {
-        const text = await (await fetch(location.href)).text();
-        const fresh = new DOMParser().parseFromString(text, 'text/html').querySelector('main');
-        document.querySelector('main').replaceWith(fresh);
-      } else {
-        document.getElementById('news').hidden = false;
-      }
+      if (document.body.dataset.follows) await renew(); else news.hidden = false;
     }
   } catch (e) {
     document.getElementById('state').textContent = 'the server does not answer';
@@ -109,10 +121,17 @@ async function look() {
   setTimeout(look, document.hidden ? 30000 : 4000);
 }
 setTimeout(look, 4000);
+news.addEventListener('click', event => { event.preventDefault(); renew(); });
+document.addEventListener('keydown', event => {
+  if (event.target.matches('input, select') || event.ctrlKey || event.altKey || event.metaKey || event.shiftKey) return;
+  const rel = { ArrowLeft: 'prev', ArrowRight: 'next' }[event.key];
+  const link = rel && document.querySelector(`a[rel=${rel}]`);
+  if (link) link.click();
+});
 """
 
 
-def page(name: str, state: dict[str, Any], here: str, body: str, *, follows: bool = False) -> str:
+def page(name: str, state: dict[str, Any], here: str, body: str, *, follows: bool = False, broad: bool = False) -> str:
     """A complete document around `body`.
 
     Args:
@@ -120,13 +139,14 @@ def page(name: str, state: dict[str, Any], here: str, body: str, *, follows: boo
         state: of Watched.state.
         here: path of the entry of the navigation that this page belongs to.
         follows: the page replaces its content as the run goes on; else it offers a link.
+        broad: the page takes the window's full width.
     """
     entries = (("/", "Run"), ("/rollouts", "Rollouts"))
     links = "".join(f'<a href="{path}"{" class=here" if path == here else ""}>{text}</a>' for path, text in entries)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{shown_plain(name)}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>
-<body data-mark="{html.escape(state["mark"])}"{' data-follows="1"' if follows else ""}>
+<body data-mark="{html.escape(state["mark"])}"{' data-follows="1"' if follows else ""}{" class=broad" if broad else ""}>
 <header><b>{shown(name)}</b><nav>{links}</nav>
 <span class="state"><a id="news" href="" hidden>new steps · show</a> <span id="state">{state_text(state)}</span></span>
 </header>
@@ -146,28 +166,21 @@ def state_text(state: dict[str, Any]) -> str:
         return "no record yet"
     if state["ended"]:
         return f"finished, step {state['step']}{of}"
-    seconds = int(state["silent_s"])
-    ago = f"{seconds} s" if seconds < 120 else f"{seconds // 60} min" if seconds < 7200 else f"{seconds // 3600} h"
-    return f"step {state['step']}{of} · last record {ago} ago"
+    if state["silent_s"] > state["usual_s"]:
+        return f"step {state['step']}{of} · no record for {duration(state['silent_s'])}: has the run stopped?"
+    left = f" · about {duration(state['left_s'])} left" if state["left_s"] else ""
+    return f"step {state['step']}{of} · last record {duration(state['silent_s'])} ago{left}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that a reader would choose."""
+    s = int(seconds)
+    return (
+        f"{s} s" if s < 120 else f"{s // 60} min" if s < 7200 else f"{s // 3600} h" if s < 172800 else f"{s // 86400} d"
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- run
-
-
-@dataclass(frozen=True)
-class Number:
-    """A number of a step's record and where it is usually healthy; rules of thumb, not limits.
-
-    value: from the last record and all of them, None where there is none. low, high: the range, or a function of the
-    records. why: what is wrong outside.
-    """
-
-    name: str
-    value: Callable[[dict[str, Any]], float | None]
-    show: Callable[[float], str]
-    low: float | None = None
-    high: float | Callable[[list[dict[str, Any]]], float | None] | None = None
-    why: str = ""
 
 
 def _percent(x: float) -> str:
@@ -175,53 +188,69 @@ def _percent(x: float) -> str:
 
 
 def _short(x: float) -> str:
-    return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}"
+    """Three digits; what is below 0.0001 is rounding error in every number here."""
+    text = f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}" if x == 0 or abs(x) >= 1e-4 else "0.0000"
+    return text.replace("-", "−")
 
 
-def _key(name: str) -> Callable[[dict[str, Any]], float | None]:
-    return lambda r: r.get(name)
+NUMBERS = tuple(m for s in SECTIONS if "train" in s.kinds for m in s.metrics if m.title)
 
 
-def _mixed(r: dict[str, Any]) -> float | None:
-    return None if r.get("solve_none") is None else 1 - r["solve_none"] - r["solve_all"]
+def written(m: Metric, x: float) -> str:
+    """A metric's value as the page shows it."""
+    return _percent(x) if m.unit == SHARE else _short(x)
 
 
-def _clipped(r: dict[str, Any]) -> float | None:
-    return None if r.get("clip_low_share") is None else r["clip_low_share"] + (r.get("clip_high_share") or 0.0)
+def size(png: bytes) -> tuple[int, int]:
+    """Width and height of a picture, pixels."""
+    return struct.unpack(">II", png[16:24])
 
 
-def _spike(records: list[dict[str, Any]]) -> float | None:
-    usual = [r["grad_norm"] for r in records[-WINDOW - 1 : -1] if r.get("grad_norm")]
-    return SPIKE * statistics.median(usual) if usual else None
+def spans(n: int, most: int = 60) -> list[slice]:
+    """The steps of a run in at most so many parts."""
+    parts = min(n, most)
+    return [slice(i * n // parts, (i + 1) * n // parts) for i in range(parts)]
 
 
-NUMBERS = (
-    Number("correct responses", _key("accuracy"), _percent, 0.1, 0.9, "most groups are all wrong or all correct"),
-    Number("groups with both outcomes", _mixed, _percent, 0.3, None, "few groups teach what is right"),
-    Number("mean reward", _key("reward_mean"), _short),
-    Number("length of correct responses", _key("length_correct"), _short),
-    Number("length of wrong responses", _key("length_wrong"), _short),
-    Number("truncated", _key("truncated_share"), _percent, None, 0.2, "the limit cuts thoughts short, or they loop"),
-    Number("entropy, nats per token", _key("entropy"), _short, 0.02, None, "the policy hardly explores"),
-    Number("gap to the engine, nats", _key("logprob_diff_mean"), _short, None, RATIO, "trainer and engine disagree"),
-    Number("mean ratio", _key("ratio_mean"), _short, 0.9, 1.1, "the batch is stale, or engine and trainer disagree"),
-    Number("clipped tokens", _clipped, _percent, None, 0.2, "steps are too large, or the batch is stale"),
-    Number("gradient norm", _key("grad_norm"), _short, None, _spike, "a spike beside the median of recent steps"),
-    Number("updates skipped", _key("updates_skipped"), _short, None, 0, "loss or gradient was not finite"),
-    Number("ranks idle in rollouts", _key("rollout_idle_share"), _percent, None, 0.3, "long responses make ranks wait"),
-    Number("tokens per second", _key("tokens_per_s"), _short),
-)  # fmt: skip
+def trend(train: list[dict[str, Any]], parts: list[slice], m: Metric) -> str:
+    """A number over the run as a line without axes: means over the parts that have it."""
+    means = []
+    for part in parts:
+        values = [v for r in train[part] if isinstance(v := m.of(r), int | float) and math.isfinite(v)]
+        means += [statistics.fmean(values)] if values else []
+    if len(means) < 2:
+        return "<span></span>"
+    low, high = min(means), max(means)
+    scale = 16 / (high - low) if high - low > 1e-4 else 0.0  # less is rounding errors
+    points = " ".join(
+        f"{100 * i / (len(means) - 1):.1f},{18 - scale * (y - low) if scale else 10:.1f}" for i, y in enumerate(means)
+    )
+    return f'<svg viewBox="0 0 100 20" preserveAspectRatio="none"><polyline points="{points}"></polyline></svg>'
 
 
-def is_broad(png: bytes) -> bool:
-    """Whether a picture is more than twice as wide as high: two plots side by side."""
-    width, height = struct.unpack(">II", png[16:24])
-    return width > 2 * height
+def held_out(evals: list[dict[str, Any]]) -> str:
+    """The last evaluation in a sentence, and what has changed since the first."""
+    if not evals:
+        return ""
+    first, last = evals[0], evals[-1]
+    low, high = last.get("pass_at_1_ci") or (None, None)
+    between = f" ({100 * low:.1f} to {100 * high:.1f})" if low is not None and high is not None else ""
+    facts = [f"<span class=strong>{100 * last['pass_at_1']:.1f} %</span>{between} pass@1 after step {last['step']}"]
+    if last is not first:
+        facts += [f"{signed(100 * (last['pass_at_1'] - first['pass_at_1']), 1)} points since step {first['step']}"]
+    if last.get("length_correct"):
+        since = f" (then {first['length_correct']:,.0f})" if last is not first and first.get("length_correct") else ""
+        facts += [f"correct responses have {last['length_correct']:,.0f} tokens{since}"]
+    answers = answers_of(last)
+    if answers and answers["precision"] is not None and last["no_answer_share"]:
+        share, precision = answers["answered_share"], answers["precision"]
+        facts += [f"{100 * share:.1f} % answered, {100 * precision:.1f} % of these correct"]
+    return f"<p>Held out: {' · '.join(facts)}</p>"
 
 
-def bounds(number: Number, low: float | None, high: float | None) -> str:
+def healthy(m: Metric, low: float | None, high: float | None) -> str:
     """The healthy range in words, empty without one."""
-    a, b = ("" if x is None else number.show(x).replace(".0 %", " %") for x in (low, high))
+    a, b = ("" if x is None else written(m, x).replace(".0 %", " %") for x in (low, high))
     if not a and not b:
         return ""
     if a and b:
@@ -244,37 +273,34 @@ def overview(state: dict[str, Any], records: list[dict[str, Any]], pictures: dic
         return "<h1>A run of lead_fast.sft</h1><p class=faint>It samples no responses: see its TensorBoard.</p>"
     cells = ""
     last = train[-1] if train else {}
-    for number in NUMBERS:
-        value = number.value(last)
+    parts = spans(len(train))
+    for m in NUMBERS:
+        value = m.of(last)
         if not isinstance(value, (int, float)) or not math.isfinite(value):
             continue
-        high = number.high(train) if callable(number.high) else number.high
-        low = number.low
+        low, high = m.bounds(train[:-1])
         outside = (low is not None and value < low) or (high is not None and value > high)
-        healthy = bounds(number, low, high)
-        note = f"<span class=bad>{healthy}; {number.why}</span>" if outside else healthy
+        usual = healthy(m, low, high)
+        note = f"<span class=bad>{usual}; {m.outside}</span>" if outside else usual
         mark = ' class="bad strong"' if outside else ""
-        cells += f"<div><span>{number.name}</span><span{mark}>{number.show(value)}</span><small>{note}</small></div>"
-    evals = [r for r in records if r.get("kind") == "eval" and r.get("pass_at_1") is not None]
-    held = ""
-    if evals:
-        first, newest = evals[0], evals[-1]
-        gain = f" · {100 * (newest['pass_at_1'] - first['pass_at_1']):+.1f} points since step {first['step']}".replace(
-            "-", "−"
+        about = html.escape(f"{m.meaning} {m.remedy}".replace("`", "").strip())
+        cells += (
+            f'<div title="{about}"><span>{m.title}</span><span{mark}>{written(m, value)}</span>{trend(train, parts, m)}'
+            f"<small>{note}</small></div>"
         )
-        held = (
-            f"<p>Held out: <span class=strong>{100 * newest['pass_at_1']:.1f} %</span> pass@1 after step "
-            f"{newest['step']}{gain if newest is not first else ''}</p>"
-        )
+    held = held_out([r for r in records if r.get("kind") == "eval" and r.get("pass_at_1") is not None])
     alerts = "".join(f"<p class=bad>{shown(str(a))}</p>" for a in last.get("alerts") or [])
-    images = "".join(
-        f'<img src="/picture/{name}.png?{html.escape(state["mark"])}" alt="{html.escape(alt)}"'
-        f"{' class=broad' if is_broad(png) else ''}>"
-        for name, (alt, png) in pictures.items()
-    )
+    images = ""
+    for name, (alt, png) in pictures.items():
+        width, height = size(png)  # given, so that the page keeps its height while they load
+        images += (
+            f'<img src="/picture/{name}.png?{html.escape(state["mark"])}" alt="{html.escape(alt)}" width={width} '
+            f"height={height}{' class=wide' if width > 2 * height else ''}>"
+        )
     title = f"Step {last['step']}" if train else "Before the first step"
+    groups = f'<p><a href="/rollouts?step={last["step"]}">Its groups →</a></p>' if train else ""
     return (
-        f'<h1>{title}</h1>{held}{alerts}<div class="numbers">{cells}</div>'
+        f'<h1>{title}</h1>{held}{alerts}<div class="numbers">{cells}</div>{groups}'
         f'<h1>So far</h1><div class="pictures">{images or "<p class=faint>The pictures are being drawn.</p>"}</div>'
     )
 
@@ -307,9 +333,9 @@ def rollouts(columns: Columns, query: dict[str, str], chosen: np.ndarray, matchi
         text = titles[step][place] if place < len(titles[step]) else "(no longer kept)"
         rows += (
             f"<tr><td class=number>{step}</td><td>{outcome(columns, g)}</td>"
-            f'<td class=text><a href="/group/{step}/{place}">{rich(text)}</a></td>'
+            f'<td class=text><a href="{link(f"/group/{step}/{place}", query)}">{rich(text)}</a></td>'
             f"<td class=number>{lengths[g]:,.0f}</td><td class=number>{ages[g]:.3g}</td>"
-            f"<td class=number>{'–' if math.isnan(gaps[g]) else f'{gaps[g]:.2g}'}</td></tr>"
+            f"<td class=number>{small(float(gaps[g]))}</td></tr>"
         )
     if not len(columns.groups):
         table = (
@@ -320,23 +346,31 @@ def rollouts(columns: Columns, query: dict[str, str], chosen: np.ndarray, matchi
     else:
         table = (
             '<div class="wide"><table class="list"><tr><th class=number>step</th><th>outcome</th><th>problem</th>'
-            "<th class=number>length</th><th class=number>age</th><th class=number>gap</th></tr>"
+            '<th class=number title="mean tokens">length</th><th class=number title="mean, steps">age</th>'
+            '<th class=number title="mean |log-prob by the trainer − by the engine|, nats">gap</th></tr>'
             f"{rows}</table></div>{pager(query, at, pages)}"
         )
-    count = f"{len(chosen):,} groups, {matching:,} responses of {len(columns.responses):,} kept"
+    groups = "1 group" if len(chosen) == 1 else f"{len(chosen):,} groups"
+    count = (
+        f"{groups}, {matching:,} responses of {len(columns.responses):,} kept"
+        " · <span class=good>●</span> correct ○ wrong ◌ truncated"
+    )
     broken = "".join(f"<p class=bad>{shown(s)}</p>" for s in unreadable)
-    return f"<h1>Rollouts</h1>{form(query)}<p class=faint>{count}</p>{broken}{table}"
+    said = f"<p class=faint>{count}</p>" if len(columns.groups) else ""
+    return f"<h1>Rollouts</h1>{form(query)}{said}{broken}{table}"
 
 
 def outcome(columns: Columns, g: int) -> str:
-    """A dot per response, filled where it is correct; a count where there are many."""
+    """A dot per response: filled where it is correct, dotted where it is truncated; a count where there are many."""
     group = columns.groups[g]
     n, correct = int(group["responses"]), int(group["correct"])
+    rows = columns.responses[int(group["first"]) : int(group["first"]) + n]
+    words = f"{correct} of {n} correct, {int(rows['truncated'].sum())} truncated"
     if n > DOTS:
-        return f"{correct} / {n}"
-    right = columns.responses["correct"][int(group["first"]) : int(group["first"]) + n].tolist()
-    dots = "".join("●" if r else "○" for r in right)
-    return f'<span class="dots" title="{correct} of {n} correct" aria-label="{correct} of {n} correct">{dots}</span>'
+        return f'<span title="{words}">{correct} / {n}</span>'
+    marks = zip(rows["correct"].tolist(), rows["truncated"].tolist(), strict=True)
+    dots = "".join("<b>●</b>" if right else "◌" if cut_off else "○" for right, cut_off in marks)
+    return f'<span class="dots" title="{words}" aria-label="{words}">{dots}</span>'
 
 
 def form(query: dict[str, str]) -> str:
@@ -364,14 +398,20 @@ def form(query: dict[str, str]) -> str:
     )
 
 
-def pager(query: dict[str, str], at: int, pages: int) -> str:
-    def link(to: int, text: str) -> str:
-        if not 1 <= to <= pages:
-            return ""
-        kept = {k: v for k, v in query.items() if v and k != "page"} | {"page": str(to)}
-        return f'<a href="/rollouts?{html.escape(urlencode(kept, errors="replace"))}">{text}</a> '
+FILTERS = ("step", "solve", "correct", "truncated", "age", "sort")
 
-    before, after = link(at - 1, "← previous"), link(at + 1, "next →")
+
+def link(path: str, query: dict[str, str], **more: str | int) -> str:
+    """An address that keeps the list's filters, escaped for an attribute; an empty value leaves its name out."""
+    kept = {k: query[k] for k in FILTERS if query.get(k)} | {k: v for k, v in more.items() if v != ""}
+    return html.escape(path + (f"?{urlencode(kept, errors='replace')}" if kept else ""))
+
+
+def pager(query: dict[str, str], at: int, pages: int) -> str:
+    def step(to: int, rel: str, text: str) -> str:
+        return f'<a rel={rel} href="{link("/rollouts", query, page=to)}">{text}</a> ' if 1 <= to <= pages else ""
+
+    before, after = step(at - 1, "prev", "← previous"), step(at + 1, "next", "next →")
     return f'<p class="pager faint">{before} page {at} of {pages:,} {after}</p>'
 
 
@@ -379,40 +419,45 @@ def pager(query: dict[str, str], at: int, pages: int) -> str:
 
 
 def group(
-    columns: Columns, step: int, place: int, kept: KeptGroup, colour: str, pieces: Pieces | None, first: int = 0
+    columns: Columns,
+    step: int,
+    place: int,
+    kept: KeptGroup,
+    query: dict[str, str],
+    pieces: Pieces | None,
+    first: int = 0,
 ) -> str:
     """A group's responses side by side.
 
     Args:
         step, place: which group.
         kept: its texts.
-        colour: a key of COLOURS, or empty.
+        query: the list's filters, which the neighbours are taken from, and `colour`: a key of COLOURS, or empty.
         pieces: of the run's tokenizer, None where there is none.
         first: response to begin with.
     """
+    colour = query.get("colour", "")
     index = columns.indexes[step]
     rows = index.responses[index.responses["group"] == place]
     n, correct = len(rows), int(rows["correct"].sum())
     there = f"/group/{step}/{place}"
-    links = [f'<a href="{there}"{"" if colour else " class=here"}>nothing</a>']
-    links += [f'<a href="{there}?colour={c}"{" class=here" if c == colour else ""}>{t}</a>' for c, t in COLOURS.items()]
-    near = []
-    if place > 0:
-        near.append(f'<a href="/group/{step}/{place - 1}?colour={colour}">← previous</a>')
-    if place + 1 < len(index.groups):
-        near.append(f'<a href="/group/{step}/{place + 1}?colour={colour}">next →</a>')
+    colours = {"": "nothing", **COLOURS}.items()
+    links = [
+        f'<a href="{link(there, query, colour=c)}"{" class=here" if c == colour else ""}>{t}</a>' for c, t in colours
+    ]
     facts = [f"{correct} of {n} correct"]
     facts += [f"difficulty {kept.difficulty:g}"] if kept.difficulty is not None else []
     shown_samples = range(first, min(first + CARDS, n))
-    cards = "".join(card(step, place, i, rows[i], kept.samples[i], colour, pieces) for i in shown_samples)
+    cards = "".join(card(step, place, i, rows[i], kept.samples[i], query, pieces) for i in shown_samples)
     more = [
-        f'<a href="{there}?colour={colour}&amp;first={at}">{at + 1}–{min(at + CARDS, n)}</a>'
+        f'<a href="{link(there, query, colour=colour, first=at)}"{" class=here" if at == first else ""}>'
+        f"{at + 1}–{min(at + CARDS, n)}</a>"
         for at in range(0, n, CARDS)
     ]
-    legend = f'<p class="note">{LEGENDS[colour]}</p>' if colour else ""
+    legend = f'<p class="note">{LEGENDS[colour]}{largest(kept.samples, colour)}</p>' if colour else ""
     return (
         f"<h1>Step {step}, group {place + 1} of {len(index.groups)}</h1>"
-        f"<nav>{' '.join(near)}</nav>"
+        f"{neighbours(columns, step, place, query)}"
         f'<div class="problem">{rich(kept.problem[:MOST])}{cut(kept.problem, MOST)}</div>'
         f"<p>Reference <span class=strong>{answer(kept.reference)}</span> "
         f"<span class=faint>· {' · '.join(facts)}</span></p>"
@@ -420,6 +465,38 @@ def group(
         + (f'<nav class="pager">{" ".join(more)}</nav>' if n > CARDS else "<p></p>")
         + f'<div class="cards">{cards}</div>'
     )
+
+
+def neighbours(columns: Columns, step: int, place: int, query: dict[str, str]) -> str:
+    """Links to the groups before and after this one in the list that the filters give, and to that list."""
+    chosen, _ = columns.select(parse_filter(query))
+    here = np.flatnonzero((columns.step_G[chosen] == step) & (columns.place_G[chosen] == place))
+    if not len(here):  # the address was written by hand
+        return f'<nav><a href="{link("/rollouts", query)}">the list</a></nav>'
+    at, colour = int(here[0]), query.get("colour", "")
+
+    def to(i: int, rel: str, text: str) -> str:
+        if not 0 <= i < len(chosen):
+            return ""
+        path = f"/group/{columns.step_G[chosen[i]]}/{columns.place_G[chosen[i]]}"
+        return f'<a rel={rel} href="{link(path, query, colour=colour)}">{text}</a>'
+
+    back = f'<a href="{link("/rollouts", query, page=at // PAGE + 1)}">the list</a>'
+    counted = f'<span class="faint">{at + 1:,} of {len(chosen):,}</span>'
+    return f"<nav>{to(at - 1, 'prev', '← previous')} {to(at + 1, 'next', 'next →')} {back} {counted}</nav>"
+
+
+def largest(samples: list[KeptSample], colour: str) -> str:
+    """The largest value among a group's tokens: where none is coloured, a reader sees why."""
+    values = [v for s in samples if (v := token_values(s, colour)) is not None]
+    ends = [x for v in values for x in (v[np.isfinite(v)].min(initial=np.inf), v[np.isfinite(v)].max(initial=-np.inf))]
+    ends = [x for x in ends if math.isfinite(x)]
+    if not ends:
+        return ""
+    low, high = min(ends), max(ends)
+    if colour == "weight":
+        return f"; here from {low:.4g} to {high:.4g}"
+    return f"; the largest here is {small(max(abs(low), abs(high)))}"
 
 
 def answer(text: str | None) -> str:
@@ -441,6 +518,11 @@ def signed(x: float, digits: int = 2) -> str:
     return "–" if math.isnan(x) else f"{x:+.{digits}f}".replace("-", "−")
 
 
+def small(x: float) -> str:
+    """A mean gap, nats; below 0.0001 the digits are rounding errors."""
+    return "–" if math.isnan(x) else f"{x:.2g}" if abs(x) >= 1e-4 or x == 0 else "0.0000"
+
+
 def facts_of(row: np.void, sample: KeptSample) -> str:
     """Reward, z, advantage and so on, as a line."""
     fields = sample.fields
@@ -450,24 +532,26 @@ def facts_of(row: np.void, sample: KeptSample) -> str:
         "advantage": signed(float(row["advantage"])),
     }
     facts |= {"tokens": f"{int(row['length']):,}", "age": str(int(row["age"]))}
-    facts["gap"] = "not trained on" if sample.gap is None else f"{float(row['gap']):.2g}"
+    facts["gap"] = "not trained on" if sample.gap is None else small(float(row["gap"]))
     facts |= {
         ("function" if k == "reward" else shown(k)): f"{v:.3g}" for k, v in fields["terms"].items() if v is not None
     }
     return "".join(f"<span>{k} <b>{v}</b></span>" for k, v in facts.items())
 
 
-def card(step: int, place: int, i: int, row: np.void, sample: KeptSample, colour: str, pieces: Pieces | None) -> str:
+def card(
+    step: int, place: int, i: int, row: np.void, sample: KeptSample, query: dict[str, str], pieces: Pieces | None
+) -> str:
     """One response with its verdict and numbers."""
-    fields = sample.fields
+    fields, colour = sample.fields, query.get("colour", "")
     verdict = "<span class='good strong'>correct</span>" if row["correct"] else "<span class='bad strong'>wrong</span>"
     marks = [fields["finish_reason"]] if row["truncated"] else []
     marks += ["degenerate"] if fields["degenerate"] else []
     marks += ["reward function failed"] if fields["failed"] else []
     cut_short = f'<span class="bad">{shown("truncated: " + ", ".join(marks))}</span>' if marks else ""
-    whole = f"/response/{step}/{place}/{i}" + (f"?colour={colour}" if colour else "")
+    in_full = link(f"/response/{step}/{place}/{i}", query, colour=colour)
     return (
-        f'<div class="card"><div class="top">{verdict}{cut_short}<a class="faint" href="{whole}">in full</a></div>'
+        f'<div class="card"><div class="top">{verdict}{cut_short}<a class="faint" href="{in_full}">in full</a></div>'
         f'<div class="answer">answer {answer(fields["extracted"])}</div>'
         f'<div class="facts">{facts_of(row, sample)}</div>'
         f"{body(sample, colour, pieces, MOST, MOST_TOKENS)}</div>"
@@ -496,24 +580,35 @@ def body(sample: KeptSample, colour: str, pieces: Pieces | None, most: int, most
 
 
 def response(
-    columns: Columns, step: int, place: int, i: int, kept: KeptGroup, colour: str, pieces: Pieces | None, start: int
+    columns: Columns,
+    step: int,
+    place: int,
+    i: int,
+    kept: KeptGroup,
+    query: dict[str, str],
+    pieces: Pieces | None,
+    start: int,
 ) -> str:
     """One response on a page of its own, a part at a time where it is very long."""
-    index = columns.indexes[step]
-    row, sample = index.responses[index.responses["group"] == place][i], kept.samples[i]
+    index, colour = columns.indexes[step], query.get("colour", "")
+    rows = index.responses[index.responses["group"] == place]
+    row, sample = rows[i], kept.samples[i]
     of_tokens = bool(colour) and sample.gap is not None and pieces is not None
     length, size = (len(sample.token_ids), WHOLE_TOKENS) if of_tokens else (len(sample.fields["text"]), WHOLE)
-    there = f"/response/{step}/{place}/{i}?colour={colour}"
-    parts = [
-        f'<a href="{there}&amp;from={at}"{" class=here" if at == start else ""}>{at:,}</a>'
-        for at in range(0, length, size)
-    ]
+    there = f"/response/{step}/{place}/{i}"
+    starts = {at: link(there, query, colour=colour, **{"from": at}) for at in range(0, length, size)}
+    parts = [f'<a href="{to}"{" class=here" if at == start else ""}>{at:,}</a>' for at, to in starts.items()]
     verdict = "<span class='good strong'>correct</span>" if row["correct"] else "<span class='bad strong'>wrong</span>"
-    links = [f'<a href="{there.partition("?")[0]}?colour={c}"{" class=here" if c == colour else ""}>{t}</a>'
+    links = [f'<a href="{link(there, query, colour=c)}"{" class=here" if c == colour else ""}>{t}</a>'
              for c, t in {"": "nothing", **COLOURS}.items()]  # fmt: skip
-    back = f'<a href="/group/{step}/{place}?colour={colour}">← the group</a>'
+    near = [
+        f'<a rel={rel} href="{link(f"/response/{step}/{place}/{to}", query, colour=colour)}">{text}</a>'
+        for to, rel, text in ((i - 1, "prev", "← previous"), (i + 1, "next", "next →"))
+        if 0 <= to < len(rows)
+    ]
+    near += [f'<a href="{link(f"/group/{step}/{place}", query, colour=colour)}">the group</a>']
     return (
-        f"<h1>Step {step}, group {place + 1}, response {i + 1}</h1><nav>{back}</nav>"
+        f"<h1>Step {step}, group {place + 1}, response {i + 1}</h1><nav>{' '.join(near)}</nav>"
         f"<p>{verdict} · answer {answer(sample.fields['extracted'])} · reference {answer(kept.reference)}</p>"
         f'<div class="facts">{facts_of(row, sample)}</div><nav>Tokens coloured by: {" ".join(links)}</nav>'
         + (f'<p class="note">{LEGENDS[colour]}</p>' if colour else "")

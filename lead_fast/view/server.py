@@ -10,6 +10,7 @@ import json
 import re
 import socket
 import threading
+import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -22,6 +23,7 @@ from .text import COLOURS, Pieces
 from .watched import Columns, Watched, parse_filter
 
 PORT = 8421
+RESTS = 4
 Pictures = Callable[[], dict[str, tuple[str, bytes]]]
 """Draws the run: name -> (alternative text, PNG); ValueError where there is nothing to draw."""
 
@@ -94,6 +96,7 @@ class Site:
         self._lock = threading.Lock()
         self._drawing: threading.Thread | None = None
         self._drawn: tuple[str, dict[str, tuple[str, bytes]]] = ("", {})
+        self._rests_until = 0.0
         self._pieces: tuple[int, Pieces | None] = (0, None)
 
     def answer(self, target: str) -> tuple[str, bytes]:
@@ -114,14 +117,13 @@ class Site:
                 raise NotThere
             return "image/png", drawn[match[1]][1]
         state = self._state()
-        follows = url.path == "/"
-        if follows:
+        if follows := url.path == "/":
             here = "/"
             body = pages.overview(state, self.watched.records(), self._drawn[1])
         else:
             here, columns = "/rollouts", self.watched.columns()
             body = self._rollouts(url.path, query, columns)
-        text = pages.page(self.name, state, here, body, follows=follows)
+        text = pages.page(self.name, state, here, body, follows=follows, broad=url.path.startswith("/group/"))
         return "text/html; charset=utf-8", text.encode("utf-8", "replace")
 
     def _rollouts(self, path: str, query: dict[str, str], columns: Columns) -> str:
@@ -138,11 +140,11 @@ class Site:
             raise ValueError(f"colour is {colour[:40]!r}: give one of {', '.join(COLOURS)}.")
         pieces = self._tokenizer() if colour else None
         if match[3] is None:
-            return pages.group(columns, step, place, kept, colour, pieces, _number(query, "first"))
+            return pages.group(columns, step, place, kept, query, pieces, _number(query, "first"))
         if int(match[3]) >= len(kept.samples):
             raise NotThere
         start = _number(query, "from")
-        return pages.response(columns, step, place, int(match[3]), kept, colour, pieces, start)
+        return pages.response(columns, step, place, int(match[3]), kept, query, pieces, start)
 
     def _group(self, columns: Columns, step: int, place: int) -> KeptGroup:
         index = columns.indexes.get(step)
@@ -151,16 +153,21 @@ class Site:
         return index.group(place)
 
     def _state(self) -> dict[str, Any]:
-        """State of the run; its mark changes with the pictures too, which are drawn in the background."""
+        """State of the run; its mark changes with the pictures too, which are drawn in the background.
+
+        Between two drawings at least RESTS times as long passes as the last one took: the run needs the processor.
+        """
         state = self.watched.state()
         with self._lock:
-            if state["mark"] != self._drawn[0] and self._drawing is None:
+            rested = time.monotonic() >= self._rests_until
+            if state["mark"] != self._drawn[0] and self._drawing is None and rested:
                 self._drawing = threading.Thread(target=self._draw, args=(state["mark"],), daemon=True)
                 self._drawing.start()
         return state | {"mark": f"{state['mark']}-{self._drawn[0]}"}
 
     def _draw(self, mark: str) -> None:
         drawn: dict[str, tuple[str, bytes]] = {}
+        began = time.monotonic()
         try:
             drawn = self.pictures()
         except ValueError:  # no record yet
@@ -168,6 +175,7 @@ class Site:
         finally:
             with self._lock:
                 self._drawn, self._drawing = (mark, drawn), None
+                self._rests_until = time.monotonic() + RESTS * (time.monotonic() - began)
 
     def _tokenizer(self) -> Pieces | None:
         path = self.watched.folder / FOLDER / "tokenizer.json"

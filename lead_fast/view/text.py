@@ -27,7 +27,9 @@ UNSEEN = re.compile(
 MATH = re.compile(
     r"\$\$(?P<a>[^$]{1,3000})\$\$|\\\[(?P<b>(?:[^\\]|\\(?!\])){1,3000})\\\]|\\\((?P<c>(?:[^\\]|\\(?!\))){1,1500})\\\)"
     r"|(?<![\\\w])\$(?P<d>[^\s$](?:[^$\n]{0,400}[^\s$\\])?)\$(?!\d)"
-    r"|(?P<e>\\boxed\{(?:[^{}\n]|\{(?:[^{}\n]|\{[^{}\n]{0,80}\}){0,200}\}){1,400}\})"
+    r"|(?P<f>\\begin\{(?P<g>(?:align|gather|equation)\*?)\}.{1,2900}?\\end\{(?P=g)\})"
+    r"|(?P<e>\\boxed\{(?:[^{}\n]|\{(?:[^{}\n]|\{[^{}\n]{0,80}\}){0,200}\}){1,400}\})",
+    re.DOTALL,
 )
 
 
@@ -40,8 +42,8 @@ def rich(text: str) -> str:
     """`shown`, with mathematics rendered; a formula that is not known stays source."""
     out, at = [], 0
     for m in MATH.finditer(text):
-        source = m["a"] or m["b"] or m["c"] or m["d"] or m["e"]
-        block = bool(m["a"] or m["b"])
+        source = m["a"] or m["b"] or m["c"] or m["d"] or m["e"] or m["f"]
+        block = bool(m["a"] or m["b"] or m["f"])
         rendered = None if UNSEEN.search(source) else mathml(source, block=block)
         if rendered is not None:
             before = text[at : m.start()]

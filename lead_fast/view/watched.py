@@ -1,6 +1,8 @@
 """A run folder as the page sees it: its records, and the columns of all kept rollouts, read again as they grow."""
 
+import itertools
 import re
+import statistics
 import threading
 import time
 import tomllib
@@ -13,7 +15,8 @@ import numpy as np
 from ..runtime.jsonl import read_jsonl
 from ..runtime.rollouts import FOLDER, GROUPS, RESPONSES, StepIndex, read_step, step_files
 
-QUIET_S = 600  # without a new record, a run that has not ended is said to be silent
+QUIET_S, QUIET_STEPS = 600, 5  # without a record for both, a run that has not ended is said to be silent
+RECENT = 20  # steps that say how long one takes
 
 
 @dataclass(frozen=True)
@@ -183,14 +186,24 @@ class Watched:
             return {}
 
     def state(self) -> dict[str, Any]:
-        """Where the run stands: step, steps, ended, seconds since the last record, and a mark that changes with it."""
+        """Where the run stands, and a mark that changes with it.
+
+        step, steps: done and wanted (None: unknown). ended: it is complete. silent_s: since the last record, None
+        before the first. usual_s: silence that is nothing unusual. left_s: to the end, None where unknown.
+        """
         records = self.records()
         step = max((r["step"] for r in records), default=0)
         steps = self.config().get("steps")
         stamp = self._records[0]
         silent_s = max(0.0, time.time() - stamp[0] / 1e9) if stamp[0] else None
         ended = (self.folder / "final" / "config.json").is_file() and (steps is None or step >= steps)
-        return {"step": step, "steps": steps, "ended": ended, "silent_s": silent_s, "mark": f"{stamp[0]}-{stamp[1]}"}
+        times = [r["elapsed_s"] for r in records if r.get("kind") == "train" and r.get("elapsed_s") is not None]
+        took_s = [b - a for a, b in itertools.pairwise(times[-RECENT - 1 :])]
+        usual_s = max(QUIET_S, QUIET_STEPS * max(took_s, default=0.0))
+        left_s = statistics.fmean(took_s) * (steps - step) if took_s and steps else None
+        mark = f"{stamp[0]}-{stamp[1]}"
+        return {"step": step, "steps": steps, "ended": ended, "silent_s": silent_s, "usual_s": usual_s,
+                "left_s": left_s, "mark": mark}  # fmt: skip
 
 
 def _join(indexes: list[StepIndex]) -> Columns:
