@@ -4,13 +4,13 @@
         [--engines transformers vllm]
 
 The job is bench/frozen_tiny.toml: 32 problems with 8 responses each per step, the embedded model in float32, two ranks
-with one thread each. Everybody trains the same model on the same problems with the same number of responses, the same
-limit on their tokens, AdamW at the same rate and our verifier's verdict (1 for correct, -1 for wrong); lead-fast adds
-its length reward and difficulty weight. Runs take turns; the first two steps of each are left out. Seconds to an
+with one thread each. All contestants train the same model on the same problems with the same number of responses, the
+same limit on their tokens, AdamW at the same rate and our verifier's verdict (1 for correct, -1 for wrong); lead-fast
+adds its length reward and difficulty weight. Runs take turns; the first two steps of each are left out. Seconds to an
 accuracy are those of training alone: evaluations (every 5 steps, 256 problems with two responses each) are not counted.
 
-With --model DIR, or --model smollm2 after `make smollm2`, the steps are those of that model: 4 problems with 4
-responses of at most 128 tokens, and no accuracy.
+With --model DIR, or --model smollm2 after `make smollm2`, that model is timed: 4 problems with 4 responses of at most
+128 tokens per step, and no accuracy.
 
 TRL is measured where it is installed (pip install trl==1.16.0 accelerate), vLLM where it is.
 """
@@ -48,7 +48,7 @@ def launch(ranks: int, *command: str) -> None:
 
 
 def job(a: argparse.Namespace) -> list[str]:
-    """Keys that make the frozen job the one that is asked for."""
+    """Return the keys that turn the frozen job into the requested one."""
     if not a.model:
         return [f"--steps={a.steps}"]
     return [f"--steps={a.steps}", f"--model={a.model}", "--rollout.problems=4", "--rollout.group_size=4",
@@ -70,7 +70,7 @@ def lead_fast(a: argparse.Namespace, engine: str, every: int) -> dict[str, Any]:
 
 
 def trl(a: argparse.Namespace, every: int) -> dict[str, Any]:
-    """The same of TRL's GRPOTrainer, in processes of its own."""
+    """Measure the same of TRL's GRPOTrainer, in its own processes."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = [f"--{k}={getattr(a, k)}" for k in ("steps", "ranks", "model") if getattr(a, k)]
         launch(
@@ -173,7 +173,7 @@ def seconds_to(run: dict[str, Any], accuracy: float) -> float | None:
 def main() -> None:
     p = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     p.add_argument("--steps", type=int, default=0, help="steps of a run; default 30, with --model 5")
-    p.add_argument("--turns", type=int, default=3, help="runs of everybody")
+    p.add_argument("--turns", type=int, default=3, help="runs of every contestant")
     p.add_argument("--ranks", type=int, default=2)
     p.add_argument("--to", type=float, default=0.8, help="accuracy to reach")
     p.add_argument("--model", default="", help="smollm2, or folder of another model; seconds per step alone")

@@ -5,8 +5,8 @@
 The step is GRPO's clipped loss (mean per response, ratio to given old log-probs), forward, backward and AdamW, in
 float32 on a CPU and bfloat16 on a GPU. Lengths are lognormal with a long tail, as a reasoning model's are. Every
 implementation runs in a process of its own and in turns with the others; gradients must agree before a time counts.
-No answer is skipped: every advantage is different from 0. As in GRPO, --group answers have the same prompt; with
---group 1 every answer has its own.
+No answer is skipped: every advantage differs from 0. As in GRPO, --group answers have the same prompt; with --group 1
+every answer has its own.
 
     lead-fast   packs of --pack-tokens, no padding, a group's prompt once a pack, chunked head
     compiled    the same with --model.compile
@@ -19,10 +19,10 @@ whole 14B fits one H200:
     python bench/train_step.py --bare --shape qwen2.5-14b --answers 2 --median 1e9 --longest 8192 --micro-batch 1
         --pack-tokens 8192 --checkpointing selective      (and --longest 14336; without communication)
 
-Tokens/s counts the real tokens of all sequences, prompts included, also where a prompt is computed once for its group;
-MFU likewise counts the work of sequences computed apart, so sharing may take it above what the processor does. It is
-against a bare matrix product timed in the same run, with causal attention
-(6 N + 6 L D n a token of a sequence of n) and as torchtitan counts it (12 L D n).
+Tokens/s counts the real tokens of all sequences, each with its prompt, also where a prompt is computed once for its
+group; MFU likewise counts the work of separate sequences, so sharing may raise it above the processor's own use. It is
+relative to a bare matrix product timed in the same run, with causal attention (6 N + 6 L D n per token of a sequence of
+n tokens) and as torchtitan counts it (12 L D n).
 
 Legend: N parameters, L layers, D hidden, S sequences.
 """
@@ -268,7 +268,7 @@ class Plain(Step):
 
 
 def child(a: argparse.Namespace) -> None:
-    """One implementation: its gradient to a file, then times and peak memory of whole steps, as JSON."""
+    """Run one implementation: write its gradient to a file, then print times and peak memory of whole steps as JSON."""
     device = a.device
     x = torch.load(a.answers_file)
     step: Step = {"lead-fast": LeadFast, "compiled": LeadFast, "TRL": Trl, "plain": Plain}[a.only](a, x, device)
@@ -345,7 +345,9 @@ def main() -> None:
     p.add_argument("--hidden", type=int, default=512)
     p.add_argument("--layers", type=int, default=8)
     p.add_argument("--bare", action="store_true", help="weights and gradients alone: no FSDP, no optimiser")
-    p.add_argument("--names", nargs="+", default=list(NAMES), choices=NAMES, help="which are measured; ours always is")
+    p.add_argument(
+        "--names", nargs="+", default=list(NAMES), choices=NAMES, help="what is measured; lead-fast always is"
+    )
     p.add_argument("--group", type=int, default=8, help="answers to a prompt")
     p.add_argument("--reshard", default="false", choices=["true", "false"], help="lead-fast's parallel.reshard")
     p.add_argument("--shape", default="embedded", choices=["embedded", "qwen2.5-14b"])

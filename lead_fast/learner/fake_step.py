@@ -1,11 +1,12 @@
-"""One pack of the real trainer in tensors without memory: what would be alive, and what would be computed and sent.
+"""One pack of the real trainer on tensors without memory: bytes in use, work and traffic are counted.
 
 The trainer's own model, sharding, optimiser and loss run under FakeTensorMode in a fake process group of any size: its
-tensors have shapes and no memory. FSDPMemTracker adds up what would be alive; a second mode counts collectives, FLOPs
-and bytes. Two small depths are run, and every number is drawn out to the model's depth: between blocks that are alike
-it is a straight line in their number (tests/test_plan.py).
+tensors have shapes and no memory. FSDPMemTracker adds up what would be in memory; a second mode counts collectives,
+FLOPs and bytes. Two small depths are run, and every number is extrapolated to the model's depth: with equal blocks it
+is a straight line in their number (tests/test_plan.py). Every sequence has its own prompt, as in bfloat16 on a GPU;
+packs that share prompts (packing.py) need less.
 
-Two things differ from a GPU and are put right here. Attention is an operator that holds what flash-attn's does (q, k,
+Two things differ from a GPU and are corrected here. Attention is an operator that holds what flash-attn's does (q, k,
 v, out and the log-sum-exp; in the backward a float32 accumulator of d(q)), as there is no CUDA to trace. Operators that
 are opaque to tracing (the head's kernel, attention's backward) get the buffers that they allocate inside added.
 Legend: S sequences, T packed tokens, R rows of the head, D hidden, V vocabulary, H heads, K head dim.
@@ -85,7 +86,7 @@ def plan_attention(lengths: Sequence[int], on_gpu: bool) -> Callable:
         if on_gpu:
             q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
             return flash_plan(q, k, v)[0][None], None
-        index = []  # where a mask would be asked for its true values, places as many as there are
+        index = []  # places in as many as a mask has true values, which a fake tensor cannot count
         for (where, real), group in zip(kw.pop("sdpa_index"), attention_groups(list(lengths)), strict=True):
             place = where.new_empty(sum(lengths[i] for i in group))
             index.append((where, (place, place)))
@@ -122,11 +123,11 @@ ATTENTION = {
 
 
 class Tracker(FSDPMemTracker):
-    """The most memory of each kind in each of SEGMENTS, bytes.
+    """Track the most memory of each kind in each of SEGMENTS, bytes.
 
-    A peak over the whole step need not be a straight line in the number of blocks: which moment is the highest may
-    change. Within a segment it is one from three blocks on: forward and the blocks' backward are highest where all
-    blocks have saved what they save, and the end (embedding and head are reduced) comes when all are done.
+    A peak over the whole step need not be a straight line in the number of blocks: the highest moment may change.
+    Within a segment it is one from three blocks on: forward and the blocks' backward are highest when all blocks have
+    saved what they save, and the end (embedding and head are reduced) comes when all are done.
     """
 
     def __init__(self, policy: Policy, optimizer: torch.optim.Optimizer, on_gpu: bool):
@@ -165,7 +166,7 @@ class Tracker(FSDPMemTracker):
         return bool(known) and known[0].reftype == HEAD
 
     def _inside(self, func: Any, args: tuple) -> list[torch.Tensor]:
-        """What an operator allocates for itself alone, as tensors to hold while it is counted."""
+        """Allocate what an operator allocates inside, to be held while it is counted."""
         inside, kind = [], HEAD
         if func is HEAD_OP:
             (hidden, head), (logits, _, trained) = args[:2], head_work(args)
@@ -184,14 +185,14 @@ class Tracker(FSDPMemTracker):
 
 
 def head_work(args: tuple) -> tuple[torch.dtype, int, int]:
-    """Of a call of HEAD_OP: the logits' dtype, and whether (1 or 0) hidden states and head get a gradient."""
+    """Read from a call of HEAD_OP the logits' dtype and whether (1 or 0) hidden states and head get a gradient."""
     head, options, (_, hidden_trained, head_trained, *_) = args[1], LossOptions.decode(args[-2])[0], args[-1]
     wide = torch.promote_types(head.dtype, torch.float32)
     return wide if options.fp32_logits else head.dtype, hidden_trained, head_trained
 
 
 class Counter(TorchDispatchMode):
-    """Collectives (number, bytes of the whole tensor, largest), FLOPs of products, calls of attention, other bytes."""
+    """Count collectives (calls, bytes of whole tensors, largest), FLOPs of products, attention calls, other bytes."""
 
     def __init__(self):
         super().__init__()
@@ -232,7 +233,7 @@ class FakePolicy(Policy):
 
 @contextlib.contextmanager
 def fake_job(gpus: int, replicate: int) -> Iterator[Ranks]:
-    """Rank 0 of a job of `gpus` that talks to nobody, with the trainer's mesh."""
+    """Yield rank 0 of a job of `gpus` without any communication, with the trainer's mesh."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
     try:
         shape, names = (
@@ -244,12 +245,12 @@ def fake_job(gpus: int, replicate: int) -> Iterator[Ranks]:
 
 
 def run_pack(c: Config, shape: Any, ranks: Ranks, lengths: Sequence[int], rows: int, on_gpu: bool) -> Numbers:
-    """Forward and backward of one pack in the state of any but a run's first step: gradients and AdamW's state exist.
+    """Run forward and backward of one pack as after a run's first step: gradients and AdamW's state exist.
 
     Args:
         c, shape: the configuration and the model's.
         lengths, rows: tokens of the pack's sequences, and rows of the head.
-        on_gpu: attention and chunks as on a GPU, or as on a CPU.
+        on_gpu: whether attention and chunks are as on a GPU or as on a CPU.
     Returns:
         bytes under "<segment>/<kind>", counts under the Counter's names, sync_bytes (the weight sync's all-gathers),
         parameters, and the forward's FLOPs of a sequence of one and of two tokens.
@@ -294,7 +295,7 @@ DEPTHS = (3, 4)  # tracked blocks
 
 
 def track(c: Config, shape: Any, ranks: Ranks, lengths: Sequence[int], rows: int, on_gpu: bool = True) -> Numbers:
-    """`run_pack` at the model's depth, drawn out from DEPTHS where it is deeper. Arguments as there."""
+    """Do `run_pack` at the model's depth, extrapolated from DEPTHS if it is deeper; arguments as there."""
 
     def at(depth: int) -> Numbers:
         cut = copy.deepcopy(shape)

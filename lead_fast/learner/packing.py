@@ -1,9 +1,8 @@
 """Sequences to packs and packs to ranks: no padding, equal work, the same number of packs on every rank.
 
-Responses to one prompt may share its tokens: a pack holds them once, and every response behind the first attends to
-them where they stand. Attention in plain torch (attention.py) does that, on a CPU or in float32. Varlen attention on a
-GPU could, with keys that are gathered per response, but it would save what prompts are of a pack's tokens: 2 % at 150
-tokens before 7,000, so there every response keeps a prompt of its own.
+Responses to one prompt may share its tokens: a pack then holds the prompt once, and every later response attends to
+that copy. Attention in plain torch (attention.py) supports this, on a CPU or in float32. In bfloat16 on a GPU every
+response keeps its own prompt: with 150 tokens before a response of 7,000, sharing would save 2 % of a pack.
 
 Legend: S sequences, T packed tokens, M packs.
 """
@@ -16,7 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-EVEN = 1.01  # the slowest rank's work over the least possible, below which no other plan is tried
+EVEN = 1.01  # the slowest rank's work over the least possible; below it no other plan is tried
 
 
 @dataclass(frozen=True)
@@ -30,10 +29,10 @@ class Pack:
     sequence_ids_R: int32 [R], index of the row's sequence in the whole batch (0..S-1).
     behavior_R: float32 [R], the engine's log-probs of the targets, or None where there is no engine (SFT).
     age_R: int32 [R], policy updates since the target was sampled, or None where all are 0.
-    lengths: tokens of the sequences that cu_seqlens separates, on the host: nobody asks the device for them.
-    prefixes: per such sequence the first position in T and the number of the tokens that it continues, a prompt that
-        stands before another response; (0, 0) for a sequence that begins with its own prompt. Empty: all do. A response
-        of one token behind its like has no sequence: its one row is the prompt's last.
+    lengths: tokens of the sequences that cu_seqlens separates, on the host, so that the device need not be asked.
+    prefixes: per sequence the first position in T and the length of the shared prompt that it continues; (0, 0) for a
+        sequence that begins with its own prompt. Empty if all do. A one-token response to a shared prompt has no
+        sequence: its one row is the prompt's last.
     """
 
     input_ids_T: torch.Tensor
@@ -54,7 +53,7 @@ def flops_per_sequence(linear_params: int, layers: int, hidden: int) -> Callable
 
 
 def assign(lengths: Sequence[int], budget: int, ranks: int, cost: Callable[[int], float]) -> list[list[list[int]]]:
-    """Which sequence goes to which pack of which rank.
+    """Decide which sequence goes to which pack of which rank.
 
     Args:
         lengths: tokens of every sequence, prompt included.
@@ -74,16 +73,16 @@ def assign_shared(
     ranks: int,
     cost: Callable[[int], float],
 ) -> list[list[list[int]]]:
-    """Do what `assign` does where the responses to a prompt share its tokens; those in one pack lie next to each other.
+    """Do what `assign` does if the responses to a prompt share its tokens; those in one pack are neighbours.
 
     Args:
         prompts: token ids of every sequence's prompt.
-        lengths, budget, ranks, cost: as in `assign`. Prompts count for every response against the budget, as attention
-            holds their keys for every response: a pack never needs more memory than one that shares nothing.
+        lengths, budget, ranks, cost: as in `assign`. The budget counts a prompt once per response, because attention
+            gathers its keys for each: a pack never needs more memory than one that shares nothing.
 
     The responses to a prompt are dealt as one unit or as several, each of which computes the prompt again. Few units
-    save work, many even it out: their size is halved from a rank's part of all tokens down to single sequences, and
-    the plan taken that leaves the slowest rank the least work.
+    save work, many balance it better. So units of halving size are tried, from a rank's part of all tokens down to
+    single sequences, and the plan in which the slowest rank has the least work is kept.
     """
     groups: dict[tuple[int, ...], list[int]] = {}
     for i, prompt in enumerate(prompts):
@@ -100,13 +99,13 @@ def assign_shared(
         slowest = max(sum(shared_work(pack, prompts, lengths, cost) for pack in rank) for rank in packs)
         if best is None or (slowest, len(packs[0])) < best[:2]:
             best = slowest, len(packs[0]), packs
-        if len(units) == len(lengths) or best[0] <= EVEN * least:
+        if not size or len(units) == len(lengths) or best[0] <= EVEN * least:
             return best[2]
         size //= 2
 
 
 def _cut(members: Sequence[int], lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Cut a list of sequences where more than `size` tokens would come together."""
+    """Cut a list of sequences into units of at most `size` tokens; a longer sequence is a unit of its own."""
     units: list[list[int]] = []
     tokens = 0
     for i in members:
@@ -131,10 +130,10 @@ def shared_work(
 
 
 def deal(lengths: Sequence[int], works: Sequence[float], budget: int, ranks: int) -> list[list[list[int]]]:
-    """Deal items of so many tokens and so much work to packs of at most `budget` tokens; returns what `assign` does.
+    """Deal items with `lengths` tokens and `works` to packs of at most `budget` tokens; return what `assign` does.
 
-    The most work first, each item to the rank with the least, and on it to the least loaded pack with room; M grows
-    from its lower bound until all fit.
+    The item with the most work comes first, each item to the rank with the least, and on it to the least loaded pack
+    with room; M grows from its lower bound until all fit.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-works[i], i))
     loads: list[list[int]] = [[] for _ in range(ranks)]
@@ -189,7 +188,7 @@ def make_pack(
         part: (i, n), the i-th of n equal parts of the pack's tokens and their rows, for ranks that share it; the pack
             is filled up to a multiple of n with a sequence of its own, and cu_seqlens are the whole pack's.
         ages: of every response token, or None.
-        shared: neighbours with equal prompts share the prompt's tokens.
+        shared: whether neighbours with equal prompts share the prompt's tokens.
     """
     ids: list[int] = []
     positions: list[int] = []
@@ -261,9 +260,9 @@ def make_pack(
 
 
 def efficiency(packed: list[list[list[int]]], work: Callable[[list[int]], float]) -> float:
-    """Mean work over the slowest rank's: the share of the ranks' time that is not spent waiting for the last one.
+    """Mean work over the slowest rank's: the part of the ranks' time that is not spent waiting for the slowest.
 
-    `work`: of a pack, from its members.
+    `work` returns a pack's work from its members.
     """
     works = [sum(map(work, rank)) for rank in packed]
     return sum(works) / len(works) / max(works) if max(works) > 0 else 1.0
