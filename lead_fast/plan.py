@@ -7,9 +7,9 @@ parallel.pack_tokens or the longest sequence, whichever is more. The rollout is 
 rest on one table, planner/assumptions.py, and in its place on what bench/gpu.py measured, where there are results of
 the device; the same table predicts published numbers, and the errors are printed. Training and generation do not
 coincide: vLLM sleeps (level 2) while the policy trains. It ends with code 1, and says what to change, where a run does
-not fit. Not counted: grading, evaluation, checkpoints, a reference model (loss.kl_coef), and a pass that recomputes old
-log-probs. model.compile is credited as model.liger is. Ranks that share a pack (parallel.sequence) hold and compute its
-parts.
+not fit. Not counted: grading, evaluation, checkpoints, a reference model (loss.kl_coef), a pass that recomputes old
+log-probs, and what responses save that share their prompt's tokens in float32. model.compile is credited as model.liger
+is. Ranks that share a pack (parallel.sequence) hold and compute its parts.
 """
 
 import argparse
