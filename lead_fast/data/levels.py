@@ -6,9 +6,9 @@ form it has, and each form has a price of its own:
 - guess: the answer at once, right on easy problems only;
 - terse: one equation per step, but a small one (2, 3 or 4 more or less) joins the equation before it (`47+38-2=83`),
   and such equations the model gets wrong often;
-- wordy: the same equations in sentences, twice as long and just as right;
-- check: terse work whose results are worked out again step by step (`47+38-2=73|47+38=85|85-2=83`): twice as long, and
-  right more often. A quarter of the results before the check are wrong, and are mended;
+- wordy: a sentence and an equation for every step, none joined: twice as long, and right nearly always;
+- check: terse work whose results are worked out again step by step (`47+38-2=73|47+38=85|85-2=83`): longer than terse
+  by two thirds, and right more often. A quarter of the results before the check are wrong, and are mended;
 - none: no answer. The response ends without `</think>`, as one does that was cut at its limit.
 
 One problem in five is hopeless and can be recognised: a product of three three-digit numbers, which no form solves.
@@ -65,7 +65,8 @@ def make_problems(
 def _solvable(rng: random.Random, level: int) -> tuple[str, int, str]:
     start, steps, value = steps_of(rng, level)
     form = rng.choices(list(FORMS), list(FORMS.values()))[0]
-    lines = [LINES[form](rng, i, line) for i, line in enumerate(_joined(steps))] if form in LINES else []
+    equations = [[step] for step in steps] if form == "wordy" else _joined(steps)
+    lines = [LINES[form](rng, i, equation) for i, equation in enumerate(equations)] if form in LINES else []
     return problem_text(rng, start, steps), value, _written(form, start, lines, value)
 
 
@@ -88,7 +89,7 @@ def form_of(text: str) -> str:
 
 
 def _joined(steps: Sequence[Step]) -> list[list[Step]]:
-    """The steps of each equation of terse work."""
+    """Return the steps of each equation of terse work."""
     lines: list[list[Step]] = []
     for step in steps:
         if step[0] != "*" and step[1] in JOINED and lines and len(lines[-1]) == 1:
@@ -107,8 +108,8 @@ def _terse(rng: random.Random, i: int, steps: Sequence[Step]) -> str:
 
 
 def _wordy(rng: random.Random, i: int, steps: Sequence[Step]) -> str:
-    named = " and ".join(f"{VERB[op]} {n}" for op, n, *_ in steps)
-    return f"{'Next' if i else 'First'} we {named}, which gives us\n{_terse(rng, i, steps)}"
+    [(op, n, *_)] = steps
+    return f"{'Next' if i else 'First'} we {VERB[op]} {n}, which gives us\n{_terse(rng, i, steps)}"
 
 
 def _check(rng: random.Random, i: int, steps: Sequence[Step]) -> str:
