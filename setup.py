@@ -1,9 +1,10 @@
-"""Builds csrc with torch's extension tools where there is a C++ compiler and torch; says in a sentence if not.
+"""Build csrc with torch's extension tools if there are a C++ compiler and torch; otherwise print one sentence.
 
-torch is no build requirement: an isolated build would fetch gigabytes, and of a torch that need not be the one the
-extension is loaded by. Instead the torch of the environment that is installed into is used. `--no-build-isolation` and
-`-e` see it anyway; pip's build isolation hides that environment's packages, but runs its Python, which still names
-their folder. Without torch or a compiler the package installs without the extension and runs slower.
+torch is not a build requirement, because an isolated build would download gigabytes, and possibly a different torch
+from the one that later loads the extension. The build uses the torch of the target environment instead.
+`--no-build-isolation` sees it anyway; pip's build isolation hides the packages of that environment, but runs its
+Python, which still knows their folder. Without torch or a compiler the package installs without the extension and runs
+slower.
 """
 
 import os
@@ -14,7 +15,7 @@ import sysconfig
 
 from setuptools import setup
 
-# csrc/rows.cpp and csrc/sparse.cpp are compiled once for each; the CPU decides at run time.
+# csrc/rows.cpp and csrc/sparse.cpp are compiled once per set; the CPU decides at run time which one runs.
 INSTRUCTION_SETS = {"DEFAULT": []}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["AVX2"] = ["-mavx2", "-mfma", "-mf16c"]
@@ -22,7 +23,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["AVX512"] += [
         "-Wno-maybe-uninitialized",
         "-Wno-uninitialized",
-    ]  # of GCC 12 in its own avx512fintrin.h
+    ]  # warnings of GCC 12 about its own avx512fintrin.h
 
 
 def extension() -> dict:
@@ -36,11 +37,11 @@ def extension() -> dict:
 
     flags = ["-O3", "-g0", "-fvisibility=hidden", "-Wno-unknown-pragmas"]
     if sys.platform == "linux":
-        flags.append("-fopenmp")  # not linked: the library is torch's own, so there is one pool of threads
+        flags.append("-fopenmp")  # not linked: torch brings the library, so that there is one pool of threads
 
     class Build(BuildExtension):
         def build_extension(self, ext) -> None:
-            """Adds what is compiled for every instruction set; a failure costs the extension, not the installation."""
+            """Compile for every instruction set; a failure costs the extension, not the installation."""
             try:
                 ext.extra_objects = []
                 for name, instructions in INSTRUCTION_SETS.items():
@@ -60,7 +61,7 @@ def extension() -> dict:
         ["csrc/bindings.cpp", "csrc/sparse_bindings.cpp", "csrc/lead_advantages.cpp", "csrc/row_loss.cpp"],
         extra_compile_args=flags,
         depends=["csrc/rows.cpp", "csrc/rows.h", "csrc/sparse.cpp", "csrc/sparse.h"],
-        optional=True,  # an extension that was not built is no error
+        optional=True,  # a missing extension is not an error
     )
     return {"ext_modules": [module], "cmdclass": {"build_ext": Build}}
 

@@ -1,4 +1,4 @@
-"""The site's part that is not configuration: links that leave docs, and the fields of records (see mkdocs.yml)."""
+"""Hooks of the documentation site (see mkdocs.yml): links that lead out of docs, and the fields of records."""
 
 import os
 import re
@@ -16,7 +16,7 @@ LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s#:]+)(#[^)\s]*)?\)"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages that stand in the root of the repository, and the pictures outside docs that pages show."""
+    """Add the pages in the root of the repository, and the images outside docs that pages show."""
     for name, path in ELSEWHERE.items():
         if path.exists():
             files.append(File.generated(config, name, abs_src_path=str(path)))
@@ -33,7 +33,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Point links to where the site has their targets; of a link to a file that it does not have, keep the text."""
+    """Point links to where the site has their targets; of a link to a file outside the site, keep only the text."""
 
     def moved(match: re.Match[str]) -> str:
         mark, text, link, anchor = match[1], match[2], match[3], match[4] or ""
@@ -52,21 +52,21 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def _target(file: File, link: str) -> Path:
-    """The file that a relative link means, seen from where its page really is."""
+    """The file that a relative link points to, resolved from its page's place in the repository."""
     return Path(os.path.normpath(Path(file.abs_src_path or "").parent / link))
 
 
 class Docstrings(griffe.Extension):
-    """Makes griffe's sections of this project's docstrings: with or without a blank line above them, and of fields."""
+    """Give griffe the sections and lists of fields of this project's docstrings."""
 
     def on_object(self, *, obj: griffe.Object, **_: object) -> None:
-        """Set a blank line above `Args:` and its like."""
+        """Put a blank line above `Args:`, `Returns:` and `Raises:`."""
         if obj.docstring:
             text = re.sub(r"\n+(?=(?:Args|Returns|Raises):\n)", "\n\n", obj.docstring.value)
             obj.docstring.value = text
 
     def on_class(self, *, cls: griffe.Class, **_: object) -> None:
-        """Set `Attributes:` above the lines `name: text` with which a record's docstring lists its fields."""
+        """Put `Attributes:` above the lines `name: text` in which a record's docstring lists its fields."""
         if not cls.docstring:
             return
         fields = {name for name, member in cls.members.items() if member.is_attribute}

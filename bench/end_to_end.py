@@ -1,4 +1,4 @@
-"""Seconds per step, and seconds until 80 % of held-out problems are solved, beside TRL's GRPOTrainer, in one run.
+"""Seconds per step and until 80 % of held-out problems are solved, compared with TRL's GRPOTrainer in one run.
 
     python bench/end_to_end.py [--steps 10] [--turns 3] [--to 0.8] [--model DIR] [--engines transformers vllm]
 

@@ -1,6 +1,6 @@
-"""How the benchmarks measure: interleaved calls with cold caches, extra memory, the machine, JSON.
+"""Measurement for the benchmarks: interleaved calls with cold caches, extra memory, description of the machine, JSON.
 
-A rival that is not installed, or cannot do the work, raises `Cannot` with the reason and is listed with it.
+A rival that is not installed, or cannot do the work, raises `Cannot`; the benchmark lists it with the reason.
 """
 
 import ctypes
@@ -26,7 +26,7 @@ Call = Callable[[], Any]
 
 
 class Cannot(Exception):
-    """Why a rival is not measured."""
+    """Raised with the reason why a rival is not measured."""
 
 
 def synchronize(device: str) -> None:
@@ -35,10 +35,10 @@ def synchronize(device: str) -> None:
 
 
 def interleaved(calls: dict[str, Call], repeats: int, device: str, budget_s: float = 8.0) -> dict[str, list[float]]:
-    """Milliseconds of every call, in turns; before each a buffer larger than the last-level cache is written.
+    """Time all calls in turns, in milliseconds; before each, write a buffer larger than the last-level cache.
 
-    A call that has spent `budget_s` sits out after its second turn. Its attribute `prepare`, if it has one, is called
-    before each turn, outside the time.
+    A call that has used up `budget_s` is skipped after its second turn. If a call has an attribute `prepare`, it is
+    called before each turn, untimed.
     """
     flush = torch.empty(256 << 20 if device == "cuda" else 64 << 20, dtype=torch.uint8, device=device)
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -59,9 +59,9 @@ def interleaved(calls: dict[str, Call], repeats: int, device: str, budget_s: flo
 
 
 def extra_bytes(call: Call, device: str) -> int | None:
-    """Most memory in use during the call above what was in use before, bytes; None where it cannot be read.
+    """Peak memory of a call above what was in use before it, bytes; None where it cannot be read.
 
-    On a GPU by torch's allocator, on Linux by the process's peak resident memory, which the kernel lets us reset.
+    Read from torch's allocator on a GPU, and on Linux from the process's peak resident memory, which can be reset.
     """
     gc.collect()
     getattr(call, "prepare", int)()
@@ -74,7 +74,7 @@ def extra_bytes(call: Call, device: str) -> int | None:
         return torch.cuda.max_memory_allocated() - before
     if sys.platform != "linux":
         return None
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed must not hide what is taken
+    ctypes.CDLL(None).malloc_trim(0)  # memory already freed must not hide new allocations
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -96,7 +96,7 @@ def summary(ms: list[float]) -> dict[str, float]:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Device, date, command, commit and versions of what a result rests on; on a GPU the driver's version too."""
+    """Describe the origin of a result: device, date, command, commit, package versions, and the driver of a GPU."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     for name in PACKAGES:
         try:
@@ -108,7 +108,7 @@ def machine(device: str) -> dict[str, Any]:
     else:
         what = f"{cpu_name()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     words = sys.argv[1:]
-    if "--out" in words:  # where a result was written is not what it rests on
+    if "--out" in words:  # the output path does not affect the result
         at = words.index("--out")
         words = words[:at] + words[at + 2 :]
     command = " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *words])
@@ -121,7 +121,7 @@ PACKAGES = ("triton", "transformers", "liger-kernel", "trl", "cut-cross-entropy"
 
 
 def commit() -> str | None:
-    """The working tree's commit, with a + where files differ from it; None outside of git."""
+    """Commit of the working tree, with a + if files differ from it; None outside git."""
     command = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
     done = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True)
     return done.stdout.strip() or None if done.returncode == 0 else None
@@ -137,7 +137,7 @@ def cpu_name() -> str:
 
 
 def write_json(path: Path, content: dict[str, Any], quiet: bool = False) -> None:
-    """Write a result in one move: who reads it finds the old one or the new one."""
+    """Write a result atomically: a reader finds either the old result or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".part")
     beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -1,21 +1,23 @@
-"""The kernels beside everything a user would pick instead, on the same work, in one run.
+"""Compare the kernels with the alternatives that a user would pick, on the same work, in one run.
 
     python bench/kernels.py [--device cpu|cuda] [--rows 1024] [--vocabulary 49152] [--hidden 576] [--gate] ...
 
 The work is GRPO's clipped loss of T response tokens against given old log-probs: `policy_loss` from logits,
-`linear_policy_loss` from hidden states and the head, both with gradients; and `linear_logprobs`, forward only. Then the
-same with an entropy gradient, with a soft cap, on the logits of a real model (SmolLM2's, at responses that it sampled;
-without its weights only on random ones, and that is said), and `linear_cross_entropy`: ratios and advantages of 1, for
-rivals that give a mean only. rivals.py says how each is called and what it does not do.
+`linear_policy_loss` from hidden states and the head, both with gradients, and `linear_logprobs`, forward only. Further
+cases have an entropy gradient, a soft cap, or the logits of a real model (SmolLM2's, at responses that it sampled; left
+out, with a line that says so, if its weights are missing). `linear_cross_entropy` has ratios and advantages of 1, for
+rivals that return only a mean. rivals.py says how each is called and what it lacks.
 
-Calls are interleaved, with cold caches; extra memory is what a call takes above its inputs. Errors are taken against
-float64: of log-probs in nats (root mean square), of gradients relative to their norm. What is off by more than rounding
-is not timed. The floors are measured beside them: bare matrix products of the same shapes, and a copy of the logits,
-which is one read and one write. Last, `linear_policy_loss` over several T, with a picture.
+It prints a table per case: time of each implementation, as a multiple of ours and as a share of the floor, extra memory
+above the inputs, and errors against float64 (log-probs: root mean square in nats; gradients: relative to their norm).
+Calls are interleaved, with cold caches. An implementation whose gradient is off by more than rounding is not timed. The
+floors are measured in the same run: bare matrix products of the same shapes, and a copy of the logits (one read and one
+write). The last case is `linear_policy_loss` over several T, with a picture. On two CPU cores it takes at most five
+minutes; after --seconds no further table is started.
 
 Rivals, where installed: torch eager, torch.compile, torch's chunked linear_cross_entropy, Liger, TRL,
-cut-cross-entropy, quack, verl. Each that does not run here is one line that says why. --gate runs the kernels' tests
-first: no green test, no number.
+cut-cross-entropy, quack, verl. A rival that does not run here gets one line that says why. --gate runs the kernels'
+tests first and stops if one fails.
 
 Legend: T rows, V vocabulary, D hidden, S sequences.
 """
@@ -59,7 +61,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SWEEP = (OURS, "torch eager", "Liger fused", FLOOR)
 NOT_COMPILED = tuple(r.name for r in ON_HIDDEN if r.name != "torch.compile") + (FLOOR,)
 SECOND_DTYPE = (OURS, "torch eager", "torch.compile", "TRL", "cut", FLOOR)
-REAL = (OURS, "torch eager", FLOOR)  # with the rows that are only there on real logits
+REAL = (OURS, "torch eager", FLOOR)  # for real logits, besides the sparse rivals
 
 
 def our_logprobs(w: Work, load: Any) -> Any:
@@ -73,7 +75,7 @@ def our_logprobs(w: Work, load: Any) -> Any:
 @dataclass(frozen=True)
 class Operation:
     rivals: tuple[Rival, ...]
-    floors: tuple[Floor, ...]  # the first one is what shares refer to
+    floors: tuple[Floor, ...]  # shares refer to the first one
     from_hidden: bool
     gradients: bool = True
 
@@ -89,7 +91,7 @@ OF_THE_HEAD = [name for name, operation in OPERATIONS.items() if operation.from_
 
 
 def call_of(w: Work, operation: Operation, rival: Rival) -> Call:
-    """A call that computes the loss and its gradients, and returns a Result."""
+    """Make a call that computes the loss and its gradients and returns a Result."""
     score, originals = rival.make(w, imported), inputs_of(w, rival, operation.from_hidden)
     work = tuple(x.clone() for x in originals) if rival.overwrites else originals
 
@@ -114,7 +116,7 @@ def call_of(w: Work, operation: Operation, rival: Rival) -> Call:
 
 
 def errors(got: Result, exact: Result) -> dict[str, float | None]:
-    """Root mean square of the log-probs' error, nats; the gradients' largest error relative to their norm."""
+    """Errors of a result: of log-probs, root mean square in nats; of gradients, the largest relative to their norm."""
     logp = None
     if got.logp is not None and exact.logp is not None:
         logp = (got.logp.double() - exact.logp).square().mean().sqrt().item()
@@ -129,7 +131,7 @@ def relative(x: torch.Tensor, exact: torch.Tensor, rows: int = 256) -> float:
 
 @dataclass
 class Table:
-    """An operation on a Work, with the rivals that run here; who does not is in `left_out`, a sentence each."""
+    """Measurement of an operation on a Work: rivals that run here, and in `left_out` a sentence for each other."""
 
     operation: str
     w: Work
@@ -143,10 +145,10 @@ class Table:
         print(f"  {self.left_out[-1]}", flush=True)
 
     def prepare(self, only: tuple[str, ...] = (), extra: Sequence[Rival] = ()) -> None:
-        """Try every rival once, and keep those whose results are right."""
+        """Call every rival once and keep those whose results are right."""
         o = OPERATIONS[self.operation]
         exact: Result | None = None
-        torch.compiler.reset()  # another shape is compiled for itself, not as a dynamic one
+        torch.compiler.reset()  # compiles each shape separately, not with dynamic shapes
         for rival in (*o.rivals[:1], *extra, *o.rivals[1:]):
             if only and not rival.name.startswith(only):
                 continue
@@ -163,7 +165,7 @@ class Table:
                 fits = checked(rival, o.from_hidden)
                 self.leave_out(rival.name, "; ".join(filter(None, [f"not measured, {e}", fits])))
                 continue
-            except Exception as e:  # whatever a rival raises on this machine is the reason it is listed with
+            except Exception as e:  # whatever a rival raises on this machine is listed as the reason
                 if rival.name.startswith(OURS):
                     raise
                 reason = next(iter(str(e).splitlines()), "")[:90]
@@ -183,7 +185,7 @@ class Table:
             self.calls[floor.name] = floor.make(self.w)
 
     def measure(self, repeats: int, seconds: float = 40.0) -> list[dict[str, Any]]:
-        """Rows of what was prepared: at least two turns, then more until about `seconds` are spent."""
+        """Time everything that was prepared: at least two turns, then more until about `seconds` are used up."""
         w, o = self.w, OPERATIONS[self.operation]
         times = interleaved(self.calls, repeats, w.device, seconds / len(self.calls))
         T, (V, D) = len(w.targets), w.head.shape
@@ -205,7 +207,7 @@ class Table:
 
 
 def imported_reason(rival: Rival, from_hidden: bool) -> str:
-    """Why a rival that needs a GPU could not even be imported here, or ""."""
+    """Why a rival that needs a GPU cannot even be imported here, or ""."""
     try:
         rival.make(Work.make("cpu", torch.float32, 16, 32, 8), imported)
     except Cannot as e:
@@ -214,14 +216,14 @@ def imported_reason(rival: Rival, from_hidden: bool) -> str:
 
 
 def measure(operation: str, w: Work, repeats: int, only: tuple[str, ...] = ()) -> list[dict[str, Any]]:
-    """A table's rows, without errors being printed as a table."""
+    """Measure an operation and return the rows of its table without printing it."""
     t = Table(operation, w)
     t.prepare(only)
     return t.measure(repeats)
 
 
 def text(rows: list[dict[str, Any]]) -> str:
-    """The rows as a table, and what the floor counts and reached."""
+    """Format rows as a table, with the work of the floor and the rate that it reached."""
     lines = [f"{'':34} {'median ms':>10} {'(min to max)':>18} {'x ours':>7} {'of floor':>8} {'MiB':>6} {'log-prob':>8} "
              f"{'gradient':>8}  without"]  # fmt: skip
     for r in rows:
@@ -238,7 +240,7 @@ def text(rows: list[dict[str, Any]]) -> str:
 
 
 def picture(rows: list[dict[str, Any]], sweep: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Left: times of linear_policy_loss as multiples of its floor. Right: extra memory over T."""
+    """Draw times of linear_policy_loss as multiples of its floor (left) and extra memory over T (right)."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -276,7 +278,7 @@ def picture(rows: list[dict[str, Any]], sweep: list[dict[str, Any]], path: Path,
 
 @dataclass
 class Plan:
-    """Tables in the order of their importance, within a limit of time."""
+    """Tables in order of importance, within a time limit."""
 
     limit_s: float
     repeats: int
@@ -291,7 +293,7 @@ class Plan:
         title += f", D {w.head.shape[1]}" * OPERATIONS[operation].from_hidden + f", {w.settings}"
         spent = time.monotonic() - self.began
         if spent > self.limit_s:
-            self.leave_out(f"{title}: left out, {spent:.0f} s are spent (--seconds)")
+            self.leave_out(f"{title}: left out, {spent:.0f} s are used up (--seconds)")
             return []
         print(f"\n{title}", flush=True)
         t = Table(operation, w)
@@ -308,29 +310,33 @@ class Plan:
 
 
 def real_work(w: Work, temperature: float, T: int) -> Work:
-    """SmolLM2's rows on the device and in the dtype of `w`. Raises Cannot without its weights."""
+    """Work on SmolLM2's rows, on the device and in the dtype of `w`. Raises Cannot without the weights."""
     rows = sampled(temperature, T)
     hidden, head, targets = (x.to(w.device) for x in rows)
     return Work.of(hidden.to(w.dtype), head.to(w.dtype), targets, temperature=temperature, data="SmolLM2's")
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description="The kernels beside what a user would pick instead.")
+    p = argparse.ArgumentParser(description="Compare the kernels with the alternatives that a user would pick.")
     cuda = torch.cuda.is_available()
     p.add_argument("--device", default="cuda" if cuda else "cpu", choices=["cpu", "cuda"])
-    p.add_argument("--rows", type=int, help="T; 1024 on a CPU, where most tables of the head take half; 8192 on a GPU")
-    p.add_argument("--vocabulary", type=int, help="V; 49152 on a CPU, 152064 on a GPU")
-    p.add_argument("--hidden", type=int, help="D; 576 on a CPU, 5120 on a GPU")
+    p.add_argument(
+        "--rows", type=int, help="T; default: 1024 on a CPU, half of it in most tables of the head; 8192 on a GPU"
+    )
+    p.add_argument("--vocabulary", type=int, help="V; default: 49152 on a CPU, 152064 on a GPU")
+    p.add_argument("--hidden", type=int, help="D; default: 576 on a CPU, 5120 on a GPU")
     p.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16", "float16"],
                    help="default: float32 bfloat16 on a CPU, bfloat16 on a GPU")  # fmt: skip
     p.add_argument("--operations", nargs="+", choices=list(OPERATIONS), default=list(OPERATIONS))
     p.add_argument(
-        "--sweep", nargs="*", type=int, help="further T for the picture; default: an eighth to all of --rows"
+        "--sweep", nargs="*", type=int, help="further T for the picture; default: --rows, a quarter and an eighth of it"
     )
-    p.add_argument("--repeats", type=int, default=5, help="most turns of a call")
-    p.add_argument("--seconds", type=float, default=240, help="after them no further table is begun")
-    p.add_argument("--gate", action="store_true", help="run the kernels' tests first; no green test, no number")
-    p.add_argument("--out", type=Path, help="JSON, the picture beside it; bench/results/kernels-<device>.json")
+    p.add_argument("--repeats", type=int, default=5, help="largest number of turns per call")
+    p.add_argument("--seconds", type=float, default=240, help="start no further table after this time")
+    p.add_argument("--gate", action="store_true", help="run the kernels' tests first and stop if one fails")
+    p.add_argument(
+        "--out", type=Path, help="JSON, with the picture beside it; default: bench/results/kernels-<device>.json"
+    )
     a = p.parse_args()
     cpu = a.device == "cpu"
     T, V = a.rows or (1024 if cpu else 8192), a.vocabulary or (49152 if cpu else 152064)

@@ -1,15 +1,16 @@
-"""How well responses of very different lengths are spread over packs and ranks, beside three other ways.
+"""Compare four ways of distributing responses of very different lengths over packs and ranks.
 
     python bench/packing.py [--responses 256] [--ranks 8] [--budget 16384] [--seeds 5]
 
-Lengths are lognormal, median 4,096 tokens, cut at 14,336; work is FLOPs of Qwen2.5-14B's shape, causal attention
-counted. No model is run. Efficiency is the work that had to be done over what the ranks spend: the slowest rank's work,
-padding included, times the number of ranks.
+Lengths are lognormal with a median of 4,096 tokens, cut at 14,336. Work is FLOPs in Qwen2.5-14B's shape, including
+causal attention; no model is run. It prints for each way its efficiency, the slowest rank's work over the mean, and the
+milliseconds that the distribution takes, and finishes within seconds. Efficiency is the necessary work divided by the
+work of the slowest rank, padding included, times the number of ranks.
 
-    lead-fast          the longest first to the rank with least work, there to the pack with least work and room
-    first-fit          packs filled in order by tokens, dealt out to ranks in turn
-    padded, sorted     micro-batches of 4 of similar length, padded to their longest, dealt out to ranks in turn
-    padded             micro-batches of 4 as they come, padded to their longest, dealt out to ranks in turn
+    lead-fast          longest first, to the rank with the least work, there to the roomy pack with the least work
+    first-fit          packs filled in order by tokens, dealt to ranks in turn
+    padded, sorted     micro-batches of 4 of similar length, padded to the longest, dealt to ranks in turn
+    padded             micro-batches of 4 in sampling order, padded to the longest, dealt to ranks in turn
 """
 
 import argparse
@@ -56,7 +57,7 @@ WAYS = {
 
 
 def measure(lengths: Sequence[int], budget: int, ranks: int) -> dict[str, dict[str, float]]:
-    """For each way: efficiency, the slowest rank over the mean, milliseconds."""
+    """Measure each way: efficiency, the slowest rank's work over the mean, milliseconds."""
     cost = flops_per_sequence(**SHAPE)
     out = {}
     for name, way in WAYS.items():
@@ -75,10 +76,10 @@ def long_tail(responses: int, seed: int) -> list[int]:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description="How well responses are spread over packs and ranks.")
+    p = argparse.ArgumentParser(description="Compare four ways of distributing responses over packs and ranks.")
     p.add_argument("--responses", type=int, default=256)
     p.add_argument("--ranks", type=int, default=8)
-    p.add_argument("--budget", type=int, default=16_384, help="tokens of a pack")
+    p.add_argument("--budget", type=int, default=16_384, help="tokens per pack")
     p.add_argument("--seeds", type=int, default=5)
     p.add_argument("--out", type=Path, default=RESULTS / "packing.json")
     a = p.parse_args()

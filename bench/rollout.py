@@ -1,11 +1,11 @@
-"""Rollouts: tokens per second of both engines, weight sync beside a bare memcpy, and what sharing work saves.
+"""Compare both rollout engines in tokens per second, weight sync with a bare memcpy, and four ways of sharing work.
 
-python bench/rollout.py                 all three; the first two under torchrun on two ranks
-python bench/rollout.py --part idle     the simulation alone, in seconds
+python bench/rollout.py                 all three parts; speed and sync under torchrun on two ranks
+python bench/rollout.py --part idle     only the simulation, which takes seconds
 
-speed   the embedded model, its own responses (lengths differ), both engines on the same prompts, interleaved
-sync    a random model of --hidden x --layers: FSDP shards to vLLM, beside a copy of as many bytes in the same run
-idle    simulated: 8 ranks decode responses of log-normal length with a tail to 14k tokens. A decode step of a rank
+speed   the embedded model and its own responses, of different lengths: both engines on the same prompts, interleaved
+sync    a random model of --hidden x --layers: FSDP shards to vLLM, against a copy of as many bytes in the same run
+idle    simulated: 8 ranks decode responses of log-normal length, up to 14k tokens. A decode step of a rank
         with b running responses takes 6.2 + 0.29 b ms: the weights of a 14B model in bf16 and b caches of 7,000 tokens
         (48 layers, 8 key-value heads of 128), read at 4.8 TB/s. Idle share: 1 - mean / max of the ranks' times.
 """
@@ -37,18 +37,18 @@ def step_ms(running: int) -> float:
 
 
 class Rank:
-    """An engine's clock: responses run side by side, one token per step each, until they have their lengths."""
+    """Clock of one engine: its responses run in parallel, one token per step each, until they reach their lengths."""
 
     def __init__(self) -> None:
         self.ms, self.steps = 0.0, 0
-        self.ends: list[tuple[int, int]] = []  # heap: the step at which a running response ends, its group
+        self.ends: list[tuple[int, int]] = []  # heap of (step at which a running response ends, its group)
 
     def add(self, group: int, lengths: list[int]) -> None:
         for n in lengths:
             heapq.heappush(self.ends, (self.steps + n, group))
 
     def next_end(self) -> float:
-        """Time at which the next response ends, ms."""
+        """Return the time at which the next response ends, ms."""
         return self.ms + (self.ends[0][0] - self.steps) * step_ms(len(self.ends))
 
     def advance(self) -> int:
@@ -58,18 +58,18 @@ class Rank:
         return group
 
     def left(self, ms: float) -> list[tuple[int, int]]:
-        """Responses that run at a time before the next end, as (group, tokens to go)."""
+        """Responses that run at a time before the next end, as (group, tokens left)."""
         steps = self.steps + int((ms - self.ms) / step_ms(len(self.ends))) if self.ends else 0
         return [(group, max(1, end - steps)) for end, group in self.ends]
 
 
 def simulate(groups: list[list[int]], capacity: int, policy: str, want: int) -> tuple[list[float], list[list[int]]]:
-    """Return milliseconds per rank, and the tokens still to come of the groups that were cut off. Policies:
+    """Return milliseconds per rank, and the tokens left in the groups that were cut off. Policies:
 
-    lock step       each rank its own prompts, a full batch at a time, the next when its last response has ended
-    fixed shares    each rank its own prompts, the next as soon as there is room
-    shared counter  every rank takes the next prompt of all as soon as it has room (lead_fast.rollout)
-    early cut       the same, and all stop when `want` groups are complete (rollout.extra_problems)
+    lock step       each rank has its own prompts, and starts the next full batch when the last response has ended
+    fixed shares    each rank has its own prompts, and starts the next as soon as it has room
+    shared counter  each rank takes the next of all prompts as soon as it has room (lead_fast.rollout)
+    early cut       the same, but all stop once `want` groups are complete (rollout.extra_problems)
     """
     ranks = [Rank() for _ in range(RANKS)]
     n = max(map(len, groups))
@@ -78,7 +78,7 @@ def simulate(groups: list[list[int]], capacity: int, policy: str, want: int) -> 
     shared = policy in ("shared counter", "early cut")
     queues = [every] * RANKS if shared else [every[r::RANKS] for r in range(RANKS)]
     to_come = [len(lengths) for lengths in groups]
-    turn = ranks  # who may have room: all at first, then the one that has just ended a response
+    turn = ranks  # ranks that may have room: all at first, then the one whose response has just ended
     while True:
         for rank in turn:
             queue = queues[ranks.index(rank)]
@@ -129,7 +129,7 @@ def idle(repeats: int, steps: int = 4) -> list[dict]:
 
 
 def speed(a: argparse.Namespace) -> list[dict]:
-    """Tokens per second of both engines on prompts that belong to this rank alone, so that ranks do not wait."""
+    """Measure tokens per second of both engines, on prompts of this rank alone so that ranks do not wait."""
     from lead_fast.cli import load_config
     from lead_fast.data.prompts import tokenize_prompts
     from lead_fast.data.read import load_problems
@@ -168,7 +168,7 @@ def speed(a: argparse.Namespace) -> list[dict]:
 
 
 def random_model(folder: Path, hidden: int, layers: int) -> None:
-    """A Qwen2 with random weights and the embedded model's tokenizer, saved once, by the first rank."""
+    """Make a Qwen2 with random weights and the embedded model's tokenizer; the first rank saves it."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     from lead_fast.learner.model import EMBEDDED
@@ -182,7 +182,7 @@ def random_model(folder: Path, hidden: int, layers: int) -> None:
 
 
 def sync_times(a: argparse.Namespace) -> list[dict]:
-    """Seconds of sync, by bucket size, beside a copy, an all-gather and checksums of as many bytes, interleaved."""
+    """Time sync by bucket size, interleaved with a copy, an all-gather and checksums of as many bytes."""
     from lead_fast.cli import load_config
     from lead_fast.learner.model import load_tokenizer
     from lead_fast.learner.policy import load_policy
@@ -241,12 +241,16 @@ PARTS = {"speed": speed, "sync": sync_times, "idle": lambda a: idle(20)}
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description="Rollout engines, weight sync and work sharing.")
-    p.add_argument("--part", choices=list(PARTS), help="one part alone, in this process (torchrun for several ranks)")
+    p = argparse.ArgumentParser(
+        description="Compare rollout engines, weight sync with memcpy, and ways of sharing work."
+    )
+    p.add_argument(
+        "--part", choices=list(PARTS), help="run only this part, in this process (under torchrun on several ranks)"
+    )
     p.add_argument("--ranks", type=int, default=2)
     p.add_argument("--model", default="tiny")
     p.add_argument("--problems", type=int, default=32)
-    p.add_argument("--batch", type=int, default=128, help="responses at once")
+    p.add_argument("--batch", type=int, default=128, help="responses in parallel")
     p.add_argument("--hidden", type=int, default=768)
     p.add_argument("--layers", type=int, default=8)
     p.add_argument("--repeats", type=int, default=5)

@@ -1,4 +1,4 @@
-"""One training step beside TRL's and a plain padded one: the same model, answers, advantages and loss, in one run.
+"""One training step, TRL's and a plain padded one: the same model, responses, advantages and loss, in one run.
 
     python bench/train_step.py [--answers 32] [--median 48] [--longest 512] [--micro-batch 8] [--turns 2]
 

@@ -1,19 +1,21 @@
-"""Pairs of answers and references judged by this verifier, by math-verify alone, and by comparing strings.
+"""Compare this verifier with math-verify alone and with string comparison on labelled pairs of answer and reference.
 
     python bench/verifier.py [--suites FOLDER] [--show] [--speed] [--docs] [--out FILE.json]
 
-Suites of pairs with a label each:
+It prints a table with a row per suite: pairs, wrong answers accepted and right answers refused by each of the three, in
+numbers and percent, and pairs that only math-verify judges right. The suites of this repository take about half a
+minute of CPU time. Each pair of a suite has a label:
 
     repository      tests/data/answer_pairs.jsonl: answer forms of AIME, MATH-500, AMC, Minerva and OlympiadBench
     faults          tests/data/fault_pairs.jsonl: forms that an earlier verifier judged wrongly, by kind
-    rules           the examples that stand beside each rule
-    rewritings      reference forms from a seed, rewritten without changing what they say
+    rules           the examples given with each rule
+    rewritings      generated reference forms, rewritten without changing their meaning
     near misses     the same forms with a sign, a digit, a factor, a bound or an element changed
     math-verify     its own tests, run as data: `pip download --no-deps --no-binary :all: math-verify` and unpack into
-                    FOLDER; whole texts go to math-verify as its tests hand them over, what is boxed to this verifier
+                    FOLDER; math-verify gets whole texts as in its tests, this verifier the answer in them
 
-latex2sympy2_extended has no tests in its source distribution: it is listed as missing. `--speed` measures pairs a
-second through processes of the same arrangement: one worker, one line of JSON for each pair.
+latex2sympy2_extended has no tests in its source distribution: it is listed as missing. `--speed` measures pairs per
+second, each side through one worker process and one line of JSON per pair.
 """
 
 import argparse
@@ -44,8 +46,8 @@ class Pair(NamedTuple):
     reference: str
     answer: str
     equal: bool
-    whole: tuple[str, str] = ("", "")  # reference and answer as a foreign test has them
-    options: tuple[tuple[str, object], ...] = ()  # of math-verify's `verify`, as its test has them
+    whole: tuple[str, str] = ("", "")  # reference and answer as in a test of another library
+    options: tuple[tuple[str, object], ...] = ()  # options of math-verify's `verify`, as in its test
 
 
 def from_file(name: str, suite: str, kind: str) -> list[Pair]:
@@ -65,7 +67,7 @@ def rules() -> list[Pair]:
 
 
 def form(k: int, rng: random.Random) -> tuple[str, list[str], list[str]]:
-    """A reference form, rewritings that say the same, and near misses."""
+    """Make a reference form, rewritings with the same meaning, and near misses."""
     a, b, c = rng.randint(2, 9), rng.randint(2, 9), rng.randint(11, 97)
     p, q = rng.choice([(3, 7), (5, 8), (2, 9), (7, 12), (11, 6), (4, 15)])
     r = rng.choice([2, 3, 5, 6, 7, 10, 11])
@@ -729,31 +731,31 @@ def generated(forms: int = FORMS, each: int = 10, seed: int = 0) -> Iterator[Pai
 
 # ------------------------------------------------------------------------------------------------------ foreign tests
 
-COMMA = "a comma separates thousands or values and is no decimal point"
-TWO_PLACES = "the test asks for two decimal places, and six are asked here"
+COMMA = "a comma separates thousands or values and is not a decimal point"
+TWO_PLACES = "the test accepts two decimal places; here six are required"
 OVERRULED = {
     # the ends of reference and answer as the test has them: why its label does not hold here
     ("1000.99", "1000,99"): COMMA,
     ("1,22", "1.22"): COMMA,
     ("2.74", "Soucis : 2,74 $ a.."): COMMA,
     ("0,111", "0.111"): COMMA,
-    ("$9$", "Answer $ \n 9 \n $"): "the test is of which formulas are found in a text; here what is boxed is",
-    ("$9$", "Answer \\( \n 9 \n \\)"): "the test is of which formulas are found in a text; here what is boxed is",
+    ("$9$", "Answer $ \n 9 \n $"): "the test is about finding formulas in a text; here only a boxed answer counts",
+    ("$9$", "Answer \\( \n 9 \n \\)"): "the test is about finding formulas in a text; here only a boxed answer counts",
     ("ac{1}{5} \\end{pmatrix})$", "in{pmatrix}0.33\\\\0.2 \\end{pmatrix}$"): TWO_PLACES,
     ("$(\\frac{3}{5},\\frac{8}{3}]$", "$(0.6,2.6667]$"): TWO_PLACES,
-    ("35 cm} ++++++ \\\\boxed{4}$", "${35 cm,4}$"): "boxes with plus signs between them are no list",
+    ("35 cm} ++++++ \\\\boxed{4}$", "${35 cm,4}$"): "boxes with plus signs between them are not a list",
     ("\\\\text{ and } W(n) = -1", "W(x)=1orW(x)=-1"): "the box is never closed",
     ("$10455$", "answer is $10,455$. I hope it is correct."): "the last box holds 255",
     ("$x \\in [-2,7]$", "$-2 \\\\le x \\\\le 7$"): "the test switches the comparison of sets with inequalities off",
     ("$f(x)$", "$f(y)$"): "the test renames variables; here a variable is what it is called",
     ("\\frac{1}{\\mathrm{e}}$", "\\frac{1}{\\mathrm{e}}$"): "1 - 1/e is not 1 + 1/e: the label is a mistake",
 }
-"""Labels of foreign tests that this verifier overrules, each with its reason."""
-NOT_BOXED = "nothing is boxed, and what is boxed is the answer"
+"""Labels of other libraries' tests that this verifier overrules, each with the reason."""
+NOT_BOXED = "nothing is boxed, and only a boxed answer counts"
 
 
 def foreign(folder: Path) -> tuple[list[Pair], list[str]]:
-    """Pairs of the libraries' own tests under `folder`, and a sentence for each that is missing."""
+    """Read pairs from the libraries' own tests under `folder`, and a sentence for each library that is missing."""
     pairs, missing = [], []
     files = sorted(folder.glob("math_verify-*/tests/test_*.py")) if folder else []
     if not files:
@@ -801,7 +803,7 @@ def _cases(file: str, function: ast.FunctionDef) -> Iterator[Pair]:
 
 
 def answer_in(text: str) -> str:
-    """What a foreign test's text gives for an answer: what is boxed, the text if it is formulas, the last formula."""
+    """Extract the answer from a library's test: what is boxed, the text if it is formulas, or the last formula."""
     if re.search(r"\\(?:boxed|fbox)", text):
         return extract_boxed(text.replace("\\\\boxed", "\\boxed")) or ""
     if len(text) < 60 and re.match(r"\s*\$[^$]*\$\W*(?:(?:and|or|\$[^$]*\$|%|percent|miles)\W*)*$", text):
@@ -834,7 +836,7 @@ for line in sys.stdin:
 
 
 class MathVerify:
-    """math-verify as its documentation has it, in a process of its own, one line of JSON for each pair."""
+    """math-verify called as documented, in a separate process, with one line of JSON per pair."""
 
     def __enter__(self) -> "MathVerify":
         self.process = subprocess.Popen(
@@ -868,7 +870,7 @@ class Judged(NamedTuple):
 
     @property
     def overruled(self) -> str:
-        """Why a foreign test's label does not count; empty where it does."""
+        """Why the label of a library's test does not count; empty if it does."""
         if not self.pair.whole[0] or self.ours == self.pair.equal:
             return ""
         reference, answer = (x.strip() for x in self.pair.whole)
@@ -891,7 +893,7 @@ def judge(pairs: list[Pair]) -> list[Judged]:
 
 
 def table(judged: list[Judged]) -> list[str]:
-    """One row for each suite: wrong pairs accepted and right ones refused by each, and where math-verify is better."""
+    """Format one row per suite: wrong pairs accepted, right pairs refused, pairs that only math-verify judges right."""
     rows = [
         "| suite | pairs | wrong accepted: ours, math-verify, strings | right refused: ours, math-verify, strings "
         "| math-verify right, ours wrong |",
@@ -917,7 +919,7 @@ def table(judged: list[Judged]) -> list[str]:
 
 
 def speed(pairs: list[Pair]) -> dict[str, dict[str, float]]:
-    """Pairs a second by kind, each side through one worker; the whole list three times in turns, the fastest counts."""
+    """Measure pairs per second by kind, each side through one worker; the fastest of three turns counts."""
     kinds: dict[str, list[Pair]] = defaultdict(list)
     for p in pairs:
         kinds[f"{p.suite} {p.kind}"].append(p)
@@ -928,7 +930,7 @@ def speed(pairs: list[Pair]) -> dict[str, dict[str, float]]:
         for kind, of in kinds.items():
             times: dict[str, list[float]] = {"ours": [], "math-verify": []}
             for _ in range(3):
-                with Verifier(timeout_s=30) as verifier:  # a new one, for it remembers what it was asked
+                with Verifier(timeout_s=30) as verifier:  # a new one each time, because a Verifier caches its verdicts
                     verifier.worker._start()
                     began = time.perf_counter()
                     for p in of:
@@ -948,8 +950,13 @@ def cell(text: str) -> str:
 
 
 def rule_tables() -> str:
-    """The rules as the page shows them: how answers are read, then how types are compared."""
-    out = ["## How an answer is read", "", "In this order; the first type that claims the text has it.", ""]
+    """Format the rules for the page: how answers are read, then how types are compared."""
+    out = [
+        "## How an answer is read",
+        "",
+        "The types are tried in this order; the first one that matches the text is used.",
+        "",
+    ]
     for r in READERS:
         out += [f"**{r.type.capitalize()}.** {r.rule} {r.reason}".strip(), "", *_examples(r.pairs)]
     out += ["## How two types are compared", "", "A pair of types that is not listed is not equal.", ""]
@@ -975,33 +982,34 @@ INTRODUCTION = """# Which answers count as equal
 
 The answer is the content of a response's last `\\boxed{}`. Boxes that the last sentence joins by a comma or `and` are
 one list; an empty box does not count. Answer and reference are each read as a type, such as a number, a list or an
-interval, and compared by the rule for the two types. The rules are the tables of `lead_fast/reward/answers.py`; this
-page is generated from them, and a test tries every example. To try an answer of your own:
+interval, and compared by the rule for the two types. This page is generated from the rules in
+`lead_fast/reward/answers.py`, and a test tries every example. To try an answer yourself:
 
     python -c "from lead_fast.reward.answers import decide; print(decide('ANSWER', 'REFERENCE'))"
 
-It prints True, False, or None. None means that no rule decides, and math-verify is asked, in a process whose CPU time
-is limited (`--reward.verifier_timeout_s`).
+It prints True, False, or None. None means that no rule decides; in a run, math-verify then decides, in a process whose
+CPU time is limited (`--reward.verifier_timeout_s`).
 """
 
 
 def write_page(
     judged: list[Judged], missing: list[str], local: int, total: int, rates: dict[str, dict[str, float]]
 ) -> None:
-    """docs/answers.md: the rules, and what was measured."""
+    """Write docs/answers.md: the rules and the measurements."""
     overruled = dict.fromkeys(
         (cell(j.pair.whole[0][-60:]), cell(j.pair.whole[1][-60:]), j.overruled) for j in judged if j.overruled
     )
     out = [INTRODUCTION, rule_tables(), "## Measured", ""]
     out += [
-        "`python bench/verifier.py --suites FOLDER --speed --docs`, FOLDER with the unpacked source distributions:",
+        "`python bench/verifier.py --suites FOLDER --speed --docs`, "
+        "where FOLDER holds the unpacked source distributions:",
         "",
     ]
     out += [*table(judged), "", *(f"Missing: {m}." for m in missing), ""]
     out += [f"{local} of {total} pairs are decided without a worker.", ""]
     if rates:
         out += [
-            "Pairs a second, both through one process each (the fastest of three turns):",
+            "Pairs per second, each verifier in one process (the fastest of three turns):",
             "",
             "| pairs | ours | math-verify | ratio |",
             "|---|---|---|---|",
@@ -1011,7 +1019,7 @@ def write_page(
         ]
         out.append("")
     out += [
-        "Labels of math-verify's tests that are overruled, by the end of each text:",
+        "Labels in math-verify's tests that this verifier overrules, with the end of each text:",
         "",
         "| reference | answer | reason |",
         "|---|---|---|",
@@ -1023,10 +1031,12 @@ def write_page(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--suites", type=Path, default=ROOT / "build" / "suites", help="folder of unpacked source distributions"
+        "--suites", type=Path, default=ROOT / "build" / "suites", help="folder with the unpacked source distributions"
     )
-    parser.add_argument("--show", action="store_true", help="print every pair that is judged wrongly, or overruled")
-    parser.add_argument("--speed", action="store_true", help="measure pairs a second by kind")
+    parser.add_argument(
+        "--show", action="store_true", help="print every pair whose label this verifier does not follow"
+    )
+    parser.add_argument("--speed", action="store_true", help="measure pairs per second by kind")
     parser.add_argument("--docs", action="store_true", help="write docs/answers.md with these numbers")
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     args = parser.parse_args()
@@ -1044,7 +1054,7 @@ def main() -> None:
     print(f"Decided without a worker: {local} of {len(pairs)} ({100 * local / len(pairs):.1f} %).")
     rates = speed([p for p in pairs if p.suite in ("repository", "faults")]) if args.speed else {}
     for kind, r in rates.items():
-        print(f"{kind:30} {r['ours']:9.0f} {r['math-verify']:9.0f} pairs a second, ratio {r['ratio']:.1f}")
+        print(f"{kind:30} {r['ours']:9.0f} {r['math-verify']:9.0f} pairs per second, ratio {r['ratio']:.1f}")
     if args.docs:
         write_page(judged, missing, local, len(pairs), rates)
     if args.out:

@@ -1,4 +1,4 @@
-// The one file that knows torch and Python: operators on CPU tensors, rows shared out over torch's threads.
+// Registration with torch and Python: operators on CPU tensors, which distribute rows over torch's threads.
 #include <Python.h>
 
 #include <ATen/Parallel.h>
@@ -21,7 +21,8 @@ using at::Tensor;
 
 constexpr double NO_CAP = std::numeric_limits<double>::infinity();
 
-// The kernels for these logits on this CPU. torch decides, so ATEN_CPU_CAPABILITY is obeyed as by its own kernels.
+// The kernels for these logits on this CPU. torch decides, so ATEN_CPU_CAPABILITY applies as it does to torch's
+// kernels.
 const lead::RowKernels& row_kernels(at::ScalarType dtype) {
   static const lead::RowKernels* table = [] {
 #if defined(__x86_64__)
@@ -54,7 +55,7 @@ void check(const Tensor& logits, const Tensor& targets) {
                       " is outside the vocabulary of ", logits.size(1));
 }
 
-// An exact logit for each target, in `wide`, or nothing.
+// One exact logit per target, of dtype `wide`; null if not given.
 void check_target_logits(const std::optional<Tensor>& given, const Tensor& targets, at::ScalarType wide) {
   if (given)
     TORCH_CHECK_VALUE(given->scalar_type() == wide && given->sizes() == targets.sizes() && given->is_contiguous(),
@@ -62,7 +63,7 @@ void check_target_logits(const std::optional<Tensor>& given, const Tensor& targe
                       targets.sizes());
 }
 
-// Room for the exponentials of a row, begun where a vector may begin.
+// Buffer for the exponentials of a row, aligned for vectors.
 class Buffer {
  public:
   explicit Buffer(size_t bytes) : memory_(bytes ? ::operator new(bytes, std::align_val_t(64)) : nullptr) {}
@@ -75,8 +76,8 @@ class Buffer {
   void* memory_;
 };
 
-// f(row index, row, the row after it or null, a buffer of `bytes`) for every row; a thread gets rows worth at least 16
-// thousand logits, and one buffer.
+// Calls f(row index, row, next row or null, buffer of `bytes`) for every row. A thread gets rows with at least 16
+// thousand logits in all, and one buffer.
 template <typename F>
 void each_row(const Tensor& logits, F f, size_t bytes = 0) {
   const int64_t stride_bytes = logits.stride(0) * logits.element_size(), v = logits.size(1);
@@ -90,7 +91,7 @@ void each_row(const Tensor& logits, F f, size_t bytes = 0) {
   });
 }
 
-// f(a pointer to the element type) for one of the four dtypes.
+// Calls f with a pointer to the element type, one of four.
 template <typename F>
 void with_type(at::ScalarType dtype, F f) {
   switch (dtype) {
@@ -103,7 +104,7 @@ void with_type(at::ScalarType dtype, F f) {
 
 double entropy(const lead::RowStats& s) {
   const double h = s.log_norm - s.mean;
-  return h < 0 ? 0 : h;  // by rounding; NaN stays
+  return h < 0 ? 0 : h;  // rounding may make it negative; NaN is kept
 }
 
 void check_out(const Tensor& out, const Tensor& logits) {
@@ -112,8 +113,8 @@ void check_out(const Tensor& out, const Tensor& logits) {
                     "out is ", out.scalar_type(), " ", out.sizes(), ": give the logits' dtype and shape, V contiguous");
 }
 
-// (g (onehot - p) - h p (log p + H)) / temperature over a row, `out`, which may be `row`; z: the target's logit, read
-// before the row is written over. The derivative of a soft cap is 1 / cosh(z / cap)^2.
+// Writes (g (onehot - p) - h p (log p + H)) / temperature to `out`, which may be `row`; z: the target's logit, read
+// before the row is overwritten. The derivative of a soft cap is 1 / cosh(z / cap)^2.
 template <typename T>
 void write_gradient(const lead::RowKernels& kernels, const void* row, void* out, int64_t v, int64_t target, double z,
                     double temperature, double cap, double max, double log_norm, double logprob, double entropy,
@@ -126,8 +127,8 @@ void write_gradient(const lead::RowKernels& kernels, const void* row, void* out,
   static_cast<T*>(out)[target] = static_cast<T>(static_cast<A>(at_target / temperature * slope));
 }
 
-// -> [T, 4]: max, log_norm, log-prob of the target, entropy; float32, or float64 for float64. target_logits, of that
-// dtype [T], stand for the targets' logits where given.
+// Returns max, log_norm, log-prob of the target and entropy, [T, 4] in float32 (float64 for float64). target_logits,
+// [T] in that dtype, replace the targets' logits if given.
 Tensor row_stats(const Tensor& logits, const Tensor& targets, double temperature, std::optional<double> softcap,
                  const std::optional<Tensor>& target_logits) {
   check(logits, targets);
@@ -155,8 +156,8 @@ Tensor row_stats(const Tensor& logits, const Tensor& targets, double temperature
   return out;
 }
 
-// Writes d loss / d logits = (g (onehot_t - p) - h p (log p + H)) / temperature over the logits, or to `out` where given;
-// times 1 - tanh(logit / softcap)^2 where there is a soft cap.
+// Writes d loss / d logits = (g (onehot_t - p) - h p (log p + H)) / temperature over the logits, or to `out` if given;
+// with a soft cap, times 1 - tanh(logit / softcap)^2.
 void row_gradient_(const Tensor& logits, const Tensor& targets, const Tensor& stats, const Tensor& grad_logprob,
                    const Tensor& grad_entropy, double temperature, const std::optional<Tensor>& out,
                    std::optional<double> softcap, const std::optional<Tensor>& target_logits) {
@@ -166,7 +167,7 @@ void row_gradient_(const Tensor& logits, const Tensor& targets, const Tensor& st
   const auto wide = logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   for (const Tensor& x : {stats, grad_logprob, grad_entropy})
     TORCH_CHECK_VALUE(x.scalar_type() == wide && x.size(0) == logits.size(0) && x.is_contiguous(),
-                      "stats and gradients must be contiguous ", wide, ", a row or a number for each row of logits");
+                      "stats and gradients must be contiguous ", wide, ", with one entry for each row of logits");
   check_target_logits(target_logits, targets, wide);
   const Tensor& grads = out ? *out : logits;
   check_out(grads, logits);
@@ -187,7 +188,7 @@ void row_gradient_(const Tensor& logits, const Tensor& targets, const Tensor& st
   });
 }
 
-// Numbers of rows or of sequences, in the width of the results; may be absent.
+// One number per row or per sequence, in the results' precision; may be absent.
 template <typename A>
 class Column {
  public:
@@ -197,7 +198,7 @@ class Column {
     held_ = given->to(c10::CppTypeToScalarType<A>::value).contiguous();
     data_ = held_.const_data_ptr<A>();
   }
-  // Puts the i-th number into `room` and returns where it is.
+  // Copies the i-th number to `room` and returns its address, or null if the column is absent.
   const double* at(int64_t i, double& room) const {
     if (!data_) return nullptr;
     room = data_[i];
@@ -210,12 +211,12 @@ class Column {
   const A* data_ = nullptr;
 };
 
-// From logits to loss and gradient, each row in one go while it is in the cache.
+// Computes loss and gradient from logits, each row in one go while it is in the cache.
 //
-// tokens: targets, sequence_ids, behavior, old, reference; terms: log_ratio, importance, as Tokens and SequenceTerms
-// (records.py) have them; weights, advantages: of the sequences; options: LossOptions.encode, which ends in temperature
-// and soft cap; clip_range: of LossOptions; out: where the gradient goes, which may be the logits, or nothing.
-// -> loss [T], log-prob [T], entropy [T], metrics [8, T]; float32, or float64 for float64.
+// tokens: targets, sequence_ids, behavior, old, reference, and terms: log_ratio, importance, in the order of Tokens and
+// SequenceTerms (records.py); weights, advantages: one per sequence; options: LossOptions.encode, which ends in
+// temperature and soft cap; clip_range: LossOptions.clip_range; out: receives the gradient, and may be the logits or
+// absent. Returns loss [T], log-prob [T], entropy [T], metrics [8, T] in float32 (float64 for float64).
 std::tuple<Tensor, Tensor, Tensor, Tensor> policy_rows_(
     const Tensor& logits, const c10::List<std::optional<Tensor>>& tokens, const c10::List<std::optional<Tensor>>& terms,
     const Tensor& weights, const Tensor& advantages, at::ArrayRef<double> options, at::ArrayRef<double> clip_range,
@@ -262,7 +263,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_rows_(
         [&](int64_t i, const void* row, const void* next, void* exps) {
           const double z = exact ? exact[i] : static_cast<double>(static_cast<const T*>(row)[target[i]]);
           const lead::RowStats s = kernels.stats(row, v, target[i], z, temperature, cap, exps, next);
-          // Rounded before they are used: the ratio to the log-prob that was returned is exactly 1.
+          // Rounded before use, so that the ratio to a log-prob returned earlier is exactly 1.
           logprob_p[i] = static_cast<A>(s.logprob);
           entropy_p[i] = static_cast<A>(entropy(s));
           double room[5];
@@ -280,8 +281,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_rows_(
   return {loss, logprob, entropies, metrics};
 }
 
-// -> reward [S], advantage [S], solve_rate [P] in float32, kept [P] bool, weight [P] in float32.
-// outcomes: float32 or float64 [S, 4], correct, length, reward if wrong, bonus; options: AdvantageOptions.encode.
+// Returns reward [S], advantage [S], solve_rate [P] in float32, kept [P] bool, weight [P] in float32.
+// outcomes: correct, length, reward if wrong, bonus, float32 or float64 [S, 4]; options: AdvantageOptions.encode.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lead_advantages(const Tensor& outcomes, int64_t group_size,
                                                                    at::ArrayRef<double> options) {
   TORCH_CHECK_VALUE(outcomes.dim() == 2 && outcomes.size(1) == 4, "outcomes are ", outcomes.sizes(), ": give [S, 4]");
@@ -337,7 +338,7 @@ TORCH_LIBRARY_IMPL(lead_kernels_cpu, CPU, m) {
   m.impl("lead_advantages", lead_advantages);
 }
 
-// Importing the module registers the operators; it holds nothing else.
+// Importing the module registers the operators; it contains nothing else.
 PyMODINIT_FUNC PyInit__C(void) {
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "CPU operators of lead_kernels", -1, nullptr};
   return PyModule_Create(&module);

@@ -1,5 +1,5 @@
-// Rewards and advantages of one group, in double: what kernels/lead_kernels/advantage.py specifies, step by step.
-// Means and deviations take two passes, so lengths near 14,000 that differ by a token keep their digits.
+// Rewards and advantages of one group, in double, step by step as kernels/lead_kernels/advantage.py specifies.
+// Means and deviations take two passes, so lengths near 14,000 that differ by one token keep their digits.
 #include <algorithm>
 #include <cmath>
 #include <numeric>
@@ -82,7 +82,7 @@ GroupResult lead_group(const AdvantageOptions& o, int64_t n, const double* corre
     if (correct[i] != 0 && shaped) advantage[i] -= o.length_advantage * solve_rate * z[i];
   }
 
-  // AD: the weight's argument turns with the sign of the advantage.
+  // AD: w(rho) for a positive advantage, w(1 - rho) for a negative one.
   const auto positive = std::count_if(reward.begin(), reward.end(), [](double r) { return r > 0; });
   const double rho = o.rate == AdvantageOptions::POSITIVE ? static_cast<double>(positive) / n : solve_rate;
   const double weight = difficulty_weight(o, rho), inverse_weight = difficulty_weight(o, 1 - rho);

@@ -1,4 +1,4 @@
-// The loss of one row, in double: what `rows_loss` of kernels/lead_kernels/policy_loss.py specifies, step by step.
+// The loss of one row, in double, step by step as `rows_loss` of kernels/lead_kernels/policy_loss.py specifies.
 #include <algorithm>
 #include <cmath>
 
@@ -6,14 +6,14 @@
 
 namespace lead {
 
-constexpr double LOG_RATIO_CAP = 20;  // of records.py
+constexpr double LOG_RATIO_CAP = 20;  // as in records.py
 constexpr double NONE = HUGE_VAL;
 
 LossOptions LossOptions::decode(const double* encoded, double low, double high) {
   LossOptions o;
   const double* next = encoded;
   o.ratio = static_cast<Ratio>(static_cast<int>(*next++));
-  next += 2;  // clip_low and clip_high, which low and high follow from
+  next += 2;  // clip_low and clip_high: already in low and high
   o.low = low;
   o.high = high;
   o.dual_clip = *next++;
@@ -22,7 +22,7 @@ LossOptions LossOptions::decode(const double* encoded, double low, double high) 
   o.sapo_negative = *next++;
   o.importance_cap = *next++;
   o.importance_mode = static_cast<Excess>(static_cast<int>(*next++));
-  ++next;  // importance_level: what is of a sequence comes in RowTerms
+  ++next;  // importance_level: sequence terms arrive in RowTerms
   o.kl = static_cast<Estimator>(static_cast<int>(*next++));
   o.kl_coef = *next++;
   o.entropy_coef = *next++;
@@ -33,7 +33,7 @@ namespace {
 
 double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 
-// Of two numbers the smaller, or the one that is NaN.
+// The smaller of two numbers, or NaN if one is NaN.
 double least(double a, double b) { return a < b || std::isnan(a) ? a : b; }
 
 }  // namespace
@@ -60,7 +60,7 @@ RowLoss row_loss(const LossOptions& o, const RowTerms& row) {
       loss = -o.dual_clip * a;
       constant = true;
     }
-    g = (constant ? 0 : -r) * a;  // 0 a, not 0: NaN stays NaN
+    g = (constant ? 0 : -r) * a;  // 0 a, not 0, to keep NaN
   }
   bool truncated = false;
   if (o.importance_cap != NONE && row.behavior) {

@@ -1,24 +1,26 @@
-// The row kernels, on torch's vectors. This file is compiled once for each instruction set (CPU_CAPABILITY, as torch's
-// own kernels are): AVX2, AVX-512 and whatever the compiler's default is.
+// The row kernels, on torch's vectors. This file is compiled once per instruction set (CPU_CAPABILITY, as torch's own
+// kernels are): AVX2, AVX-512 and the compiler's default.
 //
 //   x = (z - max z) / temperature     log_norm = log sum exp x     mean = sum x exp x / sum exp x
 //
-// With a soft cap c, c tanh(z / c) stands for z throughout, and the gradient is multiplied by 1 - tanh(z / c)^2. It is a
-// template's argument: rows without one pay nothing.
+// With a soft cap c, c tanh(z / c) replaces z throughout, and the gradient is multiplied by 1 - tanh(z / c)^2. The cap
+// is a template argument, so rows without one pay nothing.
 //
-// Statistics take two looks. The first finds the maximum and brings the row into the cache; the second has one reference
-// for the whole row, so that its exponentials can be kept for the gradient, and asks the cache for the next row. Sums are
-// added up in double every 16 steps, so their error does not grow with V. Subtracting before dividing by the temperature
-// keeps an offset common to all logits out of the rounding. Lanes are added in their order: the same bits on every run and
-// with any number of threads. Another instruction set has other lanes and may differ in the last bits.
+// Statistics take two looks at a row. The first finds the maximum and brings the row into the cache. The second
+// subtracts that one maximum from the whole row, so that its exponentials can be kept for the gradient, and prefetches
+// the next row. Sums are flushed to double every 16 steps, so their error does not grow with V. The maximum is
+// subtracted before the division by the temperature, so that an offset common to all logits causes no rounding error.
+// Lanes are added in order, which gives the same bits on every run and with any number of threads. Another instruction
+// set has other lanes and may differ in the last bits.
 //
-// The gradient multiplies the exponentials that the second look left in a buffer of one row, or computes them again where
-// there is none, and writes once, in place or beside. Without an entropy gradient and a soft cap it does not read the row.
+// The gradient multiplies the exponentials that the second look left in a buffer of one row, or recomputes them if
+// there is no buffer, and writes once, in place or elsewhere. Without entropy gradient and soft cap it does not read
+// the row.
 //
-// Floor, for B bytes a logit: B V read by the first look and B V written by the gradient; the rest stays in the cache.
-// Arithmetic, counted in the machine code of the loops: of 16 logits with AVX-512 2 vector instructions in the first look,
-// 17.5 in the second (an exponential takes 9: round, subtract, 6 multiply-adds, scale) and 2 in the gradient, 6.5 where
-// that is rounded to bfloat16.
+// Floor per row, for B bytes per logit: B V read by the first look and B V written by the gradient; the rest stays in
+// the cache. Arithmetic, counted in the machine code of the loops: for 16 logits, AVX-512 takes 2 vector instructions
+// in the first look, 17.5 in the second (an exponential takes 9: round, subtract, 6 multiply-adds, scale) and 2 in the
+// gradient, or 6.5 if that is rounded to bfloat16.
 #include "rows.h"
 
 #include <ATen/cpu/vec/functional.h>
@@ -38,19 +40,19 @@ namespace {
 using at::vec::Vectorized;
 
 template <typename T>
-using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;  // accumulate in float, double for double
+using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;  // sums in float, in double for double
 
-// Powers of `base`, so that a row's arguments are scaled once: exponents of 2 in float, of e in double.
+// Powers of `base`, to which a row's arguments are scaled once: powers of 2 in float, of e in double.
 template <typename A>
 struct Power;
 
 // 2^x = 2^n 2^f with n = round(x): 2^f by a minimax polynomial of degree 6 that is exactly 1 at 0, n by the exponent's
-// bits. Relative error below 1e-7 for zero <= x <= 0. NaN stays NaN, whatever its bits.
+// bits. Relative error below 1e-7 for zero <= x <= 0. NaN stays NaN, whatever its payload.
 template <>
 struct Power<float> {
   using V = Vectorized<float>;
   static constexpr double log_base = 0.693147180559945309417;
-  // 2^zero is exactly 0 below, which 2^-151 is by rounding, and 2^-127 as it is not a normal number.
+  // Below, 2^zero is exactly 0: 2^-151 rounds to it, and 2^-127 is not a normal number.
 #if defined(CPU_CAPABILITY_AVX512)
   static constexpr float zero = -151;
   static V of(const V& x) {
@@ -60,7 +62,7 @@ struct Power<float> {
 #elif defined(CPU_CAPABILITY_AVX2)
   static constexpr float zero = -127;
   static V of(const V& x) {
-    const __m256i n = _mm256_cvtps_epi32(x);  // of NaN the least integer, whose lowest bits are 0
+    const __m256i n = _mm256_cvtps_epi32(x);  // NaN becomes the smallest integer, whose low bits are 0
     const __m256i p = _mm256_castps_si256(fraction(x - V(_mm256_cvtepi32_ps(n))));
     return _mm256_castsi256_ps(_mm256_add_epi32(p, _mm256_slli_epi32(n, 23)));
   }
@@ -92,10 +94,10 @@ struct Power<double> {
   static Vectorized<double> of(const Vectorized<double>& x) { return x.exp(); }
 };
 
-// tanh(u) and its derivative. In float tanh(u) = 1 - 2 q with q = e / (1 + e), e = exp(-2 |u|), and below 0.55, where
-// that would cancel, u times a minimax polynomial in u^2: at most 2 units in the last place. The derivative 4 q (1 - q)
-// keeps its digits where tanh is 1 but for rounding. All sums are explicit multiply-adds, so that the compiler cannot fuse
-// one differently in another place: a row's maximum must have the same bits wherever it is computed.
+// tanh(u) and its derivative. In float tanh(u) = 1 - 2 q with q = e / (1 + e), e = exp(-2 |u|); below 0.55, where that
+// would cancel, u times a minimax polynomial in u^2. The error is at most 2 units in the last place. The derivative 4 q
+// (1 - q) keeps its digits where tanh rounds to 1. All sums are explicit multiply-adds, so that the compiler cannot
+// fuse them differently in different places: a row's maximum must have the same bits wherever it is computed.
 template <typename A>
 struct Tanh {
   Vectorized<A> value, slope;
@@ -122,7 +124,7 @@ inline Tanh<double> tanh_of(const Vectorized<double>& u) {
   return {u.tanh(), V(1) / (c * c)};
 }
 
-// Two vectors of logits in memory and in registers. `place` says where among the two vectors' lanes the k-th logit is.
+// Two vectors of logits, in memory and in registers. `place` is the lane of the k-th logit, counted over both vectors.
 template <typename T>
 struct Pair {
   using A = acc_t<T>;
@@ -148,7 +150,7 @@ struct Pair {
 
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
 // A bfloat16 is the upper half of a float: 16 or 8 words hold the even logits in their lower halves and the odd ones in
-// their upper halves. Stores round to nearest, ties to even, and have no NaN to take care of.
+// their upper halves. Stores round to nearest, ties to even; they never see a NaN.
 template <>
 struct Pair<at::BFloat16> {
   using T = at::BFloat16;
@@ -184,7 +186,7 @@ struct Pair<at::BFloat16> {
     even = floats(left(w));
     odd = floats(both(w, of(UPPER)));
   }
-  // The float's bits plus what carries its rounding into the upper half.
+  // The bits of the float plus the increment that rounds its upper half.
   static Words rounded(const V& x) {
     const Words w = bits(x);
     return plus(plus(w, of(0x7fff)), both(right(w), of(1)));
@@ -200,7 +202,7 @@ struct Pair<at::BFloat16> {
 #endif
 
 constexpr int UNROLL = 4;
-constexpr int BLOCK = 16;  // steps whose sums are kept apart
+constexpr int BLOCK = 16;  // steps after which sums are added to the row's, in double
 
 template <typename T>
 struct Row {
@@ -227,10 +229,10 @@ struct Row {
   struct Cap {
     V cap, inverse;
     explicit Cap(double softcap) : cap(static_cast<A>(softcap)), inverse(static_cast<A>(1 / softcap)) {}
-    // Puts y for a vector of logits; returns dy/dz.
+    // Replaces a vector of logits by y; returns dy/dz.
     V apply(V& z) const {
       const auto t = tanh_of(z * inverse);
-      z = fmadd(cap, t.value, V(A(0)));  // rounded before anything is subtracted from it
+      z = fmadd(cap, t.value, V(A(0)));  // rounded before anything is subtracted
       return t.slope;
     }
     template <bool CAPPED>
@@ -238,7 +240,7 @@ struct Row {
       if constexpr (CAPPED)
         for (V& x : z) apply(x);
     }
-    // y of one logit, with the bits that it would have in a vector.
+    // y of one logit, bit for bit as in a vector.
     double of(double z) const {
       V y(static_cast<A>(z));
       apply(y);
@@ -248,11 +250,11 @@ struct Row {
     }
   };
 
-  // The exponent that a logit has below the maximum; NaN stays NaN.
+  // The exponent of a logit relative to the maximum; NaN stays NaN.
   static V exponent(const V& z, const V& max, const V& scale) {
     return at::vec::clamp_min((z - max) * scale, V(Power<A>::zero));
   }
-  // base^x; 0 where it is as good as that, NaN for NaN.
+  // base^x; 0 where it is negligible, NaN for NaN.
   static double power(double x) { return x <= Power<A>::zero ? 0 : std::exp(x * Power<A>::log_base); }
 
   struct Sums {
@@ -277,7 +279,8 @@ struct Row {
     }
   };
 
-  // f(j, y) for each step of the row, y the logits (capped) from j on; -inf in place of the target and past the end.
+  // Calls f(j, y) for each step of the row; y: the capped logits from j on, -inf in place of the target and past the
+  // end.
   template <bool CAPPED, typename F>
   static void each_step(const T* z, int64_t v, int64_t target, const Cap& cap, F f) {
     V y[UNROLL];
@@ -309,8 +312,8 @@ struct Row {
     return (softcap < INF ? stats_of<true> : stats_of<false>)(row, v, target, exact, temperature, softcap, exps, next);
   }
 
-  // The target is left out of the vectors and joins their sums at the end, in double: it may have another logit than the
-  // row has, and taken out of a sum afterwards it would leave the rounding of p near 1 behind.
+  // The target is left out of the vectors and added to their sums at the end, in double, because its exact logit may
+  // differ from the row's. Subtracting it from a finished sum would leave a rounding error behind if p is near 1.
   template <bool CAPPED>
   static RowStats stats_of(const void* row, int64_t v, int64_t target, double exact, double temperature,
                            double softcap, void* exps, const void* next) {
@@ -367,7 +370,7 @@ struct Row {
     }
   }
 
-  // READS: whether the row itself is needed.
+  // READS: whether the row itself is read.
   template <bool CAPPED, bool READS>
   static void gradient_of(const void* row, void* out, int64_t v, double temperature, double softcap, double max,
                           double log_norm, double a, double b, const void* exps) {

@@ -1,11 +1,12 @@
-// What the loss needs of one row of logits, the gradient of that row (rows.cpp), and the loss itself (row_loss.cpp).
+// Statistics of one row of logits that the loss needs, the gradient of that row (rows.cpp), and the loss
+// (row_loss.cpp).
 #pragma once
 #include <cstdint>
 
 namespace lead {
 
-// Of x = (y - max) / temperature, where y = softcap tanh(z / softcap), or the logit z itself where softcap is infinity;
-// in double whatever the logits' dtype.
+// Statistics of x = (y - max) / temperature, where y = softcap tanh(z / softcap), or the logit z itself if softcap is
+// infinity; in double whatever the dtype of the logits.
 struct RowStats {
   double max;       // of y
   double log_norm;  // log sum exp x, never below 0
@@ -14,20 +15,20 @@ struct RowStats {
 };
 
 struct RowKernels {
-  // Of a row of v logits, of which `exact` stands for that of the target. exps: room for v + ROOM numbers (float, or
-  // double for double), where exp x of every logit is left for `gradient`; next: the row to ask the cache for; either
+  // Computes the statistics of a row of v logits, with `exact` as the target's. exps: buffer of v + ROOM numbers
+  // (float, or double for double) that receives exp x of every logit for `gradient`; next: the row to prefetch. Either
   // may be null.
   RowStats (*stats)(const void* row, int64_t v, int64_t target, double exact, double temperature, double softcap,
                     void* exps, const void* next);
-  // out[j] = p_j (a + b x_j) dy/dz; out may be row. A probability that underflows, as that of a logit of -inf without a
-  // soft cap does, gives exactly 0. exps: what `stats` left, or null.
+  // Writes out[j] = p_j (a + b x_j) dy/dz; out may be row. A probability that underflows, such as that of a logit of
+  // -inf without a soft cap, gives exactly 0. exps: the buffer that `stats` filled, or null.
   void (*gradient)(const void* row, void* out, int64_t v, double temperature, double softcap, double max,
                    double log_norm, double a, double b, const void* exps);
 };
 
 constexpr int64_t ROOM = 64;  // logits in the longest step of any instruction set
 
-// By dtype (float, bfloat16, half, double), for each instruction set that rows.cpp is compiled for.
+// One entry per dtype (float, bfloat16, half, double), for each instruction set that rows.cpp is compiled for.
 namespace DEFAULT {
 extern const RowKernels table[4];
 }
@@ -38,8 +39,8 @@ namespace AVX512 {
 extern const RowKernels table[4];
 }
 
-// LossOptions of kernels/lead_kernels/options.py, which says what each means; here in the order in which `encode` there
-// writes them, infinity for none. Fields after the last one here are none of a row's concern.
+// LossOptions of kernels/lead_kernels/options.py, which documents each field, in the order in which `encode` writes
+// them, with infinity for none. Later fields do not matter to a row.
 struct LossOptions {
   enum Ratio { TOKEN, SEQUENCE, CISPO, SAPO } ratio;
   double low, high;  // LossOptions.clip_range
@@ -52,21 +53,21 @@ struct LossOptions {
   static LossOptions decode(const double* encoded, double low, double high);
 };
 
-// What is known of a row's token besides its logits. NaN is a value; what is absent is null.
+// What is known of a row's token besides its logits. Absent values are null; NaN is a value.
 struct RowTerms {
   double logprob, entropy, advantage, weight;
   const double *behavior, *old, *reference, *log_ratio, *importance;
 };
 
-// Loss, its derivatives by log-prob and entropy, and the metrics in the order of RowMetrics (records.py).
+// Loss, its derivatives with respect to log-prob and entropy, and metrics in the order of RowMetrics (records.py).
 struct RowLoss {
   static constexpr int METRICS = 8;
   double loss, grad_logprob, grad_entropy, metrics[METRICS];
 };
 RowLoss row_loss(const LossOptions& o, const RowTerms& row);
 
-// AdvantageOptions of kernels/lead_kernels/options.py, which says what each means; here in the order in which `encode`
-// there writes them.
+// AdvantageOptions of kernels/lead_kernels/options.py, which documents each field, in the order in which `encode`
+// writes them.
 struct AdvantageOptions {
   bool length_reward;
   double alpha;
@@ -84,10 +85,10 @@ struct AdvantageOptions {
   static AdvantageOptions decode(const double* encoded);
 };
 
-// The difficulty weight w(rho); 1 where AD is off.
+// The difficulty weight w(rho); 1 if AD is off.
 double difficulty_weight(const AdvantageOptions& o, double rho);
 
-// One group of n responses: correct, lengths, wrong_reward and bonus hold n numbers each, and so do the outputs.
+// Computes one group of n responses; correct, lengths, wrong_reward, bonus and the outputs hold n numbers each.
 struct GroupResult {
   double solve_rate;
   bool kept;

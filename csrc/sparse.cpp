@@ -1,12 +1,12 @@
-// The sparse backward on torch's vectors. Compiled once for each instruction set, as rows.cpp is.
+// The sparse backward on torch's vectors, compiled once per instruction set like rows.cpp.
 //
-// A row's threshold on p is the largest number 2^e (1 + m / 8) for which the entries below it, the target apart, sum to
-// at most `mass`. It is found from above: a scan collects the entries over a floor (a compare for each logit, and an
-// exponential for each of the few that pass), their masses are added up in bins, eight to an octave, and what lies below
-// a bin is 1 - p_target less all bins above. Where what was collected leaves too much, the floor falls and the row is
-// scanned again; entries below mass / v cannot sum to more than mass, so it falls no further.
+// A row's threshold on p is the largest number 2^e (1 + m / 8) for which the entries below it, not counting the target,
+// sum to at most `mass`. The search runs from above. A scan collects the entries over a floor, with one comparison per
+// logit and one exponential for each of the few that pass. Their masses are added up in bins, eight per octave, and the
+// mass below a bin is 1 - p_target less all bins above it. If the entries collected leave too much mass, the floor is
+// lowered and the row scanned again, at most down to mass / v: entries below that cannot sum to more than mass.
 //
-// Sums run in the order of the columns: the same bits on every run and with any number of threads.
+// Sums run in the order of the columns, which gives the same bits on every run and with any number of threads.
 #include "sparse.h"
 
 #include <ATen/cpu/vec/functional.h>
@@ -26,7 +26,7 @@ namespace {
 using at::vec::Vectorized;
 using V = Vectorized<float>;
 
-constexpr int OCTAVES = 40, BINS = 8 * OCTAVES, SHIFT = 20;  // SHIFT: leaves float's exponent and 3 bits of its mantissa
+constexpr int OCTAVES = 40, BINS = 8 * OCTAVES, SHIFT = 20;  // SHIFT keeps float's exponent and 3 bits of its mantissa
 constexpr std::int32_t FIRST_BIN = (127 - OCTAVES) << 3;
 constexpr double FIRST_FLOOR = 1.0 / 16, NEXT_FLOOR = 1.0 / 64;
 
@@ -46,7 +46,7 @@ float edge_of(int bin) {
 
 template <typename T, int N>
 void load(const T* z, V (&v)[N]) {
-  static_assert(N % 2 == 0, "half-precision vectors hold two of float");
+  static_assert(N % 2 == 0, "a half-precision vector holds two float vectors");
   for (int i = 0; i < N; i += 2) {
     if constexpr (std::is_same_v<T, float>) {
       v[i] = V::loadu(z + i * V::size());
@@ -63,7 +63,7 @@ struct Sparse {
   static constexpr int64_t STEP = UNROLL * V::size();
   static constexpr int NONE = (1 << V::size()) - 1;
 
-  // The columns of logits from `floor` on; stops where there are more than `most`.
+  // Collects the columns of logits >= `floor`; stops once there are more than `most`.
   static int64_t collect(const T* z, int64_t v, float floor, int64_t most, int32_t* columns) {
     const V floor_v(floor);
     int64_t n = 0, j = 0;
@@ -86,7 +86,7 @@ struct Sparse {
     const bool capped;
     explicit Softmax(const SparseRow& r) : row(r), capped(r.softcap < std::numeric_limits<double>::infinity()) {}
 
-    // p of n logits, in place; the room behind them is written to as well.
+    // Replaces n logits by their p; also overwrites one vector behind them.
     void probabilities(float* z, int64_t n) const {
       const V top(static_cast<float>(row.max)), scale(static_cast<float>(1 / row.temperature));
       const V norm(static_cast<float>(row.log_norm));
@@ -98,7 +98,7 @@ struct Sparse {
         ((y - top) * scale - norm).exp().store(z + e);
       }
     }
-    // A little below the least logit whose probability is p.
+    // Slightly less than the smallest logit whose probability is p.
     float logit(double p) const {
       double y = row.max + row.temperature * (std::log(p) + row.log_norm - 1e-3);
       if (capped) y = y <= -row.softcap ? -std::numeric_limits<double>::infinity() : row.softcap * std::atanh(y / row.softcap);
@@ -112,7 +112,7 @@ struct Sparse {
   static SparseEntries select(const SparseRow& row, const void* logits, int64_t v, int64_t most, const SparseRoom& room) {
     const T* z = static_cast<const T*>(logits);
     if (row.g == 0) return {0, 0, 0, 0};
-    if (std::isnan(row.log_norm + row.logprob + row.g)) {  // and so is the row of d hidden
+    if (std::isnan(row.log_norm + row.logprob + row.g)) {  // then the whole row of d hidden is NaN
       room.columns[0] = static_cast<int32_t>(row.target);
       room.values[0] = std::numeric_limits<float>::quiet_NaN();
       return {1, 0, 0, 0};
@@ -154,12 +154,12 @@ struct Sparse {
     return {kept, std::max(below, 0.0), drawn, threshold};
   }
 
-  // Candidates with those that chance keeps, whose mass is the threshold's: an entry below it if u threshold < p, where u
-  // in [0, 1) is the hash of seed, row and column.
+  // Candidates plus the entries that the draw keeps, each of which counts as the threshold. An entry below the
+  // threshold is kept if u threshold < p, where u in [0, 1) is the hash of seed, row and column.
   static int64_t draw(const SparseRow& row, const Softmax& softmax, const T* z, int64_t v, int64_t most, float threshold,
                       int64_t n, const SparseRoom& room, double& drawn) {
     if (threshold <= edge_of(0)) return n;
-    // Per block: u below an upper bound of p / threshold, 2^k (1 + f) for 2^(k + f), finds those whose p is computed.
+    // Per block: p is computed only where u is below an upper bound of p / threshold, 2^k (1 + f) for 2^(k + f).
     constexpr int BLOCK = 64;
     const double to_log2 = 1.4426950408889634 / row.temperature;
     const float scale = static_cast<float>(to_log2);
@@ -194,7 +194,7 @@ struct Sparse {
     return count;
   }
 
-  static constexpr int TILE = 8;  // vectors of a row that are summed up together
+  static constexpr int TILE = 8;  // vectors of a row that are summed together
 
   template <typename Out>
   static void sum(const int32_t* index, const float* values, int64_t n, const void* rows, int64_t stride, int64_t d,

@@ -1,4 +1,4 @@
-// The operators of the sparse backward on CPU tensors, rows shared out over torch's threads.
+// The operators of the sparse backward on CPU tensors, which distribute rows over torch's threads.
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <ATen/ops/empty.h>
@@ -43,8 +43,8 @@ void check_vector(const char* name, const Tensor& x, at::ScalarType dtype, int64
                     x.sizes(), ": give contiguous ", dtype, " with ", n, " numbers");
 }
 
-// -> starts [C + 1] int64, columns [N] int32, values [N] float32, dropped [C], drawn [C] and threshold [C] float32. A row
-// that needs more than `most` columns has none, and a threshold of -1.
+// Returns starts [C + 1] int64, columns [N] int32, values [N] float32, dropped [C], drawn [C] and threshold [C]
+// float32. A row that needs more than `most` columns gets no columns and a threshold of -1.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sparse_rows(const Tensor& logits, const Tensor& targets,
                                                                const Tensor& stats, const Tensor& grad_logprob,
                                                                double temperature, std::optional<double> softcap,
@@ -57,7 +57,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sparse_rows(const Ten
   check_vector("stats", stats, at::kFloat, 4 * rows);
   check_vector("grad_logprob", grad_logprob, at::kFloat, rows);
   TORCH_CHECK_VALUE(v <= std::numeric_limits<int32_t>::max() && mass > 0 && most >= 1 && most <= v,
-                    "there are ", v, " columns, mass is ", mass, " and most ", most, ": give a mass above 0 and 1 to V");
+                    "there are ", v, " columns, mass is ", mass, " and most ", most,
+                    ": give mass above 0 and most in 1 to V");
   const int64_t* target = targets.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < rows; ++i)
     TORCH_CHECK_VALUE(target[i] >= 0 && target[i] < v, "target ", target[i], " is outside the vocabulary of ", v);
@@ -114,7 +115,7 @@ void check_entries(const Tensor& starts, const Tensor& columns, const Tensor& va
                         " has the column ", column[e], ": give columns below ", width, " in ascending order");
 }
 
-// out [C, D] = the sparse matrix [C, V] times weight [V, D]; rows without entries get zeros.
+// Writes the sparse matrix [C, V] times weight [V, D] to out [C, D]; rows without entries get zeros.
 void sparse_product_(const Tensor& out, const Tensor& starts, const Tensor& columns, const Tensor& values,
                      const Tensor& weight) {
   check_matrix("out", out);
@@ -136,7 +137,8 @@ void sparse_product_(const Tensor& out, const Tensor& starts, const Tensor& colu
   });
 }
 
-// total [V, D] += the sparse matrix [C, V] transposed times hidden [C, D]; bias [V], where given, += its columns' sums.
+// Adds the transposed sparse matrix [V, C] times hidden [C, D] to total [V, D], and its column sums to bias [V] if
+// given.
 void sparse_outer_(const Tensor& total, const Tensor& starts, const Tensor& columns, const Tensor& values,
                    const Tensor& hidden, const std::optional<Tensor>& bias) {
   check_matrix("total", total);
@@ -150,7 +152,7 @@ void sparse_outer_(const Tensor& total, const Tensor& starts, const Tensor& colu
   const int64_t* start = starts.const_data_ptr<int64_t>();
   const int32_t* column = columns.const_data_ptr<int32_t>();
   const float* value = values.const_data_ptr<float>();
-  // By column, and in it by row: counted, then put in place.
+  // Sort entries by column, and within a column by row: count, then place.
   const int64_t n = start[rows];
   std::vector<int64_t> first(v + 1, 0);
   for (int64_t e = 0; e < n; ++e) ++first[column[e] + 1];
@@ -180,7 +182,7 @@ void sparse_outer_(const Tensor& total, const Tensor& starts, const Tensor& colu
   });
 }
 
-// -> the largest Euclidean norm of a row.
+// Returns the largest Euclidean norm of a row.
 double max_row_norm(const Tensor& weight) {
   check_matrix("weight", weight);
   const auto& kernels = sparse_kernels(weight.scalar_type());

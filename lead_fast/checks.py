@@ -1,4 +1,4 @@
-"""What can be known wrong in a configuration before any model is loaded: ranges and combinations."""
+"""Checks of a configuration that need no model: ranges of values, and combinations that cannot work."""
 
 import dataclasses
 import os
@@ -15,14 +15,14 @@ NEVER_EMPTY = ("model.path", "data.train", "data.test", "data.problem_column", "
 
 
 def chosen_engine(c: Config, device_type: str) -> str:
-    """The engine that rollout.engine means on "cuda" or "cpu": `auto` is vLLM on a GPU, installed or not."""
+    """Resolve rollout.engine for device type "cuda" or "cpu": `auto` is vLLM on a GPU, whether installed or not."""
     if c.rollout.engine == "auto":
         return "vllm" if device_type == "cuda" else "transformers"
     return c.rollout.engine
 
 
 def quantized(c: Config) -> bool:
-    """Whether rollouts are of rounded weights or a rounded cache, and so of another policy than the trainer's."""
+    """Whether rollouts use rounded weights or a rounded cache, and so sample from another policy than the trainer's."""
     return c.rollout.quantization != "none" or c.rollout.kv_dtype != "auto"
 
 
@@ -30,13 +30,13 @@ IMPORTANCE_CAP = 2.0
 
 
 def fit_quantized(c: Config, args: list[str]) -> tuple[Config, list[str]]:
-    """With rounded rollouts, weigh tokens by policy / engine up to IMPORTANCE_CAP, unless `args` say otherwise.
+    """With quantised rollouts, weight tokens by policy / engine up to IMPORTANCE_CAP, unless `args` say otherwise.
 
-    The ratio's denominator is then the policy itself (or a pass before the updates, if there are several): with the
-    engine's log-probs in it the weight would be 1.
+    The ratio's denominator is then the policy itself (with several updates, a pass before them): if it held the
+    engine's log-probs, the importance weight would always be 1.
 
     Returns:
-        the configuration, and sentences (without full stops) on what was changed.
+        the configuration, and sentences (without full stops) that say what was changed.
     """
     if not quantized(c):
         return c, []
@@ -52,13 +52,13 @@ def fit_quantized(c: Config, args: list[str]) -> tuple[Config, list[str]]:
 
 
 def responses_at_once(r: RolloutConfig, ranks: int) -> int:
-    """Responses that an engine generates at once: rollout.batch_size, or with 0 all that are its part of a step."""
+    """Responses that an engine generates at once: rollout.batch_size, or with 0 the engine's full part of a step."""
     engines = max(1, ranks // r.tensor_parallel)
     return r.batch_size or -(-(r.problems + r.extra_problems) // engines) * r.group_size
 
 
 def check_values(c: Config | SftConfig) -> None:
-    """Refuse numbers outside their ranges (NaN and infinities always are), empty text, and an `output` that is a file.
+    """Refuse numbers outside their ranges (NaN and infinity always are), empty text, and an `output` that is a file.
 
     Raises:
         ValueError: one sentence that names key, value and range.
@@ -73,12 +73,12 @@ def check_values(c: Config | SftConfig) -> None:
         owner, _, name = key.rpartition(".")
         section = getattr(c, owner) if owner else c
         if not getattr(section, name, "absent").strip():
-            raise ValueError(f"{key} is empty: --help says what it takes.")
+            raise ValueError(f"{key} is empty: --help lists its values.")
     check_folder("output", c.output or "runs")
 
 
 def check_folder(key: str, folder: str | Path) -> None:
-    """Refuse a folder that cannot be written to or made, such as one with the name of a file.
+    """Refuse a path that is not a folder, or one that cannot be created or written to.
 
     Raises:
         ValueError: one sentence that begins with `key`.
@@ -86,20 +86,20 @@ def check_folder(key: str, folder: str | Path) -> None:
     path = Path(folder).absolute()
     there = next(p for p in (path, *path.parents) if os.path.lexists(p))
     if not there.is_dir():
-        what = "is a file" if there.exists() else "is a link to nothing"
+        what = "is a file" if there.exists() else "is a broken link"
         raise ValueError(f"{key} is {folder} and {there} {what}: give the path of a folder.")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"{key} is {folder} and {there} may not be written to: give another folder.")
+        raise ValueError(f"{key} is {folder} and {there} is not writable: give another folder.")
 
 
 def check(c: Config, world: int, *, trains: bool = True, device_type: str = "cpu") -> None:
-    """Refuse what can be known wrong before any model is loaded.
+    """Refuse combinations of values that cannot work, before any model is loaded.
 
     Args:
         c: the configuration.
         world: number of ranks.
-        trains: ranks share a step's problems, and packs; an evaluation's engines take prompts as they drain.
-        device_type: "cuda" or "cpu", what the ranks compute on.
+        trains: whether ranks share a step's problems and packs; in an evaluation, engines take prompts as they drain.
+        device_type: "cuda" or "cpu", the device that the ranks compute on.
     Raises:
         ValueError: one sentence that names the value and the remedy.
     """
@@ -111,21 +111,21 @@ def check(c: Config, world: int, *, trains: bool = True, device_type: str = "cpu
     )
     if c.loss.sparse_head and c.model.freeze_head:
         raise ValueError(
-            "loss.sparse_head is true with model.freeze_head, whose head takes no gradient: give one of the two."
+            "loss.sparse_head is true with model.freeze_head, whose head gets no gradient: set only one of the two."
         )
     if c.loss.dropped_mass and c.loss.entropy_coef:
         raise ValueError(
             f"loss.dropped_mass is {c.loss.dropped_mass} with loss.entropy_coef {c.loss.entropy_coef}, whose gradient "
-            "is always computed in full: give one of the two."
+            "is always computed in full: set only one of the two."
         )
     if c.parallel.sequence > 1 and by_sequence:
         raise ValueError(
-            f"parallel.sequence is {c.parallel.sequence} with a ratio or importance weight per sequence, whose tokens "
-            "are then on several ranks: give --parallel.sequence=1, or weights per token."
+            f"parallel.sequence is {c.parallel.sequence} with a ratio or importance weight per sequence, which needs "
+            "all its tokens on one rank: give --parallel.sequence=1, or weights per token."
         )
     if trains and r.problems % world:
         raise ValueError(
-            f"rollout.problems is {r.problems}, which {world} ranks cannot share evenly: give a multiple of {world}."
+            f"rollout.problems is {r.problems}, which {world} ranks cannot divide evenly: give a multiple of {world}."
         )
     if r.problems % c.optim.updates:
         raise ValueError(
@@ -133,22 +133,22 @@ def check(c: Config, world: int, *, trains: bool = True, device_type: str = "cpu
         )
     if r.group_size == 1 and a.std != "none":
         raise ValueError(
-            f"rollout.group_size is 1 and advantage.std is {a.std}: one response has no spread to normalise by; "
+            f"rollout.group_size is 1 and advantage.std is {a.std}: a single response has no standard deviation; "
             "give a group size of 2 or more, or --advantage.std=none."
         )
     if r.refill and a.group_filter == "none":
         raise ValueError(
-            f"rollout.refill is {r.refill} and advantage.group_filter {a.group_filter}: it replaces dropped groups; "
-            "give 0, or --advantage.group_filter=uniform."
+            f"rollout.refill is {r.refill} and advantage.group_filter {a.group_filter}, which drops no groups: "
+            "give --rollout.refill=0, or --advantage.group_filter=uniform."
         )
     if not all(r.stop):
         raise ValueError(f"rollout.stop is {list(r.stop)}: an empty string would end every response; leave it out.")
-    if 0 < c.evaluate.temperature < 0.01:  # vLLM would sample at 0.01, and transformers divide by next to nothing
+    if 0 < c.evaluate.temperature < 0.01:  # vLLM would sample at 0.01; transformers would divide by almost 0
         raise ValueError(f"evaluate.temperature is {c.evaluate.temperature}: give 0 (greedy), or 0.01 or more.")
     if c.reward.overlong_buffer > r.max_tokens:
         raise ValueError(
             f"reward.overlong_buffer is {c.reward.overlong_buffer} and rollout.max_tokens {r.max_tokens}: "
-            "give a buffer within the limit."
+            "give a buffer no longer than that limit."
         )
     if trains and c.reward.function:
         check_function(c)
@@ -160,20 +160,20 @@ def check(c: Config, world: int, *, trains: bool = True, device_type: str = "cpu
     if chosen_engine(c, device_type) != "vllm" and (r.tensor_parallel > 1 or r.extra_problems):
         raise ValueError(
             f"rollout.tensor_parallel is {r.tensor_parallel} and extra_problems {r.extra_problems}, "
-            "which only vLLM can do: give --rollout.engine=vllm."
+            "which only vLLM supports: give --rollout.engine=vllm."
         )
     check_speculation(c, chosen_engine(c, device_type))
     if chosen_engine(c, device_type) != "vllm" and quantized(c):
         raise ValueError(
-            f"rollout.quantization is {r.quantization} and kv_dtype {r.kv_dtype}, which only vLLM can do: give "
-            "--rollout.engine=vllm, or none and auto."
+            f"rollout.quantization is {r.quantization} and kv_dtype {r.kv_dtype}, which only vLLM supports: give "
+            "--rollout.engine=vllm, or --rollout.quantization=none and --rollout.kv_dtype=auto."
         )
     if trains and quantized(c) and (c.loss.importance_cap is None or c.loss.old_logprobs == "engine"):
         raise ValueError(
             f"rollout.quantization is {r.quantization} and kv_dtype {r.kv_dtype} with loss.importance_cap="
             f"{'none' if c.loss.importance_cap is None else c.loss.importance_cap} and loss.old_logprobs="
-            f"{c.loss.old_logprobs}: rounded rollouts are another policy's, which takes importance weights; leave the "
-            "two out, or give a cap (2) and --loss.old_logprobs=current or recompute."
+            f"{c.loss.old_logprobs}: quantised rollouts come from another policy and need importance weights; omit "
+            "both options, or give a cap (2) and --loss.old_logprobs=current or recompute."
         )
     if r.extra_problems > r.problems * r.max_age:
         raise ValueError(
@@ -182,7 +182,7 @@ def check(c: Config, world: int, *, trains: bool = True, device_type: str = "cpu
         )
     if trains and a.length_guard and not c.evaluate.every:
         raise ValueError(
-            f"advantage.length_guard is {a.length_guard} and evaluate.every 0: the guard looks at held-out accuracy; "
+            f"advantage.length_guard is {a.length_guard} and evaluate.every 0: the guard needs held-out accuracy; "
             "give --evaluate.every=STEPS, or --advantage.length_guard=0."
         )
     if c.optim.updates > 1 and c.loss.old_logprobs == "current":
@@ -193,17 +193,17 @@ def check(c: Config, world: int, *, trains: bool = True, device_type: str = "cpu
 
 
 def check_speculation(c: Config, engine: str) -> None:
-    """Refuse a drafter that the engine cannot use, lacks or does not need. Raises ValueError."""
+    """Refuse a drafter that the engine does not support, lacks or does not need. Raises ValueError."""
     s, key = c.rollout.speculative, "rollout.speculative"
     if s.method == "none":
         if s.model:
             raise ValueError(f"{key}.model is {s.model} and {key}.method none: give a method, or no model.")
         return
     if engine != "vllm":
-        raise ValueError(f"{key}.method is {s.method}, which only vLLM can do: give --rollout.engine=vllm, or none.")
+        raise ValueError(f"{key}.method is {s.method}, which only vLLM supports: give --rollout.engine=vllm, or none.")
     own = s.method in ("ngram", "mtp")
     if own and s.model:
-        raise ValueError(f"{key}.model is {s.model}, but {s.method} drafts without a model of its own: leave it out.")
+        raise ValueError(f"{key}.model is {s.model}, but {s.method} drafts without a second model: leave it out.")
     if not own and not s.model:
         raise ValueError(f"{key}.model is empty: {s.method} needs the path or hub name of a drafter.")
     if c.rollout.min_p:
@@ -214,7 +214,7 @@ def check_speculation(c: Config, engine: str) -> None:
 
 
 def check_function(c: Config) -> None:
-    """Refuse a reward function that is not there, and rewards that mode `replace` would silently leave unused.
+    """Refuse a reward function that does not exist, and rewards that mode `replace` would silently ignore.
 
     Raises:
         ValueError: one sentence.
@@ -229,25 +229,25 @@ def check_function(c: Config) -> None:
 
 
 def check_parallel(model: ModelConfig, parallel: ParallelConfig) -> None:
-    """Refuse layouts of a model that cannot work, whatever it is trained for. Raises ValueError."""
+    """Refuse layouts that cannot work for RL or SFT. Raises ValueError."""
     if parallel.offload in ("activations", "both") and model.activation_checkpointing != "full":
         raise ValueError(
             f"parallel.offload is {parallel.offload} with model.activation_checkpointing="
-            f"{model.activation_checkpointing}: it moves each block's input, so give full."
+            f"{model.activation_checkpointing}: it moves the block inputs that full checkpointing keeps; give full."
         )
     if model.compile and model.activation_checkpointing == "selective":
         raise ValueError(
-            "model.compile is true with model.activation_checkpointing=selective, which must see single operators: "
+            "model.compile is true with model.activation_checkpointing=selective, which must see single operations: "
             "give full or none."
         )
 
 
 def check_sft(c: SftConfig) -> None:
-    """Refuse what can be known wrong in SFT's configuration before a model is loaded. Raises ValueError."""
+    """Refuse values of SFT's configuration that cannot work, before a model is loaded. Raises ValueError."""
     check_values(c)
     if c.from_scratch and c.model.path != "tiny":
         raise ValueError(
-            f"from_scratch is true and model.path {c.model.path}: random weights are made for the embedded model's "
-            "architecture only; give --from_scratch=false to train that model, or --model.path=tiny."
+            f"from_scratch is true and model.path {c.model.path}: random weights exist only for the embedded model's "
+            "architecture; give --from_scratch=false to train that model, or --model.path=tiny."
         )
     check_parallel(c.model, c.parallel)

@@ -1,7 +1,7 @@
-"""Command lines and TOML files to a configuration, and back.
+"""Convert command lines and TOML files into a configuration, and a configuration into TOML and help text.
 
-Order, later wins: the defaults of config.py <- recipe (TOML, over the preset it names) <- `--preset` (TOML) <-
-`--section.key=value`. Every value is checked once, before any model is loaded; what is wrong is said in one sentence
+Later sources win: the defaults of config.py <- recipe (TOML, over the preset it names) <- `--preset` (TOML) <-
+`--section.key=value`. Every value is checked once, before any model is loaded; a mistake is reported in one sentence
 that names the value and the remedy.
 """
 
@@ -36,7 +36,7 @@ def keys(cls: Any = Config, prefix: str = "") -> list[str]:
     """Every dotted key of the tree, such as `rollout.group_size`."""
     out = []
     for f in dataclasses.fields(cls):
-        if f.metadata.get("computed"):  # by the trainer itself
+        if f.metadata.get("computed"):  # set by the trainer itself
             continue
         if dataclasses.is_dataclass(f.type):
             out += keys(f.type, f"{prefix}{f.name}.")
@@ -46,12 +46,12 @@ def keys(cls: Any = Config, prefix: str = "") -> list[str]:
 
 
 def ranges(cls: Any = Config) -> dict[str, Range]:
-    """The range of every number by dotted key."""
+    """The range of every number, by dotted key."""
     return {key: allowed for key in keys(cls) if (allowed := range_of(key, cls))}
 
 
 def range_of(key: str, cls: Any = Config) -> Range | None:
-    """The range beside a key's type, or in its section's RANGES."""
+    """The range declared beside a key's type or in its section's RANGES; None if there is none."""
     section, _, name = key.rpartition(".")
     inherited = getattr(type_of(section, cls), "RANGES", {}) if section else {}
     return next((x for x in get_args(type_of(key, cls)) if isinstance(x, Range)), inherited.get(name))
@@ -75,12 +75,12 @@ def unknown_key(key: str, where: str, cls: Any) -> ValueError:
         key.split(".")[-1], [k.split(".")[-1] for k in known], 1, 0.6
     )
     near = [k for k in known if near and (k == near[0] or k.endswith("." + near[0]))][:1]
-    hint = f"did you mean {near[0]}?" if near else "--help lists all keys."
+    hint = f"did you mean {near[0]}?" if near else "--help lists every key."
     return ValueError(f"Unknown configuration key {key} in {where}: {hint}")
 
 
 def read_toml(name: str, folder: Path, kind: str, cls: Any = Config) -> dict[str, Any]:
-    """A shipped recipe or preset by name, or any TOML file by path, as nested dicts whose keys are all known."""
+    """Read a shipped recipe or preset by name, or any TOML file by path, into nested dicts; refuse unknown keys."""
     path = folder / f"{name}.toml" if name in names(folder) else Path(name)
     if not path.is_file():
         raise ValueError(
@@ -97,7 +97,7 @@ def read_toml(name: str, folder: Path, kind: str, cls: Any = Config) -> dict[str
 
 
 def _leaves(tree: dict[str, Any], known: list[str], prefix: str = "") -> list[str]:
-    """Dotted keys of nested dicts, down to a known key or to what is no dict."""
+    """Dotted keys of nested dicts, down to a known key or to a value that is not a dict."""
     out = []
     for k, v in tree.items():
         section = isinstance(v, dict) and prefix + k not in known
@@ -113,14 +113,14 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def from_tree(tree: dict[str, Any], cls: Any = Config) -> Any:
-    """Nested dicts to a Config, each value's type checked; a wrong one is named with its key."""
+    """Convert nested dicts to a Config and check each value's type; an error names the key."""
     import pydantic
 
     for key in keys(cls):
         value: Any = tree
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
-        if isinstance(value, bool) and is_number(type_of(key, cls)):  # pydantic would take true for 1
+        if isinstance(value, bool) and is_number(type_of(key, cls)):  # pydantic would accept true as 1
             raise ValueError(f"{key} is {json.dumps(value)}: give {wanted(key, cls)}.")
     try:
         return pydantic.TypeAdapter(cls).validate_python(tree)
@@ -136,7 +136,7 @@ def from_tree(tree: dict[str, Any], cls: Any = Config) -> Any:
 
 
 def wanted(key: str, cls: Any = Config) -> str:
-    """What a key takes, in words."""
+    """Describe the values that a key accepts."""
     allowed, plain = range_of(key, cls), bare(type_of(key, cls))
     if get_origin(plain) is Literal:
         out = f"one of {', '.join(get_args(plain))}"
@@ -145,7 +145,7 @@ def wanted(key: str, cls: Any = Config) -> str:
     elif get_origin(plain) is tuple:
         out = f"""a list of strings in quotes, as in --{key}='["a", "b"]'"""
     elif get_origin(plain) is dict:
-        out = f"an object of JSON, or one key each, as in --{key}.NAME=VALUE"
+        out = f"a JSON object, or one flag per entry, as in --{key}.NAME=VALUE"
     elif is_number(plain):
         out = f"a {'whole ' * (plain is int)}number {allowed or ''}".rstrip()
         out += f" (0: {allowed.zero})" if allowed and allowed.zero else ""
@@ -159,7 +159,7 @@ def optional(kind: Any) -> bool:
 
 
 def is_number(kind: Any) -> bool:
-    """Whether a key of this type holds a number, or several, or a number or nothing."""
+    """Whether a key of this type holds a number, a tuple of numbers, or a number or None."""
     plain = bare(kind)
     return bool({int, float} & {plain, *get_args(plain)})
 
@@ -170,17 +170,17 @@ SHORT = {"config": "recipe", "model": "model.path"}
 def load_config(
     args: list[str] | None, *, default_recipe: str = "tiny", cls: Any = Config, about: str | None = None
 ) -> Any:
-    """The configuration that a command line asks for.
+    """Load the configuration that a command line asks for.
 
     Args:
-        args: such as ["--recipe", "tiny", "--rollout.group_size=4"]; None takes sys.argv. `--config FILE` is the same
+        args: such as ["--recipe", "tiny", "--rollout.group_size=4"]; None reads sys.argv. `--config FILE` is the same
             as `--recipe FILE`; `--model NAME` is short for `--model.path`.
-        default_recipe: the recipe when none is named.
+        default_recipe: the recipe to use if none is named.
         cls: Config or SftConfig.
-        about: what --help says before the keys; the command's docstring.
+        about: the text that --help prints before the keys; the command's docstring.
     Raises:
-        ValueError: unknown recipe, preset or key (with the nearest known one), or a value that does not fit.
-        SystemExit: `--help` was among the arguments and is answered.
+        ValueError: unknown recipe, preset or key (the nearest known one is named), or a value that is not accepted.
+        SystemExit: the arguments include `--help`, which has been answered.
     """
     args = [a for arg in (sys.argv[1:] if args is None else args) for a in _split(arg)]
     asks_help = "--help" in args or "-h" in args
@@ -202,7 +202,7 @@ def load_config(
     tree = read_toml(recipe, RECIPES if cls is Config else RECIPES / "sft", "recipe", cls) | {"recipe": recipe}
     if preset := given.pop("preset", ""):
         tree = merge(tree, read_toml(preset, PRESETS, "preset")) | {"preset": preset}
-    elif preset := tree.get("preset", ""):  # the file's own values stand, or what `dump` wrote would change
+    elif preset := tree.get("preset", ""):  # the file's own values win, or the output of `dump` would not round-trip
         tree = merge(read_toml(preset, PRESETS, "preset"), tree)
     if asks_help:
         if os.environ.get("RANK", "0") == "0":
@@ -222,7 +222,7 @@ def named_keys(args: list[str]) -> set[str]:
 
 
 def take_dry_run(args: list[str] | None) -> tuple[bool, list[str]]:
-    """Whether `--dry-run` is among the arguments (None takes sys.argv), and the other arguments."""
+    """Split `--dry-run` off the arguments (None reads sys.argv); returns whether it was there, and the others."""
     args = list(sys.argv[1:] if args is None else args)
     return "--dry-run" in args, [a for a in args if a != "--dry-run"]
 
@@ -232,7 +232,7 @@ def _split(arg: str) -> list[str]:
 
 
 def _value(key: str, text: str, cls: Any) -> Any:
-    """The value that a command line gives to a key. Raises ValueError for a list that is not valid JSON."""
+    """The value that a command line sets for a key. Raises ValueError for a list that is not valid JSON."""
     plain = bare(type_of(key, cls))
     if text.lower() == "none" and optional(plain):
         return None
@@ -251,7 +251,7 @@ def _dict_key(key: str, cls: Any) -> bool:
 
 
 def _scalar(text: str) -> bool | int | float | str:
-    """A value of a dict: as JSON reads it where that is a boolean or a number, else the text."""
+    """Parse a value of a dict: JSON if it is a boolean or a number, otherwise the text itself."""
     try:
         value = json.loads(text)
     except json.JSONDecodeError:
@@ -260,7 +260,7 @@ def _scalar(text: str) -> bool | int | float | str:
 
 
 def dump(c: Config | SftConfig) -> str:
-    """The resolved configuration as TOML, which `--config` reads back (an absent value is left out)."""
+    """Write the resolved configuration as TOML that `--config` reads back (None values are left out)."""
 
     def text(v: Any) -> str:
         if isinstance(v, dict):
@@ -288,22 +288,22 @@ def _is_section(key: str, cls: Any) -> bool:
 # ------------------------------------------------------------------------------------------------------------- --help
 
 FLAGS = {
-    "--help": "Print this and stop; -h does too.",
-    "--dry-run": "Print the configuration that would run, as TOML that --config reads, and stop.",
+    "--help": "Print this text and exit; so does -h.",
+    "--dry-run": "Print the resolved configuration as TOML that --config reads, and exit.",
     "--config=FILE": "The same as --recipe=FILE.",
     "--model=NAME": "Short for --model.path.",
 }
 
 
 def help_text(c: Config | SftConfig, about: str) -> str:
-    """What --help prints: every flag that load_config accepts, with its description and its value in `c`."""
+    """The text that --help prints: every flag that load_config accepts, with its description and its value in `c`."""
     lines = [about.strip(), "", f"Every key with its value under recipe {c.recipe}; --KEY=VALUE changes it."]
     lines += ["", *(line for flag, text in FLAGS.items() for line in _entry(flag, text))]
     return "\n".join([*lines, *_section_help(c, type(c))])
 
 
 def _section_help(values: Any, cls: Any, name: str = "") -> list[str]:
-    """Entries of a section's keys, and then of the sections in it."""
+    """Help entries for a section's keys, followed by those of its subsections."""
     docs, prefix = _descriptions(type(values)), f"{name}." if name else ""
     lines = ["", f"{name}: {type(values).__doc__}" if name else "general:"]
     fields = dataclasses.fields(values)
@@ -320,7 +320,7 @@ def _entry(flag: str, text: str) -> list[str]:
 
 
 def _descriptions(cls: Any) -> dict[str, str]:
-    """Every field's docstring, which only the source has: the string after the field, base classes included."""
+    """Docstrings of all fields, base classes included, read from the source: the string that follows each field."""
     out = {}
     for base in [b for b in reversed(cls.__mro__) if dataclasses.is_dataclass(b)]:
         source: Any = base
@@ -333,12 +333,12 @@ def _descriptions(cls: Any) -> dict[str, str]:
 
 
 def _shown(value: Any) -> str:
-    """A value as the command line takes it."""
+    """A value in the form that the command line accepts."""
     return value if isinstance(value, str) else "none" if value is None else json.dumps(value)
 
 
 def _choices(key: str, cls: Any) -> str:
-    """What a key can be, where its value does not show it."""
+    """A sentence on the values that a key accepts, where its default does not show them."""
     plain = bare(type_of(key, cls))
     if get_origin(plain) is Literal:
         return f" One of {', '.join(get_args(plain))}."

@@ -1,4 +1,4 @@
-"""How a command that trains begins and ends: its run directory, the lock on it, one sentence for a user's mistake."""
+"""Start and end of a command that trains: its run directory and lock, and one sentence for a user's mistake."""
 
 import dataclasses
 import sys
@@ -16,15 +16,15 @@ from .runtime.ranks import Ranks, complaint, stop
 def in_run_directory(
     c: Config | SftConfig, name: str, shape: Any, ranks: Ranks, dry: bool, work: Callable[[Path], None]
 ) -> None:
-    """Do a command's work in its run directory, which no other run uses meanwhile, and leave the job.
+    """Run a command's work in a run directory that no other run uses meanwhile, then leave the job.
 
     Args:
-        c: output, resume, recipe and checkpoint_every are used; it is written down as config.toml.
-        name: goes before the recipe in the name of a directory that is not given.
-        shape: the model's configuration, for the room that checkpoints take.
-        ranks: of this job.
-        dry: print the configuration and do nothing.
-        work: called on every rank with the directory.
+        c: uses output, resume, recipe and checkpoint_every; saved as config.toml.
+        name: goes before the recipe in the directory's name if no output is given.
+        shape: the model's configuration, from which the size of checkpoints follows.
+        ranks: the ranks of this job.
+        dry: only print the configuration.
+        work: called with the directory on every rank.
     """
     if dry:
         if ranks.main:
@@ -45,10 +45,10 @@ def in_run_directory(
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Call a command's main(); a user's mistake and Ctrl-C end it without a traceback."""
+    """Call a command's main(); end without a traceback on a user's mistake or Ctrl-C."""
     try:
         main()
     except ValueError as e:
         sys.exit(complaint(e))
-    except KeyboardInterrupt:  # before there was anything to finish
+    except KeyboardInterrupt:  # before there is anything to finish
         sys.exit(130)

@@ -1,11 +1,12 @@
-"""A second opinion: an evaluation's samples in lighteval's details form, graded by lighteval's extractive match.
+"""Cross-check an evaluation's grades: export its samples in lighteval's details format and let lighteval grade them.
 
     python -m lead_fast.evaluate --lighteval DIR [--python=FILE] [--output=DIR]
 
-DIR is a folder of `lead_fast.evaluate`. The export, details/MODEL/DATE/details_TASK_DATE.parquet, is what lighteval
-loads back with its option to take responses from details. Grading needs lighteval 0.11 or later; it pins another
-latex2sympy2_extended than math-verify does, so it lives in an environment of its own, whose interpreter --python names.
-The counts and every disagreement are written as JSON, and the first disagreements are shown.
+DIR is an output folder of `lead_fast.evaluate`. The export, details/MODEL/DATE/details_TASK_DATE.parquet, can be loaded
+by lighteval with its option to read responses from details. Grading uses lighteval's extractive match and needs
+lighteval 0.11 or later in a separate environment, because it pins another latex2sympy2_extended than math-verify does;
+--python names that environment's interpreter. The counts and every disagreement are written as JSON, and the first
+disagreements are printed.
 """
 
 import argparse
@@ -30,8 +31,8 @@ FIELDS_OF_RESPONSE = {"input_tokens": [], "output_tokens": [], "reasonings": [],
                       "truncated_tokens_count": 0, "padded_tokens_count": 0}  # fmt: skip
 SHOWN = 20
 
-# Runs in lighteval's own environment: a details file in, a line of verdicts out for each problem. The settings are
-# those of its own tasks of mathematics (avg_at_n_math).
+# Runs in lighteval's own environment: reads a details file and prints a line of verdicts per problem. The settings are
+# those of lighteval's own mathematics tasks (avg_at_n_math).
 GRADER = """
 import json, sys
 import pyarrow.parquet as parquet
@@ -55,12 +56,12 @@ for row in parquet.read_table(sys.argv[1]).to_pylist():
 
 
 def lighteval_reference(text: str) -> str:
-    """A reference as lighteval's extraction finds it: a plain number as it is, all else between dollar signs."""
+    """Format a reference so that lighteval extracts it: a plain number as it is, anything else between dollar signs."""
     return text if re.fullmatch(r"-?\d+(?:\.\d+)?", text) or "$" in text or "\\boxed" in text else f"${text}$"
 
 
 def details(rows: list[dict[str, Any]], task: str, where: str) -> list[dict[str, Any]]:
-    """Problems of samples.jsonl as lighteval's details: a row a problem, with its Doc, ModelResponse and metrics."""
+    """Problems of samples.jsonl as lighteval's details: a row per problem, with its Doc, ModelResponse and metrics."""
     out = []
     for row in rows:
         gold, texts = lighteval_reference(reference(row)), row["texts"]
@@ -76,13 +77,13 @@ def details(rows: list[dict[str, Any]], task: str, where: str) -> list[dict[str,
 
 
 def export(folder: Path, output: Path) -> tuple[Path, list[dict[str, Any]]]:
-    """Write the details of an evaluation; returns the file, and the rows of samples.jsonl. Raises ValueError."""
+    """Write the details of an evaluation; returns the file and the rows of samples.jsonl. Raises ValueError."""
     import pyarrow as pa
     from pyarrow import parquet
 
     samples = folder / "samples.jsonl"
     if not samples.is_file() or not (folder / "evaluation.json").is_file():
-        raise ValueError(f"{folder} is not a finished evaluation: give the --output of one lead_fast.evaluate.")
+        raise ValueError(f"{folder} is not a finished evaluation: give the --output of a lead_fast.evaluate run.")
     head, *rows = each_jsonl(samples)
     if not rows or not all(r["texts"] for r in rows):
         raise ValueError(f"{samples} holds no responses: evaluate again with this version.")
@@ -98,13 +99,13 @@ def export(folder: Path, output: Path) -> tuple[Path, list[dict[str, Any]]]:
 
 
 def grade_by_lighteval(file: Path, python: str) -> tuple[str, list[list[bool]]]:
-    """lighteval's version, and its verdicts by problem and sample. Raises ValueError where it is not installed."""
+    """lighteval's version and its verdicts by problem and sample. Raises ValueError if it is not installed."""
     done = subprocess.run([python, "-c", GRADER, str(file)], capture_output=True, text=True)
     if done.returncode:
         reason = done.stderr.strip().rpartition("\n")[2][:300]
         raise ValueError(
             f"{python} cannot grade with lighteval ({reason}): make an environment for it (python -m venv DIR, then "
-            "DIR/bin/pip install lighteval) and name its interpreter, --python=DIR/bin/python."
+            "DIR/bin/pip install lighteval) and name its interpreter with --python=DIR/bin/python."
         )
     head, *verdicts = [json.loads(line) for line in done.stdout.splitlines() if line.startswith(("{", "["))]
     return head["lighteval"], verdicts
@@ -128,34 +129,36 @@ def compare(rows: list[dict[str, Any]], theirs: list[list[bool]]) -> dict[str, A
     return {"samples": total, "agreement": 1 - len(differ) / total, "counts": counts, "disagreements": differ}
 
 
-def report(found: dict[str, Any]) -> str:
-    """The comparison for the screen."""
+def report(comparison: dict[str, Any]) -> str:
+    """Format the comparison for the screen."""
     lines = [
-        f"lighteval {found['lighteval']} and this project agree on {100 * found['agreement']:.2f} % of "
-        f"{found['samples']} samples: " + ", ".join(f"{n} {what}" for what, n in found["counts"].items()) + "."
+        f"lighteval {comparison['lighteval']} and this project agree on {100 * comparison['agreement']:.2f} % of "
+        f"{comparison['samples']} samples: "
+        + ", ".join(f"{n} {what}" for what, n in comparison["counts"].items())
+        + "."
     ]
-    for d in found["disagreements"][:SHOWN]:
+    for d in comparison["disagreements"][:SHOWN]:
         lines.append(
             f"- problem {d['id']}, sample {d['sample']}: reference {d['reference']!r}, extracted "
             f"{d['extracted']!r}, ours {d['ours']}, lighteval's {d['lighteval']}; ends {d['end'][-60:]!r}"
         )
-    if len(found["disagreements"]) > SHOWN:
-        lines.append(f"- and {len(found['disagreements']) - SHOWN} more in crosscheck.json")
+    if len(comparison["disagreements"]) > SHOWN:
+        lines.append(f"- and {len(comparison['disagreements']) - SHOWN} more in crosscheck.json")
     return "\n".join(lines)  # fmt: skip
 
 
 def main(args: list[str]) -> None:
     p = argparse.ArgumentParser(prog="python -m lead_fast.evaluate", description=(__doc__ or "").splitlines()[0])
-    p.add_argument("--lighteval", type=Path, metavar="DIR", required=True)
+    p.add_argument("--lighteval", type=Path, metavar="DIR", required=True, help="output folder of an evaluation")
     p.add_argument("--python", default=sys.executable, help="interpreter of the environment that has lighteval")
-    p.add_argument("--output", type=Path, help="where to write; DIR itself if absent")
+    p.add_argument("--output", type=Path, help="folder to write to; default: DIR itself")
     a = p.parse_args(args)
     output = a.output or a.lighteval
     file, rows = export(a.lighteval, output)
     print(f"Details: {file}", flush=True)
     if all(reference(r).startswith("tests ") for r in rows):
-        raise ValueError(f"{a.lighteval} holds programs, which are not graded by extracted answers; they are exported.")
+        raise ValueError(f"{a.lighteval} holds programs, which lighteval cannot grade; they were only exported.")
     version, theirs = grade_by_lighteval(file, a.python)
-    found = {"lighteval": version} | compare(rows, theirs)
-    (output / "crosscheck.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    print(report(found))
+    comparison = {"lighteval": version} | compare(rows, theirs)
+    (output / "crosscheck.json").write_text(json.dumps(comparison, indent=2) + "\n", encoding="utf-8")
+    print(report(comparison))

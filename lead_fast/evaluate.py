@@ -6,11 +6,11 @@
     python -m lead_fast.evaluate --tables [LABEL=]DIR[,DIR...] ... [--output=DIR]        # docs/tables.md
     python -m lead_fast.evaluate --lighteval DIR [--python=FILE] [--output=DIR]
 
-The set is AIME24, AIME25, MATH500, AMC23, Minerva, OlympiadBench, LiveCodeBench, a hub set or a file. DIR gets
-samples.jsonl (every graded answer), evaluation.json, table.md and evaluation.png. What samples.jsonl holds is not
-sampled again, so an evaluation that was stopped is resumed by the same command. Where no recipe is named, a run
-directory's own configuration holds (its lengths, instruction and grading; not the quantisation of its rollouts), else
-the recipe `tiny`.
+The set is AIME24, AIME25, MATH500, AMC23, Minerva, OlympiadBench, LiveCodeBench, a hub set or a file. The output folder
+gets samples.jsonl (every graded response), evaluation.json, table.md and evaluation.png. Responses that samples.jsonl
+already holds are not sampled again, so the same command resumes an evaluation that was stopped. If no recipe is named,
+a run directory's own configuration applies (its lengths, instruction and grading, but not the quantisation of its
+rollouts), otherwise the recipe `tiny`.
 """
 
 import argparse
@@ -53,19 +53,19 @@ def sampling(c: Config) -> Sampling:
 
 
 class Samples:
-    """The graded responses in samples.jsonl: what is there is kept, what is new is appended, one problem per line.
+    """The graded responses in samples.jsonl, one problem per line: existing ones are kept and new ones appended.
 
     Their texts stay in the file: tens of thousands of problems with long responses would fill a machine's memory.
 
     Args:
-        path: the file, made when the first responses come.
-        asked: everything that the responses depend on; a file that was asked otherwise is refused. {}: any is read.
+        path: the file; created with the first responses.
+        asked: everything that the responses depend on; a file with other values is refused. {} accepts any file.
     """
 
     def __init__(self, path: Path, asked: dict):
         self.path, self.head = path, {"asked": asked}
         self.done: dict[str, Answered] = {}
-        self.complete_bytes = 0  # what follows is half a line, from a kill
+        self.complete_bytes = 0  # half a line may follow, left by a kill
         with path.open("rb") if path.is_file() else contextlib.nullcontext([]) as lines:
             for line in lines:
                 if not line.endswith(b"\n"):
@@ -78,13 +78,13 @@ class Samples:
                     other = [k for k in {**asked, **old} if old.get(k) != asked.get(k)] if asked else []
                     if other:
                         raise ValueError(
-                            f"{path} holds responses with another {other[0]} ({old.get(other[0])!r}, now "
+                            f"{path} holds responses sampled with another {other[0]} ({old.get(other[0])!r}, now "
                             f"{asked.get(other[0])!r}): give another --output, or remove the file."
                         )
                 self.complete_bytes += len(line)
 
     def add(self, answered: list[Answered]) -> None:
-        """Append complete problems; after this a kill loses none of them."""
+        """Append complete problems; a kill after this call loses none of them."""
         rows = [json.dumps(dataclasses.asdict(a)) for a in answered]
         text = "".join(line + "\n" for line in ([] if self.complete_bytes else [json.dumps(self.head)]) + rows)
         with self.path.open("r+b" if self.path.is_file() else "wb") as f:
@@ -102,7 +102,7 @@ def majority(samples: list[Sample], verifier: Verifier) -> float | None:
 
 
 def answered(batch: Batch, votes: dict[int, float | None], *, texts: bool) -> list[Answered]:
-    """The groups of a batch as records; `votes` by their place in the batch's problems."""
+    """The groups of a batch as records; `votes` is indexed by position in the batch's problems."""
     return [
         Answered(
             g.problem.id,
@@ -133,21 +133,21 @@ def evaluate(
     function: RewardFunction | None = None,
     leaving: Callable[[], bool] = lambda: False,
 ) -> tuple[dict, Batch]:
-    """Sample every problem `evaluate.samples` times and grade. A collective; the same seed every time.
+    """Sample every problem `evaluate.samples` times and grade the responses. A collective; always uses the same seed.
 
-    What is correct is the verifier's verdict, whatever reward.mode says.
+    The verifier decides what is correct, whatever reward.mode says.
 
     Args:
-        samples: responses that are there already, and where new ones go (on the first rank); None keeps none.
-        function: the user's reward function, whose terms go with the scores; None: it is not called.
+        samples: existing responses, to which new ones are added (on the first rank); None keeps none.
+        function: the user's reward function, whose terms are stored with the scores; None: it is not called.
         leaving: whether to stop before the next portion of the problems, the same on every rank.
     Returns:
-        the record that metrics.jsonl keeps (see scores.summary; empty if it was stopped), and the graded responses that
-        were sampled last: all of them without `samples`.
+        the record for metrics.jsonl (see scores.summary; empty if the evaluation was stopped), and the graded responses
+        that were sampled last; without `samples`, all of them.
     """
     batches = 8 if chosen_engine(c, ranks.device.type) == "vllm" else 1
     at_once = responses_at_once(c.rollout, ranks.world) * ranks.world * batches
-    size = max(1, at_once // c.evaluate.samples if samples else len(problems))  # a portion: what a kill may cost
+    size = max(1, at_once // c.evaluate.samples if samples else len(problems))  # of a portion: what a kill can lose
     done: dict[str, Answered] = dict(samples.done) if samples else {}
     missing = [i for i, p in enumerate(problems) if p.id not in done]
     batch = Batch([])
@@ -185,7 +185,7 @@ def evaluate(
 
 
 def weights(model: str) -> str | None:
-    """A hash of a local model: of its configuration and of its files' sizes and ends; None for one of the hub."""
+    """A hash of a local model's configuration and of its files' sizes and ends; None for a model on the hub."""
     folder = Path(resolve(model))
     if not folder.is_dir():
         return None
@@ -199,9 +199,9 @@ def weights(model: str) -> str | None:
 
 
 def own_settings(args: list[str]) -> list[str]:
-    """Arguments that stand for a recipe where `args` name none: a run directory's own configuration.
+    """Arguments that replace a recipe if `args` name none: a run directory's own configuration.
 
-    The weights are evaluated as they are saved: rounding its rollouts made the run faster, and is no part of its model.
+    The saved weights are evaluated: quantised rollouts made the run faster, but are not part of its model.
     """
     if any(a.split("=")[0] in ("--recipe", "--config") for a in args):
         return []
@@ -215,7 +215,7 @@ def own_settings(args: list[str]) -> list[str]:
 
 
 def settings(c: Config) -> str:
-    """Where the settings come from, and whether weights or cache are rounded, here and in the model's own run."""
+    """Say where the settings come from, and whether weights or cache are rounded, here and in the model's own run."""
     text = f"Settings of recipe {c.recipe}."
     if quantized(c):
         text += (
@@ -228,7 +228,7 @@ def settings(c: Config) -> str:
 
 
 def asked(c: Config, problems: list[Problem]) -> dict:
-    """All that responses and their grades depend on, for Samples."""
+    """Everything that the responses and their grades depend on, for Samples."""
     text = json.dumps([[p.id, p.problem, p.reference, *(p.messages or ())] for p in problems])
     return {
         "model.path": c.model.path,
@@ -250,7 +250,7 @@ def asked(c: Config, problems: list[Problem]) -> dict:
 
 
 def write(folder: Path, records: dict[str, dict], gains: dict | None = None) -> str:
-    """Write table.md and evaluation.png of models side by side; returns the table."""
+    """Write table.md and evaluation.png with the models side by side; returns the table."""
     folder.mkdir(parents=True, exist_ok=True)
     text = table(records, gains)
     (folder / "table.md").write_text(text, encoding="utf-8")
@@ -259,16 +259,16 @@ def write(folder: Path, records: dict[str, dict], gains: dict | None = None) -> 
 
 
 def compare(args: list[str]) -> None:
-    """Print and write finished evaluations side by side, with what each gained over the first, paired by problem."""
+    """Print and write finished evaluations side by side, with each one's gain over the first, paired by problem."""
     p = argparse.ArgumentParser(prog="python -m lead_fast.evaluate", description="Finished evaluations side by side.")
-    p.add_argument("--compare", nargs="+", metavar="LABEL=DIR", required=True)
-    p.add_argument("--output", default=".")
+    p.add_argument("--compare", nargs="+", metavar="LABEL=DIR", required=True, help="output folders of evaluations")
+    p.add_argument("--output", default=".", help="folder for table.md and evaluation.png")
     given = p.parse_args(args)
     check_folder("--output", given.output)
     records, rows = {}, {}
     for label, (folder, *more) in parse_labelled(given.compare).items():
         if more or not (folder / "evaluation.json").is_file():
-            raise ValueError(f"{folder} holds no evaluation.json: give the --output of one lead_fast.evaluate.")
+            raise ValueError(f"{folder} holds no evaluation.json: give the --output of a lead_fast.evaluate run.")
         records[label] = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
         rows[label] = list(Samples(folder / "samples.jsonl", {}).done.values())
     first = next(iter(rows))
@@ -285,7 +285,7 @@ def main(args: list[str] | None = None) -> None:
             return command(args)
     allowed, args = "--allow_code" in args, [a for a in args if a != "--allow_code"]
     c: Config = load_config([*own_settings(args), *args], about=__doc__)
-    alone: dict[str, Any] = {"extra_problems": 0, "gpu_memory": c.evaluate.gpu_memory}  # no trainer beside the engine
+    alone: dict[str, Any] = {"extra_problems": 0, "gpu_memory": c.evaluate.gpu_memory}  # no trainer on this GPU
     c = dataclasses.replace(c, rollout=dataclasses.replace(c.rollout, **alone))
     ranks = start()
     asked_to_stop = stop_on_signals(ranks, "portion of the problems that is being sampled")
@@ -295,7 +295,9 @@ def main(args: list[str] | None = None) -> None:
     shape = look_at_machine(c.model, ranks, engine=chosen_engine(c, ranks.device.type))
     code = parse_source(c.data.test) is not None
     if code and not allowed:
-        raise ValueError(f"{c.data.test} is graded by running programs that a model wrote: allow it with --allow_code.")
+        raise ValueError(
+            f"{c.data.test} is graded by running programs that the model wrote: allow it with --allow_code."
+        )
     if code:
         guard = protection()
         if ranks.main:
@@ -317,7 +319,7 @@ def main(args: list[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     samples = Samples(folder / "samples.jsonl", asked(c, problems))
     if ranks.main and samples.done:
-        print(f"{len(samples.done)} of {len(problems)} problems are in {samples.path} already.", flush=True)
+        print(f"{len(samples.done)} of {len(problems)} problems are already in {samples.path}.", flush=True)
     ranks.barrier()  # all have read before the first rank writes
 
     def progress(at: int, of: int) -> None:
@@ -330,7 +332,7 @@ def main(args: list[str] | None = None) -> None:
         try:
             record, _ = evaluate(engine, problems, prompts, verifier, c, ranks, progress, samples, leaving=leaving)
         except EngineFailure as e:
-            raise ValueError(f"{e}: what was sampled is in {samples.path}; the same command resumes.") from e
+            raise ValueError(f"{e}: complete problems are in {samples.path}; the same command resumes.") from e
     if isinstance(grader, Programs):
         counts = counted(ranks.gather_objects(grader.reasons))
         if ranks.main:

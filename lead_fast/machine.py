@@ -1,4 +1,4 @@
-"""Describe this machine and what a run on it would use, or say in one sentence what is missing.
+"""Describe this machine and what a run on it would use, or name in one sentence what is missing.
 
     python -m lead_fast.machine            the machine, and what a run on it would use
     python -m lead_fast.machine --ranks    how many ranks `make train` starts here
@@ -34,12 +34,12 @@ from .runtime.hardware import (
 )
 from .runtime.ranks import Ranks
 
-ENGINE_GPUS = 4  # that share an engine of lead-14b
-LARGE_GPU_GIB = 75  # what torch shows of an '80 GB' GPU is 79.1 GiB or a little less
+ENGINE_GPUS = 4  # GPUs that share an engine of lead-14b
+LARGE_GPU_GIB = 75  # torch reports 79.1 GiB or slightly less for an '80 GB' GPU
 
 
 def describe_device(device: torch.device, ranks: int) -> str:
-    """The ranks' device in words, with the versions that decide what runs on it."""
+    """The ranks' device in words, with the versions that decide which kernels run on it."""
     if device.type != "cuda":
         n = torch.get_num_threads()
         each = f"{n} thread{'s' * (n > 1)}{' each' * (ranks > 1)}"
@@ -51,10 +51,10 @@ def describe_device(device: torch.device, ranks: int) -> str:
 
 
 def describe(device: torch.device, ranks: int, dtype: str, head_dim: int, liger: bool, engine: str | None) -> str:
-    """The first lines of a run: device, engine, attention and kernels, as they were chosen.
+    """The first lines of a run: the device, engine, attention and kernels that were chosen.
 
     Args:
-        engine: "vllm" or "transformers"; None where nothing is generated.
+        engine: "vllm" or "transformers"; None if nothing is generated.
     """
     parts = [f"Device: {describe_device(device, ranks)}"]
     if engine:
@@ -68,13 +68,13 @@ def describe(device: torch.device, ranks: int, dtype: str, head_dim: int, liger:
 
 
 def look_at_machine(model: ModelConfig, ranks: Ranks, engine: str | None, shape: Any = None) -> Any:
-    """Print what a run uses, before a model is loaded; return the model's configuration, without its weights.
+    """Print what a run uses, before a model is loaded; return the model's configuration; no weights are read.
 
     Args:
-        engine: "vllm" or "transformers"; None where nothing is generated.
-        shape: the model's configuration where it is at hand.
+        engine: "vllm" or "transformers"; None if nothing is generated.
+        shape: the model's configuration, if it has been read already.
     Raises:
-        ValueError: vLLM is wanted and not installed, or the model has no configuration that can be read.
+        ValueError: vLLM is requested but not installed, or the model has no readable configuration.
     """
     if engine == "vllm":
         require_vllm(ranks.device.type)
@@ -87,7 +87,7 @@ def look_at_machine(model: ModelConfig, ranks: Ranks, engine: str | None, shape:
 
 
 def pick_recipe() -> tuple[str, str]:
-    """Recipe for this machine when none is named, and why: lead-14b for 8 ranks on GPUs of 80 GB or more, else tiny."""
+    """Recipe for this machine if none is named, and why: lead-14b for 8 ranks on GPUs of 80 GB or more, else tiny."""
     world, here = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     n, memory = torch.cuda.device_count(), smallest_gpu_gib()
     available = f"{n} GPUs with {memory:.0f} GiB each" if n else "no GPU"
@@ -95,22 +95,22 @@ def pick_recipe() -> tuple[str, str]:
         return "lead-14b", available
     if n:
         available = f"Warning: {available}, of which {min(n, here)} train the small embedded model"
-    return "tiny", f"{available}, and lead-14b wants 8 ranks on GPUs of {LARGE_GPU_GIB} GiB or more"
+    return "tiny", f"{available}, and lead-14b needs 8 ranks on GPUs of {LARGE_GPU_GIB} GiB or more"
 
 
 def fit_engine(c: Config, args: list[str], ranks: int, ranks_here: int, device_type: str) -> tuple[Config, list[str]]:
-    """What the shipped lead recipes leave to the machine: GPUs per vLLM engine and responses that it generates at once.
+    """Set what the shipped lead recipes leave to the machine: GPUs per vLLM engine, and responses generated at once.
 
-    The rollout of lead-14b lasts as many iterations as its longest response has tokens, and an iteration reads all
-    weights: GPUs that share an engine read them side by side, and have more room for the key-value cache.
+    A rollout of lead-14b takes as many iterations as its longest response has tokens, and every iteration reads all
+    weights: GPUs that share an engine read them in parallel, and have more room for the key-value cache.
 
     Args:
         c: the configuration.
-        args: the command line that it came from; what it names is left as it is.
-        ranks, ranks_here: of the job, and on one machine, which the GPUs of an engine do not leave.
-        device_type: "cuda" or "cpu", what the ranks compute on.
+        args: the command line that it came from; keys that it names are left unchanged.
+        ranks, ranks_here: ranks of the job, and of one machine (an engine's GPUs must be on one machine).
+        device_type: "cuda" or "cpu", the device that the ranks compute on.
     Returns:
-        the configuration, and what was set with the reason, for the first lines of a run.
+        the configuration, and every change with its reason, for the first lines of a run.
     """
     shipped = c.recipe.startswith("lead-") and c.recipe in names(RECIPES)
     if device_type != "cuda" or not shipped or chosen_engine(c, device_type) != "vllm":
@@ -123,7 +123,7 @@ def fit_engine(c: Config, args: list[str], ranks: int, ranks_here: int, device_t
             r = dataclasses.replace(r, tensor_parallel=n)
             reasons.append(
                 f"tensor parallel {n} because an engine reads all 14 billion weights for every token of the longest "
-                f"response, and {n} GPUs read them side by side"
+                f"response, and {n} GPUs read them in parallel"
             )
     engines = max(1, ranks // r.tensor_parallel)
     responses = responses_at_once(dataclasses.replace(r, batch_size=0), ranks)

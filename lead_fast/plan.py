@@ -1,15 +1,15 @@
-"""What a run needs and how long a step takes, before any GPU is bought: memory by kind, traffic, seconds, MFU.
+"""Predict a run's memory by kind, traffic, seconds and MFU before any GPU is bought.
 
     python -m lead_fast.plan --recipe lead-14b --gpus 8 --device h200 [--measured FILE ...] [--section.key=value ...]
 
-Memory, traffic and work are those of the trainer itself, run without memory (learner/fake_step.py), for a pack of
-parallel.pack_tokens or the longest sequence, whichever is more. The rollout is simulated (planner/rollout.py). Seconds
-rest on one table, planner/assumptions.py, and in its place on what bench/gpu.py measured, where there are results of
-the device; the same table predicts published numbers, and the errors are printed. Training and generation do not
-coincide: vLLM sleeps (level 2) while the policy trains. It ends with code 1, and says what to change, where a run does
-not fit. Not counted: grading, evaluation, checkpoints, a reference model (loss.kl_coef), and a pass that recomputes old
-log-probs. model.compile is credited as model.liger is. Ranks that share a pack (parallel.sequence) hold and compute its
-parts.
+Memory, traffic and work come from the trainer itself, run without memory (learner/fake_step.py) on a pack of
+parallel.pack_tokens or of the longest sequence, whichever is larger. The rollout is simulated (planner/rollout.py).
+Seconds are computed from one table, planner/assumptions.py; results of bench/gpu.py on the device replace its entries
+where they exist. The same table predicts published numbers, and the errors are printed. Training and generation never
+run at the same time: vLLM sleeps (level 2) while the policy trains. If a run does not fit, the command says what to
+change and exits with code 1. Not counted: grading, evaluation, checkpoints, a reference model (loss.kl_coef), and a
+pass that recomputes old log-probs. model.compile is credited with the same gain as model.liger. Ranks that share a pack
+(parallel.sequence) each hold and compute a part of it.
 """
 
 import argparse
@@ -50,32 +50,32 @@ from .planner.show import show
 from .planner.training import TrainingTime, other_seconds_ratio, sync_s, training_time
 from .runtime.hardware import GIB
 
-RESULTS = Path(__file__).parents[1] / "bench" / "results"  # of a checkout; a wheel has none
-GOALS = {"h200": 120.0, "h100": 140.0}  # seconds of a step of lead-14b on 8 GPUs
+RESULTS = Path(__file__).parents[1] / "bench" / "results"  # in a checkout; a wheel has none
+GOALS = {"h200": 120.0, "h100": 140.0}  # seconds per step of lead-14b on 8 GPUs
 LADDER_DEVICES = ("h200", "h100")
-SHOWN = 4  # engine settings
+SHOWN = 4  # engine settings to print
 
 
 def with_keys(c: Config, model: dict[str, Any], parallel: dict[str, Any]) -> Config:
-    """The configuration with other values in two of its sections."""
+    """The configuration with keys of its model and parallel sections replaced."""
     return dataclasses.replace(
         c, model=dataclasses.replace(c.model, **model), parallel=dataclasses.replace(c.parallel, **parallel)
     )
 
 
 def checkpointing_settings() -> tuple[str, ...]:
-    """The values of model.activation_checkpointing, from most memory to least."""
+    """The values of model.activation_checkpointing, from the most memory to the least."""
     return get_args(get_type_hints(ModelConfig)["activation_checkpointing"])
 
 
 def check_plan(c: Config, gpus: int, device: str) -> None:
-    """Refuse what cannot be planned. Raises ValueError, one sentence."""
+    """Refuse configurations that cannot be planned. Raises ValueError, one sentence."""
     if device not in DEVICES:
-        raise ValueError(f"--device is {device!r}, which is not known: give one of {', '.join(DEVICES)}.")
+        raise ValueError(f"--device is {device!r}, an unknown device: give one of {', '.join(DEVICES)}.")
     if gpus < 1 or (gpus > NODE and gpus % NODE):
         raise ValueError(f"--gpus is {gpus}: give up to {NODE}, or a multiple of {NODE}.")
     if c.parallel.offload != "none":
-        raise ValueError(f"parallel.offload is {c.parallel.offload}, whose memory is not predicted: plan with none.")
+        raise ValueError(f"parallel.offload is {c.parallel.offload}, whose memory cannot be predicted: give none.")
     parts = {"parallel.replicate": c.parallel.replicate, "parallel.sequence": c.parallel.sequence}
     for name, count in (parts | {"rollout.tensor_parallel": c.rollout.tensor_parallel}).items():
         if count < 1 or gpus % count:
@@ -84,11 +84,11 @@ def check_plan(c: Config, gpus: int, device: str) -> None:
 
 
 class Planner:
-    """A configuration on a number of GPUs of a device, and what was tracked of its packs.
+    """A configuration on a number of GPUs of one device, with the tracked numbers of its packs.
 
     Args:
         shape: the model's configuration.
-        track: numbers of the configuration's pack of T tokens, by checkpointing and resharding.
+        track: returns the numbers of a pack of T tokens under the configuration's checkpointing and resharding.
     """
 
     def __init__(self, c: Config, shape: Any, gpus: int, device: str, track: Callable[[Config, int], Numbers]):
@@ -104,25 +104,25 @@ class Planner:
         self.size = ModelSize.of(shape, self.numbers["parameters"])
 
     def tracked(self, c: Config, tokens: int) -> Numbers:
-        """Numbers of a pack, tracked once."""
+        """Numbers of a pack, tracked once and cached."""
         key = c.model.activation_checkpointing, c.parallel.reshard, tokens
         if key not in self._known:
             self._known[key] = self._track(c, tokens)
         return self._known[key]
 
     def largest_pack(self, c: Config) -> tuple[int, dict[int, Numbers]]:
-        """The largest pack that fits the device, and what was tracked to find it."""
+        """The largest pack that fits the device, and the numbers tracked to find it."""
         guess = max(self.longest, c.parallel.pack_tokens)
         return largest_pack(lambda T: self.tracked(c, T), self.d.memory_bytes, guess)
 
     @property
     def trainer_bytes(self) -> float:
-        """What the trainer keeps of a GPU while the engine generates."""
+        """Bytes of GPU memory that the trainer keeps while the engine generates."""
         kinds = peak(self.numbers)[1]
         return (kinds["parameters"] + kinds["optimiser"]) * (1 + assumed("fragmentation")) + assumed_bytes("context")
 
     def generation(self, d: Device, plain: bool = False) -> Generation:
-        """What generates on such GPUs: as configured, or without any mechanism (`plain`)."""
+        """The generation setup on such GPUs: as configured, or without any of the mechanisms (`plain`)."""
         r = self.c.rollout
         extra, max_age = (0, None) if plain else (r.extra_problems, getattr(r, "max_age", None))
         job = Job(r.problems, r.group_size, r.max_tokens, extra, max_age)
@@ -140,26 +140,26 @@ class Planner:
 
     @property
     def setting(self) -> Setting:
-        """The engine's keys as configured."""
+        """The engine settings as configured."""
         r = self.c.rollout
         return Setting(r.tensor_parallel, r.batch_size or responses_at_once(r, self.gpus), r.gpu_memory)
 
     def training(self, checkpointing: str, d: Device) -> TrainingTime:
-        """Seconds of the training half on such GPUs, of a draw of responses that is always the same."""
+        """Seconds of the training half on such GPUs, for one fixed draw of responses."""
         c, r = with_keys(self.c, {"activation_checkpointing": checkpointing}, {}), self.c.rollout
         lengths = Job(r.problems, r.group_size, r.max_tokens).lengths(r.problems, np.random.default_rng(0)).ravel()
         sequences = [int(assumed("prompt") + t) - 1 for t in lengths]
         return training_time(c, self.shape, interpolated(self.packs[checkpointing][1]), self.gpus, sequences, d)
 
     def best_checkpointing(self, d: Device) -> str:
-        """The setting that keeps most of those with which the largest pack fits; as configured if none does."""
+        """The checkpointing that keeps most activations while the largest pack fits; as configured if none does."""
         for s, (_, tracked) in self.packs.items():
             if training_bytes(interpolated(tracked)(self.largest)) <= d.memory_bytes:
                 return s
         return self.c.model.activation_checkpointing
 
     def ladder(self, d: Device) -> list[Rung]:
-        """The rungs on such GPUs; none where the trainer does not fit."""
+        """The rungs on such GPUs; empty if the trainer does not fit."""
         kept = self.c.model.activation_checkpointing
         if training_bytes(interpolated(self.packs[kept][1])(self.largest)) > d.memory_bytes:
             return []
@@ -177,13 +177,13 @@ class Planner:
 
 
 def plan(c: Config, gpus: int, device: str, measured: Measured | None = None) -> dict[str, Any]:
-    """Everything that the command prints, as numbers under names.
+    """Compute everything that the command prints, as numbers under names.
 
     Args:
-        measured: what is known of the device in place of ASSUMPTIONS.
+        measured: measurements of the device, in place of ASSUMPTIONS.
     Raises:
-        ValueError: an unknown device, a number of GPUs that does not fill its nodes or copies, a model without a known
-            shape, or what `lead_fast.checks.check` refuses.
+        ValueError: an unknown device, a number of GPUs that does not fill its nodes or copies, a model of unknown
+            shape, or a configuration that `lead_fast.checks.check` refuses.
     """
     check_plan(c, gpus, device)
     c = with_keys(c, {"compile": False, "liger": c.model.liger or c.model.compile}, {})
@@ -241,15 +241,15 @@ def memory_of(p: Planner) -> dict[str, Any]:
 
 
 def time_of(p: Planner, generates: bool) -> dict[str, Any]:
-    """The plan's numbers on time: phases of a step, rates, and the engine settings that the search found best.
+    """The plan's numbers on time: phases of a step, rates, and the best engine settings that the search found.
 
     Args:
-        generates: whether the configured cache holds the longest sequence; else the best setting stands for it.
+        generates: whether the configured cache holds the longest sequence; if not, the best setting replaces it.
     """
     g, t = p.generation(p.d), p.training(p.c.model.activation_checkpointing, p.d)
-    found = g.search(p.setting)
+    settings = g.search(p.setting)
     rollout = g.time(p.setting) if generates else None
-    rollout = rollout or (found[0][1] if found else RolloutTime(math.inf, 0.0, t.tokens, 0.0))
+    rollout = rollout or (settings[0][1] if settings else RolloutTime(math.inf, 0.0, t.tokens, 0.0))
     scale = rollout.tokens / t.tokens
     sync = sync_s(p.numbers, p.gpus // p.c.parallel.replicate, p.d)
     seconds = {"rollout": rollout.seconds, **{k: scale * v for k, v in t.seconds.items()}, "sync": sync}
@@ -267,13 +267,13 @@ def time_of(p: Planner, generates: bool) -> dict[str, Any]:
         "other_share": {"as configured": other, "fused": other if fused else ratio, "torch": ratio if fused else other},
         "fused": fused,
         "settings": [dataclasses.asdict(s) | {"seconds": x.seconds, "configured": s == p.setting}
-                     for s, x in found[:SHOWN]],
+                     for s, x in settings[:SHOWN]],
         "traffic_gb_per_step": t.traffic_gb | {"weight sync's all-gather": p.numbers["sync_bytes"] / 1e9},
     }  # fmt: skip
 
 
 def measured_of(tensor_parallel: int) -> dict[str, Any]:
-    """What was measured on the device and what is still assumed."""
+    """What was measured on the device, and what is still assumed."""
     known = MEASURED.get()
     out = {k: list(v) for k, v in known.rates.items()}
     if points := known.iterations.get(tensor_parallel):
@@ -284,7 +284,7 @@ def measured_of(tensor_parallel: int) -> dict[str, Any]:
 
 
 def remedy(p: Planner, out: dict[str, Any]) -> str:
-    """One sentence: the key and the value to change so that it fits."""
+    """One sentence that names the keys to change, with the values at which the run fits."""
     c, fits, d = p.c, out["fits"], p.d
     if not fits["loading"]:
         return f"Give a --device with more memory than {p.device}: loading puts the whole model in float32 on each."
@@ -306,7 +306,7 @@ def remedy(p: Planner, out: dict[str, Any]) -> str:
                 return f"Training does not fit: give {' '.join(key for key, needed in keys.items() if needed)}."
         state = sum(out["training_bytes"][k] for k in ("parameters", "optimiser"))
         return (
-            f"Training does not fit in any setting: give --gpus={NODE * -(-2 * p.gpus // NODE)}, which at least "
+            f"Training does not fit with any setting: give --gpus={NODE * -(-2 * p.gpus // NODE)}, which at least "
             f"halves the {state / GIB:.0f} GiB of parameters and optimiser on each, or a smaller --rollout.max_tokens."
         )
     most = math.floor(20 * (d.memory_bytes - p.trainer_bytes) / d.memory_bytes) / 20
@@ -320,16 +320,16 @@ def remedy(p: Planner, out: dict[str, Any]) -> str:
 
 
 def main(args: list[str] | None = None) -> int:
-    """Print the plan of a configuration; 1 where it does not fit."""
+    """Print the plan of a configuration; returns 1 if it does not fit."""
     parser = argparse.ArgumentParser(
-        prog="lead_fast.plan", description="Memory, traffic and time of a run that has no GPU yet.", allow_abbrev=False,
+        prog="lead_fast.plan", description="Predict memory, traffic and seconds of a planned run.", allow_abbrev=False,
         epilog="Any key of the configuration may follow; python -m lead_fast.train --help lists them.",
     )  # fmt: skip
-    parser.add_argument("--gpus", default="8", help=f"how many in all, in nodes of {NODE}")
+    parser.add_argument("--gpus", default="8", help=f"number of GPUs in total, in nodes of {NODE}")
     parser.add_argument("--device", default="h100", help=", ".join(DEVICES))
     parser.add_argument("--measured", type=Path, nargs="+", help="results of bench/gpu.py; default: the device's in "
                         "bench/results")  # fmt: skip
-    parser.add_argument("--json", type=Path, help="write the numbers here too")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     given, rest = parser.parse_known_args(args)
     if not given.gpus.isdecimal():
         raise ValueError(f"--gpus is {given.gpus!r}: give a number.")
@@ -342,7 +342,7 @@ def main(args: list[str] | None = None) -> int:
         files = given.measured or sorted(RESULTS.glob(f"gpu-{given.device}-[0-9]-*.json"))
         measured = read_measured(files, given.device)
     else:
-        measured = None  # refused by plan
+        measured = None  # plan() refuses the device
     planned = plan(c, gpus, given.device, measured)
     print("".join(f"Recipe {c.recipe}: {sentence}.\n" for sentence in fitted) + show(planned))
     if given.json:

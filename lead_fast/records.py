@@ -1,4 +1,4 @@
-"""The records that flow through a step: Problem -> Response -> Sample (a response with its score) -> Group -> Batch."""
+"""Records that flow through a step: Problem -> Response -> Sample (a response with its score) -> Group -> Batch."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A question, and the reference that answers are compared with; `solution` is a worked one, for SFT.
+    """A question and the reference that answers are compared with; `solution` is a worked solution, for SFT.
 
-    messages: (role, text) of a prompt with a system message or several turns, the last one the user's; None where
-    `problem` is all that is asked.
-    columns: its row as loaded, where that was asked for.
+    messages: (role, text) of each message of a prompt with a system message or several turns, the last one the user's;
+    None if `problem` is the entire prompt.
+    columns: the row as loaded, if it was requested.
     """
 
     id: str
@@ -26,11 +26,11 @@ class Problem:
 class Response:
     """One sampled response.
 
-    logprobs: log-prob of each of token_ids at the sampling temperature, by the engine that sampled it.
-    finish_reason: `stop` (end of sequence or stop string), `length`, `repetition`, or `unfinished` (goes on in the next
+    logprobs: log-prob of each of token_ids at the sampling temperature, as computed by the engine that sampled it.
+    finish_reason: `stop` (end of sequence or stop string), `length`, `repetition`, or `unfinished` (resumed in the next
     step).
-    policy_version: number of optimiser batches that the weights had seen when the first token was sampled.
-    continued: of every later part of a response that was resumed, (policy version, index of the part's first token).
+    policy_version: number of batches that the weights had been trained on when the first token was sampled.
+    continued: for every later part of a resumed response, (policy version, index of the part's first token).
     """
 
     token_ids: list[int]
@@ -42,14 +42,14 @@ class Response:
 
     @property
     def parts(self) -> list[tuple[int, int]]:
-        """Policy version and number of tokens of every part, in order; a part without tokens is left out."""
+        """Policy version and number of tokens of every part, in order; parts without tokens are left out."""
         starts = [(self.policy_version, 0), *self.continued]
         ends = [start for _, start in starts[1:]] + [self.length]
         return [(version, end - start) for (version, start), end in zip(starts, ends, strict=True) if end > start]
 
     @property
     def length(self) -> int:
-        """Tokens, the end of sequence included."""
+        """Number of tokens, end of sequence included."""
         return len(self.token_ids)
 
     @property
@@ -59,13 +59,13 @@ class Response:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What grading says of a response.
+    """The result of grading a response.
 
-    extracted: the answer found in it, None without one.
-    truncated: it ran into the limit, or has no `</think>` where a side of it is graded.
-    degenerate: False where nobody asked for it.
-    terms: what the user's reward function returned, `reward` the total; empty without one.
-    failed: the function failed, and `reward` is reward.function_failed.
+    extracted: the answer found in it; None if there is none.
+    truncated: whether it reached the limit, or lacks `</think>` where one side of it is graded.
+    degenerate: always False if repetition is not checked.
+    terms: what the user's reward function returned, with `reward` as the total; empty without a function.
+    failed: whether the function failed, so that `reward` is reward.function_failed.
     """
 
     correct: bool
@@ -100,21 +100,21 @@ class Group:
 
 @dataclass(frozen=True)
 class Batch:
-    """Complete groups, the same on every rank. Flat lists are [S], S = groups x group size, group by group."""
+    """Complete groups, the same on every rank. Flat lists have shape [S], S = groups x group size, group by group."""
 
     groups: list[Group]
     indices: list[int] = field(default_factory=list)
-    """Place of each group among the problems that were asked."""
+    """Index of each group among the problems that were asked."""
     leftover: dict[int, list[Response]] = field(default_factory=dict)
-    """By place among the problems that were asked: responses that were cut off, to be resumed."""
+    """Index among the problems that were asked -> responses that were cut off, to be resumed."""
     idle_share: float = 0.0
-    """Share of the ranks' time between their own last token and the slowest rank's."""
+    """Share of the ranks' time spent between their own last token and that of the slowest rank."""
     refilled: int = 0
-    """Groups that stand in for dropped ones."""
+    """Number of groups that replaced dropped ones."""
     counts: dict[str, float] = field(default_factory=dict)
-    """What metrics.jsonl keeps of the rollout: groups that wait, tokens that a drafter proposed."""
+    """Numbers on the rollout for metrics.jsonl: groups that wait, tokens that a drafter proposed."""
     solve_rates: list[dict] = field(default_factory=list)
-    """Of every problem graded on the way, dropped ones included: problem, correct, sampled."""
+    """(problem, correct, sampled) of every problem graded, dropped ones included."""
 
     @property
     def samples(self) -> list[Sample]:
@@ -141,16 +141,16 @@ class Batch:
         return [s.response.length for s in self.samples]
 
     def ages(self, version: int) -> list[list[int]]:
-        """Per response the age of each token: policy updates between the one that sampled it and `version`."""
+        """Per response, the age of each token: policy updates from the version that sampled it to `version`."""
         parts = [s.response.parts for s in self.samples]
         return [[version - v for v, tokens in part for _ in range(tokens)] for part in parts]
 
     def counted(self) -> list[dict]:
-        """Of every problem, how many samples are correct: what `lead_fast.data select` chooses by."""
+        """How many samples of each problem are correct: the data for `lead_fast.data select`."""
         return [{"problem": g.problem.problem, "correct": g.correct, "sampled": len(g.samples)} for g in self.groups]
 
     def with_dropped_replaced(self, kept: list[bool], more: "Batch", more_kept: list[bool]) -> "Batch":
-        """The batch with its dropped groups replaced, as far as they go, by the kept ones of `more`."""
+        """The batch with as many of its dropped groups as possible replaced by the kept ones of `more`."""
         good = iter([g for g, ok in zip(more.groups, more_kept, strict=True) if ok])
         groups = [g if ok else next(good, g) for g, ok in zip(self.groups, kept, strict=True)]
         new = sum(a is not b for a, b in zip(groups, self.groups, strict=True))

@@ -1,7 +1,7 @@
-"""What makes an export a release: generation settings and a model card beside weights, tokenizer and chat template.
+"""Turn an export into a release: add generation settings and a model card to weights, tokenizer and chat template.
 
-python -m lead_fast.release RUN_DIR [--evaluation DIR ...]     # writes the card again, with evaluations in it
-python -m lead_fast.release RUN_DIR --push_to_hub OWNER/NAME   # and uploads it, to a private repository
+python -m lead_fast.release RUN_DIR [--evaluation DIR ...]     # rewrites the card, with evaluations in it
+python -m lead_fast.release RUN_DIR --push_to_hub OWNER/NAME   # and uploads it to a private repository
 """
 
 import argparse
@@ -17,21 +17,21 @@ PACKAGES = ("lead-fast", "torch", "transformers", "triton", "vllm", "math-verify
 
 
 def generation_config(folder: Path, *, temperature: float, min_p: float, max_new_tokens: int | None) -> None:
-    """Set how the model is meant to be sampled; its end-of-sequence tokens and all else stay."""
+    """Set how the model is meant to be sampled; its end-of-sequence tokens and all other settings are kept."""
     path = folder / "generation_config.json"
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     for key in ("top_k", "top_p", "do_sample", "temperature", "min_p"):
-        found.pop(key, None)
-    found |= {"do_sample": temperature > 0}
+        settings.pop(key, None)
+    settings |= {"do_sample": temperature > 0}
     if temperature > 0:
-        found |= {"temperature": temperature} | ({"min_p": min_p} if min_p else {})
+        settings |= {"temperature": temperature} | ({"min_p": min_p} if min_p else {})
     if max_new_tokens:
-        found["max_new_tokens"] = max_new_tokens
-    path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        settings["max_new_tokens"] = max_new_tokens
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of what the model was made with."""
+    """Versions of the installed packages that the model was trained with."""
     out = {}
     for name in PACKAGES:
         try:
@@ -42,7 +42,7 @@ def versions() -> dict[str, str]:
 
 
 def card(run: Path, evaluations: list[Path]) -> str:
-    """The model card of a finished run, as Markdown: recipe, data with its manifest, metrics, evaluations, versions."""
+    """The model card of a run, in Markdown: recipe, data with its manifest, metrics, evaluations, versions."""
     text = (run / "config.toml").read_text(encoding="utf-8")
     c: dict[str, Any] = tomllib.loads(text)
     base = c["model"]["path"]
@@ -71,7 +71,7 @@ def card(run: Path, evaluations: list[Path]) -> str:
         out.append(f"- batch of step {r['step']}: " + ", ".join(f"{k} {_short(v)}" for k, v in shown.items()))
     for folder in evaluations:
         if not (folder / "table.md").is_file():
-            raise ValueError(f"{folder} has no table.md: give the --output of lead_fast.evaluate.")
+            raise ValueError(f"{folder} has no table.md: give the --output of a lead_fast.evaluate run.")
         out += ["", f"## Evaluation: {folder.name}", "", (folder / "table.md").read_text(encoding="utf-8").strip()]
     out += ["", "## Versions", "", *(f"- {k} {v}" for k, v in versions().items())]
     return "\n".join([*out, "", "## Configuration", "", "```toml", text.strip(), "```", ""])
@@ -82,7 +82,7 @@ def _short(value: float | list[float]) -> str:
 
 
 def release(run: Path, evaluations: list[Path] | None = None) -> Path:
-    """Put generation settings and the card (README.md) into RUN_DIR/final; returns the folder.
+    """Write generation settings and the card (README.md) into RUN_DIR/final; returns that folder.
 
     Raises:
         ValueError: the run has no export yet.
@@ -91,7 +91,7 @@ def release(run: Path, evaluations: list[Path] | None = None) -> Path:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{run} has no final/config.json: let the run finish, or resume it with --resume.")
     c = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))
-    if "evaluate" in c:  # an RL run; SFT leaves the base model's settings
+    if "evaluate" in c:  # an RL run; SFT keeps the base model's settings
         e = c["evaluate"]
         generation_config(folder, temperature=e["temperature"], min_p=e["min_p"], max_new_tokens=None)
     (folder / "README.md").write_text(card(run, evaluations or []), encoding="utf-8")
@@ -102,7 +102,7 @@ REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9.
 
 
 def check_repository(name: str) -> None:
-    """Refuse what the hub has no repository of: a name is OWNER/NAME.
+    """Refuse a repository name that the hub does not allow; it must be OWNER/NAME.
 
     Raises:
         ValueError: one sentence with the name.
@@ -115,16 +115,16 @@ def check_repository(name: str) -> None:
 
 
 def push_to_hub(folder: Path, repository: str, *, private: bool = True) -> str:
-    """Upload a release; returns its address.
+    """Upload a release and return its address.
 
-    The token is found by huggingface_hub itself, in HF_TOKEN or where `hf auth login` keeps it; nothing here sees it.
+    huggingface_hub itself finds the token, in HF_TOKEN or where `hf auth login` stores it; this code never sees it.
 
     Args:
-        folder: of `release`.
-        repository: OWNER/NAME; made where it does not exist. One that exists keeps who may see it.
-        private: whether a new one is.
+        folder: the folder that `release` returned.
+        repository: OWNER/NAME; created if it does not exist. An existing one keeps its visibility.
+        private: whether a new repository is private.
     Raises:
-        ValueError: the name is none, there is no token, or the hub refuses.
+        ValueError: the name is not valid, there is no token, or the hub refuses.
     """
     check_repository(repository)
     from huggingface_hub import HfApi
@@ -132,7 +132,7 @@ def push_to_hub(folder: Path, repository: str, *, private: bool = True) -> str:
 
     client_error = cast(
         type[Exception], HfHubHTTPError.__bases__[0]
-    )  # of the HTTP client that this huggingface_hub uses
+    )  # raised by the HTTP client that this version of huggingface_hub uses
     api = HfApi()
     try:
         api.whoami()
@@ -141,7 +141,7 @@ def push_to_hub(folder: Path, repository: str, *, private: bool = True) -> str:
             repo_id=repository, folder_path=folder, repo_type="model", commit_message="Release by lead-fast"
         )
     except LocalTokenNotFoundError as e:
-        raise ValueError("--push_to_hub needs a token of the hub: set HF_TOKEN, or run `hf auth login`.") from e
+        raise ValueError("--push_to_hub needs a hub token: set HF_TOKEN, or run `hf auth login`.") from e
     except HfHubHTTPError as e:
         code = e.response.status_code if e.response is not None else "no status"
         raise ValueError(

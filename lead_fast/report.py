@@ -1,11 +1,11 @@
-"""A finished run as one HTML page and PNGs; several runs as a table and a picture.
+"""Show a finished run as one HTML page with PNGs, or several runs as a table and a picture.
 
     python -m lead_fast.report RUN_DIR [--out DIR]
     python -m lead_fast.report RUN_DIR --serve [--port PORT]
     python -m lead_fast.report --compare LABEL=RUN_DIR[,RUN_DIR...] ... --out DIR
 
-The page is one file: pictures inline, every text escaped, nothing fetched. Runs under one LABEL are seeds of the same
-thing: their mean and spread are shown.
+The page is one file: pictures are inline, all text is escaped, nothing is fetched. Runs under one LABEL differ only in
+their seed: their mean and spread are shown.
 """
 
 import argparse
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 
 
-# Okabe and Ito's palette, which colour-blind readers tell apart.
+# Okabe and Ito's palette, whose colours colour-blind readers can distinguish.
 BLUE, ORANGE, GREEN, PURPLE, SKY, AMBER, GREY = (
     "#0072B2",
     "#D55E00",
@@ -79,14 +79,14 @@ STYLE: dict[Any, Any] = {
     "lines.linewidth": 2,
     "lines.markersize": 5,
 }
-BAND_LEVELS = 12  # more difficulties than this are put into BANDS bands of about as many problems each
+BAND_LEVELS = 12  # more difficulties than this are merged into BANDS bands of about equally many problems
 BANDS = 8
-WIDE = 14.6  # inches of a picture that takes the place of two: their letters are as large
+WIDE = 14.6  # inches; a picture that spans two columns has letters of the same size as the others
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder holds, records in the order of steps."""
+    """What a run's folder holds, records in the order of steps."""
 
     folder: Path
     train: list[Record]
@@ -94,27 +94,27 @@ class Run:
 
     @property
     def ends(self) -> tuple[Record, Record]:
-        """First and last evaluation; in a run without any, the first and last training batch stand in."""
+        """First and last evaluation; in a run without any, the first and last training batch instead."""
         records = self.evals or [r | {"pass_at_1": r.get("accuracy")} for r in self.train]
         return records[0], records[-1]
 
 
 def read_run(run_dir: str | Path) -> Run:
-    """Read RUN_DIR/metrics.jsonl; a step recorded twice counts as it was recorded last.
+    """Read RUN_DIR/metrics.jsonl; if a step was recorded twice, the later record counts.
 
     Raises:
-        ValueError: there is no such file, or nothing in it that training or evaluation wrote.
+        ValueError: the file is missing, or holds no record of training or evaluation.
     """
     folder = Path(run_dir)
     path = folder / "metrics.jsonl"
     if not path.is_file():
-        raise ValueError(f"{folder} has no metrics.jsonl: give the folder of a run of lead_fast.train.")
+        raise ValueError(f"{folder} has no metrics.jsonl: give the run directory of a lead_fast.train run.")
     by_step = {(r.get("kind"), r["step"]): r for r in read_jsonl(path)}
     kinds = [[by_step[key] for key in sorted(k for k in by_step if k[0] == kind)] for kind in ("train", "eval")]
     if not kinds[0] and not kinds[1]:
         if by_step:
             raise ValueError(
-                f"{folder} is a run of lead_fast.sft, which has no responses to report: see its TensorBoard."
+                f"{folder} is a run of lead_fast.sft, which has no responses to report: see its TensorBoard logs."
             )
         raise ValueError(f"{path} holds no step and no evaluation yet: let the run finish its first step.")
     return Run(folder, kinds[0], [r | answers_of(r) | half_limit(r) for r in kinds[1]])
@@ -131,7 +131,7 @@ def half_limit(record: Record) -> Record:
 
 
 def line(records: Sequence[Record], key: str, scale: float = 1.0) -> tuple[list[int], list[float]]:
-    """Steps and values of `key` where it has a value."""
+    """Steps at which `key` has a value, and the values."""
     kept = [r for r in records if r.get(key) is not None]
     return [r["step"] for r in kept], [scale * r[key] for r in kept]
 
@@ -143,7 +143,7 @@ def trend(values: list[float]) -> list[float]:
 
 
 def noisy(ax: "Axes", records: Sequence[Record], key: str, color: str, label: str | None, scale: float = 1.0) -> None:
-    """A value of every training batch, faint, and its running mean."""
+    """Draw a value of every training batch, faint, with its running mean."""
     x, y = line(records, key, scale)
     if y:
         ax.plot(x, y, color=color, alpha=0.25, linewidth=1)
@@ -151,16 +151,16 @@ def noisy(ax: "Axes", records: Sequence[Record], key: str, color: str, label: st
 
 
 def held_out(ax: "Axes", run: Run, key: str, color: str, label: str, scale: float = 1.0, style: str = "o-") -> None:
-    """A value of every evaluation."""
+    """Draw a value of every evaluation."""
     x, y = line(run.evals, key, scale)
     if y:
         ax.plot(x, y, style, color=color, label=label)
 
 
 def stacked(ax: "Axes", steps: list[int], parts: Sequence[tuple[str, str, list[float]]]) -> None:
-    """Values on top of each other, a step one unit wide; (label, color, values) from the bottom.
+    """Stack values on top of each other, one unit wide per step; `parts` holds (label, color, values) from the bottom.
 
-    One area per part: a bar per step and part takes minutes in a run of thousands of steps.
+    Each part is one area: a bar per step and part would take minutes for a run of thousands of steps.
     """
     edges = [step + side for step in steps for side in (-0.5, 0.5)]
     bottom = [0.0] * len(edges)
@@ -216,12 +216,12 @@ def draw_length(run: Run) -> "Figure":
 
 
 def draw_answers(run: Run) -> "Figure | None":
-    """Of the held-out responses those with an answer, and of these the correct ones: what E trades for the other."""
+    """Held-out responses that have an answer, and the correct ones among them: what E trades against each other."""
     if not any(r.get("precision") is not None for r in run.evals):
         return None
     fig, (ax,) = figure(7.2, 3.9)
     held_out(ax, run, "answered_share", GREEN, "answered", 100)
-    held_out(ax, run, "precision", PURPLE, "precision: correct of these", 100)
+    held_out(ax, run, "precision", PURPLE, "precision: correct among these", 100)
     held_out(ax, run, "pass_at_1", BLUE, "pass@1: their product", 100, "o:")  # covers precision where all are answered
     ax.set(title="Answers", ylabel="held out (%)", ylim=(0, 105))
     integer_steps(ax)
@@ -230,7 +230,7 @@ def draw_answers(run: Run) -> "Figure | None":
 
 
 def draw_budget(run: Run) -> "Figure | None":
-    """Held-out accuracy where a response counts only up to so many tokens, first and last evaluation."""
+    """Held-out accuracy when a response counts only up to a number of tokens, in the first and last evaluation."""
     ends = [r for r in run.ends if r.get("budget")]
     if not ends:
         return None
@@ -257,7 +257,7 @@ def levels(record: Record) -> list[tuple[float, int, float]]:
 
 
 def band(rows: list[tuple[float, int, float]]) -> list[tuple[str, int, float]]:
-    """(name, problems, pass@1) by difficulty; many levels are put into bands of about equal numbers of problems."""
+    """(name, problems, pass@1) by difficulty; many levels are merged into bands of about equally many problems."""
     if len(rows) <= BAND_LEVELS:
         return [(f"{level:g}", n, rate) for level, n, rate in rows]
     problems = sum(n for _, n, _ in rows)
@@ -275,7 +275,7 @@ def band(rows: list[tuple[float, int, float]]) -> list[tuple[str, int, float]]:
 
 
 def draw_difficulty(run: Run) -> "Figure | None":
-    """Held-out pass@1 by difficulty, first and last evaluation; None where problems have no difficulty."""
+    """Held-out pass@1 by difficulty, first and last evaluation; None if problems have no difficulty."""
     first, last = run.ends
     bars = [(r, band(levels(r)), color) for r, color in ((first, FAINT), (last, BLUE))][: 1 if first is last else 2]
     if not bars[0][1]:
@@ -298,7 +298,7 @@ def draw_difficulty(run: Run) -> "Figure | None":
 
 
 def draw_groups(run: Run) -> "Figure":
-    """Groups by how many of their responses were correct, over the steps: only mixed groups teach what is right."""
+    """Groups by outcome over the steps: only mixed groups show what is right."""
     fig, (ax,) = figure(7.2, 3.9)
     kept = [r for r in run.train if r.get("solve_rate_histogram")]
     shares = [[100 * n / sum(r["solve_rate_histogram"]) for n in r["solve_rate_histogram"]] for r in kept]
@@ -338,13 +338,13 @@ def draw_time(run: Run) -> "Figure":
 
 
 def phases(run: Run) -> list[str]:
-    """Phases that took time, in the order of a step."""
+    """Phases that took time, in the order in which a step runs them."""
     took = {p for r in run.train for p, v in r.get("seconds", {}).items() if v}
     return [p for p in PHASES if p in took] + sorted(took - set(PHASES))
 
 
 def draw_terms(run: Run) -> "Figure | None":
-    """Means of the terms of the user's reward function; None for a run without one."""
+    """Mean terms of the user's reward function; None for a run without one."""
     names = list(dict.fromkeys(k for r in run.train + run.evals for k in r.get("reward_terms") or {}))
     if not names:
         return None
@@ -363,7 +363,7 @@ def draw_terms(run: Run) -> "Figure | None":
 
 
 def draw_signal(run: Run) -> "Figure | None":
-    """What the groups' lengths and outcomes leave to learn from; None for an older run, which did not record it."""
+    """What lengths and outcomes leave to learn from; None for an older run, which did not record it."""
     if not any(r.get("groups_with_gradient") is not None for r in run.train):
         return None
     fig, (moving, correlation, spread) = figure(WIDE, 3.9, 3)
@@ -398,11 +398,11 @@ def draw_optimisation(run: Run) -> "Figure":
 DRAWINGS: dict[str, tuple[Callable[[Run], "Figure | None"], str]] = {
     "accuracy": (draw_accuracy, "Correct responses over the steps, in per cent"),
     "length": (draw_length, "Mean length of correct and of wrong responses over the steps"),
-    "answers": (draw_answers, "Share of responses with an answer, and of correct ones among these, over the steps"),
-    "budget": (draw_budget, "Correct responses within a number of tokens, before and after"),
-    "difficulty": (draw_difficulty, "Held-out pass@1 by difficulty, before and after"),
+    "answers": (draw_answers, "Share of responses with an answer, and of those the correct ones, over the steps"),
+    "budget": (draw_budget, "Correct responses within a token budget, before and after training"),
+    "difficulty": (draw_difficulty, "Held-out pass@1 by difficulty, before and after training"),
     "terms": (draw_terms, "Mean terms of the reward function over the steps"),
-    "groups": (draw_groups, "Groups with no, some and all responses correct, in per cent"),
+    "groups": (draw_groups, "Groups whose responses are all wrong, mixed and all correct, in per cent"),
     "signal": (draw_signal, "Groups with a gradient, correlation of length and correctness, spread of correct lengths"),
     "time": (draw_time, "Seconds of each phase"),
     "optimisation": (draw_optimisation, "Entropy and gradient norm over the steps"),
@@ -412,7 +412,7 @@ BROAD = {"signal", "time", "optimisation"}
 
 
 def draw(run: Run, out: Path) -> dict[str, Path]:
-    """Write the pictures that the run's records allow; returns name -> PNG."""
+    """Draw every picture for which the run has records; returns name -> PNG."""
     import matplotlib
 
     written = {}
@@ -425,7 +425,7 @@ def draw(run: Run, out: Path) -> dict[str, Path]:
 
 
 def pictures(run_dir: str | Path) -> dict[str, tuple[str, bytes]]:
-    """The pictures of a run as it stands: name -> (alternative text, PNG). Raises ValueError without records."""
+    """The pictures of a run so far: name -> (alternative text, PNG). Raises ValueError without records."""
     with tempfile.TemporaryDirectory() as folder:
         drawn = draw(read_run(run_dir), Path(folder))
         return {name: (DRAWINGS[name][1], path.read_bytes()) for name, path in drawn.items()}
@@ -453,12 +453,12 @@ def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
     """Write report.html and its pictures.
 
     Args:
-        run_dir: folder with metrics.jsonl and, where there are, config.toml (or config.json) and responses.jsonl.
-        out: where to write; run_dir when None.
+        run_dir: folder with metrics.jsonl and, if present, config.toml (or config.json) and responses.jsonl.
+        out: folder to write to; None means run_dir.
     Returns:
-        the path of report.html, which needs no other file.
+        the path of report.html, which depends on no other file.
     Raises:
-        ValueError: the folder holds no records.
+        ValueError: the folder has no records.
     """
     run = read_run(run_dir)
     folder = make_folder(out or run_dir)
@@ -488,16 +488,16 @@ def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
 
 
 def make_folder(out: str | Path) -> Path:
-    """The folder to write to, made where it is missing. Raises ValueError where it cannot be made."""
+    """The folder to write to, created if it is missing. Raises ValueError if it cannot be created."""
     try:
         Path(out).mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise ValueError(f"--out is {out}, which cannot be made a folder ({e.strerror}): give another one.") from e
+        raise ValueError(f"--out is {out}, which cannot be created ({e.strerror}): give another folder.") from e
     return Path(out)
 
 
 def facts(run: Run) -> str:
-    """One line on the run: steps, time, tokens, and how the held-out problems were measured."""
+    """One line about the run: steps, time, tokens, and how the held-out problems were measured."""
     records = sorted(run.train + run.evals, key=lambda r: r["step"])
     facts = [f"{records[-1]['step']} steps"]
     if elapsed := max((r.get("elapsed_s") or 0.0 for r in records), default=0.0):
@@ -510,11 +510,11 @@ def facts(run: Run) -> str:
         facts.append(f"{statistics.fmean(speeds):,.0f} tokens/s")
     if run.evals and run.evals[-1].get("problems"):
         last = run.evals[-1]
-        facts.append(f"held out: {last['problems']} problems, sampled {last.get('samples', 1)} x, scored 0 or 1")
+        facts.append(f"held out: {last['problems']} problems, each sampled {last.get('samples', 1)} x, scored 0 or 1")
         if run.train and samples_rounded(run.folder):
-            facts.append("the run's own engine sampled them, with its weights or cache rounded")
+            facts.append("sampled by the run's own engine, with rounded weights or a rounded cache")
     else:
-        facts.append("no evaluation in this run: the table shows training batches")
+        facts.append("the run has no evaluation, so the table shows training batches")
     return " · ".join(facts)
 
 
@@ -551,13 +551,13 @@ ROWS = (
     ("truncated_share", "truncated responses", percent),
     ("answered_share", "responses with an answer", percent),
     ("precision", "precision: answers that are correct", percent),
-    ("pass_at_half_limit", "correct within half of the limit on tokens", percent),
+    ("pass_at_half_limit", "correct within half of the token limit", percent),
 )
-OPTIONAL = {"answered_share", "precision", "pass_at_half_limit"}  # of evaluations, and not of older ones
+OPTIONAL = {"answered_share", "precision", "pass_at_half_limit"}  # recorded only by newer evaluations
 TRAINING_ROWS = (
     ("groups_with_gradient", "groups with a gradient", percent),
     ("length_correctness", "correlation of length and correctness within groups", correlation),
-    ("length_spread", "spread of a group's correct lengths, of their mean", percent),
+    ("length_spread", "spread of a group's correct lengths, relative to their mean", percent),
     ("entropy", "entropy, nats per token", decimals),
 )
 
@@ -576,7 +576,7 @@ def summary_table(run: Run) -> str:
 
 
 def training_rows(run: Run) -> str:
-    """Means over the first and the last tenth of the training batches; empty with fewer than two of them."""
+    """Rows of means over the first and the last tenth of the training batches; empty with fewer than two batches."""
     n = max(1, len(run.train) // 10)
     early, late = run.train[:n], run.train[-n:]
     rows = ""
@@ -599,7 +599,7 @@ def interval(record: Record, key: str, show: Callable[[float], str]) -> str:
 
 
 def change(a: float | None, b: float | None, show: Callable[[float], str]) -> str:
-    """Shares in points, correlations as they are, lengths in per cent."""
+    """Format a change: shares in points, correlations as differences, lengths in per cent."""
     if a is None or b is None:
         return "–"
     if show is percent:
@@ -610,7 +610,7 @@ def change(a: float | None, b: float | None, show: Callable[[float], str]) -> st
 
 
 def responses_section(run: Run, most: int = 6) -> str:
-    """Responses of the first and of the last sampled step, those to the same problem side by side."""
+    """Responses of the first and last sampled step, those to the same problem side by side."""
     path = run.folder / "responses.jsonl"
     rows = read_jsonl(path) if path.is_file() else []
     rows = [r for r in rows if r.get("split") == "test"] or rows
@@ -619,7 +619,7 @@ def responses_section(run: Run, most: int = 6) -> str:
     shown = {min(r["step"] for r in rows), max(r["step"] for r in rows)}
     by_problem: dict[str, dict[tuple[int, str], Record]] = {}
     for r in rows:
-        if r["step"] in shown:  # a step sampled twice, before and after a resume, is shown once
+        if r["step"] in shown:  # a step that was repeated after a resume is shown once
             by_problem.setdefault(str(r.get("problem")), {})[r["step"], str(r.get("response"))] = r
     out = '<h2 id="responses">Sample of responses</h2>\n'
     for problem, responses in list(by_problem.items())[:most]:
@@ -653,15 +653,15 @@ def configuration_section(run: Run) -> str:
 
 
 def compare(labelled: dict[str, list[Path]], out: str | Path) -> tuple[Path, Path]:
-    """Runs that differ in one thing, each with some seeds: a Markdown table and a picture.
+    """Compare runs that differ in one thing, each with several seeds: a Markdown table and a picture.
 
     Args:
-        labelled: label -> run folders, one a seed.
+        labelled: label -> run folders, one per seed.
         out: folder to write table.md and compare.png to.
     Returns:
         the paths of both.
     Raises:
-        ValueError: a folder holds no records, or its run no evaluation.
+        ValueError: a folder has no records, or its run has no evaluation.
     """
     import matplotlib
 
@@ -678,7 +678,7 @@ def compare(labelled: dict[str, list[Path]], out: str | Path) -> tuple[Path, Pat
 
 
 def spread(values: list[float | None], digits: int = 1, sign: str = "") -> str:
-    """Mean and sample standard deviation over the seeds that have the value."""
+    """Mean and sample standard deviation over the seeds that have a value."""
     known = [v for v in values if v is not None]
     if not known:
         return "–"
@@ -687,7 +687,7 @@ def spread(values: list[float | None], digits: int = 1, sign: str = "") -> str:
 
 
 def comparison_table(runs: dict[str, list[Run]]) -> str:
-    """Markdown: one row a label; mean ± sample standard deviation over seeds of the first and last evaluation."""
+    """Markdown table, one row per label: mean ± sample standard deviation over seeds, first and last evaluation."""
 
     def column(seeds: list[Run], at: int, key: str, scale: float) -> list[float | None]:
         return [None if (v := run.ends[at].get(key)) is None else scale * v for run in seeds]
@@ -709,7 +709,7 @@ def comparison_table(runs: dict[str, list[Run]]) -> str:
 
 
 def draw_comparison(runs: dict[str, list[Run]]) -> "Figure":
-    """Mean over seeds, bold, and every seed, faint."""
+    """Draw the mean over seeds, bold, and every seed, faint."""
     fig, axes = figure(10.4, 4.3, 2)
     wanted = (("pass_at_1", 100, "Held-out accuracy", "pass@1 (%)"), ("length_correct", 1, "Length", "tokens"))
     for ax, (key, scale, title, unit) in zip(axes, wanted, strict=True):
@@ -739,7 +739,7 @@ def parse_labelled(given: list[str]) -> dict[str, list[Path]]:
         if not label or not paths:
             raise ValueError(f"--compare was given {item!r}: write LABEL=RUN_DIR[,RUN_DIR...].")
         if label in out:
-            raise ValueError(f"--compare names {label!r} twice: give all its run folders at once, with commas.")
+            raise ValueError(f"--compare names {label!r} twice: give all its run folders at once, separated by commas.")
         out[label] = paths
     return out
 
@@ -747,12 +747,12 @@ def parse_labelled(given: list[str]) -> dict[str, list[Path]]:
 def main(args: list[str] | None = None) -> None:
     p = argparse.ArgumentParser(prog="python -m lead_fast.report", description=(__doc__ or "").splitlines()[0])
     p.add_argument("run_dir", nargs="?", help="folder of a run")
-    p.add_argument("--compare", nargs="+", metavar="LABEL=RUN_DIR[,RUN_DIR...]", help="runs to compare, seeds by comma")
-    p.add_argument("--out", help="where to write; the run's folder, or with --compare the current one")
+    p.add_argument("--compare", nargs="+", metavar="LABEL=RUN_DIR[,RUN_DIR...]", help="runs to compare; seeds by comma")
+    p.add_argument("--out", help="folder to write to; default: the run's folder, with --compare the current one")
     p.add_argument("--serve", action="store_true", help="follow the run in a browser, rollouts included")
-    p.add_argument("--port", type=int, default=8421, help="with --serve; 0 takes a free one")
+    p.add_argument("--port", type=int, default=8421, help="with --serve: port; 0 chooses a free one")
     p.add_argument("--host", default="127.0.0.1", help="with --serve: the address to bind")
-    p.add_argument("--remote", action="store_true", help="with --serve: allow a --host that other machines reach")
+    p.add_argument("--remote", action="store_true", help="with --serve: allow a --host that other machines can reach")
     a = p.parse_args(args)
     if bool(a.run_dir) == bool(a.compare):
         p.error("give either one RUN_DIR or --compare LABEL=RUN_DIR ...")

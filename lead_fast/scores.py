@@ -1,7 +1,7 @@
 """Statistics of sampled responses: Pass@1, pass@k, Cons@k, lengths, by difficulty and token budget, with intervals.
 
 Legend: P problems, K samples of each, B bootstrap draws. Every interval is the central 95 % of a bootstrap over
-problems (the samples of a problem stay together).
+problems (a problem's samples stay together).
 """
 
 import math
@@ -16,16 +16,16 @@ import numpy as np
 from .report import BLUE, LINES, STYLE, band
 
 DRAWS = 2000
-BUDGETS = 16  # points of the curve of accuracy against token budget
+BUDGETS = 16  # points on the curve of accuracy over token budget
 Equal = Callable[[str, str], bool]
 
 
 @dataclass(frozen=True)
 class Answered:
-    """One problem's graded samples, K of each list; lengths in tokens.
+    """One problem's graded samples; every list has K elements, lengths are in tokens.
 
     extracted: the answers found in the responses.
-    votes: expected fraction of majority votes that are right (see `vote`), or None where they were not counted.
+    votes: expected fraction of majority votes that are right (see `vote`), or None if they were not counted.
     """
 
     id: str
@@ -44,11 +44,11 @@ def vote(extracted: Sequence[str | None], correct: Sequence[bool], equal: Equal)
     """Majority vote over mathematically equal answers.
 
     Args:
-        extracted: the answers, None where a response has none and does not vote.
-        correct: whether each equals the reference; the correct ones are one candidate.
-        equal: whether two answers that are wrong are the same answer.
+        extracted: the answers; None if a response has no answer, and so no vote.
+        correct: whether each answer equals the reference; the correct ones are one candidate.
+        equal: whether two wrong answers are the same answer.
     Returns:
-        1.0 if the correct answer has most votes, 0.0 if it has not, and 1/n where it ties with n - 1 others.
+        1.0 if the correct answer has the most votes, 0.0 if it does not, and 1/n if it ties with n - 1 others.
     """
     right = sum(1 for e, ok in zip(extracted, correct, strict=True) if ok)
     wrong = Counter(e.strip() for e, ok in zip(extracted, correct, strict=True) if e is not None and not ok)
@@ -66,7 +66,7 @@ def vote(extracted: Sequence[str | None], correct: Sequence[bool], equal: Equal)
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
-    """Unbiased chance that k of n samples, `right` of them correct, hold a correct one."""
+    """Unbiased estimate of the chance that k of n samples, `right` of them correct, include a correct one."""
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
 
@@ -81,11 +81,11 @@ def interval(top: np.ndarray, bottom: np.ndarray | None = None, draws: int = DRA
 
 
 def summary(answered: Sequence[Answered], max_tokens: int) -> dict[str, Any]:
-    """The record of one model on one set: every value beside its interval (`..._ci`), shares from 0 to 1.
+    """Summarise one model on one set: every value beside its interval (`..._ci`), shares from 0 to 1.
 
     Args:
-        answered: problems with K samples each, the same K.
-        max_tokens: the limit on a response, which is the largest token budget.
+        answered: problems with K samples each, the same K for all.
+        max_tokens: the limit on a response, which is also the largest token budget.
     """
     correct = np.array([a.correct for a in answered], dtype=float)
     lengths = np.array([a.lengths for a in answered], dtype=float)
@@ -110,7 +110,7 @@ def summary(answered: Sequence[Answered], max_tokens: int) -> dict[str, Any]:
         put(f"pass_at_{k}", np.array([pass_at_k(samples, int(r), k) for r in correct.sum(1)]))
     out["budget"] = []
     for tokens in sorted({max(1, round(max_tokens * i / BUDGETS)) for i in range(1, BUDGETS + 1)}):
-        within = (correct * (lengths <= tokens)).mean(1)  # what is not finished by then is wrong
+        within = (correct * (lengths <= tokens)).mean(1)  # an unfinished response counts as wrong
         out["budget"].append({"tokens": tokens, "accuracy": float(within.mean()), "accuracy_ci": interval(within)})
     groups: dict[str, list[int]] = defaultdict(list)
     for i, a in enumerate(answered):
@@ -130,7 +130,7 @@ def summary(answered: Sequence[Answered], max_tokens: int) -> dict[str, Any]:
 
 
 def difference(a: Sequence[Answered], b: Sequence[Answered]) -> tuple[float, list[float]] | None:
-    """Pass@1 of b minus that of a with a paired bootstrap interval; None where their problems differ."""
+    """Pass@1 of b minus that of a, with a paired bootstrap interval; None if their problems differ."""
     first = {x.id: x for x in a}
     if [x.problem for x in b] != [first[x.id].problem for x in b if x.id in first] or len(a) != len(b):
         return None
@@ -176,7 +176,7 @@ def _cell(value: float | None, ci: Sequence[float] | None, scale: float, sign: s
 
 
 def draw(records: dict[str, dict], path: Path) -> None:
-    """Accuracy against token budget, and by difficulty where there is one, models side by side."""
+    """Draw accuracy over token budget, and by difficulty if there is one, models side by side."""
     import matplotlib
     from matplotlib.figure import Figure
 

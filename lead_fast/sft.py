@@ -1,8 +1,8 @@
-"""Supervised fine-tuning on worked solutions, with the trainer's own packs, FSDP2 policy and chunked head.
+"""Supervised fine-tuning (SFT) on worked solutions, with the trainer's own packs, FSDP2 policy and chunked head.
 
     torchrun --nproc_per_node N -m lead_fast.sft [--recipe NAME] [--section.key=value ...]
 
-Loss: mean negative log-likelihood of the solution's tokens, end-of-sequence token included, prompt tokens not.
+Loss: mean negative log-likelihood of the solution's tokens, including the end-of-sequence token but not the prompt.
 """
 
 import contextlib
@@ -43,22 +43,22 @@ from .runtime.watchdog import Watchdog
 
 
 class Examples(NamedTuple):
-    """Token ids; every solution ends in the end-of-sequence token, so none is cut short."""
+    """Token ids of prompts and solutions; every solution ends in the end-of-sequence token, so none is cut short."""
 
     prompts: list[list[int]]
     solutions: list[list[int]]
 
     def lengths(self, members: Iterable[int] | None = None) -> list[int]:
-        """Tokens of each example that go through the model: the last is only ever a target."""
+        """Tokens of each example that go through the model; the last token is only ever a target."""
         every = range(len(self.solutions)) if members is None else members
         return [len(self.prompts[i]) + len(self.solutions[i]) - 1 for i in every]
 
     def targets(self, members: Iterable[int]) -> int:
-        """How many tokens the loss of these examples is the mean over."""
+        """Number of tokens that the loss of these examples averages over."""
         return sum(len(self.solutions[i]) for i in members)
 
     def described(self, members: Iterable[int], tokenizer: Any) -> list[dict[str, Any]]:
-        """Token ids and text of these examples, to be written down."""
+        """Token ids and text of these examples, to be saved."""
         return [
             {"prompt": self.prompts[i], "solution": self.solutions[i],
              "text": tokenizer.decode(self.prompts[i] + self.solutions[i])}
@@ -67,7 +67,7 @@ class Examples(NamedTuple):
 
 
 def load_examples(c: SftConfig, tokenizer, source: str, split: str) -> Examples:
-    """The source's problems with their solutions; those over a limit are left out."""
+    """Load a source's problems with their solutions; examples over a limit are left out."""
     problems = load_problems(
         source,
         split=split,
@@ -92,22 +92,22 @@ def load_examples(c: SftConfig, tokenizer, source: str, split: str) -> Examples:
         template=c.data.template,
     )
     texts = [str(p.solution) for p in problems]
-    if prompts and str(tokenizer.decode(prompts[0][-8:])).rstrip().endswith("<think>"):  # the template opens it itself
+    if prompts and str(tokenizer.decode(prompts[0][-8:])).rstrip().endswith("<think>"):  # opened by the chat template
         texts = [text.lstrip().removeprefix("<think>").lstrip("\n") for text in texts]
     encoded = [ids + [tokenizer.eos_token_id] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     most = c.max_solution_tokens or max(map(len, encoded), default=0)
     fit = [i for i, ids in enumerate(encoded) if len(ids) <= most]
     if not fit:
         raise ValueError(
-            f"{source}: every solution is over max_solution_tokens, {most}: raise it, or give 0 for no limit."
+            f"{source}: every solution is longer than max_solution_tokens, {most}: raise it, or give 0 for no limit."
         )
     if len(fit) < len(encoded):
-        say(f"{len(encoded) - len(fit)} of {len(encoded)} solutions left out: over {most} tokens.")
+        say(f"{len(encoded) - len(fit)} of {len(encoded)} solutions are left out: longer than {most} tokens.")
     return Examples([prompts[i] for i in fit], [encoded[i] for i in fit])
 
 
 def batches(lengths: list[int], c: SftConfig) -> list[list[int]]:
-    """Examples of every step: `batch_tokens` at least, in a seeded order that continues over epochs."""
+    """Indices of each step's examples: at least `batch_tokens` tokens, in a seeded order that continues over epochs."""
     order = ProblemStream(len(lengths), 1, c.seed)
     out, at = [], 0
     for _ in range(c.steps):
@@ -131,14 +131,14 @@ def packs_of(examples: Examples, members: Sequence[int], c: SftConfig, policy: P
 
 
 def pack_loss(policy: Policy, pack: Pack, tokens: int) -> torch.Tensor:
-    """What a pack adds to the batch's mean negative log-likelihood; `tokens` counts the targets of the whole batch."""
+    """A pack's contribution to the batch's mean negative log-likelihood; `tokens` is the batch's number of targets."""
     return policy(
         pack, lambda h, head: -linear_logprobs(h, head.weight, pack.targets_R, **head.options(1.0))[0].sum() / tokens
     )
 
 
 def rehearse(policy: Policy, optimizer: torch.optim.Optimizer, c: SftConfig, longest: int, ranks: Ranks) -> SftConfig:
-    """One largest pack before the first step; returns the configuration with parallel.pack_tokens above 0."""
+    """Run one largest pack before the first step; returns the configuration with parallel.pack_tokens above 0."""
 
     def gradient(tokens: int) -> None:
         pack, _ = worst_pack(tokens, longest, ranks)
@@ -160,7 +160,7 @@ def validate(policy: Policy, test: Examples, c: SftConfig, ranks: Ranks, beat: C
 
 
 def sft(c: SftConfig, ranks: Ranks, run: Path) -> None:
-    """Fine-tune as `c` says; everything that comes out is in the folder `run`."""
+    """Fine-tune as `c` says; all output goes to the folder `run`."""
     asked_to_stop = stop_on_signals(ranks)
     tokenizer = build_tokenizer() if c.from_scratch else load_tokenizer(c.model)
     train = load_examples(c, tokenizer, c.data.train, "train")
@@ -218,7 +218,7 @@ def sft(c: SftConfig, ranks: Ranks, run: Path) -> None:
             timer.reset()
             leaving = any_rank_caught(asked_to_stop, ranks)
             if leaving or (c.checkpoint_every and done % c.checkpoint_every == 0):
-                with timer("save"):  # its seconds are in the next step's record
+                with timer("save"):  # recorded with the next step
                     extra = {"elapsed_s": time.monotonic() - began, "updates_skipped": health.skipped}
                     saved = saver.save(done, policy, optimizer, extra, wait=leaving)
                 for sentence in saver.failures() if leaving else []:
@@ -246,7 +246,7 @@ def main(args: list[str] | None = None) -> None:
 
 
 def trains_named_model(args: list[str]) -> list[str]:
-    """What a command line that names a model means besides: that model is trained, whatever the recipe begins with."""
+    """Keys that a command line implies by naming a model: that model is trained, wherever the recipe starts from."""
     flags = {a.split("=")[0] for a in args}
     return ["--from_scratch=false"] if flags & {"--model", "--model.path"} and "--from_scratch" not in flags else []
 

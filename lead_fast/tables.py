@@ -1,14 +1,14 @@
-"""The paper's four tables from evaluation folders, beside the paper's numbers (arXiv 2504.09696).
+"""Set evaluations beside the paper's four tables (arXiv 2504.09696).
 
     python -m lead_fast.evaluate --tables [LABEL=]DIR[,DIR...] ... [--output=DIR] [--groups=position]
 
-A DIR is what `lead_fast.evaluate` writes; an evaluation.json alone does too, with fewer tables. LABEL is a row of the
-paper ("7B LEAD") or a name of your own; without one it is the row that the model is known for, else the model's name.
-Results go to tables.md in --output, and to the screen.
+DIR is an output folder of `lead_fast.evaluate`; a bare evaluation.json works too, with fewer tables. LABEL is a row of
+the paper ("7B LEAD") or any other name; the default is the paper's row for that model if there is one, otherwise the
+model's name. Results are printed and written to tables.md in --output.
 
-An interval is the central 95 % over resamples of each problem's own responses: the problems are the paper's, so what
-differs between two evaluations of one model is the luck of its samples. For votes (Cons@k), and with fewer than 8
-samples, it is the wider one of scores.py, over problems. A value is marked where the paper's lies outside.
+An interval is the central 95 % over resamples of each problem's own responses: the problems are the paper's, so two
+evaluations of one model differ only by the luck of their samples. For votes (Cons@k), and with fewer than 8 samples, it
+is the wider interval of scores.py, over problems. A value is marked if the paper's lies outside its interval.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from .scores import interval
 
 
 class Paper(NamedTuple):
-    """A row on one set: shares from 0 to 1, mean length in tokens."""
+    """A row of the paper on one set: shares from 0 to 1, mean length in tokens."""
 
     cons_at_k: float
     pass_at_1: float
@@ -52,7 +52,7 @@ TABLE_3 = {  # LiveCodeBench v5: Pass@1, tokens; tokens of easy, medium and hard
     "14B base": (0.5103, 5794, 3046, 6429, 7856),
     "LEAD-14B stage 2": (0.5156, 6322, 3998, 6912, 8000),
 }
-TABLE_4 = {  # AIME25 by place in the exam: Cons@32, mean correct and answered of 32, precision, Pass@1
+TABLE_4 = {  # AIME25 by position in the exam: Cons@32, mean correct and answered of 32, precision, Pass@1
     "7B base": {"1 to 5": (0.8, 18.8, 20.3, 0.708, 0.588), "6 to 10": (0.4, 8.3, 13.8, 0.404, 0.259),
                 "11 to 15": (0.2, 0.9, 2.0, 0.230, 0.028)},
     "7B L + AD": {"1 to 5": (0.9, 20.1, 26.9, 0.687, 0.628), "6 to 10": (0.6, 9.8, 24.2, 0.448, 0.306),
@@ -66,11 +66,11 @@ KNOWN = {
     "qihoo360/light-r1-14b-ds": "Light-R1-14B-DS",
     "planepaper/lead-14b": "LEAD-14B stage 2",
 }
-SAMPLES = 32  # of the paper
+SAMPLES = 32  # per problem in the paper
 LIMITS = {"7B": (8000, 8192), "14B": (14000, 14336)}  # tokens; the paper writes 8k and 14k
 DRAWS = 1000
-LEAST_SAMPLES = 8  # fewer say too little of how a problem's own samples scatter
-MOST_GROUPS = 12  # more say nothing in a table
+LEAST_SAMPLES = 8  # with fewer, the scatter of a problem's own samples is unknown
+MOST_GROUPS = 12  # a table of more would be unreadable
 LEVELS = {1.0: "easy", 2.0: "medium", 3.0: "hard"}  # LiveCodeBench's
 
 
@@ -79,13 +79,13 @@ LEVELS = {1.0: "easy", 2.0: "medium", 3.0: "hard"}  # LiveCodeBench's
 
 @dataclass(frozen=True)
 class Measured:
-    """A value with its interval, None where there is none."""
+    """A value with its interval; None if there is none."""
 
     value: float | None
     ci: Sequence[float] | None = None
 
     def cell(self, paper: float | None, digits: int, *, comparable: bool = True) -> str:
-        """`ours [low, high] / paper`, marked where the paper's number, which is rounded, lies outside."""
+        """`ours [low, high] / paper`, marked if the paper's number, taking its rounding into account, lies outside."""
         if self.value is None:
             return "-" if paper is None else f"- / {paper:.{digits}f}"
         shown = f"{self.value:.{digits}f}" + (f" [{self.ci[0]:.{digits}f}, {self.ci[1]:.{digits}f}]" if self.ci else "")
@@ -117,7 +117,7 @@ class Evaluation:
         return named or bool(self.rows) and all(reference(r).startswith("tests ") for r in self.rows)
 
     def measure(self, key: str) -> Measured:
-        """A value of the record by its name there, such as pass_at_1."""
+        """A value of the record with its interval, by its name there, such as pass_at_1."""
         ci = self.record.get(f"{key}_ci")
         if self.samples >= LEAST_SAMPLES and self.rows and key in ("pass_at_1", "length_mean"):
             ci = list(np.quantile(resampled(self.rows)[key], [0.025, 0.975]))
@@ -125,14 +125,14 @@ class Evaluation:
 
 
 def reference(row: dict[str, Any]) -> str:
-    """A row's reference; evaluations of earlier versions call it the answer."""
+    """A row's reference; earlier versions stored it under the name answer."""
     return str(row.get("reference", row.get("answer", "")))
 
 
 def resampled(rows: Sequence[dict[str, Any]], draws: int = DRAWS) -> dict[str, np.ndarray]:
-    """Means over problems of `draws` evaluations whose samples are drawn anew, for each problem from its own.
+    """Means over problems of `draws` evaluations, in which each problem's samples are redrawn from its own.
 
-    Votes are left out: among samples drawn with replacement a majority is another than among as many fresh ones.
+    Votes are left out: a majority of samples drawn with replacement behaves unlike one of as many fresh samples.
     """
     rng = np.random.default_rng(0)
     sums = {key: np.zeros(draws) for key in ("pass_at_1", "length_mean", "correct", "answered", "precision")}
@@ -149,15 +149,15 @@ def resampled(rows: Sequence[dict[str, Any]], draws: int = DRAWS) -> dict[str, n
 
 
 def read_evaluation(path: Path, label: str = "") -> Evaluation:
-    """An evaluation from its folder, or from an evaluation.json alone. Raises ValueError."""
+    """Read an evaluation from its folder, or from a bare evaluation.json. Raises ValueError."""
     file = path / "evaluation.json" if path.is_dir() else path
     if not file.is_file():
-        raise ValueError(f"{path} holds no evaluation.json: give the --output of one lead_fast.evaluate.")
+        raise ValueError(f"{path} holds no evaluation.json: give the --output of a lead_fast.evaluate run.")
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         data, model = str(record["data"]), str(record["model"])
     except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{file} is not an evaluation of lead_fast.evaluate ({type(e).__name__}: {e}).") from e
+        raise ValueError(f"{file} was not written by lead_fast.evaluate ({type(e).__name__}: {e}).") from e
     rows: list[dict[str, Any]] = []
     asked: dict[str, Any] = {}
     samples = path / "samples.jsonl"
@@ -180,8 +180,8 @@ def read_evaluation(path: Path, label: str = "") -> Evaluation:
 class Group:
     """Problems of one difficulty: shares from 0 to 1, mean counts of samples per problem; `ci` holds their intervals.
 
-    precision is the mean over problems of correct / answered, 0 where nothing was answered; pooled_precision is correct
-    over answered of all together.
+    precision is the mean over problems of correct / answered, and 0 for a problem without answers; pooled_precision is
+    correct / answered over all problems together.
     """
 
     problems: int
@@ -224,31 +224,31 @@ def group(rows: Sequence[dict[str, Any]]) -> Group:
 
 
 def groups(e: Evaluation, by: str | None = None) -> dict[str, Group]:
-    """Groups by place in the exam (`position`: AIME's 1 to 5, 6 to 10, 11 to 15) or by the column of difficulties.
+    """Groups by position in the exam (`position`: AIME's 1 to 5, 6 to 10, 11 to 15) or by the column of difficulties.
 
-    None takes the place for AIME25, whose problems stand in the exam's order, and the column for any other set.
+    None means position for AIME25, whose problems are in the exam's order, and the column for any other set.
 
     Raises:
-        ValueError: by position, and the problems are no multiple of 15.
+        ValueError: `position` is asked for, and the number of problems is not a multiple of 15.
     """
     if by is None:
         by = "position" if e.data.upper() == "AIME25" and len(e.rows) % 15 == 0 else "column"
-    found: dict[Any, list[dict[str, Any]]] = defaultdict(list)
+    by_group: dict[Any, list[dict[str, Any]]] = defaultdict(list)
     if by == "position":
         if len(e.rows) % 15:
-            raise ValueError(f"{e.data} has {len(e.rows)} problems, and an exam 15: group by --groups=column.")
+            raise ValueError(f"{e.data} has {len(e.rows)} problems, not a multiple of 15: group by --groups=column.")
         for i, row in enumerate(e.rows):
-            found[i % 15 // 5].append(row)
-        return {f"{5 * k + 1} to {5 * k + 5}": group(rows) for k, rows in sorted(found.items())}
+            by_group[i % 15 // 5].append(row)
+        return {f"{5 * k + 1} to {5 * k + 5}": group(rows) for k, rows in sorted(by_group.items())}
     for row in e.rows:
         if row["difficulty"] is not None:
-            found[row["difficulty"]].append(row)
+            by_group[row["difficulty"]].append(row)
     names = LEVELS if e.of_programs else {}
-    return {names.get(level, f"{level:g}"): group(rows) for level, rows in sorted(found.items())}
+    return {names.get(level, f"{level:g}"): group(rows) for level, rows in sorted(by_group.items())}
 
 
 def groups_table(folder: Path, by: str | None = None) -> str:
-    """The groups of one evaluation as Markdown; empty where its set has no difficulties, or very many."""
+    """The groups of one evaluation as Markdown; empty if its set has no difficulties, or too many for a table."""
     made = groups(read_evaluation(folder), by)
     return _groups_markdown(made) if 0 < len(made) <= MOST_GROUPS else ""
 
@@ -272,13 +272,13 @@ def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 # ------------------------------------------------------------------------------------------------------- Tables 1 to 4
 
 
-def accuracy_table(rows: dict[str, tuple[Paper, Paper]], found: dict[tuple[str, str], Evaluation]) -> str:
+def accuracy_table(rows: dict[str, tuple[Paper, Paper]], evaluations: dict[tuple[str, str], Evaluation]) -> str:
     """Tables 1 and 2: Cons@32, Pass@1 and length on both exams."""
     out = []
     for label, papers in rows.items():
         line = [label]
         for data, paper in zip(SETS, papers, strict=True):
-            e = found.get((label, data))
+            e = evaluations.get((label, data))
             for key, digits in (("cons_at_k", 3), ("pass_at_1", 3), ("length_mean", 0)):
                 ours = e.measure(key) if e else Measured(None)
                 same = key != "cons_at_k" or (e is not None and e.samples == SAMPLES)
@@ -287,11 +287,11 @@ def accuracy_table(rows: dict[str, tuple[Paper, Paper]], found: dict[tuple[str, 
     return _markdown(["", *(f"{d} {m}" for d in SETS for m in ("Cons@32", "Pass@1", "tokens"))], out)
 
 
-def code_table(found: dict[tuple[str, str], Evaluation]) -> str:
+def code_table(evaluations: dict[tuple[str, str], Evaluation]) -> str:
     """Table 3: programs, and their length by difficulty."""
     out = []
     for label, (pass_at_1, *lengths) in TABLE_3.items():
-        e = found.get((label, "LiveCodeBench"))
+        e = evaluations.get((label, "LiveCodeBench"))
         line = [label, (e.measure("pass_at_1") if e else Measured(None)).cell(pass_at_1, 4)]
         line.append((e.measure("length_mean") if e else Measured(None)).cell(lengths[0], 0))
         made = groups(e) if e else {}
@@ -302,11 +302,11 @@ def code_table(found: dict[tuple[str, str], Evaluation]) -> str:
     return _markdown(["", "Pass@1", "tokens", *(f"tokens, {level}" for level in LEVELS.values())], out)
 
 
-def difficulty_table(found: dict[tuple[str, str], Evaluation], by: str | None) -> str:
-    """Table 4: AIME25 by place in the exam. Counts are scaled to 32 samples."""
+def difficulty_table(evaluations: dict[tuple[str, str], Evaluation], by: str | None) -> str:
+    """Table 4: AIME25 by position in the exam. Counts are scaled to 32 samples."""
     out = []
     for label, papers in TABLE_4.items():
-        e = found.get((label, "AIME25"))
+        e = evaluations.get((label, "AIME25"))
         made = groups(e, by) if e and e.rows else {}
         for name, (cons, correct, answered, precision, pass_at_1) in papers.items():
             g = made.get(name)
@@ -325,7 +325,7 @@ def difficulty_table(found: dict[tuple[str, str], Evaluation], by: str | None) -
 
 
 def other_table(evaluations: Sequence[Evaluation]) -> str:
-    """Evaluations that the paper has no number for."""
+    """Evaluations for which the paper has no number."""
     out = []
     for e in evaluations:
         size = f"{e.record['problems']} x {e.samples}"
@@ -336,7 +336,7 @@ def other_table(evaluations: Sequence[Evaluation]) -> str:
 
 
 def unlike_the_paper(e: Evaluation) -> list[str]:
-    """Settings of an evaluation that are not the paper's, a sentence each."""
+    """Settings of an evaluation that differ from the paper's, one sentence each."""
     size = "7B" if e.label.startswith("7B") else "14B"
     wanted: dict[str, tuple] = {
         "evaluate.samples": (SAMPLES,),
@@ -346,28 +346,28 @@ def unlike_the_paper(e: Evaluation) -> list[str]:
     wanted["rollout.max_tokens"] = LIMITS[size]
     if e.of_programs:
         wanted = {}  # the paper does not say how it sampled programs
-    return [f"{e.label}, {e.data}: {key} is {e.asked[key]}, the paper's {values[-1]}."
+    return [f"{e.label}, {e.data}: {key} is {e.asked[key]}, in the paper {values[-1]}."
             for key, values in wanted.items() if key in e.asked and e.asked[key] not in values]  # fmt: skip
 
 
 def tables(evaluations: Sequence[Evaluation], by: str | None = None) -> str:
     """All tables as Markdown. Raises ValueError for two evaluations of one model on one set."""
-    found: dict[tuple[str, str], Evaluation] = {}
+    in_paper: dict[tuple[str, str], Evaluation] = {}
     rest = []
     known = {"AIME24": {**TABLE_1, **TABLE_2}, "AIME25": {**TABLE_1, **TABLE_2}, "LiveCodeBench": TABLE_3}
     for e in evaluations:
         data = next((d for d in known if e.data.lower().partition(":")[0].partition("?")[0] == d.lower()), e.data)
-        if (e.label, data) in found or any((e.label, e.data) == (r.label, r.data) for r in rest):
+        if (e.label, data) in in_paper or any((e.label, e.data) == (r.label, r.data) for r in rest):
             raise ValueError(f"{e.label} has two evaluations on {e.data}: give one of them, or each a LABEL.")
         if data in known and e.label in known[data]:
-            found[e.label, data] = e
+            in_paper[e.label, data] = e
         else:
             rest.append(e)
     parts: list[tuple[str, Callable[[], str]]] = [
-        ("Table 1: what each part adds, 7B", lambda: accuracy_table(TABLE_1, found)),
-        ("Table 2: 14B", lambda: accuracy_table(TABLE_2, found)),
-        ("Table 3: LiveCodeBench v5", lambda: code_table(found)),
-        ("Table 4: AIME25 by place in the exam, 7B", lambda: difficulty_table(found, by)),
+        ("Table 1: what each part adds, 7B", lambda: accuracy_table(TABLE_1, in_paper)),
+        ("Table 2: 14B", lambda: accuracy_table(TABLE_2, in_paper)),
+        ("Table 3: LiveCodeBench v5", lambda: code_table(in_paper)),
+        ("Table 4: AIME25 by position in the exam, 7B", lambda: difficulty_table(in_paper, by)),
     ]
     if rest:
         parts.append(("Not in the paper", lambda: other_table(rest)))
@@ -375,16 +375,18 @@ def tables(evaluations: Sequence[Evaluation], by: str | None = None) -> str:
     for e in rest:
         if 0 < len(made := groups(e)) <= MOST_GROUPS:
             text += f"### {e.label} on {e.data} by difficulty\n\n{_groups_markdown(made)}\n"
-    notes = [note for e in found.values() for note in unlike_the_paper(e)]
-    notes.append("Cells: ours [95 % interval] / the paper's; ≠: the paper's lies outside of the interval.")
+    notes = [note for e in in_paper.values() for note in unlike_the_paper(e)]
+    notes.append("Cells: ours [95 % interval] / the paper's; ≠: the paper's value lies outside the interval.")
     return text + "".join(f"- {note}\n" for note in notes)
 
 
 def main(args: list[str]) -> None:
     p = argparse.ArgumentParser(prog="python -m lead_fast.evaluate", description=(__doc__ or "").splitlines()[0])
-    p.add_argument("--tables", nargs="+", metavar="[LABEL=]DIR[,DIR...]", required=True)
-    p.add_argument("--output", default=".")
-    p.add_argument("--groups", choices=("position", "column"), help="of Table 4; by position if absent")
+    p.add_argument("--tables", nargs="+", metavar="[LABEL=]DIR[,DIR...]", required=True, help="folders of evaluations")
+    p.add_argument("--output", default=".", help="folder for tables.md")
+    p.add_argument(
+        "--groups", choices=("position", "column"), help="grouping of Table 4; default: position, for AIME25"
+    )
     a = p.parse_args(args)
     evaluations = []
     for given in a.tables:

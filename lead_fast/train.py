@@ -1,4 +1,4 @@
-"""Train by GRPO-LEAD, from problems to a better model. Read this first.
+"""Train a model by GRPO-LEAD, from problems to new weights. Read this first.
 
     torchrun --nproc_per_node N -m lead_fast.train [--recipe NAME] [--preset NAME] [--section.key=value ...]
 
@@ -40,17 +40,17 @@ from .runtime.signals import any_rank_caught, say_stopped, stop_on_signals
 
 
 def train(c: Config, ranks: Ranks, folder: Path) -> None:
-    """Train as `c` says; everything that comes out is in `folder`."""
+    """Train as `c` says; all output goes to `folder`."""
     asked_to_stop = stop_on_signals(ranks)
-    tokenizer = load_tokenizer(c.model)  # what a user can get wrong is looked at before a model is loaded
-    keep = bool(c.reward.function)  # its columns are handed to the function
-    graded = not (keep and c.reward.mode == "replace")  # then no answer has to equal the reference
+    tokenizer = load_tokenizer(c.model)  # users' mistakes are found before a model is loaded
+    keep = bool(c.reward.function)  # the data's columns are passed to the function
+    graded = not (keep and c.reward.mode == "replace")  # if replaced, references need not be verifiable
     problems, prompts = load_train(c, tokenizer, ranks, keep_columns=keep, graded=graded)
     test, test_prompts = load_test(c, tokenizer, ranks, keep_columns=keep) if c.evaluate.every else ([], [])
     function = own_function(c, problems[0], ranks)
     journal = Journal(folder, c, ranks, tokenizer)
     learner = Learner(c, ranks, journal)
-    c = learner.c  # with the measured size of a pack
+    c = learner.c  # with the measured pack size
     state = learner.resume() if c.resume else {}  # before an engine shares the GPU
     engine = make_engine(c, tokenizer, ranks)
     first = state.get("step", 0)
@@ -86,7 +86,7 @@ def train(c: Config, ranks: Ranks, folder: Path) -> None:
             run.leave_if(mismatch(update["kl_behavior"], c), done)
             leaving = any_rank_caught(asked_to_stop, ranks)
             due = c.checkpoint_every and done % c.checkpoint_every == 0
-            saved = bool(leaving or due) and run.save(done, wait=leaving)  # its seconds are told with the next step
+            saved = bool(leaving or due) and run.save(done, wait=leaving)  # timed in the next step's record
             if leaving:
                 return say_stopped(folder, done, saved, ranks)
         journal.progress("export", c.steps, 0, 1)
@@ -97,37 +97,37 @@ def train(c: Config, ranks: Ranks, folder: Path) -> None:
 
 
 def own_function(c: Config, sample: Problem, ranks: Ranks) -> RewardFunction | None:
-    """The user's reward function, if there is one, called once with a right response to `sample`."""
+    """Load the user's reward function, if there is one, and call it once with a correct response to `sample`."""
     say = partial(ranks.say_once, "reward.function")
     return RewardFunction(c.reward, sample, say) if c.reward.function else None
 
 
 @dataclasses.dataclass
 class Run:
-    """What a checkpoint holds, and how a run is left before its end."""
+    """What a checkpoint holds, and the ways in which a run ends early."""
 
     folder: Path
     learner: Learner
     sampler: Sampler
     journal: Journal
     first: int
-    """Steps that were finished when this process began."""
+    """Number of steps finished when this process began."""
 
     def save(self, step: int, *, wait: bool = True) -> bool:
-        """Write a checkpoint after `step` steps; returns whether it was written, without `wait` whether it began."""
+        """Save a checkpoint after `step` steps; returns whether it was written, or without `wait` whether it began."""
         with self.journal.phase("save"):
             state = self.journal.state() | self.sampler.state() | self.learner.state()
             return self.learner.save(step, state, wait=wait)
 
     def leave_if(self, fault: str, step: int) -> None:
-        """Where there is a fault after `step` steps, save them and end the run in a sentence."""
+        """If there is a fault after `step` steps, save a checkpoint and end the run with one sentence."""
         if fault:
             saved = self.save(step)
             raise ValueError(f"After step {step} {fault}{f' --output={self.folder} --resume' if saved else ''}.")
 
     @contextlib.contextmanager
     def saved_on_failure(self, when: str, step: int) -> Iterator[None]:
-        """Where an engine dies after `step` steps, save them and end the run in a sentence."""
+        """If an engine dies after `step` steps, save a checkpoint and end the run with one sentence."""
         try:
             yield
         except EngineFailure as e:

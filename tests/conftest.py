@@ -1,4 +1,4 @@
-"""Fixtures that several test files share. Helpers without pytest are in jobs.py."""
+"""Fixtures that several test files share; helpers that do not need pytest are in jobs.py."""
 
 import fcntl
 import json
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
-# Threads that wait for one another sleep: where many processes share few cores, spinning is most of what they do.
+# Threads that wait for one another sleep, because with many processes on few cores spinning takes most of the time.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
@@ -21,7 +21,7 @@ from lead_fast.runtime.ranks import Ranks, start, stop
 
 
 def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
-    """A folder that is filled once in a session, also where pytest-xdist's workers share the session."""
+    """Make a folder that is filled once per session, even if pytest-xdist's workers share the session."""
     base = factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
     with open(f"{folder}.lock", "w") as lock:
@@ -35,7 +35,7 @@ def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An unbroken run of five steps on two ranks with a checkpoint after every step, to be read or copied.
+    """An uninterrupted run of five steps on two ranks, with a checkpoint after every step; read it or copy it.
 
     The folder above it holds what the run printed (out.txt), and the problems of `small(tiny_run.parent, ...)`.
     """
@@ -54,7 +54,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def single_rank() -> Iterator[Ranks]:
-    """A job of one rank in this process. It ends with the test file, and leaves the environment as it was."""
+    """A job of one rank in this process. It ends with the test file and restores the environment."""
     threads = torch.get_num_threads()
     with mock.patch.dict(os.environ):
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
@@ -67,7 +67,7 @@ def single_rank() -> Iterator[Ranks]:
 @pytest.fixture(scope="session")
 def resolve() -> Callable[..., dict[str, str]]:
     def resolve(*arguments: str) -> dict[str, str]:
-        """What pip would install, by name; skips where no index answers."""
+        """Resolve what pip would install, by name; skips the test if no index answers."""
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed"]
         command += ["--report", "-", "--only-binary", ":all:", "--no-build-isolation", "--retries", "1"]
         command += ["--timeout", "15", *arguments]

@@ -1,12 +1,13 @@
-"""The trainer with one thing going wrong in it, for test_faults.py and soak.py: everything else is real.
+"""Run the trainer with injected faults, for test_faults.py and soak.py; everything else is real.
 
     torchrun ... tests/faults.py '[{"do": "kill", "at": "backward", "step": 3, "rank": 1}]' --steps=6 ...
 
-do: kill (SIGKILL to itself), hang, nan (the loss of one pack), inf (the same, its gradient finite), spike (its loss and
-gradient times 1e4), above0 (a kernel that gives log-probs above 0), engine (it dies while it generates). at: a phase of
-the loop, or forward, backward, any for nan and its like, or a stage of a checkpoint's write, which the steps do not
-wait for: writing, written, listed, renamed. step: of the loop, or the one whose checkpoint is written. rank: the one it
-happens to. restart: happens only in the life of the job that torchrun counts so (0 the first).
+do: kill (SIGKILL to itself), hang, nan (loss of one pack is NaN), inf (loss of one pack is infinite, its gradient
+finite), spike (loss and gradient times 1e4), above0 (a kernel returns log-probs above 0), engine (dies while it
+generates). at: a phase of the loop; forward, backward or any for nan, inf, spike and above0; or a stage of a
+checkpoint's write, for which the steps do not wait: writing, written, listed, renamed. step: step of the loop, or step
+whose checkpoint is written. rank: rank on which it happens. restart: happens only in the life of the job with this
+number in torchrun's count (0 is the first).
 """
 
 import json
@@ -55,7 +56,7 @@ class Watchdog(watchdog.Watchdog):
     def beat(self, phase: str | None = None, step: int | None = None) -> None:
         super().beat(phase, step)
         globals().update(step=self.step, phase=phase or globals()["phase"])
-        if step is None and phase:  # a phase begins
+        if step is None and phase:  # beginning of a phase
             strike(phase)
 
 
@@ -76,7 +77,7 @@ def faulty_loss(*args):
 
 
 def step_of(path) -> int:
-    """The step whose checkpoint a path belongs to."""
+    """Return the step to whose checkpoint a path belongs."""
     return next(checkpoint.number(Path(part)) for part in Path(path).parts if part.startswith("step-"))
 
 

@@ -3,9 +3,10 @@
     python tests/guard.py [OLD] [NEW] [--jobs paper,sft]
 
 OLD defaults to HEAD, NEW to the working tree with its uncommitted and untracked files. Each side is checked out into a
-temporary folder, gets its C++ extension built there, and runs every job by its command line alone, on two CPU ranks.
-Compared are metrics.jsonl less the values that differ between any two runs (CLOCKS), responses.jsonl and the final
-weights. A key that only NEW has is reported and allowed; a key that only OLD has, or another value, gives exit code 1.
+temporary folder, where its C++ extension is built and every job runs from its command line, on two CPU ranks. It
+compares metrics.jsonl without the values that differ between any two runs (CLOCKS), responses.jsonl and the final
+weights. A key that only NEW has is reported and allowed; a key that only OLD has, or a different value, ends in exit
+code 1.
 """
 
 import argparse
@@ -32,10 +33,10 @@ RL = f"""lead_fast.train --recipe tiny --steps={STEPS} --optim.lr=1e-3 --paralle
     --data.test=arithmetic:test?n=16&seed=2"""
 JOBS = {
     "paper": f"{RL} --preset paper",
-    # `tiny` writes no </think>: unless the whole response is graded, every reward is 0 and nothing is learned.
+    # `tiny` writes no </think>, so every reward would be 0 unless the whole response is graded.
     "official": f"{RL} --preset official --reward.grade=all --rollout.stop=[] --advantage.length_gate=24",
     "grpo": f"{RL} --preset grpo",
-    # What no preset turns on.
+    # Options that no preset turns on.
     "clips": f"""{RL} --preset paper --optim.updates=2 --loss.clip_low=0.02 --loss.clip_high=0.03 --loss.dual_clip=1.05
         --advantage.std=mad --advantage.group_filter=uniform --rollout.refill=1 --data.sampling=solve_rate""",
     "recompute": f"""{RL} --preset paper --optim.updates=2 --loss.old_logprobs=recompute --loss.importance_cap=1.02
@@ -47,7 +48,7 @@ JOBS = {
 }
 
 
-# Python runs this file first. An editable installation would lend a checkout every module that it lacks itself.
+# Python runs this file first. Otherwise an editable installation would supply any module that a checkout lacks.
 SITECUSTOMIZE = """import sys
 sys.meta_path[:] = [f for f in sys.meta_path if not getattr(f, "__module__", "").startswith("__editable__")]
 """
@@ -61,7 +62,7 @@ def git(*args: str) -> bytes:
 
 
 def check_out(commit: str | None, folder: Path) -> None:
-    """Write the files of a commit, or of the working tree, into a folder."""
+    """Write the files of a commit, or of the working tree, to a folder."""
     if commit:
         tarfile.open(fileobj=io.BytesIO(git("archive", commit))).extractall(folder, filter="data")
         return
@@ -103,10 +104,10 @@ def train(job: str, folder: Path) -> Path:
 
 
 def compare(old: object, new: object, where: str, added: set[str], key: str = "") -> None:
-    """Compare two values of a record down to their leaves; keys that only the new one has go into `added`.
+    """Compare two values of a record down to their leaves; keys that only the new one has are added to `added`.
 
     Raises:
-        ValueError: names the first key that differs, where it is, and both values.
+        ValueError: with the first key that differs, its location, and both values.
     """
     if isinstance(old, dict) and isinstance(new, dict):
         added |= {f"{key}{name}" for name in new.keys() - old.keys()}
@@ -125,7 +126,7 @@ def compare(old: object, new: object, where: str, added: set[str], key: str = ""
 def compare_lines(old: Path, new: Path, added: set[str]) -> int:
     """Compare two JSONL files record by record; returns how many there are."""
     a, b = ([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] for path in (old, new))
-    for x, y in zip(a, b, strict=False):  # a value that differs says more than the number of records
+    for x, y in zip(a, b, strict=False):  # a differing value says more than a differing number of records
         compare(x, y, f"{old.name}, {'evaluation after ' * (x.get('kind') == 'eval')}step {x['step']}", added)
     if len(a) != len(b) or not a:
         raise ValueError(f"{old.name} had {len(a)} records and has {len(b)}")

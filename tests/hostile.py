@@ -1,6 +1,6 @@
-"""Answers and problems that mean harm or nonsense, for test_hostile.py and soak.py: made from a seed.
+"""Malicious and nonsensical answers and problems for test_hostile.py and soak.py, generated from a seed.
 
-A case is (answer text, reference): whatever the text, it does not say the reference, so it is never right.
+A case is (answer text, reference). The text never states the reference, so it must never be judged right.
 """
 
 import random
@@ -182,7 +182,7 @@ def handmade() -> Iterator[str]:
 
 
 def generated(n: int, seed: int = 0) -> Iterator[str]:
-    """Answers of pieces put together at random, inside and outside boxes."""
+    """Generate answers from random pieces, inside and outside boxes."""
     rng = random.Random(seed)
     pieces = [
         *CODE,
@@ -250,7 +250,7 @@ def generated(n: int, seed: int = 0) -> Iterator[str]:
 
 
 def cases(n_generated: int, mark: str, seed: int = 0) -> Iterator[tuple[str, str]]:
-    """(answer text, reference); `mark` is the file that code in an answer would make."""
+    """Return cases (answer text, reference); `mark` is the file that code in an answer would create."""
     rng = random.Random(seed)
     for text in (*handmade(), *generated(n_generated, seed)):
         yield text.replace("MARK", mark), rng.choice(GOLDS)

@@ -1,4 +1,4 @@
-"""Commands, ranks and small runs for the tests: nothing here depends on pytest, so that soak.py uses it too."""
+"""Commands, ranks and small runs for the tests, without pytest so that soak.py can use them too."""
 
 import json
 import os
@@ -17,11 +17,11 @@ from lead_fast.data.arithmetic import make_problems
 from lead_fast.runtime.metric_table import metric, paths
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = 5  # of a small run
+STEPS = 5  # steps of a small run
 
 
 def environment(**more: str) -> dict[str, str]:
-    """The environment of a child process: the working tree's modules, one thread, no rank inherited from a test."""
+    """Environment of a child process: the working tree's modules, one thread, no rank inherited from a test."""
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")}
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests")))
     return kept | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"} | more
@@ -64,15 +64,15 @@ print(json.dumps(ended))
 
 
 def commands(*lines: list[str], **env: str) -> list[list]:
-    """Run command lines, [module, *arguments], one after the other in one process.
+    """Run command lines, [module, *arguments], one after another in one process.
 
-    Returns what each passes to sys.exit (0, or its last words) and what it prints. A traceback fails.
+    Returns what each passes to sys.exit (0 or a message) and what it prints. A traceback fails the test.
     """
     return json.loads(succeeded(python("-c", COMMANDS, json.dumps(lines), **env)).stdout.splitlines()[-1])
 
 
 class Job:
-    """A torchrun job in a session of its own; every process of it can be found by a mark in its environment."""
+    """A torchrun job in a separate session; its processes are found by a mark in their environment."""
 
     def __init__(self, ranks: int, *args: str, restarts: int = 0, out: Path | None = None):
         self.mark = uuid.uuid4().hex
@@ -82,11 +82,11 @@ class Job:
         )  # fmt: skip
 
     def wait(self, timeout: float = 300) -> str:
-        """Everything that the job printed; it has ended then, in time."""
+        """Wait for the job to end, within a time limit, and return everything that it printed."""
         try:
             return self.process.communicate(timeout=timeout)[0]
         finally:
-            for pid in self.alive():  # of a job that did not end: the test has failed, and cleans up
+            for pid in self.alive():  # the job did not end: the test has failed and cleans up
                 os.kill(pid, signal.SIGKILL)
 
     @property
@@ -94,7 +94,7 @@ class Job:
         return self.process.returncode
 
     def alive(self, patience_s: float = 10.0) -> list[int]:
-        """Processes of the job that still are, looked at until there is none or patience ends."""
+        """Processes of the job that are still alive, checked until there are none or a time limit passes."""
         until = time.monotonic() + patience_s
         while (found := self.pids()) and self.process.returncode is not None and time.monotonic() < until:
             time.sleep(0.1)
@@ -106,7 +106,7 @@ class Job:
             try:
                 if self.mark.encode() in (p / "environ").read_bytes():
                     out.append(int(p.name))
-            except OSError:  # ended, or another user's
+            except OSError:  # the process has ended, or belongs to another user
                 continue
         return out
 
@@ -134,7 +134,7 @@ def _variable(pid: int, name: str) -> str:
 
 
 def small(folder: Path, *more: str) -> list[str]:
-    """Arguments of a run of a few seconds, whose references (limits) go through the checker's own process."""
+    """Arguments of a run of a few seconds, whose references (limits) are graded in the checker's process."""
     data = folder / "problems.jsonl"
     if not data.exists():
         rows = make_problems(64, seed=1, split="train")
@@ -148,7 +148,7 @@ def faulty(faults: list[dict]) -> list[str]:
 
 
 def records(run_folder: Path, kind: str | None = None) -> list[dict]:
-    """The records of metrics.jsonl, of one kind if it is named; every key of them must have an entry."""
+    """Read the records of metrics.jsonl, or those of one kind; asserts that every key is documented."""
     rows = [*map(json.loads, (run_folder / "metrics.jsonl").read_text().splitlines())]
     for row in rows:
         assert [metric(path, row["kind"]) for path in paths(row)]
@@ -167,6 +167,6 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def constraints(name: str) -> dict[str, str]:
-    """Versions that a file of .ci pins, by name."""
+    """Versions by name that a file in .ci pins."""
     rows = [line.split("==") for line in (ROOT / ".ci" / name).read_text().splitlines() if "==" in line]
     return {re.sub(r"[-_.]+", "-", k).lower(): v for k, v in rows}

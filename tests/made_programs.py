@@ -1,9 +1,9 @@
-"""Twenty problems of LiveCodeBench's schema, made by this project, with reference programs and broken ones.
+"""Twenty problems in LiveCodeBench's schema, made by this project, with reference programs and broken ones.
 
     python tests/made_programs.py    # writes data/livecodebench.jsonl and data/livecodebench_programs.jsonl
 
-Expected outputs come from the oracles below, which are written another way than the reference programs. A broken
-program stands with the reason for which it must fail under SHORT limits.
+Expected outputs come from the oracles below, which use different algorithms from the reference programs. Each broken
+program is listed with the reason for which it must fail under SHORT limits.
 """
 
 import base64
@@ -23,7 +23,7 @@ WRONG, ERROR, TIME, MEMORY, OUTPUT = "wrong answer", "runtime error", "time limi
 
 @dataclass
 class Made:
-    """A problem; `oracle` takes an input's text (stdin) or the arguments, and gives the output's text or value."""
+    """A problem; `oracle` takes an input's text (stdin) or the arguments, and returns the output's text or value."""
 
     title: str
     difficulty: str
@@ -35,7 +35,7 @@ class Made:
     function: str | None = None
     starter: str = ""
     day: str = "2024-09-01"
-    extra: list[str] = field(default_factory=list)  # further right programs
+    extra: list[str] = field(default_factory=list)  # further correct programs
 
     @property
     def name(self) -> str:

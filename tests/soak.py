@@ -1,9 +1,9 @@
-"""The long part of the tests: many steps, kills and gradings. `make soak` writes docs/evidence/soak.json.
+"""Run the long reliability tests: many steps, kills and gradings. `make soak` writes docs/evidence/soak.json.
 
     python tests/soak.py [--steps 500] [--kills 25] [--gradings 100000] [--out docs/evidence/soak.json]
 
-A part with 0 is left out, and what an earlier call wrote of it stays. Ends non-zero if a promise of docs/reliability.md
-was broken.
+A part with 0 is skipped, and an earlier result of it is kept. The exit code is not 0 if a promise of
+docs/reliability.md was broken.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def slope(x: list[float], y: list[float]) -> float:
 
 
 def many_steps(steps: int, folder: Path) -> tuple[dict, list[str]]:
-    """Memory, open files and the time of steps of a long run on two ranks; the first fifth is warming up."""
+    """Measure memory, open files and step times of a long run on two ranks; the first fifth counts as warm-up."""
     run = folder / "steps"
     args = small(
         folder,
@@ -73,7 +73,7 @@ def many_steps(steps: int, folder: Path) -> tuple[dict, list[str]]:
     )
     job = Job(2, "-m", "lead_fast.train", *args, out=folder / "out.txt")
     rows: dict[str, list[tuple[int, float, int]]] = {}
-    load = []  # of the machine: what others do on it makes steps slow too
+    load = []  # load of the machine: other work on it slows steps too
     while job.process.poll() is None:
         time.sleep(1)
         load.append(os.getloadavg()[0])
@@ -83,9 +83,9 @@ def many_steps(steps: int, folder: Path) -> tuple[dict, list[str]]:
         for i, pid in enumerate([*ranks, *job.checkers()]):
             try:
                 name = f"rank {i}" if i < len(ranks) else f"checker {i - len(ranks)}"
-                if mb := resident_mb(pid):  # 0: ended, and not yet collected
+                if mb := resident_mb(pid):  # 0: the process is a zombie
                     rows.setdefault(f"{name} ({pid})", []).append((step, mb, open_files(pid)))
-            except OSError:  # it has just ended
+            except OSError:  # the process has just ended
                 continue
     job.wait()
     records = [r for r in read_jsonl(run / "metrics.jsonl") if r["kind"] == "train"]
@@ -94,7 +94,7 @@ def many_steps(steps: int, folder: Path) -> tuple[dict, list[str]]:
     slow = [r["step"] for r, s in zip(records, seconds, strict=True) if s > 5 * median]
     processes, broken = {}, []
     for name, samples in rows.items():
-        warm = [s for s in samples if steps / 5 <= s[0] < steps]  # the export at the end is no step
+        warm = [s for s in samples if steps / 5 <= s[0] < steps]  # the export at the end is not a step
         if len(warm) < 10:
             continue
         at, mb, files = zip(*warm, strict=True)
@@ -113,7 +113,7 @@ def many_steps(steps: int, folder: Path) -> tuple[dict, list[str]]:
             broken.append(f"{name} keeps opening files: {files[0]} to {files[-1]}")
     if job.code or len(records) != steps or job.alive():
         broken.append(f"the run ended with {job.code} after {len(records)} steps")
-    if slow[1:]:  # the first step of a process warms up
+    if slow[1:]:  # the first step of a process is warm-up
         broken.append(f"steps slower than 5 times the median: {slow}")
     measured = {
         "steps": len(records),
@@ -127,7 +127,7 @@ def many_steps(steps: int, folder: Path) -> tuple[dict, list[str]]:
 
 
 def many_kills(kills: int, folder: Path, rng: random.Random) -> tuple[dict, list[str]]:
-    """SIGKILL to a rank at every phase, then at random moments; the final weights against those of an unbroken run."""
+    """Send SIGKILL to a rank in every phase, then at random times; compare final weights with an uninterrupted run."""
     steps = 2 * kills + 10
     job = Job(2, "-m", "lead_fast.train", *small(folder, f"--output={folder / 'unbroken'}", f"--steps={steps}"))
     job.wait()
@@ -170,7 +170,7 @@ def many_kills(kills: int, folder: Path, rng: random.Random) -> tuple[dict, list
             broken.append(f"killed at {how}: the job ended with 0")
         if (
             run / "final" / "model.safetensors"
-        ).exists() and not job.code:  # it had finished: the next kill is another's
+        ).exists() and not job.code:  # the job had finished: the next kill hits the next job
             compared += 1
             if not same(weights(run), wanted):
                 broken.append(f"{run.name}: other weights than the unbroken run")
@@ -192,7 +192,7 @@ def many_kills(kills: int, folder: Path, rng: random.Random) -> tuple[dict, list
 
 
 def many_gradings(n: int, folder: Path, rng: random.Random) -> tuple[dict, list[str]]:
-    """Fractions whose equality is known, and one hostile answer in a hundred, through one Verifier."""
+    """Grade fractions whose equality is known, and one hostile answer per hundred, with one Verifier."""
     mark = folder / "mark"
     harm = hostile.generated(n // 100 + 1, seed=1)
     mistakes: list[str] = []

@@ -1,4 +1,4 @@
-"""Memory of a training step of 25 million parameters, measured on each rank, in every setting; for test_plan.py.
+"""Measure the memory of a training step with 25 million parameters on each rank, in every setting, for test_plan.py.
 
 torchrun --nproc_per_node 2 tests/step_memory.py FILE.json
 """
@@ -22,7 +22,7 @@ from lead_fast.learner.packing import make_pack
 from lead_fast.learner.policy import Policy, shard
 from lead_fast.runtime.ranks import start, stop
 
-LENGTHS = [400, 300, 200, 124]  # tokens of the sequences of a pack
+LENGTHS = [400, 300, 200, 124]  # tokens of each sequence in a pack
 WIDE: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 1280, "num_attention_heads": 8,
                         "num_key_value_heads": 8, "max_position_embeddings": 16384}  # fmt: skip
 SETTINGS = {"none, gathered once": ("none", "false"), "full, resharded": ("full", "true"),
@@ -41,12 +41,12 @@ def config(checkpointing: str = "full", reshard: str = "true", *args: str) -> Co
 
 
 def resident(field: str) -> int:
-    """A field of this process's memory, in bytes."""
+    """Read a field of this process's memory, in bytes."""
     return next(1024 * int(x.split()[1]) for x in open("/proc/self/status") if x.startswith(field + ":"))
 
 
 def give_back() -> None:
-    """Return to the system what malloc keeps."""
+    """Return the memory that malloc keeps to the system."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
 

@@ -1,4 +1,4 @@
-"""bench/ablation.py: measures of a final evaluation by hand, paired differences, tables from records, what is kept."""
+"""Test bench/ablation.py: measures by hand, paired differences, tables from records, runs that are kept."""
 
 import importlib.util
 import json
@@ -11,7 +11,7 @@ PATH = Path(__file__).parents[1] / "bench" / "ablation.py"
 SPEC = importlib.util.spec_from_file_location("ablation", PATH)
 assert SPEC and SPEC.loader
 ablation = importlib.util.module_from_spec(SPEC)
-sys.modules["ablation"] = ablation  # where its dataclasses look for their annotations
+sys.modules["ablation"] = ablation  # where its dataclasses look up their annotations
 SPEC.loader.exec_module(ablation)
 
 pytestmark = pytest.mark.quick

@@ -1,4 +1,4 @@
-"""The verifier on labelled pairs: bench/verifier.py's suites, every rule's examples, the page of rules."""
+"""Test the verifier on labelled pairs: the suites of bench/verifier.py, every rule's examples, the page of rules."""
 
 import random
 import re
@@ -45,7 +45,7 @@ def test_the_pairs_are_many_and_of_every_set():
 
 @pytest.mark.parametrize("suite", [REPOSITORY, FAULTS, GENERATED], ids=["repository", "faults", "generated"])
 def test_nothing_wrong_is_accepted_and_nothing_right_refused(verifier, suite):
-    """Where no label is missed, math-verify alone cannot be right where this verifier is wrong."""
+    """If this verifier follows every label, math-verify alone is nowhere better."""
     judged = verifier.grade([(p.answer, p.reference) for p in suite])
     assert [p for p, ok in zip(suite, judged, strict=True) if ok != p.equal] == []
     told = sum(quick(p.answer, p.reference) is not None for p in suite)
@@ -83,7 +83,7 @@ def test_math_verify_alone_is_never_right_where_this_verifier_is_wrong(tmp_path)
 @pytest.mark.parametrize(
     "answer, reference, right",
     [
-        ("5 m", "5m", True),  # a product, spelled with a space
+        ("5 m", "5m", True),  # a product, written with a space
         ("5 m", "5", True),
         ("5 m^2", r"5\text{ m}^2", True),
         ("5 km", r"5\text{ m}", False),
@@ -100,7 +100,7 @@ def test_math_verify_alone_is_never_right_where_this_verifier_is_wrong(tmp_path)
         (r"\textbf{(C)} 5", "5", False),
         ("12.5 percent", r"12.5\%", True),
         ("125 percent", r"12.5\%", False),
-        # what no rule decides: math-verify, held to exactness
+        # no rule decides these: math-verify does, exactly
         (r"\sum_{k=1}^{3} k", "6", True),
         (r"\sum_{k=1}^{3} k", "7", False),
         (r"\sum_{k=1}^{3} \frac{1}{10^{8k}}", r"\sum_{k=1}^{2} \frac{1}{10^{8k}}", False),
@@ -118,10 +118,10 @@ def test_faults_that_were_found(verifier, answer, reference, right):
 @pytest.mark.parametrize(
     "answer, reference",
     [
-        (r"1+\frac{\sqrt2}{2^{2020}}", r"1+\frac{\sqrt2}{2^{2019}}"),  # equal to 600 digits
+        (r"1+\frac{\sqrt2}{2^{2020}}", r"1+\frac{\sqrt2}{2^{2019}}"),  # equal in the first 600 digits
         (r"\pi+10^{-80}", r"\pi"),
         (r"\frac{355}{113}", r"\pi"),
-        (r"e^{\pi\sqrt{163}}", "262537412640768744"),  # apart by 7.5e-13
+        (r"e^{\pi\sqrt{163}}", "262537412640768744"),  # they differ by 7.5e-13
         ("f(2)+f(3)", "f(5)"),
         ("seat", "east"),
         ("0.333334", r"\frac13"),
@@ -144,7 +144,7 @@ def test_near_relatives_of_the_faults_are_refused(verifier, answer, reference):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_any_string_of_pieces_is_decided_soon_and_equals_itself(seed):
-    """The rules run in the trainer's own process, where nothing stops them: no error, no stall, whatever is read."""
+    """The rules run in the trainer's own process, where nothing stops them, so no input may raise or stall."""
     rng = random.Random(seed)
     texts = [t for p in (*REPOSITORY, *FAULTS) for t in (p.reference, p.answer)]
     pieces = sorted({m.group() for t in texts for m in _TOKEN.finditer(t)})

@@ -1,4 +1,4 @@
-"""The embedded task and model: problems that say what their answers are, files as written, the asset as shipped."""
+"""Test the embedded task and model: answers follow from the problems, files are reproducible, the asset fits."""
 
 import json
 import os
@@ -21,7 +21,7 @@ WORDS |= {"subtract": -1, "minus": -1, "gives away": -1, "loses": -1, "sells": -
 
 
 def read(problem: str) -> tuple[str, int, int]:
-    """A reader of problems that shares nothing with their writer: kind, number of steps and result."""
+    """Read a problem with code that shares nothing with the writer's; returns kind, number of steps and result."""
     if symbols := re.fullmatch(r"(?:Compute|What is|Work out) ([-+*()\d]+)[.?]", problem):
         return "symbols", len(re.findall(r"[-+*]", symbols[1])), eval(symbols[1])
     orders = re.fullmatch(r"Start with (\d+), (.*)\.", problem)
@@ -101,7 +101,7 @@ def test_levels_have_the_difficulties_and_the_forms_that_they_say():
 
 
 def test_every_form_of_solution_is_what_the_task_says():
-    """Each form's first token is its own, its work is right, and a check mends the slip before it."""
+    """Each form begins with a token of its own, its work is right, and a check corrects the slip before it."""
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED["levels"])
     first: dict[str, set[int]] = {}
     tokens: dict[tuple[str, int], list[int]] = {}
@@ -141,7 +141,7 @@ def test_sources_that_name_levels_are_read_and_mistyped_ones_refused():
     problems = load_problems("levels:test?n=40&seed=5&difficulties=1-10", split="test")
     assert {p.difficulty for p in problems} == {1.0, 10.0} and len(problems) == 40
     for mistyped in ("levels:test?difficulties=7", "levels:dev", "arithmetic:test?difficulties=5", "levels:test?n=x"):
-        with pytest.raises(ValueError, match="is not understood: give"):
+        with pytest.raises(ValueError, match="cannot be parsed: give"):
             load_problems(mistyped)
 
 
@@ -170,10 +170,12 @@ def test_the_shipped_model_is_small_and_fits_every_engine():
 
 @pytest.mark.parametrize("work_begun,low,high", [(False, 0.30, 0.65), (True, 0.75, 1.0)])
 def test_the_shipped_model_leaves_room_to_learn(work_begun, low, high):
-    """Sampled at temperature 1 it is right on 35 to 60 % (here with room for 200 draws' noise), and where it works
-    its way through the steps, nearly always: what reinforcement learning has to find."""
+    """The model leaves reinforcement learning something to find.
+
+    Sampled at temperature 1 it is right on 35 to 60 % of problems, and nearly always if it works through the steps. The
+    limits leave room for the noise of 200 draws."""
     rows = make_problems(200, seed=2, split="test")
-    starts = [re.findall(r"\d+", row["problem"])[0] if work_begun else "" for row in rows]  # a terse solution's start
+    starts = [re.findall(r"\d+", row["problem"])[0] if work_begun else "" for row in rows]  # start of a terse solution
     model = AutoModelForCausalLM.from_pretrained(ASSET, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(ASSET)
     prompts = [f"<|user|>{row['problem']}<|assistant|>{start}" for row, start in zip(rows, starts, strict=True)]

@@ -1,4 +1,4 @@
-"""Partial rollouts: groups that wait are trained on once and in time, and bias lengths for max_age steps at most."""
+"""Test partial rollouts: waiting groups are trained on once and in time, and bias lengths for at most max_age steps."""
 
 import heapq
 import json
@@ -24,7 +24,7 @@ GROUP_SIZE, LIMIT = 4, 64
 
 
 class FakeEngine:
-    """Decodes all that it is asked at one token per response and iteration; lengths follow from the prompt alone."""
+    """Engine that decodes one token per response and iteration; lengths depend on the prompt alone."""
 
     def __init__(self) -> None:
         self.version = 0
@@ -58,7 +58,7 @@ class FakeEngine:
 
 
 def train(backlog: Backlog, steps: int, restart_at: int = -1):
-    """Batches of so many steps; after `restart_at` of them the backlog is what a checkpoint made of it."""
+    """Collect batches of so many steps; after `restart_at` of them the backlog is restored from a checkpoint."""
     engine = FakeEngine()
     for step in range(steps):
         if step == restart_at:
@@ -110,7 +110,7 @@ def test_every_group_is_trained_on_once_within_its_age_and_lengths_are_unbiased(
 
 
 def test_dropping_what_is_late_would_bias_the_length():
-    """The test above would see it: half of the groups, the longer ones, thrown away every step."""
+    """Shows that the test above can fail: every step discards half of the groups, the longer ones."""
     engine, kept = FakeEngine(), []
     for step in range(250):
         lengths = sorted((engine.lengths([p]) for p in range(16 * step, 16 * step + 16)), key=max)
@@ -185,11 +185,11 @@ def test_a_quantised_rollout_brings_importance_weights_and_a_bound():
     own = [*args, "--loss.importance_cap=5", "--loss.old_logprobs=recompute"]
     assert fit_quantized(load_config(own), own) == (load_config(own), [])
     for kept in ("--loss.importance_cap=none", "--loss.old_logprobs=engine"):
-        with pytest.raises(ValueError, match="takes importance weights"):
+        with pytest.raises(ValueError, match="need importance weights"):
             check(fit_quantized(load_config([*args, kept]), [*args, kept])[0], 2)
     plain = load_config([])
     assert fit_quantized(plain, []) == (plain, [])
-    with pytest.raises(ValueError, match="which only vLLM can do"):
+    with pytest.raises(ValueError, match="which only vLLM supports"):
         check(fit_quantized(load_config(args[1:]), args[1:])[0], 2)
     assert mismatch(0.049, c) == mismatch(float("nan"), c) == mismatch(9.0, plain) == ""
     assert "kl_behavior is 0.06 nats per token" in mismatch(0.06, c)
@@ -198,9 +198,9 @@ def test_a_quantised_rollout_brings_importance_weights_and_a_bound():
 def test_drafters_that_cannot_be_used_are_refused():
     key = "--rollout.speculative"
     for args, words in [
-        ([f"{key}.method=ngram"], "which only vLLM can do"),
+        ([f"{key}.method=ngram"], "which only vLLM supports"),
         (["--rollout.engine=vllm", f"{key}.method=eagle3"], "needs the path or hub name of a drafter"),
-        (["--rollout.engine=vllm", f"{key}.method=ngram", f"{key}.model=x"], "without a model of its own"),
+        (["--rollout.engine=vllm", f"{key}.method=ngram", f"{key}.model=x"], "without a second model"),
         (["--rollout.engine=vllm", f"{key}.model=x"], "give a method, or no model"),
         (["--rollout.engine=vllm", f"{key}.method=mtp", "--rollout.min_p=0.1"], "cannot verify under min_p"),
     ]:

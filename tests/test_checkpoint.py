@@ -1,4 +1,4 @@
-"""Checkpoints that are written while the run continues: what they hold, how they fail, how they are killed."""
+"""Test checkpoints that are written while the run continues: contents, failures, kills."""
 
 import json
 import resource
@@ -55,7 +55,7 @@ def state_of(policy, optimizer) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def slow_disk(monkeypatch):
-    """A disk that takes nothing until the event is set."""
+    """A disk that accepts no data until the event is set."""
     go, write = threading.Event(), checkpoint._HashedStream.write
 
     def slow(self, data):
@@ -73,7 +73,7 @@ def test_the_run_continues_while_a_checkpoint_of_the_step_before_is_written(writ
     began = time.monotonic()
     assert writer.save(1, policy, optimizer, {"mark": 11}, wait=False)
     assert time.monotonic() - began < 20 and not checkpoint.finished(tmp_path)
-    after = take_a_step(policy, optimizer)  # while nothing is on the disk yet
+    after = take_a_step(policy, optimizer)  # while nothing is on disk yet
     assert not same(before, after) and writer.failures() == []
     slow_disk.set()
     assert writer.finish() and [p.name for p in checkpoint.finished(tmp_path)] == ["step-1"]
@@ -92,7 +92,7 @@ def test_one_write_is_under_way_at_a_time_and_the_newest_two_stay(writer, traine
     assert [p.name for p in checkpoint.finished(tmp_path)] == ["step-3", "step-2"]
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step-3"
     written = checkpoint.finished(tmp_path)[0].stat().st_mtime_ns
-    assert writer.save(3, policy, optimizer, {}, wait=True)  # asked to stop just after: it is there already
+    assert writer.save(3, policy, optimizer, {}, wait=True)  # asked to stop just after: the checkpoint exists already
     assert checkpoint.finished(tmp_path)[0].stat().st_mtime_ns == written
 
 
@@ -113,9 +113,9 @@ def test_a_failed_write_is_reported_once_and_the_last_good_checkpoint_stays(writ
     assert writer.save(1, policy, optimizer, {}, wait=True)
     take_a_step(policy, optimizer)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))  # as a disk that fills up while it is written
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))  # like a disk that fills up during the write
     try:
-        assert writer.save(2, policy, optimizer, {}, wait=False)  # it has only begun
+        assert writer.save(2, policy, optimizer, {}, wait=False)  # the write has only begun
         until = time.monotonic() + 60
         while not (sentences := writer.failures()) and time.monotonic() < until:
             time.sleep(0.05)
@@ -128,20 +128,20 @@ def test_a_failed_write_is_reported_once_and_the_last_good_checkpoint_stays(writ
     assert writer.save(3, policy, optimizer, {}, wait=True)
 
 
-def test_what_does_not_fit_the_disk_is_not_staged(writer, trained, tmp_path, monkeypatch):
+def test_a_checkpoint_that_does_not_fit_on_the_disk_is_not_staged(writer, trained, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=5 << 20))
     monkeypatch.setattr(writer._stager, "stage", lambda state: pytest.fail("staged in vain"))
     assert not writer.save(1, trained[1], trained[2], {}, wait=False)
     (sentence,) = writer.failures()
-    assert "the disk has 0.00488 GiB free and it takes 0.00" in sentence and "kept: none" in sentence
+    assert "the disk has 0.00488 GiB free and it needs 0.00" in sentence and "kept: none" in sentence
 
 
-def test_where_host_memory_is_short_the_run_waits_for_the_write(writer, trained, tmp_path, monkeypatch, capsys):
+def test_the_run_waits_for_the_write_if_host_memory_is_short(writer, trained, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(checkpoint, "available_bytes", lambda: 1e6)
     monkeypatch.setattr(writer._stager, "stage", lambda state: pytest.fail("staged where there is no room"))
     assert writer.save(1, trained[1], trained[2], {}, wait=False)
-    assert [p.name for p in checkpoint.finished(tmp_path)] == ["step-1"]  # before anything waited
+    assert [p.name for p in checkpoint.finished(tmp_path)] == ["step-1"]  # before any wait
     assert "too little host memory is free" in capsys.readouterr().out
 
 
@@ -197,12 +197,12 @@ def test_killed_in_the_middle_of_a_write_the_checkpoint_before_is_resumed(traine
     ranks, policy, optimizer = trained
     state = checkpoint.load(tmp_path, policy, optimizer, ranks)
     assert state and state["step"] == 1
-    assert "step-2.partial is passed over (it was cut short while it was written): resuming" in capsys.readouterr().out
+    assert "step-2.partial is skipped (its writing was interrupted): resuming" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 def test_killed_at_every_stage_of_a_write_the_job_restarts_to_the_weights_of_an_unbroken_one(tiny_run):
-    """Two ranks; the steps do not wait for the write, so the kill comes in the midst of a later one."""
+    """Two ranks. Steps do not wait for the write, so the kill comes in the middle of a later step."""
     stages = {"writing": 1, "written": 0, "listed": 0, "renamed": 0}
     faults = [
         {"do": "kill", "at": at, "step": step, "rank": rank, "restart": restart}
@@ -214,11 +214,13 @@ def test_killed_at_every_stage_of_a_write_the_job_restarts_to_the_weights_of_an_
     assert job.code == 0 and not job.alive(), out[-3000:]
     for fault in faults:
         assert out.count(f"fault: kill at {fault['at']}, step {fault['step']}") == 1, out[-3000:]
-    assert "checkpoint step-2.partial is passed over (it was cut short" in out and same(weights(run), weights(tiny_run))
+    assert "checkpoint step-2.partial is skipped (its writing was interrupted" in out and same(
+        weights(run), weights(tiny_run)
+    )
 
 
 def test_all_ranks_resume_from_what_the_first_one_sees(trained, tmp_path, monkeypatch):
-    """Another machine may list a shared folder later; were each rank to go by its own list, they would part."""
+    """Another machine may see a shared folder later; if each rank used its own listing, they would diverge."""
     ranks, policy, optimizer = trained
     assert checkpoint.save(tmp_path, 1, policy, optimizer, {}, ranks)
     listed = []

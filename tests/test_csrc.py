@@ -1,4 +1,4 @@
-"""csrc against the fp64 specification: dtypes, hard shapes and values, threads, instruction sets, a failing build."""
+"""Test csrc against the fp64 specification: dtypes, hard shapes and values, threads, instruction sets, builds."""
 
 import os
 import shutil
@@ -39,7 +39,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def run(logits, targets, g, h, temperature=1.0, softcap=None):
-    """Statistics and gradient from csrc; the gradient is written over a copy."""
+    """Compute statistics and gradient with csrc; the gradient overwrites a copy."""
     stats = cpp.row_stats(logits, targets, temperature, softcap)
     grad = logits.clone()
     cpp.row_gradient_(grad, targets, stats, g, h, temperature, softcap=softcap)
@@ -53,12 +53,12 @@ def spec(logits, targets, g, h, softmax, dtype):
 
 
 def compare(logits, targets, g, h, temperature=1.0, softcap=None):
-    """At most twice the error of the same computation by torch, or a few roundings where torch happens to be exact."""
+    """Require at most twice the error of torch, or a few roundings where torch happens to be exact."""
     stats, grad = run(logits, targets, g, h, temperature, softcap)
     softmax = Softmax(temperature, softcap)
     exact, exact_grad = spec(logits, targets, g, h, softmax, torch.float64)
     torch_stats, torch_grad = spec(logits, targets, g, h, softmax, wide(logits.dtype))
-    # float64: the specification has no more digits than what is compared
+    # float64: the specification has no more digits than the kernel
     unit = 16 * UNIT[torch.float64] if logits.dtype == torch.float64 else UNIT[torch.float32]
     for name, column in (("max", 0), ("log_norm", 1), ("logprob", 2), ("entropy", 3)):
         error, baseline = ((x[:, column].double() - exact[:, column]).abs() for x in (stats, torch_stats))
@@ -67,11 +67,11 @@ def compare(logits, targets, g, h, temperature=1.0, softcap=None):
     assert (stats[:, 2] <= 0).all() and (stats[:, 3] >= 0).all()
     error = (grad.double() - exact_grad).abs()
     baseline = (torch_grad.to(logits.dtype).double() - exact_grad).abs().amax(1, keepdim=True)
-    if len(baseline) > 1000:  # of so many rows torch is exact in some by chance
+    if len(baseline) > 1000:  # among so many rows torch is exact in some by chance
         baseline = baseline.clamp(min=baseline.mean())
     tiny = torch.finfo(logits.dtype).smallest_normal * torch.finfo(logits.dtype).eps
     room = 2 * baseline + 2 * UNIT[logits.dtype] * exact_grad.abs() + 8 * unit * exact_grad.abs().amax(1, keepdim=True)
-    if logits.dtype == torch.float64:  # and its onehot - p cancels where p is nearly 1
+    if logits.dtype == torch.float64:  # and onehot - p cancels where p is nearly 1
         room += unit * (g.abs() + h.abs())[:, None] / temperature
     assert (error <= room + tiny).all(), f"gradient: error {error.amax():.2e}, torch's {baseline.amax():.2e}"
 
@@ -112,20 +112,21 @@ def test_offsets(dtype, offset):
 @pytest.mark.parametrize("scale, softcap", [(0.1, 50.0), (3.0, 15.0), (20.0, 30.0), (99.0, 3.0), (3.0, 1e4)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_soft_caps(dtype, scale, softcap):
-    """Hardly bent, bent, saturated with ties at the cap, and a cap out of reach."""
+    """Caps that hardly bend the logits, bend them, saturate them with ties, or are out of reach."""
     for shape in ((6, 1), (6, 7), (3, 3001)):
         compare(*rows(shape, dtype, scale=scale), 0.7, softcap)
 
 
 def test_a_soft_cap_keeps_the_digits_of_small_and_of_saturated_logits():
-    """tanh within 2 units in the last place, and its derivative within 8 where tanh itself is 1."""
+    """tanh is within 2 units in the last place, and its derivative within 8 where tanh rounds to 1."""
     u = torch.cat([torch.linspace(-12, 12, 100_001), torch.logspace(-30, 0, 1000), torch.tensor([0.0, 0.55, 200.0])])
     z = 4 * u[:, None]
     stats = cpp.row_stats(z, torch.zeros(len(u), dtype=torch.int64), 1.0, 4.0)
     exact = 4 * torch.tanh(z[:, 0].double() / 4)
     ulp = torch.nextafter(exact.float().abs(), torch.tensor(torch.inf)) - exact.float().abs()
     assert ((stats[:, 0] - exact).abs() <= 2 * ulp).all()
-    # Two equal logits: p is 1/2 whatever they are, so the gradient of the one that is not the target is -g slope / 2.
+    # Two equal logits: p is 1/2 whatever their value, so the gradient of the one that is not the target is -g slope /
+    # 2.
     pairs = z.expand(-1, 2).contiguous()
     stats = torch.stack([stats[:, 0], torch.full_like(u, 2.0).log(), -torch.full_like(u, 2.0).log(), 0 * u], 1)
     ones, grad = torch.ones_like(u), torch.empty_like(pairs)
@@ -155,7 +156,7 @@ def test_sorted_rows_move_the_maximum_always_or_never(order):
 def test_masked_logits_have_no_probability_and_no_gradient(dtype):
     logits, targets, g, h = rows((4, 999), dtype)
     masked = torch.rand(logits.shape, generator=torch.Generator().manual_seed(1)) < 0.5
-    masked[3] = True  # all but the target
+    masked[3] = True  # all except the target
     masked.scatter_(1, targets[:, None], False)
     logits[masked] = -torch.inf
     compare(logits, targets, g, h)
@@ -318,7 +319,7 @@ def test_every_instruction_set_that_this_cpu_has(capability):
 
 
 def launchers() -> SimpleNamespace:
-    """Row kernels under the names by which the oracle calls Triton's: those of this CPU."""
+    """This CPU's row kernels, under the launcher names that the oracle uses."""
 
     def policy_rows(logits, tokens, sequences, *rest):
         loss, logp, entropy, metrics = policy_rows_(logits, tokens, for_row_kernel(sequences, logits), *rest)
@@ -343,7 +344,7 @@ def test_the_oracle_of_the_triton_kernels_accepts_these(backend, monkeypatch):
 
 
 def one_call(dtype: torch.dtype, **given: torch.Tensor | None) -> list:
-    """Arguments of `cpp.policy_rows_` for 3 rows of 2 sequences."""
+    """Make arguments of `cpp.policy_rows_` for 3 rows of 2 sequences."""
     logits, targets, g, _ = rows((3, 50), dtype)
     tokens = {"targets": targets, "ids": torch.tensor([0, 1, 1]), "behavior": g, "old": None, "reference": None} | given
     options = LossOptions(entropy_coef=0.1)
@@ -353,7 +354,7 @@ def one_call(dtype: torch.dtype, **given: torch.Tensor | None) -> list:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_in_one_go_have_the_log_probs_and_the_gradient_of_the_two_halves(dtype):
-    """Bit for bit but for the gradient, whose two forms round the same product of the same exponential."""
+    """Bit for bit, except the gradient, whose two forms each round the same product of the same exponential."""
     call = one_call(dtype)
     logits, (targets, *_), out = call[0], call[1], torch.empty_like(call[0])
     loss, logprob, entropy, metrics = cpp.policy_rows_(*call, out)
@@ -390,7 +391,7 @@ def test_what_the_rows_in_one_go_do_not_take_is_refused():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_no_bits_of_nan_are_lost(dtype):
-    """Quiet and signalling, of either sign and any payload, in the lanes of a vector and past the last one."""
+    """Quiet and signalling NaN of both signs and any payload, in the lanes of a vector and past the last vector."""
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
     infinity = torch.tensor(torch.inf, dtype=dtype).view(integers).item()
     most = torch.iinfo(integers).max

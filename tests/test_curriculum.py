@@ -1,4 +1,4 @@
-"""The paper's stages in a chain, with the embedded model: SFT, RL, problems chosen by solve rate, RL, release."""
+"""Test the paper's stages in sequence with the embedded model: SFT, RL, problems chosen by solve rate, RL, release."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +23,7 @@ def run(*args: str, ranks: int = 1) -> str:
 
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory) -> Path:
-    """sft/, one/ and hard.parquet, each made from what came before."""
+    """Make sft/, one/ and hard.parquet, each from the stage before."""
     at = tmp_path_factory.mktemp("stages")
     sft = ["--recipe=tiny", "--from_scratch=false", "--batch_tokens=512", "--validate_every=1", "--checkpoint_every=2",
            "--optim.lr=1e-4", "--optim.warmup_steps=0", "--optim.schedule=constant", TRAIN,
@@ -48,7 +48,7 @@ def test_sft_that_was_stopped_ends_where_it_would_have(stages):
 
 def test_a_stage_begins_with_the_weights_of_the_one_before(stages):
     (first, *_) = [r for r in records(stages / "one") if r["kind"] == "train"]
-    assert first["logprob_diff_max"] < 1e-3  # engine and trainer hold the same
+    assert first["logprob_diff_max"] < 1e-3  # engine and trainer hold the same weights
     config = (stages / "one" / "config.toml").read_text()
     assert f'path = "{stages}/sft"' in config
     card = (stages / "one" / "final" / "README.md").read_text()
@@ -77,7 +77,7 @@ def test_stage_two_draws_by_solve_rate_refills_and_resumes_as_if_never_stopped(s
     (steps, asked, weights), (steps_again, asked_again, weights_again) = runs
     assert [r["step"] for r in steps] == [1, 2, 3, 4]
     refilled = sum(r["groups_refilled"] for r in steps)
-    assert refilled and len(asked) > 16  # those asked in place of dropped ones are recorded too
+    assert refilled and len(asked) > 16  # problems asked in place of dropped ones are recorded too
     assert all(r["groups_dropped"] <= 4 for r in steps)
     assert asked_again == asked and [r["accuracy"] for r in steps_again] == [r["accuracy"] for r in steps]
     assert all((weights[k] == weights_again[k]).all() for k in weights)

@@ -1,4 +1,4 @@
-"""Data in: read right or refused in one sentence that names the value and the remedy; the stream by the step alone."""
+"""Test data input: read correctly, or refused in one sentence; the stream depends on the step alone."""
 
 import gzip
 import hashlib
@@ -103,9 +103,9 @@ def test_bad_sources(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="does not exist"):
         load_problems(str(tmp_path / "none.parquet"))
     (tmp_path / "bad.parquet").write_text("no parquet")
-    with pytest.raises(ValueError, match="is not a Parquet file that can be read"):
+    with pytest.raises(ValueError, match="is not a readable Parquet file"):
         load_problems(str(tmp_path / "bad.parquet"))
-    with pytest.raises(ValueError, match="is not understood: give arithmetic:train"):
+    with pytest.raises(ValueError, match="cannot be parsed: give arithmetic:train"):
         load_problems("arithmetic:train?m=3")
     with pytest.raises(ValueError, match="no problem left"):
         load_problems(jsonl(tmp_path / "a.jsonl", [ROW]), min_difficulty=9)
@@ -150,33 +150,33 @@ VERL = {
     "reward_model": {"ground_truth": "34", "style": "rule"},
     "extra_info": {"index": "a"},
 }
-LAYOUTS = {  # a row as the set has it; problem, reference, solution; what a run says
+LAYOUTS = {  # a row as in the set; problem, reference, solution; what a run prints
     "gsm8k": (
         {"question": "Q", "answer": WORKED},
         ("Q", "18", WORKED),
-        "reads question as problem and what stands behind #### in answer as reference.",
+        "reads question as problem and the text behind #### in answer as reference.",
     ),
     "gsm8k in other columns": (
         {"problem": "Q", "answer": "so\n#### 1,800"},
         ("Q", "1,800", "so\n#### 1,800"),
-        "reads problem as problem and what stands behind #### in answer as reference.",
+        "reads problem as problem and the text behind #### in answer as reference.",
     ),
     "math": (
         {"problem": "P", "level": "Level 5", "type": "Algebra", "solution": "First \\boxed{3}. " + BOXED},
         ("P", "\\frac{1}{2}", "First \\boxed{3}. " + BOXED),
-        "reads problem as problem and what stands in the last \\boxed{} in solution as reference.",
+        "reads problem as problem and the text in the last \\boxed{} in solution as reference.",
     ),
     "a boxed answer": (
         {"problem": "P", "answer": "$\\boxed{7}$"},
         ("P", "7", None),
-        "reads problem as problem and what stands in the last \\boxed{} in answer as reference.",
+        "reads problem as problem and the text in the last \\boxed{} in answer as reference.",
     ),
     "verl": (VERL, ("What is 2+2?", "34", None), "(chat messages) as problem and reward_model.ground_truth as"),
     "skywork": (
         VERL | {"reward_model": {"ground_truth": '["\\\\frac{1}{2}"]', "style": "rule"},
                 "extra_info": {"index": 0, "model_difficulty": {"DeepSeek-R1-Distill-Qwen-7B": 3}}},
         ("What is 2+2?", "\\frac{1}{2}", None),
-        "reads prompt (chat messages) as problem and what stands alone in a list in reward_model.ground_truth",
+        "reads prompt (chat messages) as problem and the text alone in a list in reward_model.ground_truth",
     ),
     "dapo, processed": (
         {"prompt": "P", "solution": "34", "data_source": "d", "source_prompt": [user("long P")], "ability": "MATH",
@@ -206,7 +206,7 @@ LAYOUTS = {  # a row as the set has it; problem, reference, solution; what a run
     "light-r1": (
         {"conversations": [{"from": "user", "value": "P"}, {"from": "assistant", "value": "<think>x</think>" + BOXED}]},
         ("P", "\\frac{1}{2}", "<think>x</think>" + BOXED),
-        "reads conversations (chat messages) as problem and what stands in the last \\boxed{} in the assistant's reply",
+        "reads conversations (chat messages) as problem and the text in the last \\boxed{} in the assistant's reply",
     ),
     "deepmath": (
         {"question": "Q", "final_answer": "0", "difficulty": 4.5, "topic": "t", "r1_solution_1": "s"},
@@ -305,7 +305,7 @@ def test_a_cell_that_is_neither_text_nor_a_number_is_refused(value, says, column
     if column == "solution" and says.startswith("is empty"):
         assert load_problems(source, references=False)[1].solution is None
         return
-    if column == "problem" and isinstance(value, list):  # no text, but perhaps a chat
+    if column == "problem" and isinstance(value, list):  # not text, but perhaps a chat
         says = "is not an object with role and content" if value else "has no user turn: give"
     with pytest.raises(ValueError) as e:
         load_problems(source, references=column != "solution")
@@ -361,7 +361,7 @@ def test_parquet_reads_no_column_that_is_not_used(tmp_path, monkeypatch):
     asked, once = [], parquet.ParquetFile.iter_batches
     monkeypatch.setattr(parquet.ParquetFile, "iter_batches", lambda f, **k: asked.append(k["columns"]) or once(f, **k))
     assert len(load_problems(str(tmp_path / "a.parquet"))) == 300
-    assert asked == [None, ["problem", "solution", "answer"]]  # the first for a few rows
+    assert asked == [None, ["problem", "solution", "answer"]]  # the first reads only a few rows
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -400,7 +400,7 @@ def test_csv_is_read_as_text_with_quotes_line_breaks_and_long_cells(tmp_path):
     [
         (
             b"problem,answer\na,1\nb, c,2\n",
-            "row 2 (line 3) has 3 cells and the first line 2 names: put text with commas",
+            "row 2 (line 3) has 3 cells, but the first line 2 names: put text with commas",
         ),
         (b"problem;answer\na;1\n", "has the single column 'problem;answer': separate columns by commas."),
         (b"problem,answer,answer\na,1,2\n", "has two columns answer: rename one of them."),
@@ -446,7 +446,7 @@ def test_a_key_that_stands_twice_in_a_row_is_named(name, content, says, tmp_path
         ("a.jsonl", gzip.compress(b"{}"), "is compressed by gzip: unpack it."),
         ("a.parquet", gzip.compress(b"{}"), "is compressed by gzip: unpack it."),
         ("a.csv", b"PK\x03\x04..", "is a ZIP archive or a spreadsheet: unpack it, or export it as CSV."),
-        ("a.jsonl", b"PAR1....PAR1", "is a Parquet file: let its name end in .parquet."),
+        ("a.jsonl", b"PAR1....PAR1", "is a Parquet file: rename it to end in .parquet."),
         ("a.jsonl", b"\n<!DOCTYPE html><html>", "is a web page (HTML or XML), not the data: download the file itself."),
         ("a.parquet", b"<html>", "is a web page"),
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer, not the data: fetch"),
@@ -460,7 +460,7 @@ def test_a_key_that_stands_twice_in_a_row_is_named(name, content, says, tmp_path
         ("a.jsonl", b'{"problem": "P", "answer": ' + b"[" * 200_000 + b"}", "line 1 is nested too deeply"),
         ("a.jsonl", b"{} {}", "line 1 is not valid JSON (Extra data): give one JSON object per line."),
         ("a.jsonl", b'"text"', "line 1 is a string: give one JSON object per line."),
-        ("a.parquet", b"PAR1 and no more", "is not a Parquet file that can be read ("),
+        ("a.parquet", b"PAR1 and no more", "is not a readable Parquet file ("),
     ],
     ids=lambda v: v if isinstance(v, str) and len(v) < 12 else "",
 )
@@ -477,9 +477,7 @@ def test_an_empty_parquet_and_a_folder_named_like_a_file_are_refused(tmp_path):
         load_problems(str(tmp_path / "a.parquet"))
     (tmp_path / "b.jsonl").mkdir()
     jsonl(tmp_path / "b.jsonl" / "part.jsonl", [ROW])
-    with pytest.raises(
-        ValueError, match=r"b\.jsonl is a folder that is named like a file: give .* or rename the folder"
-    ):
+    with pytest.raises(ValueError, match=r"b\.jsonl is a folder named like a file: give .* or rename the folder"):
         load_problems(str(tmp_path / "b.jsonl"))
 
 
@@ -538,8 +536,8 @@ def test_messages_are_asked_as_a_chat_and_the_instruction_stands_once(tmp_path, 
     assert texts[2] == f"<|user|>{chats[2][0]['content']}<|assistant|>"
     assert [t.count(BOX) for t in texts] == [1, 1, 0, 1, 1]
     out = capsys.readouterr().out
-    assert "1 of 5 prompts ask for \\boxed{} themselves: data.instruction is not put behind them." in out
-    assert "1 of 5 prompts ask for the answer in another form than the \\boxed{} that is graded; data.instruct" in out
+    assert "1 of 5 prompts ask for \\boxed{} themselves: data.instruction is not appended." in out
+    assert "1 of 5 prompts ask for the answer in a form other than the \\boxed{} that is graded; data.instruct" in out
     tokenize_prompts(problems, tokenizer, instruction="", max_prompt_tokens=999)
     assert "graded; nothing asks for it, so set data.instruction." in capsys.readouterr().out
 
@@ -615,12 +613,12 @@ def test_sft_takes_worked_solutions_and_replies(tmp_path):
 @pytest.mark.parametrize(
     "reference, why",
     [
-        ("", "there is none"),
+        ("", "it is empty"),
         ("x" * 1001, "longer than 1000 characters"),
         ("\\frac{1}{", "its braces do not match"),
         ("\\boxed{3", "its braces do not match"),
-        ("$$", "nothing is left of it"),
-        ("\\text{ }.", "nothing is left of it"),
+        ("$$", "it consists of signs"),
+        ("\\text{ }.", "it consists of signs"),
         ("proof", "it says that there is no answer"),
         ("NaN", "it says that there is no answer"),
         ("{'value': '12'}", "a dict as text"),
@@ -716,15 +714,13 @@ def test_check_says_what_a_run_would_see(tmp_path, capsys):
     rows = [{"question": f"{i % 7}?" * 3, "answer": f"so\n#### {i % 8}"} for i in range(9)]
     code, out = checked(capsys, jsonl(tmp_path / "a.jsonl", rows), "--model=tiny", "--data.instruction=Think.")
     assert code == 0
-    assert (
-        "columns question, answer" in out and "reads question as problem and what stands behind #### in answer" in out
-    )
+    assert "columns question, answer" in out and "reads question as problem and the text behind #### in answer" in out
     assert re.search(r"row 5\n +problem +4\?4\?4\?\n +reference +4\n", out) and "row 6\n" not in out
     assert re.search(r"problem, characters +median 6, 95 % 6, 99 % 6, longest 6", out)
     assert re.search(r"prompt, tokens +median \d+, ", out) and re.search(r"solution, characters \(of 9\)", out)
     assert "repeated problems: 2 (4 rows); with contradicting references: 2" in out
     assert "rows 1 and 8: '0' and '7'" in out and "unverifiable references: 0" in out
-    assert out.endswith("problems that a run would take: 9\n")
+    assert out.endswith("problems that a run would use: 9\n")
 
 
 @pytest.mark.parametrize(
@@ -748,7 +744,7 @@ def test_check_refuses_in_the_very_words_of_a_run(rows, args, tmp_path, capsys):
     if "proof" in str(rows):
         assert "unverifiable references: 1\n  row 1: proof (it says that there is no answer)\n" in out
         code, out = checked(capsys, source, "--data.drop_unverifiable")
-        assert code == 0 and out.endswith("problems that a run would take: 1\n")
+        assert code == 0 and out.endswith("problems that a run would use: 1\n")
 
 
 def test_only_check_takes_the_runs_keys(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""The built-in engine: continuous batching samples what `generate` samples, and log-probs are the trainer's."""
+"""Test the built-in engine: continuous batching samples what `generate` samples, and log-probs equal the trainer's."""
 
 import itertools
 
@@ -38,11 +38,11 @@ def test_a_batch_size_of_0_is_all_of_an_engines_part_of_a_step(engine):
     assert all_of_it.batch_size == 15
     asked = prompts(engine, 6)
     all_of_it.generate(Work(asked, 5, [7] * 6, engines=2), Sampling(8))
-    assert len(at_once) == 15  # its half of 30, in one batch
+    assert len(at_once) == 15  # half of the 30 responses, in one batch
 
 
 def prompts(engine: TransformersEngine, n: int) -> list[list[int]]:
-    """Prompts of different lengths."""
+    """Make prompts of different lengths."""
     texts = [f"{a} + {b}" + " - 1" * (a % 4) for a, b in itertools.islice(itertools.product(range(2, 60), (3, 41)), n)]
     return [engine.tokenizer(t, add_special_tokens=False).input_ids for t in texts]
 
@@ -55,14 +55,14 @@ def responses(engine, asked, n, sampling, batch_size=128, seed=0):
 
 
 def forced_logprobs(engine, prompt: list[int], tokens: list[int], temperature: float = 1.0) -> torch.Tensor:
-    """Log-probs of a response by one forward over prompt and response, [T, V]."""
+    """Compute log-probs of a response by one forward over prompt and response, [T, V]."""
     with torch.no_grad():
         logits = engine.model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
     return (logits / temperature).log_softmax(-1)
 
 
 def far(statistic: float, freedom: int) -> bool:
-    """Whether a chi-square statistic is beyond its 0.9999 quantile or so."""
+    """Whether a chi-square statistic is beyond about its 0.9999 quantile."""
     return statistic > freedom + 4 * (2 * freedom) ** 0.5 + 4
 
 
@@ -80,7 +80,7 @@ def test_logprobs_are_those_of_one_forward_over_the_response(engine):
                 assert len(r.token_ids) <= 40 and not set(r.token_ids[:-1]) & set(engine.eos_ids)
 
 
-def test_who_took_a_prompt_and_what_ran_beside_it_change_nothing(engine):
+def test_results_depend_neither_on_the_rank_nor_on_the_batch(engine):
     asked = prompts(engine, 10)
     together = responses(engine, asked, 4, Sampling(48), batch_size=40)
     for batch_size in (1, 4, 12):
@@ -111,7 +111,7 @@ def test_first_tokens_follow_the_distribution(engine):
     assert len(seen) > 3
     assert not far(((seen - expected) ** 2 / expected).sum(), len(seen) - 1)
     uniform = np.full(len(seen), 2000 / len(seen))
-    assert far(((seen - uniform) ** 2 / uniform).sum(), len(seen) - 1)  # the test can fail
+    assert far(((seen - uniform) ** 2 / uniform).sum(), len(seen) - 1)  # shows that the test can fail
 
 
 @pytest.mark.slow
@@ -139,7 +139,7 @@ def test_dropped_tokens_are_never_sampled_and_logprobs_are_those_sampled_from(en
         best = forced_logprobs(engine, asked[i], [0]).topk(2).indices[0].tolist()
         assert {r.token_ids[0] for r in rs} <= set(best)
         chances = {r.token_ids[0]: np.exp(r.logprobs[0]) for r in rs}
-        assert len(chances) < 2 or abs(sum(chances.values()) - 1) < 1e-5  # of the two that were left, after dropping
+        assert len(chances) < 2 or abs(sum(chances.values()) - 1) < 1e-5  # of the two tokens left after dropping
 
 
 def test_stop_strings_end_a_response_and_stay_in_it(engine):

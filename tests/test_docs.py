@@ -1,4 +1,4 @@
-"""Examples and quotations in docs: the engine of docs/howto/own-engine.md runs, quoted messages are the code's."""
+"""Test examples and quotations in docs: the engine of docs/howto/own-engine.md runs, quoted messages exist."""
 
 import re
 import shlex
@@ -46,12 +46,12 @@ def test_an_engine_that_ignores_the_temperature_is_refused(single_rank):
     publish(policy, engine, 0, c, single_rank)
     assert engine.version == 0
     prompt = engine.tokenizer.encode("Compute 3+4.")
-    with pytest.raises(ValueError, match="At the first sync the engine's .* it gives them before the temperature"):
+    with pytest.raises(ValueError, match="At the first sync log-probs .* it reports them before the temperature"):
         canary(policy, engine, prompt, c, single_rank)
 
 
 def squeezed(text: str) -> str:
-    """Text as a reader sees it: string literals that Python joins are joined, white space is one blank."""
+    """Text as a reader sees it: adjacent string literals are joined, and white space is a single blank."""
     return re.sub(r"\s+", " ", re.sub(r"""["']\s*\n\s*(?:rf|fr|f|r)?["']""", "", text))
 
 
@@ -86,7 +86,7 @@ def test_the_example_of_the_concepts_page_prints_what_it_says(capsys):
     assert printed == [*re.findall(r"-?\d\.\d{4}", example[1]), *printed[-3:]] and len(printed) == 8
 
 
-OTHERS = ("--compare", "--tables", "--lighteval", "--help", "[")  # what takes no configuration, and patterns
+OTHERS = ("--compare", "--tables", "--lighteval", "--help", "[")  # commands without a configuration, and patterns
 
 
 @pytest.mark.quick

@@ -1,4 +1,4 @@
-"""Evaluation: the numbers against definitions, what a kill leaves behind, benchmarks by name, models side by side."""
+"""Test evaluation: numbers against definitions, resuming after a kill, benchmarks by name, comparison of models."""
 
 import itertools
 import json
@@ -34,10 +34,10 @@ def same(a: str, b: str) -> bool:
     [
         (["4", "5", "5"], [1, 0, 0], 0.0),
         (["4", "8/2", "5"], [1, 1, 0], 1.0),  # equal answers vote together
-        (["3", "6/2", "9/3", "4", "4"], [0, 0, 0, 1, 1], 0.0),  # also where they are wrong
+        (["3", "6/2", "9/3", "4", "4"], [0, 0, 0, 1, 1], 0.0),  # also if they are wrong
         (["4", "5"], [1, 0], 0.5),
         (["4", "5", "6"], [1, 0, 0], 1 / 3),
-        ([None, None, "4"], [0, 0, 1], 1.0),  # no answer, no vote
+        ([None, None, "4"], [0, 0, 1], 1.0),  # a response without an answer has no vote
         ([None, None], [0, 0], 0.0),
     ],
 )
@@ -76,7 +76,7 @@ def test_the_interval_covers_as_often_as_it_says():
     rng = np.random.default_rng(5)
     draws = [interval((rng.random(200) < 0.3).astype(float), draws=400) for _ in range(200)]
     covered = sum(d is not None and d[0] <= 0.3 <= d[1] for d in draws)
-    assert 180 <= covered <= 199  # 95 % of 200, give or take three deviations
+    assert 180 <= covered <= 199  # 95 % of 200, within three standard deviations
 
 
 def test_the_paired_difference():
@@ -100,7 +100,7 @@ def machine(single_rank):
 
 
 class Counting:
-    """The engine, which counts the prompts that it is given and may break off like a kill."""
+    """Engine that counts its prompts and can stop as if killed."""
 
     def __init__(self, engine, breaks_at: int = 10**9):
         self.engine, self.asked, self.breaks_at = engine, 0, breaks_at
@@ -197,12 +197,12 @@ def test_a_run_directory_is_evaluated_with_its_own_settings(tmp_path):
     )
     for more, wanted in (([], ("none", "auto")), (["--rollout.quantization=fp8_per_block"], ("fp8_per_block", "auto"))):
         args = [f"--model={tmp_path}", *more]
-        found = load_config([*own_settings(args), *args])  # the weights as they are saved, unless asked otherwise
+        found = load_config([*own_settings(args), *args])  # the weights as saved, unless asked otherwise
         assert (found.rollout.quantization, found.rollout.kv_dtype) == wanted
         assert ("The run sampled from rounded weights" if not more else "=fp8_per_block") in settings(found)
     assert "rounded" not in settings(load_config(["--model=tiny"]))
     assert own_settings([f"--model={tmp_path}", "--recipe=tiny"]) == own_settings(["--model=tiny"]) == []
-    (tmp_path / "config.toml").write_text("batch_tokens = 5\n")  # of SFT
+    (tmp_path / "config.toml").write_text("batch_tokens = 5\n")  # a configuration of SFT
     assert own_settings([f"--model={tmp_path}"]) == []
     check(load_config(["--recipe=lead-14b", "--rollout.problems=7"]), 8, trains=False)
     with pytest.raises(ValueError, match="which does not divide 3 ranks"):
@@ -213,7 +213,7 @@ def test_answers_to_another_question_are_refused(machine, tmp_path):
     c, _, _, (problems, _), _ = machine
     samples = Samples(tmp_path / "s.jsonl", asked(c, problems))
     samples.add([made(1, [1], [3])])
-    with pytest.raises(ValueError, match="holds responses with another evaluate.temperature"):
+    with pytest.raises(ValueError, match="holds responses sampled with another evaluate.temperature"):
         Samples(tmp_path / "s.jsonl", asked(c, problems) | {"evaluate.temperature": 0.1})
 
 

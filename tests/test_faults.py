@@ -1,4 +1,4 @@
-"""Faults in long runs: kills, interrupts, hangs, a full disk, damaged files, NaN and infinity. docs/reliability.md."""
+"""Test faults in long runs (docs/reliability.md): kills, interrupts, hangs, full disks, damaged files, NaN."""
 
 import io
 import json
@@ -39,11 +39,11 @@ KILLS = [
 
 @pytest.fixture(scope="module")
 def killed(tiny_run) -> SimpleNamespace:
-    """A job that torchrun restarts twice and that dies at the third kill, and one that goes on from its folder."""
+    """A job that torchrun restarts twice and that dies at the third kill, and a job that resumes from its folder."""
     run = tiny_run.parent / "killed"
     args = small(tiny_run.parent, f"--output={run}", "--resume")
     first, checkers = Job(2, *faulty(KILLS), *args, restarts=2), set()
-    while first.process.poll() is None and not checkers:  # the checkers work while the job does
+    while first.process.poll() is None and not checkers:  # the checkers run while the job does
         checkers |= set(first.checkers())
         time.sleep(0.05)
     first_out, first_left = first.wait(), first.alive()
@@ -53,10 +53,10 @@ def killed(tiny_run) -> SimpleNamespace:
     return SimpleNamespace(run=run, job=first, first_out=first_out, left=first_left, checkers=checkers, out=out)
 
 
-def test_killed_in_rollout_backward_and_save_the_job_goes_on_to_the_same_weights(killed, tiny_run):
+def test_killed_in_rollout_backward_and_save_the_job_resumes_to_the_same_weights(killed, tiny_run):
     said = [killed.first_out.count(f"fault: kill at {f['at']}, step {f['step']}") for f in KILLS]
     assert said == [1, 1, 1], killed.first_out[-3000:]
-    assert "checkpoint step-4.partial is passed over (it was cut short" in killed.out
+    assert "checkpoint step-4.partial is skipped (its writing was interrupted" in killed.out
     assert "resuming from step-3" in killed.out
     assert same(weights(killed.run), weights(tiny_run))
     resumed, unbroken = records(killed.run, "train"), records(tiny_run, "train")
@@ -90,8 +90,8 @@ def reward(response, correct):
 """
 
 
-def test_ctrl_c_on_torchrun_saves_and_what_grades_outlives_it(tiny_run):
-    """torchrun sends the interrupt to each rank's process group; verifier and reward function are in none of them."""
+def test_ctrl_c_on_torchrun_saves_and_the_graders_outlive_it(tiny_run):
+    """torchrun interrupts each rank's process group; verifier and reward function belong to none of them."""
     run = tiny_run.parent / "interrupted"
     (tiny_run.parent / "own.py").write_text(OWN)
     job = Job(2, "-m", "lead_fast.train", *small(tiny_run.parent, f"--output={run}", "--steps=500"),
@@ -100,7 +100,7 @@ def test_ctrl_c_on_torchrun_saves_and_what_grades_outlives_it(tiny_run):
         time.sleep(0.1)
     job.process.send_signal(signal.SIGINT)
     out = job.wait(timeout=120)
-    assert "SignalException" in out and not job.alive(), out[-3000:]  # torchrun's own last words
+    assert "SignalException" in out and not job.alive(), out[-3000:]  # torchrun's own last message
     assert out.count("Asked to stop: the step is finished first") == out.count("Asked to stop: saved after step") == 1
     steps = records(run, "train")
     assert checkpoint.finished(run)[0].name == f"step-{len(steps)}"
@@ -111,7 +111,7 @@ def test_ctrl_c_on_torchrun_saves_and_what_grades_outlives_it(tiny_run):
 
 @pytest.mark.parametrize("ranks", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_second_ctrl_c_ends_a_run_that_hangs_at_once(ranks, tiny_run):
-    """0 ranks: plain python, whose process group gets the interrupt as from a terminal; 2: torchrun."""
+    """0 ranks: plain python, whose process group receives the interrupt as from a terminal; 2 ranks: torchrun."""
     run = tiny_run.parent / f"twice-{ranks}"
     command = [*faulty([{"do": "hang", "at": "optim", "step": 2}]), *small(tiny_run.parent, f"--output={run}")]
     command = [*(launcher(ranks) if ranks else [sys.executable]), *command]
@@ -156,8 +156,8 @@ print(signal.getsignal(signal.SIGTERM) == before, flush=True)
 def test_sigterm_may_come_twice_and_an_interrupt_after_it_ends_the_process():
     done = python("-c", TWICE, timeout=60)
     assert done.returncode == 0 and done.stdout.splitlines()[-2:] == ["3", "True"], done.stderr
-    assert done.stdout.count("Ctrl-C leaves at once") == 1
-    assert "threads 1\n" in done.stdout  # a lone process keeps to OMP_NUM_THREADS, which `environment` sets
+    assert done.stdout.count("Ctrl-C exits at once") == 1
+    assert "threads 1\n" in done.stdout  # a single process obeys OMP_NUM_THREADS, which `environment` sets
     done = python("-c", TWICE, "interrupt", timeout=60)
     assert done.returncode == 130 and done.stdout.splitlines()[-1] == "3"
 
@@ -169,7 +169,7 @@ def test_sigterm_may_come_twice_and_an_interrupt_after_it_ends_the_process():
 def test_a_two_rank_checkpoint_resumes_on_four_at_the_same_place_in_the_data(tiny_run):
     run = tiny_run.parent / "four"
     shutil.copytree(tiny_run, run)
-    for folder in checkpoint.finished(run)[:1]:  # step 5 goes, step 4 stays
+    for folder in checkpoint.finished(run)[:1]:  # remove step 5, keep step 4
         shutil.rmtree(folder)
     job = Job(4, "-m", "lead_fast.train", *small(tiny_run.parent, f"--output={run}", "--resume"))
     out = job.wait()
@@ -199,7 +199,7 @@ def take_a_step(policy, optimizer) -> dict[str, torch.Tensor]:
 
 
 def saved(run: Path, alone, steps: int = 3) -> list[dict[str, torch.Tensor]]:
-    """Checkpoints of steps 1 to `steps`, of which two are kept; the weights at each."""
+    """Save checkpoints of steps 1 to `steps`, of which two are kept; returns the weights at each step."""
     ranks, policy, optimizer = alone
     out = []
     for step in range(1, steps + 1):
@@ -234,12 +234,12 @@ SPOILT = {
     "half a list": (lambda f: os.truncate(f / "extra.json", 20), "list of files cannot be read"),
     "no list": (lambda f: (f / "extra.json").unlink(), "list of files cannot be read"),
     "empty list": (lambda f: (f / "extra.json").write_text('{"files": {}}'), "list of files is incomplete"),
-    "cut short": (lambda f: f.rename(f.with_suffix(".partial")), "cut short while it was written"),
+    "cut short": (lambda f: f.rename(f.with_suffix(".partial")), "its writing was interrupted"),
 }
 
 
 @pytest.mark.parametrize("kind", SPOILT)
-def test_a_spoilt_checkpoint_is_passed_over_for_the_last_whole_one(kind, alone, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_skipped_for_the_last_complete_one(kind, alone, tmp_path, capsys):
     spoil, why = SPOILT[kind]
     states = saved(tmp_path, alone)
     assert [p.name for p in checkpoint.finished(tmp_path)] == ["step-3", "step-2"]
@@ -263,7 +263,7 @@ def test_where_no_checkpoint_is_whole_the_run_stops_with_a_sentence(alone, tmp_p
 
 
 def test_a_full_disk_keeps_the_old_checkpoint_and_the_run(alone, tmp_path, capfd):
-    """The file size limit of the process is real: the write fails as it does on a full disk."""
+    """Uses a real limit on file size, at which a write fails as on a full disk."""
     ranks, policy, optimizer = alone
     states = saved(tmp_path, alone, steps=1)
     take_a_step(policy, optimizer)
@@ -283,7 +283,7 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_the_run(alone, tmp_path, capfd
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of 64 MB, where this process may mount one."""
+    """A disk of 64 MB; skips if this process may not mount one."""
     disk = tmp_path / "disk"
     disk.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=64m", "none", str(disk)]
@@ -294,8 +294,8 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_on_a_disk_that_fills_up_goes_on_to_its_end(small_disk, tiny_run):
-    """There is room when the run begins; others fill the disk, and then one checkpoint and the final model fit."""
+def test_a_run_on_a_disk_that_fills_up_is_trained_to_its_end(small_disk, tiny_run):
+    """There is room at first; then other files fill the disk until only one checkpoint and the final model fit."""
     run = small_disk / "run"
     job = Job(2, "-m", "lead_fast.train", *small(tiny_run.parent, f"--output={run}"))
     while job.process.poll() is None and not (run / "config.toml").exists():
@@ -308,7 +308,7 @@ def test_a_run_on_a_disk_that_fills_up_goes_on_to_its_end(small_disk, tiny_run):
 
 
 def test_records_wait_for_room_on_the_disk(tmp_path, capsys):
-    """/dev/full answers every write as a full disk does."""
+    """/dev/full fails every write like a full disk."""
     m = Metrics(tmp_path, total_steps=3, tensorboard=False)
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     m.train(1, {"loss": 1.0})
@@ -331,7 +331,7 @@ def test_the_watchdog_names_every_ranks_phase_and_stack_and_ends_the_job(tiny_ru
     for rank in (0, 1):
         assert f"rank {rank} made no progress" in out, out[-3000:]
     assert out.count("phase optim, step 2") == 2
-    assert "in hang" in out and "all_reduce" in out  # rank 1's stack, and rank 0's, which waits for it
+    assert "in hang" in out and "all_reduce" in out  # the stack of rank 1, and of rank 0, which waits for it
 
 
 LOCKED = """
@@ -376,7 +376,7 @@ def test_a_process_ends_cleanly_while_the_watchdog_looks_into_the_store():
 # ------------------------------------------------------------------------------------------------------------- numbers
 
 
-def test_what_is_not_finite_is_skipped_on_all_ranks_counted_kept_and_stops_the_run_in_the_end(tiny_run):
+def test_non_finite_updates_are_skipped_on_all_ranks_counted_and_kept_and_many_stop_the_run(tiny_run):
     run = tiny_run.parent / "nonfinite"
     faults = [{"do": "inf", "step": 2, "rank": 1}, {"do": "nan", "step": 4, "rank": 0}]
     faults += [{"do": "nan", "step": 5, "rank": 1}]
@@ -396,7 +396,7 @@ def test_what_is_not_finite_is_skipped_on_all_ranks_counted_kept_and_stops_the_r
             kept["groups"][0]["samples"][0]["response"]["text"]
             and "correct" in kept["groups"][0]["samples"][0]["score"]
         )
-    # The engine had the ranks' weights at every step: had one rank taken its step and not the other, they would differ.
+    # The engine had the ranks' weights at every step: they would differ if only one rank had taken its step.
     assert max(r["logprob_diff_max"] for r in steps) < 1e-3
 
 
@@ -447,7 +447,7 @@ def test_a_step_that_is_not_finite_leaves_weights_and_moments_as_they_were(alone
         assert all(torch.equal(a, b) for a, b in zip(moments, after, strict=True))
 
 
-def test_spikes_and_exploded_ratios_are_told_and_ordinary_steps_are_not(tmp_path):
+def test_spikes_and_exploded_ratios_are_reported_and_ordinary_steps_are_not(tmp_path):
     health = Health(tmp_path, 3)
     usual = {"loss": -0.02, "grad_norm": 0.3, "logprob_diff_mean": 1e-4, "logprob_diff_max": 1e-2}
     assert [health.look(s, usual | {"grad_norm": 0.3 + s / 100}) for s in range(20)] == [[]] * 20
@@ -486,7 +486,7 @@ def test_debug_mode_looks_for_values_above_a_bound_and_not_finite():
 
 
 class Evil:
-    """A pickle that leaves a mark where it is loaded."""
+    """A pickle that leaves a mark if it is loaded."""
 
     def __init__(self, mark: Path):
         self.mark = mark
@@ -513,7 +513,7 @@ def test_a_checkpoint_is_never_executed(alone, tmp_path):
 
 
 def test_a_checkpoints_getattr_reaches_enumerations_only():
-    """Some Pythons write a member of an enumeration as getattr(class, name)."""
+    """Some Python versions pickle a member of an enumeration as getattr(class, name)."""
     encoding = b"ctorch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING\n"
     member = b"cbuiltins\ngetattr\n(" + encoding + b"S'TORCH_PRESERVE_FORMAT'\ntR."
     assert checkpoint._Unpickler(io.BytesIO(member)).load().name == "TORCH_PRESERVE_FORMAT"
@@ -522,20 +522,20 @@ def test_a_checkpoints_getattr_reaches_enumerations_only():
         checkpoint._Unpickler(io.BytesIO(method)).load()
 
 
-def test_what_is_no_tensor_in_a_checkpoint_is_not_executed_either(alone, tmp_path):
-    """Settings and notes of the optimiser are pickles inside the shards, which DCP would load freely."""
+def test_objects_other_than_tensors_in_a_checkpoint_are_not_executed(alone, tmp_path):
+    """Settings and notes of the optimiser are pickles inside the shards, which DCP would load without restriction."""
     ranks, policy, optimizer = alone
     mark = tmp_path / "mark"
     take_a_step(policy, optimizer)
     optimizer.param_groups[0]["eps"], eps = Evil(mark), optimizer.param_groups[0]["eps"]
     assert checkpoint.save(tmp_path, 1, policy, optimizer, {}, ranks)
     optimizer.param_groups[0]["eps"] = eps
-    reload(tmp_path, alone)  # settings are the configuration's and are not read at all
+    reload(tmp_path, alone)  # settings come from the configuration and are not read at all
     assert not mark.exists() and optimizer.param_groups[0]["eps"] == eps
     state = next(iter(optimizer.state.values()))
     state["note"] = Evil(mark)
     assert checkpoint.save(tmp_path, 2, policy, optimizer, {}, ranks)
-    state["note"] = "harmless"  # so that the key is asked for
+    state["note"] = "harmless"  # so that the key is requested
     try:
         with pytest.raises(ValueError, match="(?i)weights.only|unsupported|cannot be read"):
             reload(tmp_path, alone)
@@ -588,5 +588,5 @@ def test_a_run_directory_belongs_to_one_run(tmp_path):
     lock.close()
     checkpoint.claim(run, resume=True).close()
     (run / "config.toml").write_text("")
-    with pytest.raises(ValueError, match="holds a run already"):
+    with pytest.raises(ValueError, match="already holds a run"):
         checkpoint.claim(run, resume=False)

@@ -1,4 +1,4 @@
-"""Hostile input against extraction, grading, chat template and report: no crash, stall, growth, or false "correct"."""
+"""Test hostile input to extraction, grading, chat template and report: no crash, stall, growth, or false "correct"."""
 
 import html.parser
 import json
@@ -21,7 +21,7 @@ from lead_fast.runtime.jsonl import read_jsonl
 from lead_fast.runtime.metrics import Metrics
 
 LIMIT_S = 1.0
-SUM = (r"\sum_{k=1}^{3} k", "6")  # no rule decides a sum: the worker is asked
+SUM = (r"\sum_{k=1}^{3} k", "6")  # no rule decides a sum, so the worker is asked
 
 
 def resident_bytes(pid: int | str = "self") -> int:
@@ -50,7 +50,7 @@ def test_no_hostile_answer_is_right_run_or_slow(tmp_path, n):
                 (s,) = score([answer(text)], [gold], v, where=where, degenerate=True)
                 took = time.monotonic() - began
                 assert not s.correct, (text[:200], gold)
-                # The limit, and the start of a new checker where one was killed; a hang is minutes.
+                # Allows for the limit and for the start of a new checker if one was killed; a hang would take minutes.
                 assert took < LIMIT_S + 60, (text[:200], took)
         assert v.kills < 60, "most cases must be told within the limit: else this only tests the limit"
         assert v.grade([("1+x", "x+1"), (r"\sum_{k=1}^{4} k", "10")]) == [True, True]
@@ -58,7 +58,7 @@ def test_no_hostile_answer_is_right_run_or_slow(tmp_path, n):
 
 
 @pytest.mark.parametrize("text", hostile.STALLS)
-def test_what_stalls_the_checker_is_wrong_and_the_next_answer_is_not(text):
+def test_an_answer_that_stalls_the_checker_is_wrong_and_the_next_one_is_unaffected(text):
     with Verifier(timeout_s=20.0) as v:
         v.grade([SUM])
         first, v.timeout_s = v.worker.process, LIMIT_S
@@ -160,7 +160,7 @@ def test_the_report_shows_hostile_text_as_text(tmp_path):
 
 
 def test_hostile_problems_go_through_files_and_records_unharmed(tmp_path):
-    """A problem with control characters, quotes and line separators comes out of data and records as it went in."""
+    """A problem with control characters, quotes and line separators leaves data and records unchanged."""
     texts = [t for t, _ in hostile.cases(50, "m") if "\ud800" not in t and t.strip()][:400]
     path = tmp_path / "p.jsonl"
     path.write_text("".join(json.dumps({"problem": t[:5000], "answer": "1"}) + "\n" for t in texts), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The house's own rules: what documents name exists, who imports whom, and how the configuration answers mistakes."""
+"""Test the rules of the repository: documents name what exists, imports, and answers to configuration mistakes."""
 
 import ast
 import dataclasses
@@ -20,7 +20,7 @@ from lead_fast.config import Config, SftConfig
 
 pytestmark = pytest.mark.quick
 
-EVIDENCE = ROOT / "docs" / "evidence"  # what commands generate
+EVIDENCE = ROOT / "docs" / "evidence"  # output of commands
 DOCS = [
     *sorted(ROOT.glob("*.md")),
     *(p for p in sorted((ROOT / "docs").rglob("*.md")) if EVIDENCE not in p.parents),
@@ -58,11 +58,11 @@ BELOW = {"runtime": set(), "reward": set(), "view": {"runtime"}, "data": {"runti
 LIFTED = {
     ("data", "prepare"): {"learner", "report"},
     ("data", "check"): {"learner"},
-}  # commands that live in their wing
+}  # commands inside a wing
 
 
 def inner_imports(path: Path) -> set[tuple[str, str]]:
-    """(wing or "", module) of everything of lead_fast that a file imports, inside functions too."""
+    """(wing or "", module) of every lead_fast module that a file imports, including imports inside functions."""
     package = path.relative_to(ROOT).with_suffix("").parts[:-1]  # ("lead_fast",) or ("lead_fast", wing)
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -89,7 +89,7 @@ KERNELS = ROOT / "kernels" / "lead_kernels"
 
 
 def kernel_imports(path: Path) -> set[tuple[str, ...]]:
-    """Modules of lead_kernels that a file of it imports, inside functions too and by name through importlib."""
+    """Modules of lead_kernels that one of its files imports, also inside functions and by name through importlib."""
     package, out = path.relative_to(KERNELS).parts[:-1], set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level:
@@ -214,7 +214,7 @@ def test_flags_recipes_and_presets_in_documents_exist(doc: Path):
 
 
 def anchors(path: Path) -> set[str]:
-    """Anchors of a page's headings, as GitHub and the site make them."""
+    """Anchors of a page's headings, as GitHub and the site generate them."""
     text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
     headings = [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", h) for h in re.findall(r"^#+ (.+?) *$", text, re.M)]
     return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
@@ -242,7 +242,7 @@ def test_every_page_is_in_the_sites_navigation():
 
 
 def prose(path: Path) -> list[str]:
-    """Comments and docstrings of a Python file, those of fields among them."""
+    """Comments and docstrings of a Python file, including those of fields."""
     text = path.read_text(encoding="utf-8")
     out = [t.string for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.type == tokenize.COMMENT]
     for node in ast.walk(ast.parse(text)):
@@ -276,7 +276,7 @@ def test_make_check_cuda_runs_every_file_of_kernel_tests():
 
 
 WRITTEN = {"train.jsonl", "test.jsonl", "compare.png", "seconds.json", "extra.json", "config.json", "solved.jsonl",
-           "avx512fintrin.h"}  # outputs; the last one is a header of the compiler  # fmt: skip
+           "avx512fintrin.h"}  # outputs, and last a header of the compiler  # fmt: skip
 GENERATED = {
     "docs/evidence/pipeline/",
     "samples.jsonl",
@@ -344,7 +344,7 @@ def given(key: str, x: Any, cls: Any) -> str:
 
 
 def refuses(arg: str, cls: Any) -> str:
-    """What the configuration says to an argument; fails if it takes it."""
+    """Return the message with which the configuration refuses an argument; fails if it accepts it."""
     with pytest.raises(ValueError) as e:
         c = load_config([arg], cls=cls)
         check(c, 1) if cls is Config else check_sft(c)
@@ -397,7 +397,7 @@ def test_text_that_is_needed_is_not_empty(key):
 def test_an_output_that_is_a_file_is_refused(cls, tmp_path):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "nowhere").symlink_to(tmp_path / "missing")
-    for path, why in (("file", "is a file"), ("file/below", "is a file"), ("nowhere", "is a link to nothing")):
+    for path, why in (("file", "is a file"), ("file/below", "is a file"), ("nowhere", "is a broken link")):
         with pytest.raises(ValueError, match=f"output is {tmp_path}/{path} and {tmp_path}/{path.split('/')[0]} {why}"):
             check_values(load_config([f"--output={tmp_path / path}"], cls=cls))
     check_values(load_config([f"--output={tmp_path / 'new' / 'folder'}"], cls=cls))
@@ -427,8 +427,8 @@ MISTAKES = [
     (["--loss.dual_clip=0.5"], "loss.dual_clip is 0.5"),
     (["--rollout.top_k=-1"], "rollout.top_k is -1"),
     (["--rollout.engine=vllm", "--rollout.tensor_parallel=3"], "rollout.tensor_parallel is 3, which does not divide 2"),
-    (["--rollout.tensor_parallel=2"], "only vLLM can do"),
-    (["--rollout.extra_problems=4"], "only vLLM can do"),
+    (["--rollout.tensor_parallel=2"], "only vLLM supports"),
+    (["--rollout.extra_problems=4"], "only vLLM supports"),
 ]
 
 
@@ -467,7 +467,7 @@ MISTYPED = [
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory) -> list[list]:
-    """What a dry run and commands with a mistake exit with and print."""
+    """Exit codes and output of a dry run and of commands with a mistake."""
     output = tmp_path_factory.mktemp("dry") / "run"
     dry = ["lead_fast.train", "--dry-run", f"--output={output}", "--rollout.group_size=4"]
     found = commands(dry, *(command for command, _ in MISTYPED))
@@ -506,10 +506,10 @@ def test_help_lists_every_key_in_order_with_the_recipes_value_and_lists_nothing_
         load_config([*args, "--help"], cls=cls, about="What it does.")
     text = capsys.readouterr().out
     assert not e.value.code and text.startswith("What it does.\n")
-    entries = re.findall(r"^  --(\S+?)=(.*)\n      (\S.*)$", text, re.M)  # the flag, and a line that describes it
+    entries = re.findall(r"^  --(\S+?)=(.*)\n      (\S.*)$", text, re.M)  # a flag, and a line that describes it
     listed = {key: value for key, value, _ in entries if key not in ("config", "model")}
     assert list(listed) == keys(cls) and len(entries) == len(listed) + 2
-    given = [f"--{key}={value}" for key, value in listed.items()]  # all are accepted, and are what would hold anyway
+    given = [f"--{key}={value}" for key, value in listed.items()]  # all are accepted and change nothing
     assert load_config(given, cls=cls) == load_config(args[:1], cls=cls)
     assert set(re.findall(r"^  --([a-z-]+)(?:\n|=[A-Z])", text, re.M)) == {"help", "dry-run", "config", "model"}
     sections = [f.name for f in dataclasses.fields(cls) if dataclasses.is_dataclass(f.type)]

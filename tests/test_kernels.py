@@ -1,4 +1,4 @@
-"""The kernels against fp64: golden vectors of the released code, every loss mode, hard shapes and values."""
+"""Test the kernels against fp64: golden vectors of the released code, every loss mode, hard shapes and values."""
 
 import dataclasses
 import itertools
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.quick
 
 # ------------------------------------------------------------------------------------------------------ lead_advantages
 
-# correct lengths, wrong lengths, options, rewards, advantages: G = 8, made by the released functions
+# lengths of correct and of wrong responses, options, rewards, advantages: G = 8, computed by the released functions
 GOLDEN = {
     "A": ([6000, 8000], [7000, 9000, 9500, 10000, 11000, 12000], {},
           [1.035988, 0.965262] + [-1] * 6, [2.474827, 2.360860] + [-0.512951] * 6),
@@ -71,7 +71,7 @@ def test_golden_vectors(name):
 
 
 def test_difficulty_weights():
-    """w(rho) at 0, 1/8, ..., 1, seen through groups whose normalised advantage is known."""
+    """w(rho) at 0, 1/8, ..., 1, derived from groups whose normalised advantage is known."""
     expected = [1.499392, 1.497881, 1.492638, 1.474725, 1.416556, 1.255030, 0.950000, 0.644970, 0.483444]
     for n in range(1, 8):
         correct = torch.tensor([1] * n + [0] * (8 - n))
@@ -154,7 +154,7 @@ def test_permuting_a_group_permutes_its_advantages(members, rng):
     a, b = run(members), run([members[i] for i in order])
     torch.testing.assert_close(a.advantage[order], b.advantage, atol=1e-5, rtol=1e-5)
     assert torch.isfinite(a.advantage).all()
-    # Shift and scale of lengths change nothing: z is what is rewarded.
+    # Shifting and scaling the lengths changes nothing, because the reward depends on z.
     moved = run([(c, 3 * n + 100) for c, n in members])
     torch.testing.assert_close(a.advantage, moved.advantage, atol=1e-4, rtol=1e-4)
 
@@ -172,7 +172,7 @@ OPTIONS = [
 
 
 def without_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the plain torch form run, as on a machine where csrc was not built."""
+    """Run the plain torch form, as on a machine where csrc was not built."""
     for module in ("_rows", "advantage"):
         monkeypatch.setattr(f"lead_kernels.{module}.cpu_extension", lambda: None)
 
@@ -191,7 +191,7 @@ def inputs(seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def specification(x, *, ratio, entropy, kl, dual, cap, level, old, temperature=0.7, softcap=None, biased=False):
-    """The loss by its formulas and autograd alone, in fp64."""
+    """Compute the loss from its formulas and autograd alone, in fp64."""
     hidden, head, bias = (x[k].clone().requires_grad_() for k in ("hidden", "head", "bias"))
     z = hidden @ head.T + (bias if biased else 0)
     y = z if softcap is None else softcap * torch.tanh(z / softcap)
@@ -225,7 +225,7 @@ def specification(x, *, ratio, entropy, kl, dual, cap, level, old, temperature=0
 
 
 def arguments(x, *, ratio, entropy, kl, dual, cap, level, old):
-    """What the losses take after logits, or after hidden and head; and their keywords."""
+    """Arguments of the losses after logits, or after hidden and head, and their keywords."""
     tokens = Tokens(x["targets"], x["ids"], x["behavior"], x["behavior"] if old else None, x["reference"])
     options = LossOptions(
         ratio=ratio, dual_clip=dual, importance_cap=cap, importance_level=level, kl=kl, kl_coef=0.1,
@@ -237,7 +237,7 @@ def arguments(x, *, ratio, entropy, kl, dual, cap, level, old):
 HOT = {"temperature": 0.7}
 
 
-# options, ratio, advantage -> loss and its derivative by the log-prob, which is log 0.5 = -0.693147; worked out by hand
+# options, ratio, advantage, loss, its derivative with respect to the log-prob log 0.5 = -0.693147; computed by hand
 BY_HAND = [
     ({}, 1.5, 2.0, -2.4, 0.0),  # clipped: -1.2 x 2
     ({}, 1.5, -2.0, 3.0, 3.0),
@@ -251,9 +251,9 @@ BY_HAND = [
     ({"delta": 4.0}, 5.0, 2.0, -2.4, 0.0),
     ({"ratio": "cispo"}, 0.5, -2.0, -0.693147, 1.0),  # no lower bound: 0.5 x 2 x log 0.5
     ({"ratio": "cispo"}, 1.5, 2.0, 1.663553, -2.4),  # the upper bound is a weight of 1.2
-    ({"ratio": "cispo", "clip_low": 0.2}, 0.5, -2.0, -1.109035, 1.6),  # asked for: 0.8 x 2 x log 0.5
+    ({"ratio": "cispo", "clip_low": 0.2}, 0.5, -2.0, -1.109035, 1.6),  # with a lower bound: 0.8 x 2 x log 0.5
     ({"ratio": "cispo", "clip_high": 4.0}, 1.5, 2.0, 2.079442, -3.0),
-    ({"ratio": "sapo"}, 1.0, 2.0, -4.0, -2.0),  # at ratio 1 the derivative of GRPO
+    ({"ratio": "sapo"}, 1.0, 2.0, -4.0, -2.0),  # at ratio 1 the same derivative as GRPO
     ({"ratio": "sapo"}, 1.0, -2.0, 3.809524, 2.0),  # 4 / 1.05
     ({"ratio": "sapo"}, 2.0, 2.0, -5.848469, -3.145791),  # sigmoid(1) = 0.731059; 0.731059 x 0.268941 x 4 x 2 x 2
     ({"ratio": "sapo"}, 0.5, -2.0, 2.831877, 0.934140),  # sigmoid(-0.525) = 0.371684
@@ -261,7 +261,7 @@ BY_HAND = [
 
 
 def run_ratio(options: LossOptions, log_r: float, advantage: float, dtype=torch.float64) -> tuple[float, float]:
-    """Loss and d loss / d log-prob of one row with log-prob log 0.5 and this ratio."""
+    """Compute loss and d loss / d log-prob of one row with log-prob log 0.5 and the given ratio."""
     logits = torch.zeros(1, 2, dtype=dtype, requires_grad=True)
     old = torch.tensor([0.5], dtype=torch.float64).log() - log_r
     zero = torch.zeros(1, dtype=torch.int64)
@@ -292,7 +292,7 @@ def test_delta_is_a_dual_clip():
     {"importance_cap": 1.5, "importance_mode": "mask"}, {"kl_coef": 0.1}, {"entropy_coef": 0.1},
 ], ids=str)  # fmt: skip
 def test_an_advantage_of_nan_gives_a_gradient_of_nan_in_its_rows_alone(options, backend, monkeypatch):
-    """With ratios below, within and above the clip, and past the cap of their logarithm."""
+    """Ratios are below, within and above the clip, and past the cap on their logarithm."""
     if backend == "plain torch":
         without_cpp(monkeypatch)
     log_r = torch.tensor([-3.0, 0.0, 0.5, 1.0, 30.0]).repeat(2)
@@ -310,7 +310,7 @@ def test_an_advantage_of_nan_gives_a_gradient_of_nan_in_its_rows_alone(options, 
 
 @pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
 def test_estimators_of_the_kl_divergence_have_the_documented_gradients_in_expectation(kl):
-    """The expectation is exact: a row for each token of the vocabulary, weighted with its probability."""
+    """The expectation is exact: one row per token of the vocabulary, weighted by its probability."""
     g = torch.Generator().manual_seed(8)
     policy, reference = torch.randn(2, 9, dtype=torch.float64, generator=g).log_softmax(1)
     z = policy.clone().requires_grad_()
@@ -391,7 +391,7 @@ def test_half_precision_is_as_good_as_torch_from_the_same_rounded_logits(dtype, 
     g = torch.Generator().manual_seed(vocabulary)
     logits = (3 * torch.randn(37, vocabulary, generator=g) + offset).to(dtype)
     targets = torch.randint(vocabulary, (37,), generator=g)
-    ids = torch.zeros(37, dtype=torch.int32)  # any integers will do
+    ids = torch.zeros(37, dtype=torch.int32)  # any integer type is accepted
     common = Tokens(targets, ids), Sequences(torch.ones(1), torch.ones(1)), LossOptions(entropy_coef=0.1)
 
     def run(x):
@@ -497,7 +497,7 @@ def test_matrices_options_and_chunks_that_do_not_fit_are_refused():
         linear_policy_loss(hidden, head, *common[:2], AdvantageOptions())
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # of torch.func.jvp
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # raised by torch.func.jvp
 def test_second_and_forward_mode_derivatives_are_errors():
     x = inputs()
     h, w = (x[k].clone().requires_grad_() for k in ("hidden", "head"))
@@ -509,7 +509,7 @@ def test_second_and_forward_mode_derivatives_are_errors():
     ]
     for f in functions:
         with pytest.raises(NotImplementedError, match="no second derivatives"):
-            # the square is differentiable twice: what is missing would be a part of the sum, and not seen
+            # the square is twice differentiable, so a missing second derivative would only be a missing term of the sum
             (first,) = torch.autograd.grad(f(h) + h.square().sum(), h, create_graph=True)
             torch.autograd.grad(first.sum(), h)
         with pytest.raises(NotImplementedError, match="no forward-mode derivatives"):
@@ -538,7 +538,7 @@ def test_strided_hidden_and_the_same_bits_every_time():
 
 
 def test_an_older_torch_adds_products_in_slices(monkeypatch: pytest.MonkeyPatch):
-    """torch.mm(out_dtype=...) is for GPUs; here it stands for itself in float32."""
+    """torch.mm(out_dtype=...) needs a GPU; here a float32 product replaces it."""
     real, sizes = torch.mm, []
 
     def mm(a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
@@ -547,7 +547,7 @@ def test_an_older_torch_adds_products_in_slices(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(torch, "mm", mm)
     g = torch.Generator().manual_seed(3)
-    total = torch.full((2100, 1 << 15), torch.nan)  # two slices of 2,048 rows and less
+    total = torch.full((2100, 1 << 15), torch.nan)  # two slices, of 2,048 rows and fewer
     parts = [(torch.randn(2100, 4, generator=g).bfloat16(), torch.randn(4, 1 << 15, generator=g).bfloat16())] * 2
     for i, (a, b) in enumerate(parts):
         add_in_slices_(total, a, b, first=i == 0)
@@ -571,7 +571,7 @@ def test_linear_logprobs_with_gradients(softcap):
 
 
 def test_a_bias_is_added_before_the_logits_are_rounded_and_its_gradient_is_summed_in_float32():
-    """4,000 rows of equal gradients in bfloat16: a running sum in bfloat16 would stop at 256 of them."""
+    """4,000 rows of equal gradients in bfloat16: a running sum in bfloat16 would stall at 256 of them."""
     x, rows = inputs(), 4000
     hidden, head = torch.zeros(rows, D, dtype=torch.bfloat16), x["head"].bfloat16()
     bias = x["bias"].bfloat16().requires_grad_()
@@ -586,13 +586,13 @@ def test_a_bias_is_added_before_the_logits_are_rounded_and_its_gradient_is_summe
     exact = rows * (torch.nn.functional.one_hot(torch.tensor(0), V) - bias.detach().double().softmax(0))
     torch.testing.assert_close(runs[0].double(), exact, rtol=2**-7, atol=0)
     logits = torch.nn.functional.linear(x["hidden"].bfloat16(), head, bias.detach()).float()
-    at = x["targets"][:, None]  # whose own logit is not rounded
+    at = x["targets"][:, None]  # the target's own logit is not rounded
     exact = torch.nn.functional.linear(x["hidden"].bfloat16().float(), head.float(), bias.detach().float()).gather(
         1, at
     )
     linear = logits.scatter(1, at, exact).log_softmax(-1)
     logp, _ = linear_logprobs(x["hidden"].bfloat16(), head, x["targets"], head_bias=bias.detach())
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():  # else the product is taken in float32, with more digits
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():  # otherwise the product is computed in float32, with more digits
         torch.testing.assert_close(logp, linear.gather(1, at)[:, 0])
 
 
@@ -672,7 +672,7 @@ def test_any_shape_and_any_chunk_equals_torch(T, V, S, chunk, rng):
     "options", [{}, {"rate": "positive", "group_filter": "official"}, {"std": "mad", "nonnegative_correct": True}]
 )
 def test_outcomes_give_the_bits_of_advantages_computed_beforehand(backend, dtype, options, monkeypatch):
-    """On a CPU; test_kernels_triton.py does the same for Triton's row kernel."""
+    """On a CPU; test_kernels_triton.py tests the same for Triton's row kernel."""
     if backend == "plain torch":
         without_cpp(monkeypatch)
     elif cpu_extension() is None:
@@ -694,7 +694,7 @@ def test_outcomes_give_the_bits_of_advantages_computed_beforehand(backend, dtype
         results.append([out.loss, direct.loss, hidden.grad, head.grad, logits.grad, *out.metrics.values()])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-    # A row of ratio 1 and weight 1 in each sequence: its loss is the advantage, less the sign.
+    # A row with ratio 1 and weight 1 in each sequence: its loss is minus the advantage.
     one = Tokens(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
     for i in range(6):
         at = one._replace(sequence_ids=torch.tensor([i]))
@@ -814,7 +814,7 @@ def test_no_operator_takes_more_than_13_parameters():
 
 
 def test_switches_by_hand():
-    """Correct 100, 200, 300 tokens (z = -1, 0, 1), wrong 400; and a group that is all correct with equal lengths."""
+    """One group with 100, 200, 300 tokens correct (z = -1, 0, 1) and 400 wrong, one all correct with equal lengths."""
     correct, lengths = torch.tensor([1, 1, 1, 0, 1, 1, 1, 1]), torch.tensor([100, 200, 300, 400, 50, 50, 50, 50])
     outcomes = Outcomes(correct, lengths, torch.zeros(8))
     plain = AdvantageOptions(length_reward=False, difficulty=False, std="none", eps=1e-12)
@@ -822,7 +822,7 @@ def test_switches_by_hand():
     def of(**options):
         return lead_advantages(outcomes, 4, dataclasses.replace(plain, **options)).advantage.tolist()
 
-    # mean 3/4; with a length advantage of 0.4 and a solve rate of 3/4: 0.3 x (1, 0, -1)
+    # mean 3/4; a length advantage of 0.4 and a solve rate of 3/4 add 0.3 x (1, 0, -1)
     assert of() == pytest.approx([0.25, 0.25, 0.25, -0.75, 0, 0, 0, 0])
     assert of(length_advantage=0.4) == pytest.approx([0.55, 0.25, -0.05, -0.75, 0, 0, 0, 0])
     # weighted by length: (100 + 200 + 300) / 1000; the standard deviation is about the mean, 1/2

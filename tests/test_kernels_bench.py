@@ -1,4 +1,4 @@
-"""bench/kernels.py: its float64 reference, what it checks in rivals, and rivals that cannot run here."""
+"""Test bench/kernels.py: its float64 reference, its checks of rivals, and rivals that cannot run here."""
 
 import importlib.util
 import sys
@@ -13,7 +13,7 @@ sys.path.append(str(BENCH))
 import rivals  # type: ignore  # noqa: E402
 from harness import Cannot  # type: ignore  # noqa: E402
 
-# By its path: `kernels` is a folder of the repository too, which Python may take for a namespace package.
+# Imported by path, because Python may take the repository's folder `kernels` for a namespace package.
 _spec = importlib.util.spec_from_file_location("bench_kernels", BENCH / "kernels.py")
 assert _spec and _spec.loader
 bench = importlib.util.module_from_spec(_spec)

@@ -1,6 +1,6 @@
-"""The Triton kernels without a GPU: under Triton's interpreter against the oracle, and cross-compiled.
+"""Test the Triton kernels without a GPU: under Triton's interpreter against the oracle, and cross-compiled.
 
-The interpreter must be chosen before triton is imported: one test runs the rest of this file in a process of its own.
+The interpreter must be chosen before triton is imported, so one test runs the rest of this file in a separate process.
 """
 
 import os
@@ -82,7 +82,7 @@ def test_the_oracle_rejects(name: str, tmp_path: Path):
 
 
 def case(T: int = 11, V: int = 37, S: int = 4) -> tuple[torch.Tensor, torch.Tensor, Tokens, torch.Tensor]:
-    """hidden, head, tokens, weights."""
+    """Make hidden, head, tokens, weights."""
     g = torch.Generator().manual_seed(T)
     hidden, head = torch.randn(T, 8, generator=g), torch.randn(V, 8, generator=g)
     targets, weights = torch.randint(V, (T,), generator=g), torch.rand(S, generator=g)
@@ -106,7 +106,7 @@ def test_the_public_functions_run_the_kernels(monkeypatch: pytest.MonkeyPatch):
     hidden, head, tokens, weights = case()
     sequences, ratio, bias = Sequences(weights, GROUPS), LossOptions(ratio="sequence"), torch.linspace(-1, 1, len(head))
     results = []
-    for dtype in (torch.float32, torch.float64):  # float64 is the specification, not Triton
+    for dtype in (torch.float32, torch.float64):  # float64 runs the specification, not Triton
         h, w, b = (x.to(dtype, copy=True).requires_grad_() for x in (hidden, head, bias))
         more: dict = {"softcap": 3.0, "head_bias": b}
         out = linear_policy_loss(h, w, tokens, sequences, ratio, chunk_rows=4, **more)
@@ -147,7 +147,7 @@ def test_in_place_gives_the_same_gradient_over_the_logits(softcap: float | None)
         out = policy_loss(z, tokens, Sequences(weights, torch.ones(4)), inplace=inplace, softcap=softcap)
         (2 * out.loss).backward()
         grads.append(leaf.grad)
-        if inplace:  # on a GPU the factor 2 is written over them too
+        if inplace:  # on a GPU the factor 2 is also applied in place
             assert any(torch.equal(f * z.detach(), leaf.grad) for f in (1, 2))
     assert torch.equal(*grads)
 
@@ -171,7 +171,7 @@ def test_backward_again_gives_the_same_again(factor: float, keep: bool):
 
 @inside
 def test_offsets_past_2_to_the_31():
-    """Rows 2^30 apart in bf16: 4 GiB of addresses, of which three short rows are touched."""
+    """Rows 2^30 elements apart in bf16: 4 GiB of addresses, of which three short rows are touched."""
     V, apart = 300, 2**30
     wide = torch.empty(2 * apart + V, dtype=torch.bfloat16).as_strided((3, V), (apart, 1))
     wide.copy_(torch.randn(3, V))
@@ -189,7 +189,7 @@ def test_gradcheck(mode: dict, softcap: float | None):
     hidden, head, tokens, weights = case(T=6, V=5, S=2)
     h, w, b = (x.double().requires_grad_() for x in (hidden, head, torch.linspace(-1, 1, 5)))
     logp = linear_logprobs(h, w, tokens.targets, softcap=softcap, head_bias=b)[0].detach()
-    # CISPO's weight is detached: ratio exactly 1 where it is
+    # CISPO's weight is detached, so its ratio must be exactly 1
     tokens = tokens._replace(behavior=logp, old=None if mode.get("ratio") == "cispo" else logp + 0.05,
                              reference=logp + 0.1 if "kl" in mode else None)  # fmt: skip
     common = tokens, Sequences(weights, torch.tensor([1.0, -0.5])), LossOptions(entropy_coef=0.1, **mode)
@@ -232,7 +232,7 @@ def test_compile_sees_one_operator(fused: bool):
 
     def step(h, w, b, lengths):
         bias = b if fused else None
-        groups = Groups(Outcomes(lengths > 5, lengths), 2, advantage_options)  # torch 2.11 traces no default of a tuple
+        groups = Groups(Outcomes(lengths > 5, lengths), 2, advantage_options)  # torch 2.11 cannot trace the default
         given = groups if fused else lead_advantages(*groups).advantage
         out = linear_policy_loss(h, w, tokens, Sequences(weights, given), options, head_bias=bias, **more)
         logits = policy_loss(h @ w.T, tokens, Sequences(weights, given), options, **more)
@@ -265,7 +265,7 @@ def test_opcheck(train: list):
     torch.library.opcheck(ops.lead_advantages.default, GROUPS.encode())
 
 
-# The committed table has every row; compiling a few of them again shows that it is of these kernels.
+# The committed table has all rows; compiling a few of them again shows that it belongs to these kernels.
 TABLE = DOCUMENT.parent / "evidence" / "kernel_resources.md"
 
 
@@ -290,7 +290,7 @@ def test_the_table_has_every_row_without_spills_and_with_wide_loads():
                 assert float(r["both"]) > 5 and (r["second"] == "0.0") == forward, r
 
 
-# both looks at a row, for sm_90 in bf16, with the loss, exact logits of the targets and the groups' advantages inside
+# both looks at a row, for sm_90 in bf16, including loss, exact logits of the targets and advantages of the groups
 CEILINGS = {resources.POLICY: 15, resources.ENTROPY: 18, resources.GROUPED: 18}
 
 
@@ -301,7 +301,7 @@ def test_instructions_per_logit(kernel: str):
     assert made["spills"] == 0 and made["load_bytes"] == 16 and made["store_bytes"] == 16
     assert [look.writes for look in made["looks"]] == [False, True]
     for look in made["looks"]:
-        assert 1.0 <= look.pipes["mufu"] < 1.1 and look.pipes["fma"] >= 2  # these are the loops over logits
+        assert 1.0 <= look.pipes["mufu"] < 1.1 and look.pipes["fma"] >= 2  # shows that these are the loops over logits
         assert look.ahead > 0.4, "a tile is waited for before the one before it is computed"
     assert made["both"] == made["first"] + made["second"] <= CEILINGS[kernel]
 
@@ -327,7 +327,7 @@ def test_a_loop_that_waits_for_its_load_is_seen_as_such():
 def test_cross_compiled_again(target: str):
     made = resources.compiled(resources.ENTROPY, "fp16", target)
     assert made["load_bytes"] == 16 and made["store_bytes"] == 16
-    assert made["spills"] == 0 or target == "gfx942"  # whose compiler spills a few bytes in fp16
+    assert made["spills"] == 0 or target == "gfx942"  # the compiler for gfx942 spills a few bytes in fp16
 
 
 @pytest.mark.skipif(INTERPRETED, reason="one process is enough")
@@ -353,8 +353,7 @@ def test_chunks_fill_whole_waves_of_a_device_that_the_table_knows():
     assert chunk(10, 5120, row_bytes=budget) == 1
 
 
-# What the interpreter cannot see: pointers that are absent, and integer arguments of 1, which the compiler takes for
-# constants.
+# What the interpreter cannot test: absent pointers, and integer arguments of 1, which the compiler treats as constants.
 OPTIONAL = dict.fromkeys(
     ("target_logit_ptr", "behavior_ptr", "old_ptr", "reference_ptr", "log_ratio_ptr", "importance_ptr")
 )
@@ -404,9 +403,9 @@ def test_compiles_with_options_absent(name: str):
 @pytest.mark.skipif(INTERPRETED, reason="needs the compiler")
 @pytest.mark.parametrize("groups", [resources.ALL_GROUPS, {"std": "mad", "length_gate": 4000}])
 def test_the_compiler_has_no_product_of_a_groups_advantages_to_fuse(groups: dict, tmp_path: Path):
-    """With and without fused multiply-adds the same arithmetic: the row kernel runs with them, lead_advantages without.
+    """The arithmetic is the same with fused multiply-adds (row kernel) and without (lead_advantages).
 
-    That sums do not depend on the warps is `total`'s part, which the interpreter cannot show either.
+    `total` makes sums independent of the number of warps, which the interpreter cannot show either.
     """
     import triton
 

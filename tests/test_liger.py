@@ -1,4 +1,4 @@
-"""Liger's kernels in the trainer's blocks, under Triton's interpreter: plain torch's gradient, however checkpointed.
+"""Test Liger's kernels in the trainer's blocks, under Triton's interpreter: the gradient is plain torch's.
 
 Skipped where liger-kernel is not installed (extras `gpu` and `dev`).
 """

@@ -1,4 +1,4 @@
-"""A machine with GPUs, as far as one without can show it: the commands install, and what is missing is one sentence."""
+"""Test set-up for GPU machines without a GPU: commands install, and anything missing gets one sentence."""
 
 import hashlib
 import importlib.metadata
@@ -41,7 +41,7 @@ H100 = "NVIDIA H100 80GB HBM3"
 
 
 def stub_nvidia_smi(folder: Path, listing: str, driver: str = "580.95.05", code: int = 0) -> dict[str, str]:
-    """An environment whose nvidia-smi lists these GPUs; the lines of `-L`."""
+    """Make an environment whose nvidia-smi -L prints these lines."""
     names = [re.sub(r"GPU \d+: (.*?) \(UUID.*", r"\1", line) for line in listing.splitlines() if line.startswith("GPU")]
     query = "".join(f"{name}, {driver}\n" for name in names)
     (folder / "listing").write_text(listing)
@@ -59,8 +59,8 @@ def eight_h100(folder: Path, driver: str = "580.95.05") -> dict[str, str]:
 
 
 def planned(target: str, env: dict[str, str], *args: str) -> str:
-    """What make would run for a target."""
-    env = {k: v for k, v in env.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}  # of a make around the tests
+    """Return what make would run for a target."""
+    env = {k: v for k, v in env.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}  # set if make runs the tests
     command = ["make", "--no-print-directory", "-n", target, *args]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
@@ -79,11 +79,11 @@ def test_where_a_gpu_is_make_installs_the_cuda_set_with_vllm(target, tmp_path):
 
 
 def test_without_a_gpu_make_installs_the_cpu_set(tmp_path):
-    for listing, code in (("", 9), ("No devices were found\n", 0)):  # a driver that answers nothing, a login node
+    for listing, code in (("", 9), ("No devices were found\n", 0)):  # a driver that does not answer, a login node
         text = planned("install", stub_nvidia_smi(tmp_path, listing, code=code), f"VENV={tmp_path}/env")
         assert "torch==2.13.0" in text and '".[dev]"' in text and ".ci/constraints.txt" in text
         assert "constraints-cuda" not in text and "--cuda" not in text
-    text = planned("install", eight_h100(tmp_path), f"VENV={tmp_path}/env", "CUDA=")  # asked for by hand
+    text = planned("install", eight_h100(tmp_path), f"VENV={tmp_path}/env", "CUDA=")  # requested explicitly
     assert "torch==2.13.0" in text
 
 
@@ -186,13 +186,13 @@ def test_an_installation_is_checked_before_it_downloads(tmp_path):
     done = install_check(env, str(tmp_path / "env"), "--cuda")
     assert done.returncode == 0 and f"8 x {H100}, driver 580.95.05" in done.stdout, done.stderr
     done = install_check(eight_h100(tmp_path, driver="550.54.14"), str(tmp_path / "env"), "--cuda")
-    assert done.returncode == 1 and "The NVIDIA driver is 550.54.14, and CUDA 13.0 needs 580 or newer" in done.stderr
+    assert done.returncode == 1 and "The NVIDIA driver is 550.54.14, but CUDA 13.0 needs 580 or newer" in done.stderr
     assert done.stderr.count("\n") == 1
 
 
 def test_too_little_disk_gets_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(hardware.shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * hardware.GIB))
-    with pytest.raises(ValueError, match=r"env is on a disk with 2.0 GiB free, and the installation needs 20.0 GiB"):
+    with pytest.raises(ValueError, match=r"env is on a disk with 2.0 GiB free, but the installation needs 20.0 GiB"):
         hardware.before_install(tmp_path / "env", cuda=True)
     with pytest.raises(ValueError, match=r"needs 3.0 GiB: make room, or give VENV=FOLDER on another disk"):
         hardware.before_install(tmp_path / "env", cuda=False)
@@ -204,7 +204,7 @@ def test_a_run_whose_checkpoints_do_not_fit_the_disk_gets_a_sentence(tmp_path, m
 
     shape = AutoConfig.for_model(**QWEN_14B)
     monkeypatch.setattr(hardware.shutil, "disk_usage", lambda path: SimpleNamespace(free=100 * hardware.GIB))
-    with pytest.raises(ValueError, match=r"100.0 GiB free, and writing a checkpoint of 165.1 GiB .* needs 192.6 GiB"):
+    with pytest.raises(ValueError, match=r"100.0 GiB free, but writing a checkpoint of 165.1 GiB .* needs 192.6 GiB"):
         check_room(tmp_path, shape, checkpoint_every=20)
     check_room(tmp_path, shape, checkpoint_every=0)  # 27.5 GiB of exported weights
     assert not capsys.readouterr().out
@@ -214,7 +214,7 @@ def test_a_run_whose_checkpoints_do_not_fit_the_disk_gets_a_sentence(tmp_path, m
     monkeypatch.setattr(hardware.shutil, "disk_usage", lambda path: SimpleNamespace(free=100 * hardware.GIB))
     (tmp_path / "checkpoints" / "step-20").mkdir(parents=True)
     with open(tmp_path / "checkpoints" / "step-20" / "weights", "wb") as f:
-        f.truncate(int(430 * hardware.GIB))  # a resumed run: what is there need not be written again
+        f.truncate(int(430 * hardware.GIB))  # a resumed run: existing files need not be written again
     check_room(tmp_path, shape, checkpoint_every=20)
     assert not capsys.readouterr().out
 
@@ -223,7 +223,7 @@ def test_a_run_whose_checkpoints_do_not_fit_the_disk_gets_a_sentence(tmp_path, m
 
 
 def pretend_gpus(monkeypatch, n: int, gib: float = 79.1, capability=(9, 0)) -> None:
-    """Let torch show n GPUs."""
+    """Make torch report n GPUs."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: n > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: n)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i=0: capability)
@@ -235,13 +235,13 @@ def pretend_gpus(monkeypatch, n: int, gib: float = 79.1, capability=(9, 0)) -> N
 def test_gpus_that_torch_cannot_use_stop_the_run(tmp_path, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     for driver, cuda, says in (("550.54.14", "13.0", "it needs driver 580 or newer; update the driver"),
-                               ("580.95.05", "13.0", "collect_env tells why; fix that"),
-                               ("580.95.05", None, "it is a build for the CPU; run make install")):  # fmt: skip
+                               ("580.95.05", "13.0", "collect_env shows why; fix that"),
+                               ("580.95.05", None, "it is a CPU build; run make install")):  # fmt: skip
         monkeypatch.setenv("PATH", eight_h100(tmp_path, driver)["PATH"])
         monkeypatch.setattr(torch.version, "cuda", cuda)
         with pytest.raises(ValueError) as e:
             hardware.use_cuda(0, 8)
-        assert f"nvidia-smi shows 8 GPUs (driver {driver}), and torch" in str(e.value) and says in str(e.value)
+        assert f"nvidia-smi shows 8 GPUs (driver {driver}), but torch" in str(e.value) and says in str(e.value)
         assert "or set CUDA_VISIBLE_DEVICES=" in str(e.value) and "\n" not in str(e.value)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # on purpose
     assert hardware.use_cuda(0, 8) is False
@@ -263,7 +263,7 @@ def test_more_ranks_than_gpus_and_old_gpus_get_a_sentence(monkeypatch):
     with pytest.raises(ValueError, match=r"8 ranks .* sees 4 GPUs \(CUDA_VISIBLE_DEVICES=0,1,2,3\): .*node 4\."):
         hardware.use_cuda(0, 8)
     pretend_gpus(monkeypatch, 1, capability=(7, 0))
-    with pytest.raises(ValueError, match="compute capability 7.0, and bfloat16 needs 8.0"):
+    with pytest.raises(ValueError, match="compute capability 7.0, but bfloat16 needs 8.0"):
         hardware.use_cuda(0, 1)
 
 
@@ -282,12 +282,12 @@ def test_what_triton_compiles_with_is_looked_for(tmp_path, monkeypatch):
     "gpus, gib, world, here, recipe, says",
     [
         (8, 79.1, 8, 8, "lead-14b", "8 GPUs with 79 GiB each"),
-        (8, 79.0, 8, 8, "lead-14b", ""),  # an '80 GB' card shows less than 79.1
+        (8, 79.0, 8, 8, "lead-14b", ""),  # an '80 GB' card reports less than 79.1
         (8, 139.7, 8, 8, "lead-14b", ""),
         (4, 139.7, 8, 4, "lead-14b", ""),  # two machines
         (8, 39.4, 8, 8, "tiny", "Warning: 8 GPUs with 39 GiB each, of which 8 train the small embedded model"),
-        (8, 79.1, 1, 1, "tiny", "of which 1 train the small embedded model, and lead-14b wants 8 ranks"),
-        (0, 0, 2, 2, "tiny", "no GPU, and lead-14b wants"),
+        (8, 79.1, 1, 1, "tiny", "of which 1 train the small embedded model, and lead-14b needs 8 ranks"),
+        (0, 0, 2, 2, "tiny", "no GPU, and lead-14b needs"),
     ],
 )
 def test_the_recipe_fits_the_ranks(monkeypatch, gpus, gib, world, here, recipe, says):
@@ -305,9 +305,9 @@ ASKED = ["--recipe=lead-14b"]
     "args, ranks, here, device, tensor_parallel, batch_size",
     [
         (ASKED, 8, 8, "cuda", 4, 128),
-        (ASKED, 16, 8, "cuda", 4, 64),  # 4 engines get 64 responses each, which the recipe's cap holds
-        (ASKED, 6, 6, "cuda", 2, 88),  # 11 problems for the one that gets most
-        (ASKED, 8, 1, "cuda", 1, 64),  # one GPU per machine: an engine does not leave it
+        (ASKED, 16, 8, "cuda", 4, 64),  # 4 engines get 64 responses each, within the recipe's cap
+        (ASKED, 6, 6, "cuda", 2, 88),  # 11 problems for the engine that gets most
+        (ASKED, 8, 1, "cuda", 1, 64),  # one GPU per machine: an engine does not span machines
         (ASKED, 4, 4, "cuda", 4, 256),
         (["--recipe=lead-14b-stage2"], 8, 8, "cuda", 4, 128),
         (["--recipe=lead-14b-official"], 8, 8, "cuda", 4, 128),
@@ -316,7 +316,7 @@ ASKED = ["--recipe=lead-14b"]
         ([*ASKED, "--rollout.tensor_parallel=2"], 8, 8, "cuda", 2, 64),
         ([*ASKED, "--rollout.tensor-parallel", "1"], 8, 8, "cuda", 1, 64),
         ([*ASKED, "--rollout.batch_size=32"], 8, 8, "cuda", 4, 32),
-        ([*ASKED, "--rollout.batch_size=0"], 8, 8, "cuda", 4, 0),  # all of an engine's part, whatever that is
+        ([*ASKED, "--rollout.batch_size=0"], 8, 8, "cuda", 4, 0),  # all of an engine's responses, whatever their number
         ([*ASKED, "--rollout.extra_problems=32"], 8, 8, "cuda", 4, 256),
         ([*ASKED, "--rollout.engine=transformers"], 8, 8, "cuda", 1, 64),
         (ASKED, 8, 8, "cpu", 1, 64),
@@ -363,7 +363,7 @@ def test_auto_means_vllm_on_a_gpu_and_does_not_fall_back(monkeypatch):
     assert chosen_engine(named, "cuda") == "transformers"
     shared = load_config(["--recipe=lead-14b", "--rollout.tensor_parallel=4"])
     check(shared, 8, device_type="cuda")
-    with pytest.raises(ValueError, match="only vLLM can do"):
+    with pytest.raises(ValueError, match="only vLLM supports"):
         check(shared, 8)
     monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"not installed: .*pip install.*or give --rollout.engine=transformers"):
@@ -378,7 +378,7 @@ def test_remedies_work_as_typed(monkeypatch, tmp_path):
         found = SimpleNamespace(read_text=lambda name: text, metadata={})
         monkeypatch.setattr(hardware.importlib.metadata, "distribution", lambda name: found)
 
-    distribution(ROOT.as_uri())  # an editable installation, wherever the command is typed
+    distribution(ROOT.as_uri())  # an editable installation, from any folder
     command = hardware.how_to_install("vllm")
     assert f'-e "{ROOT}[vllm]"' in command and f'-c "{ROOT}/.ci/constraints-cuda.txt"' in command
     assert command.startswith(sys.executable)
@@ -396,7 +396,7 @@ def test_versions_outside_the_declared_range_are_named(monkeypatch):
     real = hardware.installed
     monkeypatch.setattr(hardware, "installed", lambda name: "2.10.0" if name == "torch" else real(name))
     (sentence,) = [s for s in hardware.untested_versions() if s.startswith("torch ")]
-    assert sentence.startswith("torch 2.10.0 is installed, and lead-fast is tested with torch<2.15,>=2.11")
+    assert sentence.startswith("torch 2.10.0 is installed, but lead-fast is tested with torch<2.15,>=2.11")
     monkeypatch.setattr(hardware, "installed", lambda name: "2.13.0+cpu" if name == "torch" else real(name))
     assert not [s for s in hardware.untested_versions() if s.startswith("torch ")]
 
@@ -436,7 +436,7 @@ def test_the_allocator_is_set_before_torch_is_there():
 
 
 def install_package(folder: Path, name: str, version: str, files: dict[str, str]) -> None:
-    """Write a distribution as pip would: its files, METADATA and RECORD."""
+    """Write a distribution as pip would: files, METADATA and RECORD."""
     record = []
     for path, text in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
@@ -462,7 +462,7 @@ FA4 = "def _flash_attn_fwd(q): pass\ndef _flash_attn_bwd(q): pass\n"
 
 @pytest.fixture
 def packages(tmp_path, monkeypatch):
-    """An empty folder of packages that comes before all others; what flash-attn is installed elsewhere is not seen."""
+    """An empty folder of packages that precedes all others; flash-attn installed elsewhere is hidden."""
     installed_before = attention.fa4_version()
     if installed_before or importlib.util.find_spec("flash_attn"):
         pytest.skip("a flash-attn is installed here")
@@ -502,7 +502,7 @@ def test_fa4_is_known_by_its_distribution_and_its_files(packages, monkeypatch):
         assert attention.choose(capability, head_dim) == Attention(said)
     assert activated == ["FA4"]
     attention.choose.cache_clear()
-    monkeypatch.setattr(torch, "__version__", "2.13.0+cu130")  # unpacks two of the five values that FA4 returns
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cu130")  # it unpacks two of the five values that FA4 returns
     said = "torch's varlen_attn; FA4 is installed and cannot be used (it needs torch 2.14)"
     assert attention.choose((9, 0), 128) == Attention(said)
     (packages / "flash_attn" / "cute" / "interface.py").write_text("# of the old archive, installed over it\n")

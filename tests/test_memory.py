@@ -1,4 +1,4 @@
-"""The largest pack before the first rollout; where activations live; what compiled blocks and gather-once give."""
+"""Test memory: the largest pack before the first rollout, where activations live, compiled blocks, gathering once."""
 
 import dataclasses
 import gc
@@ -281,11 +281,11 @@ def loading(tmp_path_factory) -> dict:
 
 @pytest.mark.parametrize("name", ["tiny", "tied", "yarn", "renamed"])
 def test_a_model_loaded_by_blocks_has_the_bits_of_one_loaded_unsharded(name, loading):
-    """Weights, tied heads, rotary buffers, modes, and every file of the export, on two ranks."""
+    """Compares weights, tied heads, rotary buffers, modes, and every file of the export, on two ranks."""
     case = loading[name]
     assert case["names"] and case["bits"] and case["training"] and case["scaling"] and case["files"] == []
     assert any("inv_freq" in b for b in case["buffers"]) and case["tied"] == (name in ("tied", "tiny", "renamed"))
-    assert case["calls"] == (name == "renamed")  # files that transformers must translate are loaded by it
+    assert case["calls"] == (name == "renamed")  # transformers loads files that it must convert
     assert (f"{name} unsharded on every rank (its files have no tensor model." in loading["stdout"]) == case["calls"]
 
 
@@ -314,7 +314,7 @@ def test_the_host_computes_the_step_of_offloaded_shards_with_this_ranks_part_of_
 
 
 def test_gradients_are_summed_by_plain_sums_on_every_device(single_rank):
-    """NCCL's PREMUL_SUM, which a divide factor of 1 makes without this, is refused by NVLS in fp32."""
+    """Without this, a divide factor of 1 leads to NCCL's PREMUL_SUM, which NVLS refuses in fp32."""
     c = load_config([])
     elsewhere = dataclasses.replace(single_rank, device=torch.device("meta"))
     for ranks in (single_rank, elsewhere):
@@ -342,7 +342,7 @@ def test_selective_checkpointing_keeps_attentions_output(kind, times, single_ran
 
 
 def test_selective_checkpointing_knows_the_operator_of_packed_attention():
-    import torch.nn.attention.varlen  # registers it
+    import torch.nn.attention.varlen  # registers the operator
 
     assert torch.nn.attention.varlen
     operator = torch.ops.torch_attn._varlen_attn.default
@@ -367,7 +367,7 @@ def test_room_is_left_for_the_engine_that_does_not_exist_yet(single_rank):
 
 
 def test_a_measured_budget_is_smaller_by_what_the_engine_keeps(single_rank, monkeypatch):
-    """The GPU's numbers as its allocator would give them: what is held aside is in peaks and in what is reserved."""
+    """Uses numbers as a GPU's allocator would report them: memory set aside counts in peaks and in reserved memory."""
     per_token, total = 1000, 100_000_000
 
     def budget(aside: int) -> int:
@@ -400,7 +400,7 @@ def test_the_worst_pack_is_nearly_all_responses_and_no_sequence_is_too_long(one_
 
 def test_the_budget_is_where_the_line_meets_the_room():
     assert line_budget((2048, 6144), (10_000_000, 14_000_000), 30_000_000) == (2048 + 20480) // GRANULE * GRANULE
-    assert line_budget((2048, 6144), (10, 10), 5) < 2048  # a flat line, and no room at all
+    assert line_budget((2048, 6144), (10, 10), 5) < 2048  # a flat line, and no room left
 
 
 def test_remedies_come_in_order():
@@ -418,14 +418,14 @@ def test_remedies_come_in_order():
 
 
 def test_less_is_held_for_the_backward_pass_with_selective_and_full_checkpointing(one_rank):
-    """Bytes of tensors that autograd saves: none > selective > full; gradients are compared in test_training."""
+    """Compares bytes of tensors that autograd saves: none > selective > full; test_training compares gradients."""
     held = one_rank["held"]
     assert held["full"] < 0.5 * held["selective"] and held["selective"] < 0.9 * held["none"], held
 
 
 @pytest.mark.parametrize("reshard,gathers", [(False, 1), (True, 3)])
 def test_weights_are_gathered_once_a_step_without_resharding(two_ranks, reshard, gathers):
-    """All-gathers of three packs: one a unit (4 blocks and the rest), or one a pack and direction with resharding."""
+    """All-gathers for three packs: one per unit (4 blocks and the rest), or with resharding per pack and direction."""
     measured = two_ranks[str(reshard).lower()]
     blocks = 4
     assert measured["reduce"] == 3 * (blocks + 1)
@@ -455,7 +455,7 @@ def test_attention_is_named():
     "args,words",
     [
         (["--parallel.offload=activations"], "model.activation_checkpointing=none"),
-        (["--model.compile", "--model.activation_checkpointing=selective"], "must see single operators"),
+        (["--model.compile", "--model.activation_checkpointing=selective"], "must see single operations"),
     ],
 )
 def test_what_does_not_fit_together_is_said(args, words):

@@ -1,4 +1,4 @@
-"""Records that a run writes, and the report and the comparison made of them."""
+"""Test the records that a run writes, and the report and the comparison made from them."""
 
 import html.parser
 import json
@@ -63,7 +63,7 @@ def eval_record(step: int, pass_at_1: float, length: float = 60.0, **over) -> di
 
 
 def write_run(folder: Path, start: float = 0.40, end: float = 0.70, start_length=60.0, end_length=45.0) -> Path:
-    """A run of six steps, evaluated before and after."""
+    """Write a run of six steps, evaluated before and after."""
     m = Metrics(folder, total_steps=STEPS, tensorboard=False)
     m.eval(0, eval_record(0, start, start_length))
     for step in range(1, STEPS + 1):
@@ -74,7 +74,7 @@ def write_run(folder: Path, start: float = 0.40, end: float = 0.70, start_length
 
 
 def strict_lines(path: Path) -> list[dict]:
-    """Every line parsed as JSON proper, which has no NaN."""
+    """Parse every line as standard JSON, which has no NaN."""
 
     def refuse(name: str):
         raise AssertionError(f"{name} is not JSON")
@@ -99,7 +99,7 @@ def test_records_are_valid_json_and_what_is_no_number_is_null(tmp_path, capsys):
             seconds={"rollout": -math.inf, "train": np.float64(1.5)},
         ),
     )
-    (record,) = strict_lines(tmp_path / "metrics.jsonl")  # on disk before close: the file is flushed at every record
+    (record,) = strict_lines(tmp_path / "metrics.jsonl")  # on disk before close, because every record is flushed
     assert record["step"] == 1 and record["kind"] == "train" and record["elapsed_s"] == 5.0
     assert record["grad_norm"] is None and record["entropy"] is None and record["length_correct"] is None
     assert record["loss"] == 0.5 and record["solve_rate_histogram"] == [1, 2]
@@ -130,10 +130,10 @@ def test_time_left_counts_the_steps_of_this_process(tmp_path, capsys, monkeypatc
     m = Metrics(tmp_path, total_steps=100, tensorboard=False)
     m.truncate_after(90)
     now += 50
-    m.eval(90, eval_record(90, 0.5))  # before the first step: not counted
+    m.eval(90, eval_record(90, 0.5))  # before the first step, so not counted
     now += 24
     m.train(92, train_record(92))
-    assert capsys.readouterr().out.rstrip().endswith("left  1:36")  # 12 s a step, 8 to go
+    assert capsys.readouterr().out.rstrip().endswith("left  1:36")  # 12 s per step, 8 steps left
     assert (clock(59.6), clock(245), clock(7384), clock(None)) == ("1:00", "4:05", "2:03:04", "-:--")
 
 
@@ -159,7 +159,7 @@ def test_progress_is_rare_without_a_terminal_and_in_place_on_one(tmp_path, capsy
     m.train(1, train_record(1))
     m.close()
     out = capsys.readouterr().out
-    assert out.count("\n") == 1  # only the step's line stays
+    assert out.count("\n") == 1  # only the line of the step remains
     *shown, step = out.split("\r")
     assert [len(s.removesuffix("\033[K")) <= 39 for s in shown] == [True] * len(shown) and "20/60  0:02 left" in shown[
         2
@@ -187,7 +187,7 @@ def test_a_resumed_run_goes_on_after_its_checkpoint(tmp_path, capsys):
     m.eval(4, eval_record(4, 0.6))
     m.close()
     with open(tmp_path / "metrics.jsonl", "a") as f:
-        f.write('{"step": 6, "kind": "train", "acc')  # killed in the middle of a record
+        f.write('{"step": 6, "kind": "train", "acc')  # killed while it wrote a record
     m = Metrics(tmp_path, total_steps=8, tensorboard=False)
     m.truncate_after(3)
     m.train(4, train_record(4, run=2))
@@ -199,7 +199,7 @@ def test_a_resumed_run_goes_on_after_its_checkpoint(tmp_path, capsys):
         ("eval", 0, None), ("train", 1, 1), ("train", 2, 1), ("train", 3, 1), ("train", 4, 2), ("eval", 4, None),
     ]  # fmt: skip
     assert [r["problem"] for r in strict_lines(tmp_path / "responses.jsonl")] == ["1", "2", "3", "again"]
-    assert "+15.0 since step 0" in capsys.readouterr().out.splitlines()[-1]  # knows the first part's first evaluation
+    assert "+15.0 since step 0" in capsys.readouterr().out.splitlines()[-1]  # the evaluation before the resume
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "responses.jsonl"]
 
 
@@ -282,7 +282,7 @@ def test_a_broken_line_is_forgiven_only_at_the_end(tmp_path):
 
 
 class Page(html.parser.HTMLParser):
-    """Tags, attributes that load something, and the visible text."""
+    """Parser that collects tags, attributes that load something, and the visible text."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -319,7 +319,7 @@ ANSWER = {
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> Path:
-    """The page of a whole run, written beside it, with whatever could break out of it."""
+    """The page of a complete run, with text that tries to break out of the page."""
     run = write_run(tmp_path_factory.mktemp("a<b>"))
     m = Metrics(run, total_steps=STEPS, tensorboard=False)
     m.responses(0, [ANSWER | {"response": "before", "correct": False}])
@@ -392,7 +392,7 @@ def test_what_groups_teach_is_drawn_and_its_first_and_last_tenth_are_shown(tmp_p
     assert ["training batches", "steps 1–2", "steps 19–20", "change"] in rows
     assert ["groups with a gradient", "96.2 %", "51.2 %", "-45.0 points"] in rows
     assert ["correlation of length and correctness within groups", "-0.08", "-0.97", "-0.90"] in rows
-    assert ["correct within half of the limit on tokens", "10.0 %", "10.0 %", "+0.0 points"] in rows
+    assert ["correct within half of the token limit", "10.0 %", "10.0 %", "+0.0 points"] in rows
     assert (tmp_path / "signal.png").stat().st_size > 10_000
 
 
@@ -400,7 +400,7 @@ def test_held_out_numbers_of_a_rounded_engine_are_said_to_be_that(tmp_path):
     for kind, rounded in (("none", False), ("fp8_per_channel", True)):
         run = write_run(tmp_path / kind)
         (run / "config.toml").write_text(f'[rollout]\nquantization = "{kind}"\nkv_dtype = "auto"\n')
-        assert ("its weights or cache rounded" in write_report(run).read_text(encoding="utf-8")) is rounded
+        assert ("with rounded weights or a rounded cache" in write_report(run).read_text(encoding="utf-8")) is rounded
 
 
 def test_every_phase_of_a_step_has_a_colour_of_its_own():
@@ -432,7 +432,7 @@ def test_report_of_a_run_that_never_evaluated_or_never_trained(tmp_path):
     m.train(1, train_record(1, length_wrong=None, solve_rate_histogram=None, seconds={}))
     Metrics(tmp_path / "eval", total_steps=2, tensorboard=False).eval(0, {"pass_at_1": 0.5, "by_difficulty": {}})
     text = write_report(tmp_path / "train").read_text(encoding="utf-8")
-    assert "no evaluation in this run" in text and "55.0 %" in text
+    assert "the run has no evaluation" in text and "55.0 %" in text
     out = write_report(tmp_path / "eval", tmp_path / "elsewhere")
     assert {p.name for p in out.parent.iterdir()} == {"report.html", "accuracy.png", "length.png"}
     assert [p.name for p in (tmp_path / "eval").iterdir()] == ["metrics.jsonl"]
@@ -470,7 +470,7 @@ def test_mistakes_get_one_sentence(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "ki')
     Metrics(tmp_path / "train", total_steps=2, tensorboard=False).train(1, train_record(1))
     mistakes = [
-        (lambda: write_report(tmp_path / "nowhere"), "nowhere has no metrics.jsonl: give the folder of a run"),
+        (lambda: write_report(tmp_path / "nowhere"), "nowhere has no metrics.jsonl: give the run directory of a"),
         (lambda: write_report(tmp_path), "holds no step and no evaluation yet"),
         (
             lambda: main(["--compare", f"A={tmp_path / 'train'}", "--out", str(tmp_path)]),
@@ -490,9 +490,9 @@ def test_an_out_that_is_a_file_is_refused(tmp_path):
     run = write_run(tmp_path / "run")
     (tmp_path / "file").write_text("mine")
     for out in ("file", "file/below"):
-        with pytest.raises(ValueError, match=f"--out is {tmp_path}/{out}, which cannot be made a folder"):
+        with pytest.raises(ValueError, match=f"--out is {tmp_path}/{out}, which cannot be created"):
             main([str(run), "--out", str(tmp_path / out)])
-        with pytest.raises(ValueError, match="which cannot be made a folder"):
+        with pytest.raises(ValueError, match="which cannot be created"):
             main(["--compare", f"a={run}", "--out", str(tmp_path / out)])
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -500,10 +500,10 @@ def test_an_out_that_is_a_file_is_refused(tmp_path):
 def test_length_and_correctness_within_groups():
     lengths = torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0], [5.0, 5.0, 5.0], [1.0, 2.0, 3.0]])
     correct = torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, 1.0], [0.0, 1.0, 1.0], [1.0, 1.0, 1.0]])
-    r = 1 / (2 * 2 / 3) ** 0.5  # sum of products 1 over sqrt(2 x 2/3)
+    r = 1 / (2 * 2 / 3) ** 0.5  # the sum of products is 1, over sqrt(2 x 2/3)
     assert length_correctness(lengths[:1], correct[:1]) == pytest.approx(r)
     assert length_correctness(lengths[1:2], correct[1:2]) == pytest.approx(-r)
-    assert length_correctness(lengths, correct) == pytest.approx(0, abs=1e-6)  # the others have no correlation
+    assert length_correctness(lengths, correct) == pytest.approx(0, abs=1e-6)  # other groups have no correlation
     assert length_correctness(lengths[2:], correct[2:]) is None
     assert length_spread(lengths, correct) == pytest.approx((0.0 + 0.5) / 2)  # 5, 5; and 1, 2, 3
     assert length_spread(lengths[:2], correct[:2]) is None

@@ -1,4 +1,4 @@
-"""Models train as transformers computes them, or are refused in a sentence before their weights are loaded."""
+"""Test that models train as transformers computes them, or are refused in one sentence before weights are loaded."""
 
 import dataclasses
 import json
@@ -158,7 +158,7 @@ def test_logits_that_are_anything_else_are_refused_with_the_keys():
         return out
 
     model.forward = other
-    with pytest.raises(ValueError, match="not the product of its head.*logits_scaling = 8"):
+    with pytest.raises(ValueError, match="not its head's product.*logits_scaling = 8"):
         head.probe_head(model)
 
 
@@ -235,7 +235,7 @@ def test_rounding_alone_explains_what_bfloat16_changes_and_not_another_temperatu
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A copy of the embedded model's files."""
+    """Copy the embedded model's files."""
     for file in EMBEDDED["tiny"].iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     return tmp_path
@@ -249,9 +249,9 @@ def test_a_tokenizer_that_cannot_work_gets_one_sentence(folder, capsys):
     config = ModelConfig(path=str(folder))
     set_keys(folder / "tokenizer_config.json", pad_token=None)
     assert load_tokenizer(config).pad_token_id == load_tokenizer(config).eos_token_id
-    assert "has no padding token: its end-of-sequence token stands in" in capsys.readouterr().out
+    assert "has no padding token: its end-of-sequence token is used instead" in capsys.readouterr().out
     set_keys(folder / "config.json", vocab_size=400)
-    with pytest.raises(ValueError, match=r"with id 438, and the model's embedding has 400 rows"):
+    with pytest.raises(ValueError, match=r"with id 438, but the model's embedding has only 400 rows"):
         load_tokenizer(config)
     set_keys(folder / "tokenizer_config.json", eos_token=None)
     with pytest.raises(ValueError, match="no end-of-sequence token.*tokenizer_config.json"):
@@ -324,7 +324,7 @@ def test_sft_of_a_folder_begins_with_its_weights_and_refuses_what_it_cannot_trai
     refused = FAMILIES["lfm2"].config()
     refused.vocab_size = 439
     refused.save_pretrained(folder)
-    (folder / "model.safetensors").unlink()  # the sentence comes before weights are looked for
+    (folder / "model.safetensors").unlink()  # the message comes before weights are read
     (sft, train) = commands(
         [*args, f"--output={tmp_path / 'a'}"], ["lead_fast.train", f"--model={folder}", "--steps=1"]
     )

@@ -1,4 +1,4 @@
-"""Ranks that wait for others, fail alone or share no folder; and two machines, which are two torchrun agents here."""
+"""Test ranks that wait for others, fail alone or share no folder, and two machines, played by two torchrun agents."""
 
 import json
 import os
@@ -97,17 +97,17 @@ def waiting(tmp_path_factory) -> SimpleNamespace:
 
 
 def test_a_rank_that_waits_for_one_that_works_is_not_ended_and_a_job_that_hangs_is(waiting):
-    assert sorted(waiting.ranks) == [0, 1], waiting.out[-3000:]  # both came to the barrier after 6 s, the limit being 2
+    assert sorted(waiting.ranks) == [0, 1], waiting.out[-3000:]  # both reached the barrier after 6 s; the limit is 2
     assert waiting.job.code != 0 and not waiting.left and waiting.seconds < 60
     assert "rank 0 made no progress" in waiting.out and "rank 1 made no progress" in waiting.out
-    assert "phase reward, step 3, waiting in barrier. Its stacks" in waiting.out  # rank 0, and which call it waits in
+    assert "phase reward, step 3, waiting in barrier. Its stacks" in waiting.out  # rank 0 and the call that waits
 
 
 def test_the_rank_that_failed_is_quoted_on_every_rank_and_waits_for_no_one_for_ever(waiting):
     assert [waiting.ranks[r]["faults"] for r in (0, 1)] == [["", "no engine"]] * 2
     fault, seconds = waiting.ranks[1]["alone"]
     assert fault == "nobody comes" and seconds < 5
-    assert waiting.ranks[0]["later"] == "nobody comes"  # not what came of it
+    assert waiting.ranks[0]["later"] == "nobody comes"  # not an error that followed from it
 
 
 def test_a_mistake_that_only_another_rank_meets_is_not_silent(waiting):
@@ -118,16 +118,14 @@ def test_a_mistake_that_only_another_rank_meets_is_not_silent(waiting):
 def test_ranks_that_were_started_with_other_settings_are_refused_in_one_sentence(waiting):
     for rank in (0, 1):
         sentence = waiting.ranks[rank]["other settings"]
-        assert (
-            sentence == "Rank 1 was started with seed = 1 and rank 0 with seed = 0: give all machines the same command."
-        )
+        assert sentence == "Rank 1 was started with seed = 1 and rank 0 with seed = 0: use the same command everywhere."
 
 
 def test_machines_that_do_not_share_the_run_directory_are_refused_in_one_sentence(waiting):
     first, second = waiting.ranks[0], waiting.ranks[1]
     assert first["one machine"] is None is first["shared"] is second["shared"]
     assert first["not shared"] == second["not shared"] and "\n" not in first["not shared"]
-    assert "do not see the same run directory" in first["not shared"] and "(rank 1)" in first["not shared"]
+    assert "do not share the run directory" in first["not shared"] and "(rank 1)" in first["not shared"]
     assert first["left"] == second["left"] == []
 
 
@@ -140,8 +138,8 @@ print(f"threads {host_threads()}\\n", end="")
 
 
 def test_a_rank_takes_its_part_of_the_cores_unless_the_user_said_how_many(waiting, tmp_path):
-    """torchrun sets OMP_NUM_THREADS=1 for its ranks where the user set nothing."""
-    assert [waiting.ranks[r]["threads"] for r in (0, 1)] == [1, 1]  # jobs.py asks for one
+    """torchrun sets OMP_NUM_THREADS=1 for its ranks if the user set nothing."""
+    assert [waiting.ranks[r]["threads"] for r in (0, 1)] == [1, 1]  # jobs.py sets one
     (tmp_path / "script.py").write_text(THREADS)
     env = environment()
     env.pop("OMP_NUM_THREADS")
@@ -169,7 +167,7 @@ def free_port() -> int:
 
 
 class Agent(Job):
-    """One of two torchrun agents that make a job of two machines with two ranks each, on this one's loopback."""
+    """One of two torchrun agents that simulate two machines with two ranks each, over the loopback interface."""
 
     def __init__(self, port: int, *args: str, cwd: Path = ROOT):
         self.mark = os.urandom(8).hex()
@@ -181,12 +179,12 @@ class Agent(Job):
         )  # fmt: skip
 
     def kill(self) -> None:
-        """As a machine that loses power: the agent and its ranks, at once."""
+        """Kill the agent and its ranks at once, as if the machine lost power."""
         for pid in [self.process.pid, *self.ranks()]:
             os.kill(pid, signal.SIGKILL)
 
 
-# What both layouts run: the gradient of one pack a rank for two layouts of the mesh, then a training run.
+# Both set-ups run this: the gradient of one pack per rank for two layouts of the mesh, then a training run.
 BOTH = """
 import json, sys, torch
 from lead_fast import train
@@ -214,7 +212,7 @@ train.main(args)
 
 @pytest.fixture(scope="module")
 def machines(tmp_path_factory) -> SimpleNamespace:
-    """Six steps on two agents with two ranks each, and on one agent with four."""
+    """Run six steps on two agents with two ranks each, and on one agent with four ranks."""
     folder = tmp_path_factory.mktemp("machines")
     script = folder / "both.py"
     script.write_text(BOTH)
@@ -256,7 +254,7 @@ def test_a_lost_machine_ends_the_other_within_a_minute_and_one_machine_resumes(l
     port, run_folder = free_port(), tmp_path / "run"
     args = small(tmp_path, f"--output={run_folder}", "--steps=400", "--parallel.replicate=2", "--resume")
     agents = [Agent(port, "-m", "lead_fast.train", *args)]
-    time.sleep(2)  # the first to come holds the rendezvous
+    time.sleep(2)  # the first agent to arrive hosts the rendezvous
     agents.append(Agent(port, "-m", "lead_fast.train", *args))
     other = agents[1 - lost]
     try:
@@ -286,7 +284,7 @@ def test_a_lost_machine_ends_the_other_within_a_minute_and_one_machine_resumes(l
 
 @pytest.mark.slow
 def test_two_machines_with_folders_of_their_own_are_refused(tmp_path):
-    """The same command in two working directories: a relative --output is another folder on each machine."""
+    """The same command in two working directories: a relative --output is a different folder on each machine."""
     port, agents = free_port(), []
     args = small(tmp_path, "--output=run", "--parallel.replicate=2")
     for name in ("a", "b"):
@@ -294,9 +292,11 @@ def test_two_machines_with_folders_of_their_own_are_refused(tmp_path):
         agents.append(Agent(port, "-m", "lead_fast.train", *args, cwd=tmp_path / name))
     outs = [agent.wait(timeout=200) for agent in agents]
     assert all(agent.code for agent in agents), outs
-    errors = {line for out in outs for line in out.splitlines() if "same run directory" in line and "error:" in line}
+    errors = {
+        line for out in outs for line in out.splitlines() if "share the run directory" in line and "error:" in line
+    }
     (sentence,) = errors
-    assert "--output=FOLDER on a file system that all of them share" in sentence
+    assert "--output=FOLDER on a file system that all of them mount" in sentence
     assert not [*tmp_path.rglob("checkpoints")] and not [*tmp_path.rglob(".seen*")]
 
 
@@ -323,7 +323,7 @@ def slurm(tmp_path: Path, *args: str, **env: str) -> subprocess.CompletedProcess
     stub(tmp_path / "bin", "srun", SRUN)
     stub(tmp_path / "bin", "scontrol", "#!/bin/bash\nprintf 'localhost\\nlocalhost\\n'\n")
     path = os.pathsep.join([str(tmp_path / "bin"), os.environ["PATH"]])
-    job = str(free_port() - 10000)  # the port is taken from the job's number
+    job = str(free_port() - 10000)  # the port is derived from the job number
     variables = {"PATH": path, "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "two", "SLURM_JOB_ID": job}
     return run(["bash", str(ROOT / "docs" / "launch" / "slurm.sh"), *args], **variables, **env)
 
@@ -371,4 +371,4 @@ def test_the_skypilot_file_is_a_task_whose_commands_parse(tmp_path):
     assert (parsed.nnodes, parsed.nproc_per_node, parsed.rdzv_endpoint) == ("2", "8", "10.0.0.1:29500")
     assert parsed.training_script == "lead_fast.train" and "--parallel.replicate=2" in parsed.training_script_args
     (mount,) = task["volumes"]
-    assert any(a.startswith(f"--output={mount}") for a in parsed.training_script_args)  # a folder that nodes share
+    assert any(a.startswith(f"--output={mount}") for a in parsed.training_script_args)  # a folder that the nodes share

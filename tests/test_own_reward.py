@@ -1,4 +1,4 @@
-"""The user's own reward function: the page docs/own-reward.md, what goes wrong in it, and what becomes of its value."""
+"""Test the user's own reward function: the page docs/own-reward.md, errors in the function, use of its value."""
 
 import os
 import re
@@ -51,7 +51,7 @@ def everything(**given): return {"total": len(given), "reward": given["columns"]
 
 def problem(text: str = "p", **columns: Any) -> Problem:
     made = Problem("1", text, "7")
-    if columns:  # a loader keeps them where that is asked for
+    if columns:  # a loader keeps the columns if asked to
         made = SimpleNamespace(id="1", problem=text, reference="7", columns=columns)  # type: ignore[assignment]
     return made
 
@@ -61,7 +61,7 @@ def config(tmp_path: Path, name: str, *more: str):
     return load_config([f"--reward.function={tmp_path}/faulty.py:{name}", "--reward.function_timeout_s=1.5", *more])
 
 
-def test_what_fails_costs_its_response_alone_is_counted_and_said_once(tmp_path):
+def test_a_failing_function_costs_one_response_and_is_counted_and_reported_once(tmp_path):
     said: list[str] = []
     c = config(tmp_path, "reward", "--reward.function_failed=-3").reward
     bad = ["none", "raise", "nan", "huge", "text", "list", "empty", "key", "inner", "die", "sleep"]
@@ -92,7 +92,7 @@ def test_the_first_traceback_is_shown_and_a_worker_that_died_idle_costs_nothing(
         ("FILE:needs", "takes temperature: it may take problem, response, reference, columns, correct, by name."),
         ("FILE:nothing", "has no function nothing: it has reward, needs, everything."),
         ("FILE:calls", "has no function calls"),
-        ("FILE:everything", "raised KeyError: 'x'; it was given a right response to the first problem."),
+        ("FILE:everything", "raised KeyError: 'x'; it was given a correct response to the first problem."),
         ("FILE", "write path/to/FILE.py:name or module:name."),
         ("nowhere.py:reward", "and there is no file"),
         ("no.such.module:reward", "and there is no module no.such.module"),
@@ -149,7 +149,7 @@ def test_rewards_that_replace_would_leave_unused_are_refused(tmp_path):
     given = [f"--reward.function={tmp_path}/x.py:f", "--preset=official"]
     with pytest.raises(ValueError, match="and there is no file"):
         check(load_config(given), 1)
-    check(load_config(given), 1, trains=False)  # an evaluation does not call it
+    check(load_config(given), 1, trains=False)  # an evaluation does not call the function
     (tmp_path / "x.py").touch()
     with pytest.raises(ValueError, match="reward.truncated is 0.0 with reward.mode=replace.*--reward.truncated=none"):
         check(load_config(given), 1)

@@ -1,4 +1,4 @@
-"""Balance of packs over ranks on lengths with a long tail, as bench/packing.py measures it."""
+"""Test the balance of packs over ranks on lengths with a long tail, as measured by bench/packing.py."""
 
 import sys
 from pathlib import Path

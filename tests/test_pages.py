@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 from jobs import ROOT, records
-from pages import PAGES, metrics, table
+from pages import COMMANDS, PAGES, commands, metrics, table
 
+from lead_fast.cli import FLAGS, keys
+from lead_fast.config import Config, SftConfig
 from lead_fast.learner.loss import QUANTIZED_KL
 from lead_fast.runtime.journal import ASIDE
 from lead_fast.runtime.metric_table import SECTIONS, Metric, metric, paths
@@ -128,3 +130,22 @@ def test_derived_numbers_and_patterns():
     assert "| `accuracy` | share |" in metrics() and "10 to 90 %" in metrics()
     assert table(("a", "b"), [("1", ""), ("2", "")]) == "| a |\n| --- |\n| 1 |\n| 2 |"
     assert isinstance(metric("loss", "sft"), Metric)
+
+
+def flags_in(path: Path) -> set[str]:
+    """Flags that a file's code reads, by argparse or by hand: whole strings such as "--output"."""
+    strings = {n.value for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Constant)}
+    return {s for s in strings if isinstance(s, str) and re.fullmatch(r"--[a-z][a-z_-]+", s)}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_flag_of_a_command_is_in_its_section(name):
+    section = commands().split(f"## lead_fast.{name}\n")[1].split("\n## ")[0]
+    files = {"evaluate": ("evaluate", "tables", "crosscheck"), "data": ("data/prepare",)}.get(name, (name,))
+    flags = {f for file in files for f in flags_in(ROOT / "lead_fast" / f"{file}.py")}
+    if name in ("train", "sft", "evaluate", "plan"):  # these also take the configuration
+        flags -= {flag.split("=")[0] for flag in FLAGS} | {f"--{key}" for key in {*keys(Config), *keys(SftConfig)}}
+    listed = set(re.findall(r"^\| `(--\w+)", section, re.M))
+    assert flags <= listed, f"without a row in docs/reference/commands.md: {flags - listed}"
+    assert listed or name in ("train", "sft")

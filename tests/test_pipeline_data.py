@@ -1,4 +1,4 @@
-"""Data commands on local files of the public sets' columns, word problems, solve-rate sampling and refill."""
+"""Test data commands on local files with the public sets' columns, word problems, solve-rate sampling and refill."""
 
 import json
 import re
@@ -47,7 +47,7 @@ def test_select_by_rollouts_and_by_samples(tmp_path):
                                               for s in (1, 2) for i in range(4)])  # fmt: skip
     (tmp_path / "eval" / "samples.jsonl").write_text(
         '{"asked": {}}\n' + json.dumps({"problem": "q4", "correct": [True, False]}) + '\n{"problem": "q0", "corr'
-    )  # a kill left half a line
+    )  # a kill left half a line behind
     main(["select", source, "--rollouts", str(tmp_path / "run"), "--most", "0.5", "--out", str(tmp_path / "a.parquet")])
     assert [p.problem for p in load_problems(str(tmp_path / "a.parquet"))] == ["q0", "q1", "q2"]
     counts = json.loads((tmp_path / "a.manifest.json").read_text())["counts"]
@@ -211,7 +211,7 @@ def test_a_release_has_generation_settings_and_a_card(tmp_path):
 
 
 class OpensThinking:
-    """The embedded tokenizer with a template that opens <think> itself, as R1-distill's does."""
+    """The embedded tokenizer with a template that opens <think> itself, like R1-distill's."""
 
     def __new__(cls):
         from lead_fast.data.arithmetic import build_tokenizer
@@ -238,14 +238,14 @@ def test_sft_leaves_out_solutions_over_the_limit_and_cuts_none(tmp_path, capsys)
     from lead_fast.data.arithmetic import build_tokenizer
     from lead_fast.sft import load_examples
 
-    rows = [{"problem": f"P{n}", "solution": "1" * n} for n in (3, 4, 9)]  # a token a digit, and the end
+    rows = [{"problem": f"P{n}", "solution": "1" * n} for n in (3, 4, 9)]  # one token per digit, and end-of-sequence
     source, tokenizer = jsonl(tmp_path / "a.jsonl", rows), build_tokenizer()
     prompts, solutions = load_examples(SftConfig(max_solution_tokens=5), tokenizer, source, "train")
     assert [len(s) for s in solutions] == [4, 5]
     assert all(f"P{n}" in tokenizer.decode(p) for n, p in zip((3, 4), prompts, strict=True))
-    assert "1 of 3 solutions left out: over 5 tokens" in capsys.readouterr().out
+    assert "1 of 3 solutions are left out: longer than 5 tokens" in capsys.readouterr().out
     assert len(load_examples(SftConfig(), tokenizer, source, "train")[1]) == 3
-    with pytest.raises(ValueError, match="every solution is over max_solution_tokens, 2: raise it"):
+    with pytest.raises(ValueError, match="every solution is longer than max_solution_tokens, 2: raise it"):
         load_examples(SftConfig(max_solution_tokens=2), tokenizer, source, "train")
 
 

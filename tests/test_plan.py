@@ -427,7 +427,7 @@ def test_the_command_says_what_was_measured_and_what_is_still_assumed(capsys, mo
 
 @pytest.mark.parametrize("content, says", [
     ("{", "is not a result of bench/gpu.py (JSONDecodeError"),
-    ('{"device": "NVIDIA H200", "date": "2026-11-25"}', "is of NVIDIA H200, and --device is h100"),
+    ('{"device": "NVIDIA H200", "date": "2026-11-25"}', "is from NVIDIA H200, but --device is h100"),
     ('{"device": "NVIDIA H100", "date": "", "rates": {"gemm": -1}}', "holds gemm = -1: give known rates"),
     ('{"device": "NVIDIA H100", "date": "", "rates": {"gem": 1}}', "holds gem = 1"),
     ('{"device": "NVIDIA H100", "date": "", "iterations": [{"sequences": 8}]}', "(KeyError: 'tensor_parallel')"),
@@ -440,13 +440,13 @@ def test_a_file_that_is_no_result_gets_one_sentence(content, says, tmp_path):
 
 
 MISTAKES = [
-    (["--device=b300"], "--device is 'b300', which is not known: give one of h100"),
+    (["--device=b300"], "--device is 'b300', an unknown device: give one of h100"),
     (["--gpus=12"], "--gpus is 12: give up to 8, or a multiple of 8"),
     (["--gpus=0"], "--gpus is 0"),
     (["--gpus=many"], "--gpus is 'many': give a number"),
-    (["--gpus=24"], "rollout.problems is 32, which 24 ranks cannot share evenly"),
+    (["--gpus=24"], "rollout.problems is 32, which 24 ranks cannot divide evenly"),
     (["--rollout.engine=vllm", "--rollout.tensor_parallel=3"], "rollout.tensor_parallel is 3, which does not divide 8"),
-    (["--model=runs/nowhere"], "The shape of model.path runs/nowhere is not known here: give a folder"),
+    (["--model=runs/nowhere"], "The shape of model.path runs/nowhere is unknown: give a folder"),
     (["--json=nowhere/plan.json"], "--json nowhere/plan.json: give a path in a folder that exists"),
     (["--parallel.packtokens=3"], "did you mean parallel.pack_tokens"),
 ]

@@ -1,4 +1,4 @@
-"""Programs under guard: hostile ones harm nothing outside and end in time, and LiveCodeBench is graded as it is."""
+"""Test programs under guard: hostile ones harm nothing outside and end in time; grading of LiveCodeBench."""
 
 import base64
 import hashlib
@@ -49,7 +49,7 @@ BROKEN = replace(SHORT, wall_s=10.0, memory_bytes=512 << 20)
 
 @pytest.fixture(scope="module")
 def guard() -> str:
-    """What is in force. Where nothing is, the tests that run programs are skipped; with CI set they fail."""
+    """The guard in force. Without one, tests that run programs are skipped; with CI set they fail."""
     try:
         return protection()
     except GuardFailure as e:
@@ -60,9 +60,9 @@ def guard() -> str:
 
 # ------------------------------------------------------------------------------------------------------------- hostile
 
-# Programs of data/hostile_programs.txt: `=== NAME: how it may end`, then its text, which PRELUDE stands before. Each
-# prints ESCAPED if it gets what it is after, which its test expects: a program that passes has broken out. What `{...}`
-# stands for is in the fixture `outside`.
+# Programs of data/hostile_programs.txt: `=== NAME: how it may end`, then the program, which is run after PRELUDE. Each
+# prints ESCAPED if it succeeds, and its test expects that output, so a program that passes has broken out. The fixture
+# `outside` says what each `{...}` stands for.
 PRELUDE = """import ctypes, gc, glob, mmap, os, re, resource, shutil, signal, socket, subprocess, sys, threading, time
 libc = ctypes.CDLL(None, use_errno=True)
 def tried(f, *a):
@@ -85,7 +85,7 @@ FORGED = "class Solution:\n    def f(self, x):\n        import os\n        os.wr
 
 @pytest.fixture(scope="module")
 def outside(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
-    """What hostile programs are after, and whether they got it."""
+    """Targets of hostile programs, and whether a program reached them."""
     folder = tmp_path_factory.mktemp("outside")
     os.chmod(folder, 0o777)
     (folder / "expected.txt").write_text("ESCAPED")
@@ -120,7 +120,7 @@ def filled(text: str, words: dict) -> str:
 
 
 def ancestors(pid: int) -> list[int]:
-    """Of a process, the nearest first."""
+    """Ancestors of a process, the nearest first."""
     out = []
     while pid > 1:
         pid = int(re.findall(r"^PPid:\t(\d+)", Path(f"/proc/{pid}/status").read_text(), re.M)[0])
@@ -129,9 +129,9 @@ def ancestors(pid: int) -> list[int]:
 
 
 def guarded() -> list[int]:
-    """Processes of guards, seen from out here: by a user that only guards have, or by the cell's own text.
+    """Processes of guards as seen from outside, found by a user that only guards have or by the cell's source text.
 
-    Those of another worker of this test run are left out; what has lost its parents counts.
+    Processes of other workers of this test run are left out; orphans count.
     """
     out = []
     for p in Path("/proc").glob("[0-9]*"):
@@ -142,7 +142,7 @@ def guarded() -> list[int]:
                 continue
             if user >= FIRST_UID or b"def drop_privileges" in (p / "cmdline").read_bytes():
                 out.append(int(p.name))
-        except OSError:  # ended meanwhile
+        except OSError:  # the process has ended
             continue
     return out
 
@@ -218,7 +218,7 @@ run("import os, time\\nos.fork() or os.setsid()\\ntime.sleep(600)", (None, [("",
 
 
 def test_an_ordinary_user_has_a_guard_too(guard):
-    """The other way in: user namespace first. The interpreter must be one that such a user can start."""
+    """Here the guard starts with a user namespace. Such a user must be able to start the interpreter."""
     if os.geteuid() != 0:
         pytest.skip("this test run is an ordinary user's, so every other test shows it")
     python = next((p for p in ("/usr/bin/python3", "/usr/local/bin/python3") if os.access(p, os.X_OK)), None)
@@ -269,9 +269,9 @@ def test_what_is_in_force_is_said_and_insisted_on(guard, monkeypatch, tmp_path):
     here = {kind: os.readlink(f"/proc/self/ns/{kind}") for kind in cell.NAMESPACES}
     source = Path(cell.__file__).read_text()
     changes = [
-        ("    drop_privileges(machine, architecture)\n", "    pass\n"),  # capabilities stay, no filter
+        ("    drop_privileges(machine, architecture)\n", "    pass\n"),  # keeps capabilities, sets no filter
         ('call("unshare", others)', f'call("unshare", {cell.NEW_NS | cell.NEW_PID})'),  # the network is shared
-        ("enter(settings)", "pass"),  # nothing at all
+        ("enter(settings)", "pass"),  # no guard at all
         ("enter(settings)", 'raise OSError("not permitted")'),
     ]
     for old, new in changes:
@@ -331,7 +331,7 @@ def test_outputs_are_compared_as_the_benchmark_does(output, expected, same):
     "returned, expected, same",
     [
         ([1, 2], "[1, 2]", True),
-        ((1, 2), "[1, 2]", True),  # a tuple counts as a list, on the outside alone
+        ((1, 2), "[1, 2]", True),  # a tuple counts as a list, but only at the top level
         ([(1, 2)], "[[1, 2]]", False),
         (True, "1", True),
         (1.0, "1", True),
@@ -341,7 +341,7 @@ def test_outputs_are_compared_as_the_benchmark_does(output, expected, same):
         ({1, 2}, "[1, 2]", False),
         (None, "null", True),
         (10**5000, "1" + "0" * 5000, True),
-        ({"tuple": [1]}, '{"tuple": [1]}', True),  # cannot be taken for the cell's own form
+        ({"tuple": [1]}, '{"tuple": [1]}', True),  # is not mistaken for the cell's encoding of a tuple
     ],
     ids=lambda v: type(v).__name__,
 )
@@ -432,7 +432,7 @@ def test_names_versions_and_dates(tmp_path, monkeypatch):
 
 
 def test_by_name_from_the_hubs_cache(tmp_path):
-    """The hub's own client, offline, on a cache of its layout."""
+    """Uses the hub's own client, offline, on a cache with its layout."""
     commit = "a" * 40
     repository = tmp_path / "hub" / "datasets--livecodebench--code_generation_lite"
     (repository / "refs").mkdir(parents=True)
@@ -578,7 +578,7 @@ evaluate.main(sys.argv[2:])
 
 
 def test_the_made_set_through_the_whole_evaluation(guard, tmp_path):
-    """All but the engine is real: command line, prompts, guard, grading, samples.jsonl, tables; and no code unasked."""
+    """Everything except the engine is real: command line, prompts, guard, grading, samples.jsonl, tables."""
     from lead_fast import tables
 
     args = [f"--data.test={SET}", "--allow_code", "--evaluate.samples=2", f"--output={tmp_path}",

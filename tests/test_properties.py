@@ -1,4 +1,4 @@
-"""Laws that hold for any input: rewards, advantages, packing, extraction. Hypothesis looks for what breaks them."""
+"""Test properties that hold for any input, by Hypothesis: rewards, advantages, packing, extraction, memory."""
 
 import math
 import os
@@ -62,7 +62,7 @@ def test_a_groups_order_does_not_matter(group, kw, rng):
 @given(GROUP, SETTINGS, st.integers(0, 5000), st.integers(1, 5))
 @LAW
 def test_lengths_may_be_shifted_and_scaled(group, kw, shift, scale):
-    assume(len({n for c, n in group if c}) != 1)  # of equal lengths every z is 0 over eps: tested below
+    assume(len({n for c, n in group if c}) != 1)  # with equal lengths every z is 0 over eps; tested below
     a, b = lead(group, **kw), lead([(c, scale * n + shift) for c, n in group], **kw)
     torch.testing.assert_close(a.reward, b.reward, atol=1e-4, rtol=1e-4)
 

@@ -1,8 +1,8 @@
-"""A recorded batch gives the recorded rewards and advantages, and six updates on it the recorded losses and weights.
+"""Test a recorded batch: its rewards and advantages, and the losses and weights of six updates, equal the record.
 
     python tests/test_recorded_step.py --record
 
-writes the numbers anew, after a change that is meant to change them. It keeps the batch; where data/recorded_step.json
+updates the recorded numbers after a change that is meant to change them. It keeps the batch; if data/recorded_step.json
 is missing, the embedded model samples a new one.
 """
 
@@ -26,14 +26,14 @@ ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "tests" / "data" / "recorded_step.json"
 BATCH = ("prompts", "responses", "logprobs", "correct", "truncated")
 GROUP_SIZE, MAX_TOKENS, UPDATES = 4, 48, 6
-# At this learning rate the ratios of two tokens reach the clip, and other instruction sets and BLAS code paths move no
-# number by more than a quarter of the tolerance; at 5e-5 they exceed it. Small packs, so that there are several.
+# At this learning rate the ratios of two tokens reach the clip, and other instruction sets and BLAS code paths change
+# no number by more than a quarter of the tolerance; at 5e-5 they exceed it. Packs are small, so that there are several.
 ARGS = ["--recipe=tiny", "--preset=paper", "--optim.lr=1e-5", "--parallel.pack_tokens=256",
         f"--rollout.group_size={GROUP_SIZE}", f"--rollout.max_tokens={MAX_TOKENS}"]  # fmt: skip
 
 
 def trainer() -> SimpleNamespace:
-    """Everything of lead_fast that this file uses."""
+    """Import everything from lead_fast that this file uses."""
     from lead_fast.cli import load_config
     from lead_fast.data.prompts import load_train
     from lead_fast.learner.advantage import advantages
@@ -59,7 +59,7 @@ def trainer() -> SimpleNamespace:
 
 @contextlib.contextmanager
 def job() -> Iterator[tuple[SimpleNamespace, Any, Any]]:
-    """The trainer, its configuration and a job of one process with one thread on the CPU, whatever the machine has."""
+    """The trainer, its configuration and a job of one process with one thread on the CPU, on any machine."""
     t, threads = trainer(), torch.get_num_threads()
     no_gpu = mock.patch("torch.cuda.is_available", return_value=False)
     with mock.patch.dict(os.environ), no_gpu, mock.patch("os.cpu_count", return_value=1):
@@ -71,7 +71,7 @@ def job() -> Iterator[tuple[SimpleNamespace, Any, Any]]:
 
 
 def sample() -> dict[str, list]:
-    """Sample 64 problems; keep, for each possible number of correct responses, the group whose lengths differ most."""
+    """Sample 64 problems; for each number of correct responses, keep the group whose lengths differ most."""
     with job() as (t, c, ranks):
         tokenizer = t.load_tokenizer(c.model)
         problems, prompts = (part[:64] for part in t.load_train(c, tokenizer))
@@ -83,12 +83,12 @@ def sample() -> dict[str, list]:
     columns = dict(zip(BATCH, (batch.prompts, batch.responses, batch.logprobs, correct, truncated), strict=True))
     groups = [{k: v[i : i + GROUP_SIZE] for k, v in columns.items()} for i in range(0, len(correct), GROUP_SIZE)]
     groups.sort(key=lambda g: len({len(ids) for ids in g["responses"]}))
-    chosen = {sum(g["correct"]): g for g in groups}  # the last group with a number of correct responses stays
+    chosen = {sum(g["correct"]): g for g in groups}  # the last group with each number of correct responses is kept
     return {k: [row for n in sorted(chosen) for row in chosen[n][k]] for k in BATCH}
 
 
 def recorded_batch(t: SimpleNamespace, record: dict[str, list]) -> Any:
-    """The batch as the trainer has it after grading."""
+    """The batch in the trainer's form after grading."""
     scores = [t.Score(ok, None, cut, False) for ok, cut in zip(record["correct"], record["truncated"], strict=True)]
     groups = []
     for i in range(0, len(scores), GROUP_SIZE):
@@ -100,7 +100,7 @@ def recorded_batch(t: SimpleNamespace, record: dict[str, list]) -> Any:
 
 
 def new_learner(t: SimpleNamespace, c: Any, ranks: Any) -> Any:
-    """A learner that nobody watches."""
+    """Make a learner without a watchdog."""
     return t.Learner(
         c,
         ranks,
@@ -111,7 +111,7 @@ def new_learner(t: SimpleNamespace, c: Any, ranks: Any) -> Any:
 
 
 def compute(record: dict[str, list]) -> dict[str, list]:
-    """Rewards and advantages of the recorded batch, and what each of several updates on it gives."""
+    """Compute rewards and advantages of the recorded batch, and the results of several updates on it."""
     with job() as (t, c, ranks):
         batch = recorded_batch(t, record)
         lead = t.advantages(batch.scores, batch.lengths, c, ranks.device)
@@ -127,7 +127,7 @@ def compute(record: dict[str, list]) -> dict[str, list]:
                     "loss": update["loss"],
                     "grad_norm": update["grad_norm"],
                     "sum": now.sum().item(),
-                    "distance": (now - first).norm().item(),  # the norm of all updates so far
+                    "distance": (now - first).norm().item(),  # norm of the sum of all updates so far
                     "entries": now[len(now) // 32 :: len(now) // 16][:16].tolist(),
                 }
             )
@@ -150,7 +150,7 @@ def test_a_recorded_batch_gives_the_recorded_numbers():
 
 
 def test_a_step_hands_the_outcomes_to_the_loss_and_not_the_advantages():
-    """Advantages computed beforehand say what is trained, no more: with other nonzero numbers the same weights."""
+    """Advantages computed beforehand only decide what is trained on: other nonzero numbers give the same weights."""
     record = json.loads(RECORD.read_text(encoding="utf-8"))
     few = {k: v[:8] for k, v in record.items() if k in BATCH}
     seen, weights = [], []
@@ -174,7 +174,7 @@ def test_a_step_hands_the_outcomes_to_the_loss_and_not_the_advantages():
 
 
 def test_recomputed_log_probs_are_those_before_the_first_of_several_updates():
-    """Were they taken before each update, every ratio would be 1 and nothing would ever be clipped."""
+    """If they were recomputed before each update, every ratio would be 1 and nothing would ever be clipped."""
     record = json.loads(RECORD.read_text(encoding="utf-8"))
     few = {k: v[:16] for k, v in record.items() if k in BATCH}
     with job() as (t, c, ranks):
@@ -186,12 +186,12 @@ def test_recomputed_log_probs_are_those_before_the_first_of_several_updates():
 
 
 def close_to(expected: Any) -> Any:
-    """Room for another machine's rounding."""
+    """Compare with tolerance for the rounding of other machines."""
     return pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
 def rounded(x: Any) -> Any:
-    """Nine digits, which tell every float32 from its neighbours."""
+    """Round to nine digits, which distinguish every float32 from its neighbours."""
     if isinstance(x, dict):
         return {k: rounded(v) for k, v in x.items()}
     if isinstance(x, list):

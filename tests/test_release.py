@@ -1,4 +1,4 @@
-"""Upload of a release, against a stub of the hub's client: what is asked of it, and what is never printed."""
+"""Test the upload of a release against a stub of the hub's client: calls, and what is never printed."""
 
 import json
 import os
@@ -17,7 +17,7 @@ TOKEN = "hf_" + "x" * 30
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A finished run without weights."""
+    """Make a finished run without weights."""
     (tmp_path / "final").mkdir()
     (tmp_path / "final" / "config.json").write_text("{}")
     (tmp_path / "config.toml").write_text(dump(load_config(["--recipe=tiny"])))
@@ -26,7 +26,7 @@ def run(tmp_path: Path) -> Path:
 
 
 class Hub:
-    """Stands in for HfApi: notes every call; `fails` is raised by `whoami`."""
+    """Stub of HfApi that records every call; `whoami` raises `fails`."""
 
     calls: list[tuple] = []
     fails: Exception | None = None
@@ -58,7 +58,7 @@ def hub(monkeypatch):
 def test_a_release_is_uploaded_to_a_private_repository_unless_asked_otherwise(run, hub, capsys, more, private):
     main([str(run), "--push_to_hub", "me/lead-tiny", *more])
     init, create, upload = hub.calls
-    assert init == ("init", {})  # the token is the client's own business
+    assert init == ("init", {})  # the client finds the token itself
     assert create == ("create", "me/lead-tiny", {"private": private, "repo_type": "model", "exist_ok": True})
     assert upload[1]["repo_id"] == "me/lead-tiny" and upload[1]["folder_path"] == run / "final"
     assert upload[2] == ["README.md", "config.json", "generation_config.json"]

@@ -1,4 +1,4 @@
-"""Extraction, repetition, and the table of answers; the checker's processes are killed and replaced."""
+"""Test extraction, repetition and the table of answers, and the checker's processes, which are killed and replaced."""
 
 import json
 import os
@@ -22,8 +22,8 @@ from lead_fast.reward.verifier import Verifier, _only_numbers, quick
 
 pytestmark = pytest.mark.quick
 
-SUM = (r"\sum_{k=1}^{3} k", "6")  # no rule decides a sum: the worker is asked
-STALL = (r"\sum_{k=1}^{2020}\frac{1}{\sqrt{k}}", "5")  # and computes for minutes
+SUM = (r"\sum_{k=1}^{3} k", "6")  # no rule decides a sum, so the worker is asked
+STALL = (r"\sum_{k=1}^{2020}\frac{1}{\sqrt{k}}", "5")  # which computes for minutes
 
 # response, reference, right or wrong
 TABLE = [
@@ -114,7 +114,7 @@ TABLE = [
     (r"\boxed{[0,\infty)}", r"[0, \infty)", True),
     (r"\boxed{(-\infty,0)\cup(1,\infty)}", r"(1,\infty)\cup(-\infty,0)", True),
     (r"\boxed{\begin{pmatrix}1\\2\end{pmatrix}}", r"\begin{pmatrix}1\\2\end{pmatrix}", True),
-    # powers side by side are no tower
+    # adjacent powers are not a tower
     (r"\boxed{x^2+y^2}", "y^2+x^2", True),
     (r"\boxed{x^4+2x^2+1}", "(x^2+1)^2", True),
     (r"\boxed{2^3\cdot 3^2}", "72", True),
@@ -131,7 +131,7 @@ TABLE = [
     (r"\boxed{x \ln 2}", r"\ln(2)x", True),
     (r"\boxed{\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", True),
     (r"\boxed{\begin{pmatrix}2\\1\end{pmatrix}}", r"\begin{pmatrix}1\\2\end{pmatrix}", False),
-    # words that are no unit
+    # words that are not units
     (r"\boxed{5\text{ or 6}}", "5", False),
     (r"\boxed{5\text{ or }6}", "5", False),
     (r"\boxed{5\text{ or }6}", "5,6", True),
@@ -159,9 +159,9 @@ TABLE = [
     (r"\boxed{x > 2}", r"(2,\infty)", True),
     (r"\boxed{x\ge 2}", r"(2,\infty)", False),
     (r"\boxed{\emptyset}", r"\varnothing", True),
-    # a \boxed that holds nothing does not hide the one that does
+    # an empty \boxed does not hide one that has content
     (r"\boxed{5}, as \boxed shows", "5", True),
-    # what must not be taken for right
+    # must not be judged right
     (r"\boxed{5 or 6}", "5", False),
     (r"\boxed{?}", "5", False),
     (r"\boxed{\text{no answer}}", "5", False),
@@ -198,7 +198,7 @@ def test_graded_text_around_think():
 
 @pytest.mark.parametrize("where", ["before_think", "after_think"])
 def test_a_response_that_never_ends_its_thinking_is_wrong_and_truncated(verifier, where):
-    """The code released with arXiv 2504.09696: no `</think>`, no reward, whatever was boxed on the way."""
+    """As in the code released with arXiv 2504.09696: no reward without `</think>`, whatever was boxed before."""
     guess = r"so \boxed{7} " + "wait " * 60
     responses = [Response([1], [0.0], end, guess, 0) for end in ("length", "stop")]
     responses.append(Response([1], [0.0], "stop", r"\boxed{7}</think>\boxed{7}", 0))
@@ -250,7 +250,7 @@ def test_the_answer_is_found_in_a_response(verifier, r):
 
 
 def test_the_released_rule_cuts_chunks_from_the_start(verifier):
-    """`official` counts as the released code does: 10 copies of 30 words that start at the second word are 9 chunks."""
+    """`official` counts like the released code: 10 copies of 30 words that start at the second word are 9 chunks."""
     shifted = "start " + " ".join(f"w{i % 30}" for i in range(300))
     assert is_degenerate(shifted) and not is_degenerate(shifted, from_start=True)
     aligned = shifted.removeprefix("start ")
@@ -329,7 +329,7 @@ def test_a_stalled_worker_is_killed_and_replaced():
 
 
 def test_a_worker_that_waits_for_its_turn_does_not_use_up_its_limit():
-    """The limit is CPU time: a worker that is stopped for longer, as on a busy machine, still answers right."""
+    """The limit is CPU time, so a worker that is paused for longer, as on a busy machine, still answers correctly."""
     with Verifier(timeout_s=20.0) as v:
         assert v.grade([SUM]) == [True]
         assert v.worker.process is not None
@@ -485,7 +485,7 @@ def test_no_worker_outlives_a_killed_parent():
     deadline = time.monotonic() + 10
     while (alive := os.path.exists(f"/proc/{pid}")) and time.monotonic() < deadline:
         with open(f"/proc/{pid}/stat") as stat:
-            if stat.read().split()[2] == "Z":  # dead, and not yet collected
+            if stat.read().split()[2] == "Z":  # a zombie
                 alive = False
                 break
         time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""Work sharing, the backlog's books, and the checks of a sync, with the built-in engine."""
+"""Test work sharing, the backlog's bookkeeping and the checks of a sync, with the built-in engine."""
 
 import random
 import re
@@ -67,13 +67,13 @@ def test_a_result_does_not_depend_on_who_took_the_prompt(engine):
     prompts = [[5 + i, 9, 30] for i in range(6)]
 
     def run(*turns: int) -> dict[int, list[list[int]]]:
-        """Two engines; `turns` says who takes next."""
+        """Run two engines; `turns` says which engine takes the next prompts."""
         store = Work([], 2, []).store
         works = [Work(prompts, 2, list(range(40, 46)), store, "w", 2) for _ in range(2)]
         out: dict[int, list[Response]] = {}
         for turn in turns:
             work, take = works[turn], works[turn].take
-            once = iter([take])  # one batch, then it is the next one's turn
+            once = iter([take])  # one batch, then the next turn
             work.take = lambda most, once=once: next(once, lambda most: [])(most)
             out |= engine.generate(work, Sampling(12))
             work.take = take
@@ -84,14 +84,14 @@ def test_a_result_does_not_depend_on_who_took_the_prompt(engine):
 
 
 def graded(problem: int) -> Group:
-    """Two samples, correct where the problem is odd."""
+    """Make two samples per problem, correct for odd problems."""
     sample = Sample(Response([1], [0.0], "stop", "", 0), Score(bool(problem % 2), None, False, False))
     return Group(Problem(str(problem), "", ""), [1], [sample, sample])
 
 
 def test_every_problem_asked_is_trained_once_in_whatever_order_groups_end():
     rng = random.Random(0)
-    backlog = Backlog(lambda at: at % 7, 3, 2, 40)  # a small data set, that comes round
+    backlog = Backlog(lambda at: at % 7, 3, 2, 40)  # a small data set, which repeats
     trained: list[int] = []
     for _ in range(40):
         asked = backlog.ask()
@@ -171,7 +171,7 @@ def test_checksums_take_a_slice_of_memory_in_fp64_however_large_a_tensor_is(monk
 
 
 class StubLLM:
-    """Records what it is asked, in order; `answers` are what vLLM's calls return."""
+    """Stub of vLLM that records its calls in order and returns `answers`."""
 
     def __init__(self, **answers: bool):
         self.asked: list[str] = []
@@ -223,7 +223,7 @@ def test_rounded_weights_are_reloaded_layer_by_layer_between_waking_and_the_cach
     engine = sleeping(llm, quantized=True)
     engine.load_weights(iter([[("weight", torch.ones(2, 2))]] * 2), 3)
     assert llm.asked == ["weights", "begin", "load", "load", "finish", "checksums", "kv_cache", "reset"]
-    assert engine.before == {"old": (0.0, 0.0, 0)}  # what layers held before the last sync says nothing of this one
+    assert engine.before == {"old": (0.0, 0.0, 0)}  # contents before the last sync say nothing about this one
 
 
 def test_vllms_reason_and_a_remedy_that_is_not_the_engine_in_use():
@@ -269,7 +269,7 @@ def test_a_stop_string_that_began_before_a_response_was_cut_off_still_ends_it():
     pieces = [vllm.tokenizer.decode(ids[: n + 1]) for n in range(len(ids))]
     end = next(n + 1 for n, text in enumerate(pieces) if "answer" in text)
     assert 1 < end < len(ids)
-    for begun in range(1, end):  # wherever it was cut off, if part of the string was there or all came later
+    for begun in range(1, end):  # cut off within the stop string or before it
         assert vllm._stop_across(begun, ids, ("answer",)) in (end, len(ids))
     assert vllm._stop_across(end - 1, ids, ("answer",)) == end
     assert vllm._stop_across(end - 1, ids, ("nothing",)) == vllm._stop_across(0, ids, ("answer",)) == len(ids)

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning end to end, its data sources, and what it shares with training."""
+"""Test supervised fine-tuning end to end, its data sources, and what it shares with training."""
 
 import json
 import os
@@ -114,8 +114,8 @@ stop()
 """
 
 
-def test_a_checkpoint_is_resumed_with_either_choice_of_what_is_decayed(tmp_path):
-    """Weights and AdamW's moments are the checkpoint's, the decay is the configuration's."""
+def test_a_checkpoint_resumes_with_either_choice_of_decayed_weights(tmp_path):
+    """Weights and AdamW's moments come from the checkpoint, the decay from the configuration."""
     (tmp_path / "resume.py").write_text(RESUME)
     done = torchrun(2, str(tmp_path / "resume.py"), str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
@@ -145,7 +145,7 @@ def records(run: Path) -> list[dict]:
 
 
 def test_a_run_measures_its_packs_rehearses_and_writes_to_every_sink(tmp_path):
-    """parallel.pack_tokens=0, which a CPU cannot measure, is 16,384 there, as in training."""
+    """parallel.pack_tokens=0 means measured, which a CPU cannot do: there it is 16,384, as in training."""
     run = tmp_path / "run"
     (tmp_path / "wandb.py").write_text(WANDB)
     path = os.pathsep.join(map(str, (tmp_path, ROOT, ROOT / "kernels")))
@@ -177,7 +177,7 @@ def test_ctrl_c_saves_and_the_run_is_resumed(tmp_path):
     until = time.monotonic() + 240
     while time.monotonic() < until and process.poll() is None and not (run / "metrics.jsonl").exists():
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    os.killpg(process.pid, signal.SIGINT)  # like a terminal
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err[-3000:]
     step = len(records(run))

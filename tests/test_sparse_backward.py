@@ -1,4 +1,4 @@
-"""The sparse backward: thresholds, lists, gradients, the bound, chance, what goes the dense way, and mistakes in it."""
+"""Test the sparse backward: thresholds, lists, gradients, the bound, random draws, dense rows, and seeded mistakes."""
 
 import os
 import re
@@ -25,7 +25,7 @@ HALF = [torch.bfloat16, torch.float16]
 
 
 def rows(C: int, V: int, dtype: torch.dtype = torch.float32, scale: float = 3.0, seed: int = 0):
-    """logits [C, V], targets, g."""
+    """Make logits [C, V], targets and g."""
     make = torch.Generator().manual_seed(seed)
     logits = (torch.randn(C, V, generator=make) * scale).to(dtype)
     return logits, torch.randint(V, (C,), generator=make), torch.randn(C, generator=make)
@@ -48,7 +48,7 @@ def test_the_lists_are_those_of_the_specification(C, V, scale, dtype, softcap, s
     for mass in (1e-3, 0.05, 0.9):
         ours, spec = both(logits, targets, g, Softmax(0.7, softcap), Sparsity(mass, V, seed), 2)
         same = ours.threshold == spec.threshold
-        # The mass below an edge may be the limit but for rounding: then the neighbouring edge is as good.
+        # If the mass below an edge equals the limit up to rounding, the neighbouring edge is as good.
         assert same.float().mean() >= 0.8 and torch.allclose(ours.threshold, spec.threshold, rtol=0.15)
         assert bool((ours.starts.diff()[same] == spec.starts.diff()[same]).all())
         keep = torch.repeat_interleave(same, ours.starts.diff()), torch.repeat_interleave(same, spec.starts.diff())
@@ -62,7 +62,7 @@ def test_the_lists_are_those_of_the_specification(C, V, scale, dtype, softcap, s
 
 
 def check_lists(module) -> None:
-    """The entries of a chunk against their definition, in float64 by plain torch."""
+    """Check the entries of a chunk against their definition, in float64 by plain torch."""
     C, V, T = 12, 400, 0.7
     logits, targets, g = (x.double() if x.is_floating_point() else x for x in rows(C, V, scale=2.0))
     targets[0], targets[1] = logits[0].argmin(), logits[1].argmax()
@@ -94,10 +94,10 @@ def check_lists(module) -> None:
 
 
 def check_chance(module) -> None:
-    """Draws follow seed, row and column alone, and their mean over seeds is what they stand for."""
+    """Check that draws depend on seed, row and column alone, and that their mean over seeds is unbiased."""
     C, V, T, seeds = 6, 300, 1.0, 300
     logits, targets, g = (x.double() if x.is_floating_point() else x for x in rows(C, V, scale=2.0, seed=1))
-    logits[1], targets[1], g[1] = logits[0], targets[0], g[0]  # whose draws differ all the same
+    logits[1], targets[1], g[1] = logits[0], targets[0], g[0]  # equal rows, whose draws must differ
     stats = row_stats_reference(logits, targets, Softmax(T))
     exact = row_gradient_reference(logits, targets, stats, g, torch.zeros_like(g), Softmax(T))
     plain = dense_matrix(module.sparse_rows(logits, targets, stats, g, Softmax(T), Sparsity(0.2, V)), V)
@@ -120,11 +120,11 @@ def check_chance(module) -> None:
 
 
 def check_backward(module) -> None:
-    """All three gradients of a chunk against the dense ones and the bound, with rows that take the dense way."""
+    """Check all three gradients of a chunk against the dense ones and the bound, including rows computed densely."""
     C, V, D, T = 10, 120, 8, 0.8
     make = torch.Generator().manual_seed(4)
     hidden, head = (torch.randn(n, D, generator=make, dtype=torch.float64) for n in (C, V))
-    hidden[3:5] *= 0.01  # nearly uniform: they need every column
+    hidden[3:5] *= 0.01  # nearly uniform, so they need every column
     logits, targets, g = (
         hidden @ head.T,
         torch.randint(V, (C,), generator=make),
@@ -279,7 +279,8 @@ def test_every_gradient_is_within_the_bound(dtype, backend, monkeypatch):
         error = (grads["hidden"].double() - exact["hidden"].double()).norm(dim=1).max()
         assert 0 < error <= got.metrics["max_hidden_error"] * (1 + 1e-4) + rounding
         off = max(((grads[k] - exact[k]).norm() / exact[k].norm()).item() for k in ("head", "bias"))
-        near = 1e-6 if dtype == torch.float32 else 1e-3  # C++ computes a dense row's exponentials once, else twice
+        # For a dense row C++ computes the exponentials once, and twice otherwise.
+        near = 1e-6 if dtype == torch.float32 else 1e-3
         assert (off < near) != options.sparse_head
         assert (grads["head"] - exact["head"]).norm() < 0.05 * exact["head"].norm()
         assert (grads["bias"] - exact["bias"]).norm() < 0.05 * exact["bias"].norm()
@@ -385,12 +386,12 @@ def test_options_that_do_not_fit_are_refused(values, says):
 
 @outside
 def test_the_sampled_tokens_logit_is_exact_in_half_precision():
-    """At |z| about 25: 0.06 nats of rounding in bf16, of which the target's own logit is the larger part."""
+    """At |z| of about 25, bf16 rounding is 0.06 nats, most of it from the target's own logit."""
     T, V, D = 600, 2000, 64
     make = torch.Generator().manual_seed(0)
     hidden, head = torch.randn(T, D, generator=make).bfloat16(), (torch.randn(V, D, generator=make) * 0.9).bfloat16()
     logits = hidden.double() @ head.double().T
-    targets = (logits + -torch.rand(T, V, generator=make).log().neg().log()).argmax(1)  # sampled
+    targets = (logits + -torch.rand(T, V, generator=make).log().neg().log()).argmax(1)  # sampled tokens
     exact = logits.log_softmax(1).gather(1, targets[:, None])[:, 0]
     assert 15 < logits.amax(1).mean() < 35
     ours = linear_logprobs(hidden, head, targets)[0]
@@ -500,7 +501,7 @@ def test_under_the_interpreter(tests):
 
 
 def chunk(dtype: torch.dtype, C: int = 150, V: int = 300, D: int = 24):
-    """A chunk's inputs, and its gradient [C, V] with the p behind it, in the precision in which a kernel sees it."""
+    """Make a chunk's inputs, and its gradient [C, V] with the p from which it follows, in the kernel's precision."""
     make = torch.Generator().manual_seed(2)
     hidden, head = (torch.randn(n, D, generator=make).to(dtype) for n in (C, V))
     targets, g = torch.randint(V, (C,), generator=make), torch.randn(C, generator=make)
@@ -522,12 +523,12 @@ def test_triton_lists_and_products(dtype, mass, seed):
     hidden, head, targets, g, logprob, p, gradient = chunk(dtype)
     (C, V), at = gradient.shape, targets[:, None]
     c = chunk_of(gradient, targets, logprob, Sparsity(mass, V, seed), 3)
-    read = gradient.abs().float() * c.inverse[:, None]  # p as a kernel sees it
+    read = gradient.abs().float() * c.inverse[:, None]  # p as a kernel computes it
     true, others = (x.scatter(1, at, 0.0) for x in (p, read))
     dropped = (true * (others < c.threshold[:, None])).sum(1)
     live = g != 0
     assert bool((dropped <= mass * 1.001)[live].all())
-    # One bin more, counted by its upper edge (an eighth above the lower one, and the slack), would have been too much.
+    # One more bin, counted at its upper edge (an eighth above the lower one, plus the slack), would exceed the mass.
     more = torch.tensor([(others[i] * (others[i] < 1.126 * c.threshold[i])).sum() for i in range(C)])
     assert bool(((more > mass / 1.15) | (c.threshold == 1.0))[live].all())
     kept = (others >= c.threshold[:, None]).scatter(1, at, True) & live[:, None]
@@ -563,7 +564,7 @@ def test_triton_lists_and_products(dtype, mass, seed):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("sparse_head", [False, True])
 def test_triton_backward(sparse_head, monkeypatch):
-    """The operator itself, with a block of rows over the limit, against plain torch within the bound."""
+    """Checks the operator, with a block of rows over the limit, against plain torch within the bound."""
     limit(monkeypatch, 0.5)
     o = replace(SPARSE, sparse_head=sparse_head, dropped_mass=0.02)
     more = {
@@ -575,7 +576,7 @@ def test_triton_backward(sparse_head, monkeypatch):
         "bias": False,
         "train": ("hidden", "head"),
     }
-    want, exact = gradients(DENSE, dtype=torch.float64, **more)  # which plain torch computes
+    want, exact = gradients(DENSE, dtype=torch.float64, **more)  # computed by plain torch
     exact = {k: x.float() for k, x in exact.items()}
     if not sparse_head:
         limit(monkeypatch, 1 / 400)
@@ -647,7 +648,7 @@ def test_triton_kernels_compile_without_spills(kernel):
 
 
 def compiled_sparse(kernel: str, dtype: str, by_column: bool) -> dict:
-    """Registers, spills (bytes), shared memory (bytes) and widest load of a kernel of the sparse backward on sm_90."""
+    """Return registers, spills (bytes), shared memory (bytes) and widest load of a sparse backward kernel on sm_90."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -714,7 +715,7 @@ def test_a_run_with_a_frozen_head_and_dropped_mass_reports_both_and_resumes(tmp_
 
     before, after = load_file(Path(resolve("tiny")) / "model.safetensors"), weights(out)
     frozen = {k for k in after if torch.equal(after[k].float(), before[k].to(after[k].dtype).float())}
-    assert frozen == {"model.embed_tokens.weight"}  # tied: head and embedding are one
+    assert frozen == {"model.embed_tokens.weight"}  # tied: head and embedding share one weight
     for more, says in (
         (["--loss.dropped_mass=1e-9"], "dropped_mass is 1e-09"),
         (["--loss.entropy_coef=0.1"], "loss.entropy_coef 0.1"),

@@ -1,4 +1,4 @@
-"""The paper's tables: our numbers beside the paper's, what its precision is, and lighteval's second opinion."""
+"""Test the paper's tables: our numbers beside the paper's, its definition of precision, and lighteval's verdicts."""
 
 import json
 import os
@@ -20,7 +20,7 @@ ASKED = {"evaluate.samples": 32, "evaluate.temperature": 0.6, "evaluate.min_p": 
 
 
 def problem(i: int, correct: int, answered: int, samples: int, length: int, difficulty: float | None = None) -> dict:
-    """A row of samples.jsonl: right answers first, then wrong ones that all differ, then none."""
+    """Make a row of samples.jsonl: right answers first, then wrong ones that all differ, then responses without one."""
     right = [k < correct for k in range(samples)]
     found = [("1" if k < correct else f"w{k}") if k < answered else None for k in range(samples)]
     texts = [f"\\boxed{{{e}}}" if e else "" for e in found]
@@ -33,7 +33,7 @@ def problem(i: int, correct: int, answered: int, samples: int, length: int, diff
 
 
 def write(folder: Path, rows: list[dict], model: str, data: str, **asked: object) -> Path:
-    """An evaluation's folder, as lead_fast.evaluate writes it."""
+    """Write an evaluation's folder as lead_fast.evaluate does."""
     folder.mkdir(parents=True)
     fields = ("id", "problem", "reference", "difficulty", "correct", "lengths", "truncated", "extracted")
     named = [[r[k] for k in fields] for r in rows]
@@ -44,7 +44,7 @@ def write(folder: Path, rows: list[dict], model: str, data: str, **asked: object
     return folder
 
 
-# What ten problems a row may have answered and solved, of 32 samples: (answered, correct). Found by search.
+# Ten problems per row of the paper's table with 32 samples each: (answered, correct). Found by search.
 WITNESSES = {
     ("7B base", "1 to 5"): "27,27 27,27 27,27 27,27 27,27 26,26 26,26 12,1 4,0 0,0",
     ("7B L + AD", "1 to 5"): "32,18 32,2 31,31 31,29 30,22 29,26 29,22 28,28 25,23 2,0",
@@ -65,7 +65,7 @@ def witness(label: str, name: str) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("label, name", WITNESSES)
 def test_the_papers_precision_is_a_mean_over_problems_and_not_pooled(label, name):
-    """Its two columns of counts give the pooled precision, which is another; ten problems exist that give its mean."""
+    """Its two columns of counts give a different, pooled precision; ten problems exist that give its mean."""
     _, correct, answered, precision, pass_at_1 = TABLE_4[label][name]
     assert abs(correct / answered - precision) > 0.03
     g = tables.group([problem(i, c, a, 32, 100) for i, (a, c) in enumerate(witness(label, name))])
@@ -86,12 +86,12 @@ def test_groups_by_place_and_by_column(tmp_path):
     assert [*groups(e, "column")] == ["0", "1", "2"]
     e.rows = e.rows[:29]
     assert [*groups(e)] == ["0", "1", "2"]
-    with pytest.raises(ValueError, match="29 problems, and an exam 15"):
+    with pytest.raises(ValueError, match="29 problems, not a multiple of 15"):
         groups(e, "position")
 
 
 def test_the_interval_holds_the_truth_as_often_as_it_says():
-    """Evaluations of one model on fixed problems, each with new samples."""
+    """Repeats evaluations of one model on fixed problems, each with new samples."""
     rng = np.random.default_rng(3)
     chances = rng.random(12)
     held = 0
@@ -129,7 +129,7 @@ def test_a_mark_stands_where_the_papers_number_is_outside_of_the_interval():
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Evaluations that hold the paper's own counts where it prints them, and one that is far from them."""
+    """Write evaluations with the paper's own counts where it prints them, and one far from them."""
     base = tmp_path_factory.mktemp("evaluations")
     for label, model in (("7B base", "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B"), ("7B LEAD", "runs/mine")):
         rows = []
@@ -157,18 +157,18 @@ def test_all_tables_by_one_command(folders, tmp_path, capsys):
     assert len([p for p in parts if p.startswith("Table ")]) == 4
     first = parts["Table 1: what each part adds, 7B"].splitlines()
     lead = next(line for line in first if line.startswith("| 7B LEAD |"))
-    assert "/ 0.470 ≠" in lead and "/ 6104 ≠" in lead  # the far one, on AIME24
-    assert "0.345 ≠" not in lead and "/ 0.345" in lead  # its AIME25 is the paper's
+    assert "/ 0.470 ≠" in lead and "/ 6104 ≠" in lead  # the evaluation far from the paper, on AIME24
+    assert "0.345 ≠" not in lead and "/ 0.345" in lead  # its AIME25 matches the paper
     assert "| 7B L | - / 0.767 | - / 0.438 | - / 5275 |" in parts["Table 1: what each part adds, 7B"]
     third = parts["Table 3: LiveCodeBench v5"]
     assert "| LEAD-14B stage 2 | 0.5000 [0.5000, 0.5000] / 0.5156 ≠ |" in third
     assert all(f"/ {n}" in third for n in TABLE_3["14B base"][1:])
-    fourth = parts["Table 4: AIME25 by place in the exam, 7B"]
+    fourth = parts["Table 4: AIME25 by position in the exam, 7B"]
     row = next(line for line in fourth.splitlines() if line.startswith("| 7B base | 1 to 5 |"))
     cells = [c.strip() for c in row.split("|")[3:-1]]
     assert [re.sub(r" \[.*\]", "", c) for c in cells[1:4]] == ["18.8 / 18.8", "20.3 / 20.3", "0.708 / 0.708"]
     assert cells[4] == "0.926" and cells[5].endswith("/ 0.588") and all("[" in c for c in cells[1:4])
-    assert "7B LEAD, AIME24: evaluate.temperature is 1.0, the paper's 0.6." in text and "AIME25: evaluate" not in text
+    assert "7B LEAD, AIME24: evaluate.temperature is 1.0, in the paper 0.6." in text and "AIME25: evaluate" not in text
     assert "| stage2 | test.jsonl | 8 x 4 |" in parts["Not in the paper"]
     assert "| 2 | 4 |" in parts["stage2 on test.jsonl by difficulty\n".strip()]
 
@@ -182,12 +182,12 @@ def test_what_cannot_be_a_table_is_said(folders, tmp_path):
         with pytest.raises(ValueError, match=says):
             main(["--tables", *args, f"--output={tmp_path}"])
     (tmp_path / "evaluation.json").write_text("{}")
-    with pytest.raises(ValueError, match="is not an evaluation"):
+    with pytest.raises(ValueError, match="was not written by"):
         main(["--tables", str(tmp_path), f"--output={tmp_path}"])
 
 
 def test_the_evaluations_of_the_pipeline_have_tables(tmp_path, capsys):
-    """Their evaluation.json alone is kept in docs."""
+    """Only their evaluation.json is kept in docs."""
     docs = Path(__file__).parent.parent / "docs" / "evidence" / "pipeline"
     names = ("base", "sft", "stage1", "stage2")
     main(["--tables", *(f"{n}={docs / n}.json" for n in names), f"--output={tmp_path}"])

@@ -274,5 +274,5 @@ def test_the_export_loads_and_generates(tiny_run):
 
 
 def test_a_run_is_never_written_over(tiny_run, single_rank):
-    with pytest.raises(ValueError, match="holds a run already"):
+    with pytest.raises(ValueError, match="already holds a run"):
         train.main(small(tiny_run.parent, f"--output={tiny_run}"))

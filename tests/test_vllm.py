@@ -1,6 +1,6 @@
-"""Real vLLM beside the trainer: same tokens, same log-probs, weights that arrive, prompts that are answered once.
+"""Test real vLLM beside the trainer: equal tokens and log-probs, weights that arrive, each prompt answered once.
 
-A process holds one engine, so each set of ranks is a torchrun that writes what it saw; the tests read it.
+A process can hold one engine, so each set of ranks is a torchrun job that writes observations; the tests read them.
 """
 
 import importlib.util
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vllm is not installed: make test-vllm installs it and runs this"
 )
 
-NATS = {"float32": 5e-5, "bfloat16": 0.5}  # most that a log-prob may differ between engine and trainer
+NATS = {"float32": 5e-5, "bfloat16": 0.5}  # largest allowed difference of a log-prob between engine and trainer
 MEAN_NATS = {"float32": 5e-6, "bfloat16": 0.01}
 
 COMMON = """
@@ -256,7 +256,7 @@ stop()
 )
 
 
-# 2,000 responses with or without a drafter, and whether their log-probs are the trainer's.
+# 2,000 responses with and without a drafter, and whether their log-probs are the trainer's.
 DRAFTED = (
     COMMON
     + """
@@ -278,7 +278,7 @@ stop()
 """
 )
 
-# Weights rounded to fp8 after each sync, and a cache in fp8.
+# Weights are rounded to fp8 after each sync, and the cache is in fp8.
 ROUNDED = (
     COMMON
     + """
@@ -337,7 +337,7 @@ def saw(folder: Path, ranks: int, script: str, *args: str) -> dict:
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory) -> dict[str, dict]:
-    """What one rank saw in either precision, the two at the same time."""
+    """Observations of one rank in both precisions, which run at the same time."""
     with ThreadPoolExecutor() as pool:
         folders = {dtype: tmp_path_factory.mktemp(dtype) for dtype in NATS}
         futures = {d: pool.submit(saw, f, 1, ONE, f"--model.dtype={d}") for d, f in folders.items()}
@@ -360,7 +360,7 @@ def test_greedy_tokens_equal_transformers(one):
     if dtype == "float32":
         assert ours == theirs and out["greedy_text"][0] == out["greedy_text"][1]
         assert out["greedy_difference"] < NATS[dtype]
-    else:  # in half precision near ties fall either way
+    else:  # in half precision, near ties may be decided differently
         same = sum(ours[i] == theirs[i] for i in ours)
         assert same >= 8, f"{same} of 12 greedy answers are the same"
     assert all(g[0] == g[1] and len(g) == 2 for g in ours.values())
@@ -375,7 +375,7 @@ def test_logprobs_agree_with_the_trainers(one):
 
 def test_logprobs_are_of_the_distribution_that_was_sampled(one):
     dtype, out = one
-    if dtype == "float32":  # in half precision a token at the edge of the nucleus is in for one and out for the other
+    if dtype == "float32":  # in half precision, the two may disagree on a token at the edge of the nucleus
         assert out["processed"] < NATS[dtype]
 
 
@@ -398,7 +398,7 @@ def test_stop_strings_stop_tokens_and_the_length_limit(one):
 def test_repetition_ends_an_answer(one):
     ended = [ids for ids, finish in one[1]["repeated"] if finish == "repetition"]
     assert ended and all(any(ids[-n:] == ids[-2 * n : -n] for n in range(1, 5)) for ids in ended)
-    assert all(finish != "repetition" for _, finish in one[1]["left alone"])  # an evaluation's are not ended
+    assert all(finish != "repetition" for _, finish in one[1]["left alone"])  # evaluations do not end on repetition
 
 
 def test_after_an_optimiser_step_only_a_sync_brings_them_together(one):
@@ -430,7 +430,7 @@ def test_cut_off_answers_go_on_and_every_problem_is_trained_once(one):
         assert len(step["asked"]) == 5 and len(step["trained"]) == 3 and "unfinished" not in step["finish"]
         assert set(step["trained"]) | set(step["waiting"]) == set(step["asked"])
         trained += step["trained"]
-        for problem, answers in step["trained"].items():  # what was begun is the beginning of what came of it
+        for problem, answers in step["trained"].items():  # a response begins with the part sampled first
             for start, response in zip(step["begun"].get(problem, [[]] * 4), answers, strict=True):
                 assert response[: len(start)] == start
         assert step["difference"][0] < NATS[dtype]
@@ -466,7 +466,7 @@ def test_two_ranks_answer_every_prompt_once_though_one_is_slow(two):
     assert sorted(fast + slow) == list(range(12)) and len(fast) > len(slow) > 0
     assert two["problems"] and 0 <= two["idle"] < 1
     calm, now = two["tokens"]
-    assert calm == now  # whoever took the prompt
+    assert calm == now  # whichever rank took the prompt
     assert two["difference"][0] < NATS["float32"] and two["synced"][0] < NATS["float32"]
 
 
@@ -499,7 +499,7 @@ def test_two_ranks_share_an_engine(tmp_path):
 
 @pytest.fixture(scope="module")
 def drafted(tmp_path_factory) -> dict[str, dict]:
-    """What engines without a drafter, with n-grams, and with a draft model that is near the model saw."""
+    """Observations of engines without a drafter, with n-grams, and with a draft model close to the model."""
     folder = tmp_path_factory.mktemp("drafted")
     near = load_model(load_config([]).model)
     torch.manual_seed(0)
@@ -520,7 +520,7 @@ def drafted(tmp_path_factory) -> dict[str, dict]:
 
 
 def p_value(a: list, b: list) -> float:
-    """Of a chi-square test that two samples are of one distribution; categories with few counts are put together."""
+    """p-value of a chi-square test that two samples share one distribution; rare categories are merged."""
     counts = [Counter(a), Counter(b)]
     often = [k for k in counts[0] | counts[1] if counts[0][k] + counts[1][k] >= 20]
     table = [[c[k] for k in often] + [c.total() - sum(c[k] for k in often)] for c in counts]
@@ -557,11 +557,11 @@ def test_acceptance_is_counted(drafted):
         assert 1 < counts["acceptance_length"] <= 1 + tokens and 0 < counts["acceptance_rate"] < 1, name
         assert 0 < speculation.accepted < speculation.proposed <= tokens * speculation.verifications
     proposed = {name: drafted[name]["speculation"].proposed for name in drafted}
-    assert 0 < proposed["schedule"] < proposed["draft_model"] / 10  # a full engine does not speculate
+    assert 0 < proposed["schedule"] < proposed["draft_model"] / 10  # a fully occupied engine does not speculate
 
 
 def test_the_chi_square_test_sees_a_drafter_that_is_believed(drafted):
-    """Had one response in ten got a token too many, the test above would fail."""
+    """The test above would fail if one response in ten had one token too many."""
     rng = random.Random(0)
     plain = [(i, len(r)) for i, g in enumerate(drafted["none"]["responses"]) for r in g]
     believed = [(i, n + 1) if rng.random() < 0.1 else (i, n) for i, n in plain]
@@ -584,7 +584,7 @@ def rounded(tmp_path_factory) -> dict[str, dict]:
 @pytest.mark.parametrize("name", ROUNDINGS)
 def test_rounded_weights_are_rebuilt_by_every_sync(rounded, name):
     out = rounded[name]
-    exact = 6e-4  # mean difference of tiny in bfloat16 without further rounding
+    exact = 6e-4  # mean difference for tiny in bfloat16 without further rounding
     assert out["canary"] < 0.1
     for key in ("fresh", "synced", "again"):
         assert exact < out[key][1] < out["stale"][1] / 2, key
@@ -611,7 +611,7 @@ def test_training_with_a_quantised_rollout_weighs_tokens(tmp_path):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A run of three steps on two ranks that asks more than a step needs."""
+    """A run of three steps on two ranks that asks for more problems than a step needs."""
     run = tmp_path_factory.mktemp("trained") / "run"
     done = torchrun(2, "-m", "lead_fast.train", "--rollout.engine=vllm", "--rollout.problems=4", "--steps=3",
                     "--rollout.group_size=4", "--rollout.max_tokens=64", "--rollout.extra_problems=2",
@@ -670,7 +670,7 @@ def test_the_release_loads_in_vllm_with_its_own_template_and_settings(trained, t
     done = torchrun(1, str(tmp_path / "script.py"), str(tmp_path / "saw.pt"), str(trained / "final"))
     assert done.returncode == 0, done.stderr[-4000:]
     out = torch.load(tmp_path / "saw.pt")
-    assert out["temperature"] == 1.0 and out["min_p"] == 0.0  # the recipe's, of its evaluation
+    assert out["temperature"] == 1.0 and out["min_p"] == 0.0  # the recipe's settings for evaluation
     model = AutoModelForCausalLM.from_pretrained(trained / "final")
     tokenizer = AutoTokenizer.from_pretrained(trained / "final")
     ids = tokenizer.apply_chat_template(

@@ -1,4 +1,4 @@
-"""The rollouts that a run keeps, and the page that shows them: limits, filters, escaping, access, a browser."""
+"""Test the rollouts that a run keeps and the page that shows them: limits, filters, escaping, access, a browser."""
 
 import fcntl
 import html.parser
@@ -44,7 +44,7 @@ ATTACKS = [
 
 
 def sample(words: str, *, correct: bool = False, n: int = 3, version: int = 0, reason: str = "stop") -> Sample:
-    """A response of n tokens."""
+    """Make a response of n tokens."""
     response = Response(list(range(n)), [-0.5] * n, reason, words, version)
     return Sample(response, Score(correct, words[:300], reason != "stop", False))
 
@@ -106,7 +106,7 @@ def test_z_is_over_the_correct_responses_alone():
 
 def test_the_limit_holds_at_every_step_and_history_is_thinned_not_cut_off(tmp_path):
     store = Rollouts(tmp_path, 1)
-    assert "raise metrics.keep_rollouts" in add(store, 1, [plain_group(1, 0, 2)])  # a step alone is over the limit
+    assert "raise metrics.keep_rollouts" in add(store, 1, [plain_group(1, 0, 2)])  # a single step exceeds the limit
     assert not step_files(tmp_path / "rollouts")
     add(Rollouts(tmp_path, 10**6), 1, [plain_group(1, 0, 2)])
     size = step_files(tmp_path / "rollouts")[1].stat().st_size
@@ -156,11 +156,11 @@ def test_a_damaged_file_is_named_and_the_others_are_shown(tmp_path, damage):
     path.write_bytes(damage(path.read_bytes()))
     watched = Watched(tmp_path)
     columns = watched.columns()
-    if 2 in columns.indexes:  # its columns are complete
+    if 2 in columns.indexes:  # all its columns are complete
         with pytest.raises(ValueError, match="is (incomplete|damaged .*): remove it"):
             columns.indexes[2].group(0)
     else:
-        assert "step-00000002.bin holds no rollouts" in watched.unreadable[0]
+        assert "step-00000002.bin holds no readable rollouts" in watched.unreadable[0]
     assert columns.indexes[1].group(0).problem == "problem 0 of step 1"
 
 
@@ -175,7 +175,7 @@ def test_a_real_run_keeps_every_step_with_the_numbers_of_its_metrics(tiny_run):
         samples = [s for g in groups for s in g.samples]
         assert rows["correct"].mean() == r["accuracy"] and rows["length"].sum() == r["response_tokens"]
         assert rows["reward"].mean() == pytest.approx(r["reward_mean"], abs=1e-6) and (rows["age"] == 0).all()
-        right = rows[rows["correct"]]  # the kernel's rewards are exp(-alpha z) of the z that the page shows
+        right = rows[rows["correct"]]  # the kernel's rewards are exp(-alpha z), with the page's z
         assert np.allclose(right["reward"], np.exp(-alpha * right["z"]), rtol=1e-5)
         trained = [s for s in samples if s.gap is not None]
         assert len(samples) - len(trained) == r["sequences_skipped"]
@@ -240,7 +240,7 @@ def test_order_and_paging_show_every_group_once(watched):
         shown = pages.rollouts(columns, {"page": str(page), "sort": "longest"}, chosen, n, [])
         seen += re.findall(r'href="(/group/\d+/\d+)\?sort=longest"', shown)
         assert f"page {min(page, 4)} of 4" in shown
-    assert len(seen[:180]) == len(set(seen[:180])) == 180 and seen[180:] == seen[150:180]  # page 5 is the last one
+    assert len(seen[:180]) == len(set(seen[:180])) == 180 and seen[180:] == seen[150:180]  # page 5 is the last page
     assert "sort=longest&amp;page=3" in pages.rollouts(columns, {"page": "2", "sort": "longest"}, chosen, n, [])
 
 
@@ -307,7 +307,7 @@ HTML = {"html", "head", "meta", "title", "style", "body", "header", "nav", "b", 
 
 
 class Tags(html.parser.HTMLParser):
-    """The tags of a page, balanced, with their attributes."""
+    """Parser that collects tags with attributes and checks that they are balanced."""
 
     def __init__(self, page: str):
         super().__init__()
@@ -395,7 +395,7 @@ def test_prices_and_program_text_are_not_mathematics():
     assert text.rich("so $x=1$, and \\boxed{2}").count("<math") == 2
     assert text.rich("so\n\\begin{align*}\na &= b\n\\end{align*}\nand").count('<math display="block"') == 1
     began = time.process_time()
-    text.rich("\\begin{align}" * (text.WHOLE // 13))  # many that never end
+    text.rich("\\begin{align}" * (text.WHOLE // 13))  # many environments that never end
     assert time.process_time() - began < 2
 
 
@@ -417,7 +417,7 @@ def test_tokens_are_coloured_by_what_was_computed_and_the_absence_is_said(tmp_pa
     index = Watched(tmp_path).columns()
     shown = pages.group(index, 1, 0, index.indexes[1].group(0), {"colour": "entropy"}, None)
     assert shown.count("Not trained on in its step") == shown.count("gap <b>not trained on") == 3
-    assert shown.count("gap <b>–") == 1 and shown.count("keeps no tokenizer.json") == 1  # of a skipped update
+    assert shown.count("gap <b>–") == 1 and shown.count("keeps no tokenizer.json") == 1  # once, for a skipped update
 
 
 # ------------------------------------------------------------------------------------------------------------- server
@@ -425,7 +425,7 @@ def test_tokens_are_coloured_by_what_was_computed_and_the_absence_is_said(tmp_pa
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Iterator[Server]:
-    """A served run full of hostile text, in a folder with such a name."""
+    """A served run full of hostile text, in a folder with a hostile name."""
     folder = tmp_path_factory.mktemp("run") / "<script>a'b"
     m = Metrics(folder, total_steps=2, tensorboard=False)
     numbers = {"accuracy": 0.95, "reward_mean": 0.0, "seconds": {"rollout": 1.0}, "solve_rate_histogram": [1, 2, 1]}
@@ -498,7 +498,7 @@ def test_a_group_is_shown_side_by_side_in_parts(site):
 def test_numbers_outside_their_healthy_range_say_what_is_wrong(site):
     page = ask(site, "/")[1].decode()
     assert "healthy: 10 to 90 %; most groups are all wrong or all correct" in page
-    assert "a spike beside the median of recent steps" in page and "healthy: up to 10" in page
+    assert "a spike compared with the median of recent steps" in page and "healthy: up to 10" in page
 
 
 def test_a_number_shows_its_course_and_rounding_errors_are_none():
@@ -537,14 +537,14 @@ def test_pictures_leave_the_processor_to_the_run(tmp_path, monkeypatch):
         return {}
 
     site = Site(tmp_path, draw)
-    for step in range(12):  # a record a second, a page that asks after each
+    for step in range(12):  # a record per second, and a page request after each
         with (tmp_path / "metrics.jsonl").open("a") as f:
             f.write(f'{{"kind": "train", "step": {step + 1}}}\n')
         site.answer("/state")
         while site._drawing is not None:
             time.sleep(0.001)
         now[0] += 1.0
-    assert drawn == [0.0, 10.0]  # two seconds of drawing, eight of rest
+    assert drawn == [0.0, 10.0]  # two seconds of drawing, then eight of rest
 
 
 @pytest.mark.parametrize(
@@ -644,7 +644,7 @@ def test_a_browser_renders_mathematics_and_runs_nothing_that_a_model_wrote(chrom
     from matplotlib.image import imread
 
     base = f"http://127.0.0.1:{site.server_address[1]}"
-    for path in ("/group/1/0", "/group/1/5"):  # a script tag, and what would end the page's own elements
+    for path in ("/group/1/0", "/group/1/5"):  # a script tag, and text that would close the page's own elements
         page = browse(chromium, tmp_path / "profile", base + path, "--dump-dom")
         assert "<title>&lt;script&gt;a'b</title>" in page and page.count("<script>") == 1
     shot = tmp_path / "page.png"
@@ -654,11 +654,11 @@ def test_a_browser_renders_mathematics_and_runs_nothing_that_a_model_wrote(chrom
 
 
 class Browser:
-    """A page in headless Chromium, driven over its debugging pipe: JSON messages that end with a zero byte."""
+    """A page in headless Chromium, controlled over its debugging pipe with JSON messages that end in a zero byte."""
 
     def __init__(self, chromium: str, profile: Path):
         (its_in, to), (back, its_out) = os.pipe(), os.pipe()
-        its_in, its_out = (fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (its_in, its_out))  # not 3 or 4 themselves
+        its_in, its_out = (fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (its_in, its_out))  # must not be 3 or 4
         start = "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4)"
         start += "; os.execv(sys.argv[3], sys.argv[3:])"
         flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--remote-debugging-pipe"]
@@ -688,7 +688,7 @@ class Browser:
                 return reply["result"]
 
     def run(self, expression: str):
-        """The value of an expression, awaited."""
+        """Evaluate an expression in the page, await it, and return the value."""
         done = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
         assert "exceptionDetails" not in done, done
         return done["result"].get("value")
@@ -740,7 +740,7 @@ def test_a_browser_follows_a_run_and_keeps_the_readers_place(chromium, tmp_path)
         step(8)
         browser.run("look()")
         state = "[scrollY, document.querySelector('[name=step]').value, news.hidden]"
-        assert browser.run(state) == [300, "3-", False]  # a list stands still until asked
+        assert browser.run(state) == [300, "3-", False]  # a list does not change until asked
         assert browser.run("document.querySelector('td').textContent") == "7"
         browser.run("news.click()")
         browser.wait("news.hidden")

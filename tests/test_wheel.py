@@ -1,4 +1,4 @@
-"""The wheel stands alone: installed into an empty environment it trains `tiny` from another folder."""
+"""Test that the wheel is self-contained: installed into an empty environment, it trains `tiny` from another folder."""
 
 import os
 import subprocess
@@ -52,7 +52,7 @@ def test_two_steps_of_tiny_from_another_folder(wheel, tmp_path):
     done = call(sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "--no-index",
                 str(wheel), cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    # The dependencies, as they are installed here: a .pth file adds the folder, and nothing editable in it.
+    # Dependencies come from this environment: a .pth file adds its folder, without its editable installations.
     site = next((environment / "lib").glob("python*/site-packages"))
     (site / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     where = call(str(python), "-c", "import lead_fast, lead_kernels; print(lead_fast.__file__, lead_kernels.__file__)",

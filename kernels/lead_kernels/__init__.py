@@ -1,4 +1,4 @@
-"""Kernels for GRPO-LEAD: from raw outcomes to the gradient, without the full matrix of logits."""
+"""Kernels for GRPO-LEAD: from raw outcomes to the gradient, without ever holding the full matrix of logits."""
 
 from .advantage import batch_std, lead_advantages
 from .linear_logprobs import linear_logprobs

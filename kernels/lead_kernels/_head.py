@@ -1,7 +1,7 @@
-"""Products with the head, and what the two operations over hidden states share: chunks, checks, dtypes.
+"""Matrix products with the head, and the chunks, checks and dtypes that both operations on hidden states share.
 
-A bias of the head is added inside the product, before its result is rounded, as torch.nn.Linear does: the row kernels
-get logits that hold it and know nothing of it. Its gradient is the sum of the logits' gradient over all rows.
+A bias of the head is added inside the product, before the result is rounded, as torch.nn.Linear does. The row kernels
+therefore receive logits that include it and need not know of it. Its gradient is the logits' gradient summed over rows.
 
 Legend: T rows, D hidden, V vocabulary.
 """
@@ -19,9 +19,9 @@ CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 2 << 30}
 
 
 def chunk_size(rows: int, head: torch.Tensor, chunk_rows: int | None, fp32_logits: bool = False) -> int:
-    """Rows of a chunk: equal chunks of at most what is asked, else what `_device.chunk_rows` makes of the budget.
+    """Rows per chunk: equal chunks of at most `chunk_rows`; for None what `_device.chunk_rows` derives from its budget.
 
-    That is 128 MiB of logits on a CPU and 2 GiB on a GPU.
+    The budget is 128 MiB of logits on a CPU and 2 GiB on a GPU.
     """
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows is {chunk_rows}: give 1 or more, or None.")
@@ -33,13 +33,13 @@ def chunk_size(rows: int, head: torch.Tensor, chunk_rows: int | None, fp32_logit
 
 
 def logits_buffer(rows: int, head: torch.Tensor, fp32: bool) -> torch.Tensor:
-    """Room for a chunk's logits, [C, V], in the head's dtype or at least float32."""
+    """Allocate a buffer for a chunk's logits, [C, V], in the head's dtype, or with `fp32` in at least float32."""
     dtype = torch.promote_types(head.dtype, torch.float32) if fp32 else head.dtype
     return torch.empty(rows, head.shape[0], dtype=dtype, device=head.device)
 
 
 def logits_of(hidden: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
-    """hidden [C, D] times head [V, D]^T, plus bias [V], written to the first C rows of `out`, in its dtype."""
+    """Write hidden [C, D] times head [V, D]^T, plus bias [V], to the first C rows of `out`, in the dtype of `out`."""
     out = out[: len(hidden)]
     if out.dtype != head.dtype:
         if out.is_cuda:
@@ -53,15 +53,16 @@ def logits_of(hidden: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | Non
 
 
 def rounded(gradient: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A gradient of float32 logits for products in the inputs' dtype; itself where that is its own."""
+    """Round the logits' gradient to the inputs' dtype, for the products that follow; a no-op if it has that dtype."""
     return gradient.to(dtype)
 
 
 @contextlib.contextmanager
 def full_reductions() -> Iterator[None]:
-    """Reduce products of half precision in float32 on a GPU, whatever torch's global switches say, and put those back.
+    """Accumulate half-precision products in float32 on a GPU whatever torch's global switches say; restore them after.
 
-    By default a product that is split along its sum may add the parts in half precision; d hidden sums over V.
+    By default a product that is split along the summed dimension may add its parts in half precision, and d(hidden)
+    sums over V.
     """
     cublas: Any = torch.backends.cuda.matmul
     names = (
@@ -72,7 +73,7 @@ def full_reductions() -> Iterator[None]:
     before = {name: (getattr(cublas, name), getattr(cublas, name + "_split_k", None)) for name in names}
 
     def put(name: str, value: bool, split_k: bool | None) -> None:
-        setattr(cublas, name, value if split_k is None else (value, split_k))  # a pair in newer torch
+        setattr(cublas, name, value if split_k is None else (value, split_k))  # newer torch takes a pair
 
     try:
         for name, (_, split_k) in before.items():
@@ -86,14 +87,14 @@ def full_reductions() -> Iterator[None]:
 def target_logits(
     hidden: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
 ) -> torch.Tensor | None:
-    """The targets' logits [C] in float32, of hidden [C, D]; None for inputs that are not of half precision.
+    """Logits of the targets, float32 [C], from hidden [C, D]; None for inputs that are not in half precision.
 
-    One gather and a dot for each row, 2 C D FLOPs. Rounding a row's logits to bf16 moves its log-prob by up to 0.06
-    nats at |z| = 25 through the target's own logit, and by far less through the sum over all others.
+    One gather and one dot product per row, 2 C D FLOPs. Rounding a row's logits to bf16 moves its log-prob by up to
+    0.06 nats at |z| = 25 through the target's own logit, and by far less through the sum over all other logits.
     """
     if head.dtype not in (torch.bfloat16, torch.float16):
         return None
-    rows = 1024  # [1024, D] in float32 at once
+    rows = 1024  # at a time, to hold at most [1024, D] in float32
     parts = [
         torch.linalg.vecdot(hidden[i : i + rows].float(), head[targets[i : i + rows]].float())
         for i in range(0, max(1, len(hidden)), rows)
@@ -103,13 +104,13 @@ def target_logits(
 
 
 def add_rows_(total: torch.Tensor, rows: torch.Tensor, first: bool) -> None:
-    """total [V] (+)= the sum of rows [C, V] over C, in total's dtype and a fixed order; `first` overwrites total."""
+    """Add rows [C, V], summed over C in total's dtype and in a fixed order, to total [V]; `first` overwrites total."""
     rows = rows.sum(0, dtype=total.dtype)
     total.copy_(rows) if first else total.add_(rows)
 
 
 def add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) -> None:
-    """total (+)= a @ b, added in total's dtype inside the product; `first` overwrites what total holds."""
+    """Add a @ b to total, in total's dtype and inside the product; `first` overwrites total instead."""
     if a.dtype == total.dtype:
         torch.addmm(total, a, b, beta=0 if first else 1, out=total)
     elif not total.is_cuda:
@@ -122,9 +123,10 @@ def add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: b
 
 @functools.cache
 def adds_in_product(device: torch.device) -> bool:
-    """Whether the installed torch adds a product of bf16 matrices to a float32 one inside the product, on a GPU.
+    """Whether the installed torch can add a product of bf16 matrices to a float32 matrix within the product, on a GPU.
 
-    torch 2.14 does and older ones refuse a float32 `self`; the documentation does not say which, so it is tried once.
+    torch 2.14 can; older versions refuse a float32 `self`. The documentation does not say since when, so it is tried
+    once.
     """
     a, total = torch.ones(16, 16, dtype=torch.bfloat16, device=device), torch.ones(16, 16, device=device)
     try:
@@ -135,7 +137,7 @@ def adds_in_product(device: torch.device) -> bool:
 
 
 def add_in_slices_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) -> None:
-    """total (+)= a @ b in slices of rows, each product rounded to total's dtype alone; at most 256 MiB beside total."""
+    """Add a @ b to total in slices of rows, each product rounded once, to total's dtype; takes at most 256 MiB more."""
     rows = max(1, (256 << 20) // (b.shape[1] * total.element_size()))
     for i in range(0, total.shape[0], rows):
         product = torch.mm(a[i : i + rows], b, out_dtype=total.dtype)
@@ -143,7 +145,7 @@ def add_in_slices_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first:
 
 
 def local(weight: torch.Tensor, name: str) -> torch.Tensor:
-    """Return a head's weight or bias as a plain tensor. Raises ValueError for one that is still sharded."""
+    """Return a head's weight or bias as a plain tensor. Raises ValueError if it is still sharded."""
     if hasattr(weight, "placements"):
         if any(not p.is_replicate() for p in weight.placements):  # type: ignore[attr-defined]
             raise ValueError(f"{name} is a sharded DTensor: call this inside the FSDP module's forward, or gather it.")
@@ -152,7 +154,7 @@ def local(weight: torch.Tensor, name: str) -> torch.Tensor:
 
 
 def check_shapes(hidden: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """Raise ValueError for shapes or dtypes that do not fit together."""
+    """Raise ValueError for shapes or dtypes that do not match."""
     if hidden.dim() != 2 or head.dim() != 2 or hidden.shape[1] != head.shape[1] or not head.shape[0]:
         raise ValueError(
             f"hidden is {list(hidden.shape)} and head_weight {list(head.shape)}: give [T, D] and [V, D], V above 0."
@@ -167,13 +169,13 @@ def check_shapes(hidden: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | 
 
 
 def computable(x: torch.Tensor) -> torch.Tensor:
-    """Return x, in float32 on a CPU without half-precision arithmetic, where products are up to 100 times slower."""
+    """Return x, in float32 on CPUs without half-precision arithmetic, where its products are up to 100 times slower."""
     half = x.dtype in (torch.bfloat16, torch.float16)
     return x.float() if half and x.device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported() else x
 
 
 def accumulate(dtype: torch.dtype, chunks: int = 2) -> torch.dtype:
-    """The dtype in which a gradient of the head is added up; that of one chunk is its product, which rounds once."""
+    """Dtype in which a gradient of the head is accumulated; for one chunk it is a single product, which rounds once."""
     if chunks == 1:
         return dtype
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,20 +1,23 @@
-"""The row kernel: what the loss needs of a row of logits, and the gradient written over it.
+"""The row kernel: statistics of each row of logits that the loss needs, and the gradient written over the row.
 
     x = (z - max z) / temperature    log_norm = log sum exp x    logp = x_t - log_norm    H = log_norm - sum p x
     d z = (g (onehot_t - p) - h p (log p + H)) / temperature         g = d loss / d logp, h = d loss / d H
 
-With a soft cap c, y = c tanh(z / c) stands for z in all of it, and d z = d y (1 - (y / c)^2).
+With a soft cap c, y = c tanh(z / c) replaces z throughout, and d z = d y (1 - (y / c)^2).
 
-A target may have an exact logit z* besides the rounded one in the matrix (`target_logits`, float32): z* stands in its
-place in all of it, the maximum, log_norm, H and the gradient included. A log-prob takes the rounding of its own logit
-one to one and that of all others weighted by their p, so this one number per row removes most of it.
+A target may have an exact logit z* (`target_logits`, float32) besides the rounded one in the matrix. z* then replaces
+the rounded one throughout: in the maximum, log_norm, H and the gradient. A log-prob inherits the rounding error of its
+own logit one to one, and that of every other logit weighted by its p, so this one number per row removes most of the
+error.
 
-Everything between the two, from log-prob to g and h, is O(1) a row and specified in policy_loss.py, whose kernels do
-all of it in one go. On a CPU they run in C++ (csrc/rows.cpp), on a GPU in Triton (_triton_rows.py; float64 excepted); a
-machine without those runs the plain torch below, which is the specification. Logits of half precision are exact inputs:
-log-sum-exp and gather are float32 from the same rounded values, so log-probs are never above 0.
+Everything between statistics and gradient, from log-prob to g and h, is O(1) per row and specified in policy_loss.py,
+whose kernels do all three in one go. On a CPU the kernels run in C++ (csrc/rows.cpp), on a GPU in Triton
+(_triton_rows.py; not for float64); a machine with neither runs the plain torch below, which is the specification.
+Half-precision logits count as exact inputs: log-sum-exp and gather are computed in float32 from the same rounded
+values, so a log-prob is never above 0.
 
-Floor: the statistics read V logits once (their second look comes from the cache), the gradient reads and writes them.
+Floor per row: the statistics read V logits once (their second look is served by the cache); the gradient reads and
+writes them.
 
 Legend: T rows, V vocabulary.
 """
@@ -32,10 +35,10 @@ from .options import Softmax
 
 
 class RowStats(NamedTuple):
-    """What is known of every row: max of the logits, log_norm, log-prob of the target, entropy.
+    """Statistics of every row: max of the logits, log_norm, log-prob of the target (nats), entropy (nats).
 
-    The maximum is that of the capped logits where there is a cap; from Triton it is a logit near it. [T] each, the
-    columns of a [T, 4] tensor that `row_stats` makes: RowStats(*stats.unbind(1)).
+    With a soft cap the maximum is that of the capped logits; Triton returns a logit near the maximum instead. Each is
+    [T], a column of the [T, 4] tensor that `row_stats` returns: RowStats(*stats.unbind(1)).
     """
 
     top: torch.Tensor
@@ -46,7 +49,7 @@ class RowStats(NamedTuple):
 
 @functools.cache
 def cpu_extension() -> Any | None:
-    """The operators of csrc, or None; says once what is lost without them."""
+    """The operators of csrc, or None with a warning, given once, of what that costs."""
     try:
         importlib.import_module("lead_kernels._C")
     except ImportError as e:
@@ -61,14 +64,14 @@ def cpu_extension() -> Any | None:
 
 
 def in_cpp(logits: torch.Tensor) -> Any | None:
-    """The C++ operators if they take these logits."""
+    """The C++ operators if they support these logits, else None."""
     takes = logits.device.type == "cpu" and logits.stride(1) == 1
     return cpu_extension() if takes else None
 
 
 @functools.cache
 def triton_kernels() -> Any | None:
-    """_triton_rows, or None; says once what is lost without Triton."""
+    """The module _triton_rows, or None with a warning, given once, of what that costs."""
     try:
         return importlib.import_module("lead_kernels._triton_rows")
     except ImportError as e:
@@ -77,14 +80,14 @@ def triton_kernels() -> Any | None:
 
 
 def in_triton(logits: torch.Tensor) -> Any | None:
-    """The Triton launchers if they take these logits: on a GPU, or anywhere under Triton's interpreter."""
+    """The Triton launchers, on a GPU or under Triton's interpreter, if they support these logits; else None."""
     if not (logits.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
         return None
     return triton_kernels() if logits.dtype != torch.float64 and logits.stride(-1) == 1 else None
 
 
 def backend(device: torch.device) -> str:
-    """In words, what the kernels are on this device."""
+    """Describe in words which kernels run on this device."""
     if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
         if triton_kernels():
             return f"Triton {importlib.import_module('triton').__version__}"
@@ -95,15 +98,15 @@ def backend(device: torch.device) -> str:
 
 
 class Ready(torch.autograd.Function):
-    """Ready.apply(loss, [gradient or None of each input], *inputs): a loss whose gradients its forward has taken.
+    """Ready.apply(loss, [gradient or None for each input], *inputs): a loss whose forward has computed its gradients.
 
-    The backward has a factor to apply, the loss's own gradient, which is mostly 1. Where autograd will not ask again it
-    hands the gradients out themselves, scaled in place if need be: no second matrix.
+    The backward only multiplies them by the gradient of the loss, which is usually 1. Unless autograd keeps the graph,
+    it hands out the gradients themselves, scaled in place if need be, so that no second matrix is allocated.
     """
 
     @staticmethod
     def forward(ctx: Any, loss: torch.Tensor, grads: list[torch.Tensor | None], *inputs: Any):  # type: ignore
-        ctx.grads = grads  # as saved tensors they would be shared, and so copied when they are handed out
+        ctx.grads = grads  # saved tensors would be shared, and therefore copied when handed out
         return loss.clone()
 
     @staticmethod
@@ -118,7 +121,7 @@ class Ready(torch.autograd.Function):
 
 
 def scaled(grad: torch.Tensor, factor: torch.Tensor, keep: bool) -> torch.Tensor:
-    """grad x factor (0-dim); in place, or grad itself for a factor of 1, unless grad is to be kept."""
+    """grad x factor (0-dim): computed in place, or grad itself for a factor of 1, unless grad is to be kept."""
     traced = type(grad) is not torch.Tensor or type(factor) is not torch.Tensor
     if not (keep or traced):
         if kernels := in_triton(grad):
@@ -130,14 +133,14 @@ def scaled(grad: torch.Tensor, factor: torch.Tensor, keep: bool) -> torch.Tensor
 
 
 def capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
-    """softcap tanh(z / softcap), or z itself."""
+    """softcap tanh(z / softcap), or z itself without a soft cap."""
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def with_targets(
     logits: torch.Tensor, targets: torch.Tensor, target_logits: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    """The logits in `dtype`, with `target_logits` [T], where given, in place of those of the targets."""
+    """The logits in `dtype`, with those of the targets replaced by `target_logits` [T] where given."""
     z = logits.to(dtype)
     return z if target_logits is None else z.scatter(1, targets[:, None], target_logits[:, None].to(dtype))
 
@@ -145,7 +148,7 @@ def with_targets(
 def row_stats_reference(
     logits: torch.Tensor, targets: torch.Tensor, softmax: Softmax, target_logits: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """max, log_norm, logp, H of every row: float32 (float64 for float64) [T, 4]."""
+    """Specification of `row_stats`: max, log_norm, logp, H of every row, float32 (float64 for float64) [T, 4]."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     y = capped(with_targets(logits, targets, target_logits, dtype), softmax.softcap)
     top = y.amax(1, keepdim=True)
@@ -165,7 +168,7 @@ def row_gradient_reference(
     softmax: Softmax,
     target_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The gradient [T, V] in the logits' dtype, rounded once, after all scaling."""
+    """Specification of `row_gradient_`: the gradient [T, V] in the logits' dtype, rounded once, after all scaling."""
     top, log_norm, _, entropy = stats.unsqueeze(-1).unbind(1)
     temperature, softcap = softmax
     z = with_targets(logits, targets, target_logits, stats.dtype)
@@ -176,21 +179,21 @@ def row_gradient_reference(
     grad = p * (-g[:, None] - h[:, None] * inner) / temperature
     grad.scatter_add_(1, targets[:, None], (g / temperature)[:, None])
     if softcap is not None:
-        grad *= torch.cosh(z / softcap) ** -2  # 1 - tanh^2, without what that cancels
+        grad *= torch.cosh(z / softcap) ** -2  # 1 - tanh^2, without its cancellation
     return grad.to(logits.dtype)
 
 
 def row_stats(
     logits: torch.Tensor, targets: torch.Tensor, softmax: Softmax, target_logits: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """max, log_norm, logp, H of every row.
+    """Compute max, log_norm, log-prob of the target and entropy of every row.
 
     Args:
         logits: [T, V], bf16, fp16, fp32 or fp64.
         targets: int64 [T], each in 0..V-1 (checked by the caller).
         softmax: temperature and soft cap.
         target_logits: exact logits of the targets, before the cap and with the head's bias, float32 (float64 for
-            float64) [T]; they stand for those in `logits`. None: those in `logits`.
+            float64) [T]; they replace those in `logits`. None: use those in `logits`.
     Returns:
         float32 (float64 for float64) [T, 4].
     """
@@ -212,9 +215,9 @@ def row_gradient_(
     out: torch.Tensor | None = None,
     target_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Write the gradient over `logits`, or to `out`, given d loss / d logp and d loss / d H of every row ([T]).
+    """Write the gradient over `logits`, or to `out`, from d loss / d logp and d loss / d H of every row, [T] each.
 
-    `stats` and `target_logits`: what `row_stats` returned and what it was given.
+    `stats` is what `row_stats` returned, `target_logits` what it was given.
     """
     to = logits if out is None else out
     if kernels := in_triton(logits):

@@ -1,19 +1,21 @@
-"""The sparse backward: d hidden, and d head where asked for, from the columns that a row's probabilities reach.
+"""The sparse backward: d hidden, and on request d head, from only those columns that carry a row's probability.
 
     d z_j = -(g / T) p_j, for the target (g / T) (1 - p_t)          d hidden = d z head          d head = d z^T hidden
 
-Per row a threshold on p: the largest 2^e (1 + m / 8), e from -40, for which the entries below it, the target apart, sum
-to at most `mass`. Those are left out; the target never is. The error of a row of d hidden is at most
+Each row has a threshold on p: the largest 2^e (1 + m / 8), e from -40, for which the entries below it, not counting the
+target, sum to at most `mass`. Those entries are left out; the target never is. The error of a row of d hidden is at
+most
 
     |g| / T x (the sum of p over what is left out) x max_j ||head_j||_2
 
-Unbiased form (`sample`): an entry below the threshold is kept with probability p / threshold, at the threshold's value.
-Chance is a hash of (seed, row, column): the same choice on every backend, in every run, however rows are cut in chunks.
+Unbiased form (`sample`): an entry below the threshold is kept with probability p / threshold, and then counts as the
+threshold. The random number is a hash of (seed, row, column), so the choice is the same on every backend, in every run,
+and however rows are cut into chunks.
 
-A row that needs more than `most` columns takes the dense way. On a CPU the entries of each row are multiplied by the
+A row that needs more than `most` columns is computed densely. On a CPU the entries of each row are multiplied by the
 rows of the head that they need (csrc/sparse.cpp); on a GPU a block of 128 rows shares its columns, so that the product
-runs on tensor cores (_triton_sparse.py). Lists are in ascending order and sums in the order of the lists: no atomics,
-the same bits every run.
+runs on tensor cores (_triton_sparse.py). Lists are ascending, sums follow their order, and no atomics are used, so
+every run gives the same bits.
 
 dtypes: logits, hidden, head bf16, fp16, fp32 (csrc), and fp64 (plain torch); entries fp32 (fp64), sums fp32 (fp64).
 
@@ -29,17 +31,18 @@ from ._rows import capped, cpu_extension, row_gradient_
 from .options import LossOptions, Softmax
 
 SPARSE_METRICS = ("dropped_mass", "column_share", "max_hidden_error")
-"""What a chunk adds to the metrics: sums over rows of the mass below the threshold and of the share of the columns that
-were multiplied, and the largest bound on the error of a row of d hidden."""
+"""Metrics of a chunk: sums over rows of the mass below the threshold and of the share of columns that were multiplied,
+and the largest bound on the error of a row of d hidden."""
 
 OCTAVES = 40
 DENSE_ABOVE = {"cpu": 1 / 32, "cuda": 0.3}
-"""Share of the columns above which rows take the dense way. A CPU gathers each row for itself, with no use of caches
-shared between rows, and gains nothing long before tensor cores would (`python bench/sparse.py`, temperature 1)."""
+"""Share of the columns above which rows are computed densely. A CPU gathers for each row separately, without reuse
+between rows, and stops gaining at a much smaller share than tensor cores would (`python bench/sparse.py`, temperature
+1)."""
 
 
 class Sparsity(NamedTuple):
-    """What a call leaves out: mass per row, the most columns of a row that is not dense, the draw's seed or None."""
+    """What a call leaves out: mass per row, the most columns that a sparse row may have, seed of the draw or None."""
 
     mass: float
     most: int
@@ -47,11 +50,11 @@ class Sparsity(NamedTuple):
 
 
 class Entries(NamedTuple):
-    """d loss / d logits of a chunk as lists, and what is not in them.
+    """d loss / d logits of a chunk as lists, and what the lists leave out.
 
     starts: int64 [C + 1], where each row's entries begin; columns: int32 [N], ascending in each row; values: [N].
-    dropped: [C], the sum of p below the row's threshold; drawn: [C], what chance put back of it.
-    threshold: [C], on p; -1 for a row without entries that takes the dense way.
+    dropped: [C], the sum of p below the row's threshold; drawn: [C], the part of it that the draw puts back.
+    threshold: [C], on p; -1 for a row that is computed densely and so has no entries.
     """
 
     starts: torch.Tensor
@@ -63,7 +66,7 @@ class Entries(NamedTuple):
 
 
 def sparsity(o: LossOptions, head: torch.Tensor, seed: int) -> Sparsity | None:
-    """What a call with these options leaves out; None: nothing, as with an entropy gradient, which has no bound."""
+    """What a call with these options leaves out; None for nothing, as with an entropy gradient, which has no bound."""
     if not o.dropped_mass or o.entropy_coef:
         return None
     most = max(1, int(DENSE_ABOVE.get(head.device.type, 0.3) * head.shape[0]))
@@ -71,21 +74,21 @@ def sparsity(o: LossOptions, head: torch.Tensor, seed: int) -> Sparsity | None:
 
 
 def edges(like: torch.Tensor) -> torch.Tensor:
-    """The thresholds that a row may have, ascending: 2^e (1 + m / 8), and 1."""
+    """Possible thresholds, ascending: 2^e (1 + m / 8), and 1."""
     octave, eighth = (torch.arange(n, dtype=torch.float64, device=like.device) for n in (OCTAVES, 8))
     steps = (torch.exp2(octave - OCTAVES)[:, None] * (1 + eighth / 8)).flatten()
     return torch.cat([steps, steps.new_ones(1)]).to(like.dtype)
 
 
 def mix(x: torch.Tensor) -> torch.Tensor:
-    """A hash of 32 bits, in int64 (C. Wellons' lowbias32)."""
+    """Hash 32 bits, held in int64 (C. Wellons' lowbias32)."""
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
     x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
     return x ^ (x >> 16)
 
 
 def uniform(seed: int, first_row: int, shape: torch.Size, device: torch.device) -> torch.Tensor:
-    """float32 [C, V] in [0, 1): the draw of every entry."""
+    """The random number of every entry, float32 [C, V] in [0, 1)."""
     C, V = shape
     key = mix(torch.tensor(seed & 0xFFFFFFFF, device=device))
     key = mix((torch.arange(first_row, first_row + C, device=device) & 0xFFFFFFFF) ^ key)
@@ -101,7 +104,7 @@ def sparse_rows_reference(
     s: Sparsity,
     first_row: int = 0,
 ) -> Entries:
-    """The specification of `sparse_rows`."""
+    """Specification of `sparse_rows`."""
     top, log_norm, logprob, _ = stats.unsqueeze(-1).unbind(1)
     temperature, softcap = softmax
     z = logits.to(stats.dtype)
@@ -123,7 +126,7 @@ def sparse_rows_reference(
     value = torch.where(at_target, torch.expm1(logprob), value) * (-g[:, None] / temperature)
     if softcap is not None:
         value = value * torch.cosh(z / softcap) ** -2
-    lost = (log_norm + logprob).isnan() | g[:, None].isnan()  # one NaN makes the row of d hidden NaN
+    lost = (log_norm + logprob).isnan() | g[:, None].isnan()  # one NaN makes the whole row of d hidden NaN
     keep = torch.where(lost, at_target, keep) & (g != 0)[:, None]
     count = keep.sum(1)
     dense = count > s.most
@@ -136,7 +139,7 @@ def sparse_rows_reference(
 
 
 def in_sparse_cpp(rows: torch.Tensor) -> Any | None:
-    """The C++ operators if they take these rows."""
+    """The C++ operators if they support these rows, else None."""
     takes = rows.device.type == "cpu" and rows.stride(1) == 1 and rows.dtype != torch.float64
     return cpu_extension() if takes else None
 
@@ -150,16 +153,16 @@ def sparse_rows(
     s: Sparsity,
     first_row: int = 0,
 ) -> Entries:
-    """The entries of a chunk's d loss / d logits that are not left out.
+    """Select the entries of a chunk's d loss / d logits that are kept.
 
     Args:
         logits: [C, V].
         targets: int64 [C], each in 0..V-1.
-        stats: of `row_stats`, [C, 4].
+        stats: what `row_stats` returned, [C, 4].
         g: d loss / d logp, [C], in the dtype of `stats`.
         softmax: temperature and soft cap.
         s: what to leave out.
-        first_row: the call's row that the chunk begins with, for the draw.
+        first_row: index in the call of the chunk's first row, for the draw.
     """
     if cpp := in_sparse_cpp(logits):
         sample, seed = s.seed is not None, (s.seed or 0) & 0xFFFFFFFF
@@ -189,7 +192,7 @@ def dense_matrix(entries: Entries, columns: int) -> torch.Tensor:
 
 
 def sparse_product_(out: torch.Tensor, entries: Entries, weight: torch.Tensor) -> None:
-    """out [C, D] = the entries' matrix [C, V] times weight [V, D], summed in fp32 (fp64) and rounded once."""
+    """Write the entries' matrix [C, V] times weight [V, D] to out [C, D], summed in fp32 (fp64) and rounded once."""
     if cpp := in_sparse_cpp(weight):
         cpp.sparse_product_(out, *entries[:3], weight)
     else:
@@ -198,7 +201,7 @@ def sparse_product_(out: torch.Tensor, entries: Entries, weight: torch.Tensor) -
 
 
 def sparse_outer_(total: torch.Tensor, entries: Entries, hidden: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """total [V, D] += the entries' matrix transposed times hidden [C, D]; bias [V] += the matrix summed over rows."""
+    """Add entries^T [V, C] times hidden [C, D] to total [V, D], and the entries summed over C to bias [V]."""
     if cpp := in_sparse_cpp(hidden):
         cpp.sparse_outer_(total, *entries[:3], hidden, bias)
         return
@@ -217,10 +220,10 @@ def max_row_norm(weight: torch.Tensor) -> torch.Tensor:
 
 
 class Gradients(NamedTuple):
-    """Where a chunk's gradients go; None for one that is not asked for.
+    """Where a chunk's gradients are written; None for one that is not needed.
 
-    hidden: the chunk's rows, [C, D], overwritten. head, bias: [V, D] and [V] of all chunks, added to; the first chunk
-    overwrites them.
+    hidden: the chunk's rows, [C, D], overwritten. head, bias: [V, D] and [V], to which every chunk adds; the first
+    chunk overwrites them.
     """
 
     hidden: torch.Tensor | None
@@ -231,7 +234,7 @@ class Gradients(NamedTuple):
 def dense_backward_(
     gradient_CV: torch.Tensor, hidden: torch.Tensor, head: torch.Tensor, to: Gradients, first: bool
 ) -> None:
-    """The three gradients from that of a chunk's logits."""
+    """Compute the three gradients from the gradient of a chunk's logits."""
     if to.hidden is not None:
         torch.mm(gradient_CV, head, out=to.hidden)
     if to.head is not None:
@@ -256,10 +259,12 @@ def sparse_backward_(
     first_row: int,
     target_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """A chunk's gradients from its logits, which may be overwritten; d head is dense unless `sparse_head`.
+    """Compute a chunk's gradients from its logits, which may be overwritten; d head is dense unless `sparse_head`.
 
+    Args:
+        norm: `max_row_norm` of the head, 0-dim.
     Returns:
-        its part of SPARSE_METRICS, [3]; norm: `max_row_norm` of the head, [].
+        the chunk's SPARSE_METRICS, [3].
     """
     first, trains_head = first_row == 0, to.head is not None or to.bias is not None
     entries = sparse_rows(logits_CV, targets, stats, g, softmax, s, first_row)

@@ -1,12 +1,12 @@
 """Triton form of lead_advantages: one program per group, and the device function that the policy kernel shares.
 
-Formulas and switches: advantage.py, whose plain torch is the specification. Lengths are shifted by the group's shortest
-(exact in fp32 below 2^24 tokens) before their mean is taken, so lengths near 14,000 keep their digits; divisions and
-roots of the statistics are correctly rounded; equal lengths or rewards have spread exactly 0.
+Formulas and switches: advantage.py, whose plain torch form is the specification. The group's shortest length is
+subtracted from all (exact in fp32 below 2^24 tokens) before the mean is taken, so that lengths near 14,000 keep their
+digits. Divisions and roots of the statistics are correctly rounded; equal lengths or rewards have spread exactly 0.
 
-The policy kernel runs with other warps and with fused multiply-adds, and must still get the same bits. So sums over a
-group go through `total`, whose order does not depend on the layout, and a product that is added to something goes
-through `product`, which the compiler cannot fuse with the addition.
+The policy kernel runs with a different number of warps and with fused multiply-adds, and must still produce the same
+bits. Sums over a group therefore go through `total`, whose order does not depend on the layout, and a product to which
+something is added goes through `product`, which the compiler cannot fuse with the addition.
 
 dtypes: outcomes fp32 [S, 4]; arithmetic and results fp32.
 Floor: 16 bytes read and 8 written per response: one launch.
@@ -29,7 +29,7 @@ READ = {record: namedtuple(record.__name__, [f.name for f in fields(record)])  #
 
 
 def in_kernel(options: Any, record: type) -> tuple:
-    """The fields of a record of options as kernels read them: by name, numbers as arguments, the rest as constants."""
+    """Options as kernels read them: fields by name, numbers as arguments, everything else as constants."""
 
     def read(x: Any) -> Any:
         return tl.constexpr(x) if isinstance(x, (bool, str)) else None if x is None else float(x)
@@ -39,7 +39,7 @@ def in_kernel(options: Any, record: type) -> tuple:
 
 @triton.jit
 def total(x):
-    """Sum of a vector by halves: the same order of additions in every kernel, whatever its layout and warps."""
+    """Sum a vector by halves: the same order of additions in every kernel, whatever its layout and number of warps."""
     for _ in tl.static_range(10):
         if x.shape[0] > 1:
             x = tl.sum(tl.reshape(x, [x.shape[0] // 2, 2]), 1)
@@ -48,13 +48,13 @@ def total(x):
 
 @triton.jit
 def product(x, y):
-    """x times y, rounded before anything is added to it."""
+    """x times y, rounded before anything is added."""
     return tl.fma(x, y, 0.0)
 
 
 @triton.jit
 def difficulty_weight(rho, options):
-    """AD's weight w(rho); 1 where AD is off."""
+    """AD's weight w(rho); 1 if AD is off."""
     weight = rho * 0.0 + 1.0
     if options.difficulty:
         span = options.weight_high - options.weight_low
@@ -64,9 +64,9 @@ def difficulty_weight(rho, options):
 
 @triton.jit
 def group_advantage(table_ptr, first, size, options, BLOCK: tl.constexpr):
-    """Rewards and advantages of the group whose first member is `first` ([BLOCK], those past `size` ignored).
+    """Compute rewards and advantages, [BLOCK], of the group that starts at `first`; entries past `size` are ignored.
 
-    Also its solve rate, whether it is kept, and its difficulty weight.
+    Also returns the group's solve rate, whether it is kept, and its difficulty weight.
     """
     inf = float("inf")
     cols = tl.arange(0, BLOCK)
@@ -76,7 +76,7 @@ def group_advantage(table_ptr, first, size, options, BLOCK: tl.constexpr):
     length = tl.load(row_ptr + 1, mask=member, other=0.0)
     wrong = tl.load(row_ptr + 2, mask=member, other=0.0)
     bonus = tl.load(row_ptr + 3, mask=member, other=0.0)
-    count = total(tl.where(member, 1.0, 0.0))  # not from size: an argument that is 1 is not a tensor
+    count = total(tl.where(member, 1.0, 0.0))  # not from `size`: Triton makes an argument of 1 a constant, not a tensor
     correct = member & right
     n = total(tl.where(correct, 1.0, 0.0))
 
@@ -89,7 +89,7 @@ def group_advantage(table_ptr, first, size, options, BLOCK: tl.constexpr):
     sigma = tl.where(n > 1, tl.sqrt_rn(tl.div_rn(total(product(off, off)), tl.maximum(n - 1, 1.0))), 1.0)
     z = tl.div_rn(off, sigma + options.eps)
     rate = tl.div_rn(n, count)
-    shaped = tl.where(n >= 0, 1.0, 0.0)  # 1 or 0, and no product: see above
+    shaped = tl.where(n >= 0, 1.0, 0.0)  # a factor of 1 or 0 instead of a product: see the top of the file
     if options.length_gate > 0:
         rest = tl.where(member, length, inf)
         three = 0.0
@@ -129,7 +129,7 @@ def group_advantage(table_ptr, first, size, options, BLOCK: tl.constexpr):
         brevity = product(options.length_advantage * rate, z)
         advantage = advantage - tl.where(shaped > 0, tl.where(correct, brevity, 0.0), 0.0)
 
-    # AD: the weight's argument turns with the sign of the advantage.
+    # AD: w(rho) for a positive advantage, w(1 - rho) for a negative one.
     rho = rate
     if options.rate == "positive":
         rho = tl.div_rn(total(tl.where(member & (reward > 0), 1.0, 0.0)), count)
@@ -162,14 +162,14 @@ def lead_advantages_kernel(
 
 
 def group_block(group_size: int) -> int:
-    """Members looked at together: the next power of two, at least 16."""
+    """Size of the block that holds a group: the next power of two, at least 16."""
     return max(16, 1 << (group_size - 1).bit_length())
 
 
 def lead_advantages_triton(
     table: torch.Tensor, group_size: int, options: AdvantageOptions
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """reward [S], advantage [S], solve rate [P], kept [P], weight [P] of outcomes, contiguous float32 [S, 4]."""
+    """Return reward [S], advantage [S], solve rate [P], kept [P], weight [P] of outcomes, contiguous float32 [S, 4]."""
     S, P = table.shape[0], table.shape[0] // group_size
     assert table.is_contiguous() and table.dtype == torch.float32
     reward, advantage, rate, weight = (

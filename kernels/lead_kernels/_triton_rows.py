@@ -1,33 +1,34 @@
-"""Triton form of the row kernels: a program per row of logits.
+"""Triton form of the row kernels: one program per row of logits.
 
-`policy_rows_kernel` is one kernel from logits to gradient: log-sum-exp, gather, entropy, advantage (given, or computed
-here from the outcomes of the row's group, with the bits of `lead_advantages`), ratio, clip, importance weight, KL,
-loss, metrics, and the gradient written where the caller says, over the logits if that is the same tensor.
+`policy_rows_kernel` goes from logits to gradient in one kernel: log-sum-exp, gather, entropy, advantage (given, or
+computed here from the outcomes of the row's group, bit for bit as `lead_advantages` does), ratio, clip, importance
+weight, KL, loss, metrics, and the gradient, written to the tensor that the caller names, which may be the logits.
 `row_stats_kernel` and `row_gradient_kernel` are its two halves for linear_logprobs, whose loss is not known here.
 
-A row is looked at twice, and both looks are meant to be limited by memory: 12 to 13 instructions per logit for the two
-(docs/evidence/kernel_resources.md, held by a test), the next tile's load in flight while one is computed. There is no
-maximum in the loops. What is subtracted is fixed from the first tile and the target: float32 reaches 2^127 above it,
-and the sums' digits do not depend on it. With s = log2(e) / temperature and r = round(top s), x = fma(z, s, -r) is
-rounded once, e = 2^x is one instruction, and sum e and sum e x are all that the first look keeps. The second look's
-shift L = r + log2(sum e) is rounded: its error eps is known, and 2^eps goes into the row's constants. The target's own
-element is written last, from its log-prob in float32.
+A row is read twice (two looks), and memory is meant to be the limit of both: together they take 12 to 13 instructions
+per logit (docs/evidence/kernel_resources.md; a test holds them to it), and the next tile is loaded while the current
+one is computed. The loops search for no maximum. The number subtracted, `top`, comes from the first tile and the
+target: float32 reaches 2^127 above it, and the digits of the sums do not depend on it. With s = log2(e) / temperature
+and r = round(top s), x = fma(z, s, -r) is rounded once, e = 2^x is one instruction, and the first look keeps only sum e
+and sum e x. The second look's shift L = r + log2(sum e) is rounded; its error eps is known, and 2^eps goes into the
+row's constants. The target's own element is written last, from its log-prob in float32.
 
-Some rows leave this path: those with a logit 2^24 times as likely as the first tile's and the target, with -inf (0
-times -inf is NaN) or NaN, with logits of 10^5 and more, and rows shorter than a tile. They take the exact path, a
-look for the maximum, one for the sums and one for the gradient.
+Some rows take the exact path instead, with one look for the maximum, one for the sums and one for the gradient: rows
+with a logit 2^24 times as likely as the first tile's and the target, with -inf (0 times -inf is NaN) or NaN, or with
+logits of 10^5 and more, and rows shorter than a tile.
 
-The compiler sees what is absent, and a row pays nothing for it: a soft cap, a gradient, a gradient of the entropy,
-exact logits of the targets, log-probs that no option needs. bf16 is read two logits to a word where rows are even.
+The compiler knows which inputs are absent, and a row pays nothing for them: a soft cap, a gradient, a gradient of the
+entropy, exact logits of the targets, log-probs that no option needs. bf16 is read as two logits per 32-bit word if rows
+have even length.
 
-Formulas: _rows.py and policy_loss.py, whose plain torch is the specification. dtypes: logits and gradient bf16, fp16 or
-fp32 (last dimension contiguous, any row stride); arithmetic and results fp32; the gradient is rounded once, after
-scaling. A target outside 0..V-1 or a sequence outside 0..S-1 is never read: its log-prob or its loss is NaN. Rows
-without gradient get zeros and are not read again.
+Formulas: _rows.py and policy_loss.py, whose plain torch form is the specification. dtypes: logits and gradient bf16,
+fp16 or fp32 (last dimension contiguous, any row stride); arithmetic and results fp32; the gradient is rounded once,
+after scaling. A target outside 0..V-1 or a sequence outside 0..S-1 is never used as an address: its log-prob or loss is
+NaN. Rows without gradient get zeros and are not read again.
 
-Sums run in a fixed order, with no atomics: the same bits on every run. Floor: V logits read and V written per row; the
-second look runs from the end of the row to its beginning, so that it meets what the cache still holds, and starts with
-the tile that is in registers.
+Sums run in a fixed order, with no atomics: the same bits on every run. Floor: V logits read and V written per row. The
+second look runs from the end of the row to its beginning, so that it starts with the tile still in registers and then
+finds what the cache still holds.
 
 Legend: T rows, V vocabulary, S sequences; _B columns of a tile.
 """
@@ -50,12 +51,12 @@ LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 TWO_MINUS_INF = tl.constexpr(-8323200)  # 0xff80ff80
 MAX_NORM, MAX_SHIFT = tl.constexpr(2.0**24), tl.constexpr(2.0**20)
-# What the cache should make of a row's logits: kept for the second look, then dropped for the next rows'.
+# Cache hints for a row's logits: keep them until the second look, then evict them in favour of the next rows.
 FIRST_LOOK, LAST_LOOK, NO_HINT = tl.constexpr("evict_last"), tl.constexpr("evict_first"), tl.constexpr("")
 
 
 def place(name: str) -> tl.constexpr:
-    """The row of the metrics' buffer that holds RowMetrics' field `name`."""
+    """Row of the metrics' buffer that holds the field `name` of RowMetrics."""
     return tl.constexpr(RowMetrics._fields.index(name))
 
 
@@ -71,7 +72,7 @@ KL_REFERENCE = place("kl_reference")
 
 @triton.jit
 def exp2(x):
-    """2^x by one instruction, 0 where the result is below fp32's normal numbers: tl.exp2 spends three more on those."""
+    """2^x in one instruction, 0 where the result would be subnormal in fp32: tl.exp2 spends three more on those."""
     if INTERPRETED:
         y = tl.exp2(x)
     else:
@@ -81,7 +82,7 @@ def exp2(x):
 
 @triton.jit
 def reciprocal(x):
-    """1 / x for x of 1 or more, within two units in the last place, where a division spends eight instructions."""
+    """1 / x for x >= 1, within two units in the last place; a division would take eight instructions."""
     if INTERPRETED:
         y = 1.0 / x
     else:
@@ -91,9 +92,9 @@ def reciprocal(x):
 
 @triton.jit
 def soft_cap(z, cap):
-    """y = cap tanh(z / cap), rounded before anything is added to it.
+    """y = cap tanh(z / cap), rounded before anything is added.
 
-    tanh is 1 - 2 q with q = 1 / (1 + exp(2 |z / cap|)), or near 0, where that would cancel, a polynomial.
+    tanh is 1 - 2 q with q = 1 / (1 + exp(2 |z / cap|)); near 0, where that would cancel, a polynomial.
     """
     u = z * (1.0 / cap)
     size = tl.abs(u)
@@ -110,14 +111,14 @@ def soft_cap(z, cap):
 
 @triton.jit
 def soft_cap_slope(z, cap):
-    """dy / dz = 4 q (1 - q), with the digits that 1 - tanh^2 would lose where tanh is 1 but for rounding."""
+    """dy / dz = 4 q (1 - q), which keeps its digits where tanh rounds to 1 and 1 - tanh^2 would lose them."""
     q = reciprocal(1.0 + exp2(tl.abs(z * (1.0 / cap)) * (2.0 * LOG2_E)))
     return 4.0 * q * (1.0 - q)
 
 
 @triton.jit
 def load_tile(row_ptr, i, V, MASKED: tl.constexpr, POLICY: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr):
-    """Tile i of a row as it lies in memory, with PAIRS two bf16 to a 32-bit word; MASKED: -inf past the row's end."""
+    """Load tile i of a row as it lies in memory. PAIRS: two bf16 per 32-bit word; MASKED: -inf past the row's end."""
     if PAIRS:
         at = i * (BLOCK // 2) + tl.arange(0, BLOCK // 2)
         words_ptr = row_ptr.to(tl.pointer_type(tl.int32))
@@ -136,7 +137,7 @@ def load_tile(row_ptr, i, V, MASKED: tl.constexpr, POLICY: tl.constexpr, PAIRS: 
 
 @triton.jit
 def unpack(tile, PAIRS: tl.constexpr):
-    """The even and the odd columns of a tile of `load_tile` in fp32, [BLOCK / 2] each: no more registers are moved."""
+    """Split a tile of `load_tile` into even and odd columns in fp32, [BLOCK / 2] each, which needs no further moves."""
     if PAIRS:
         even = (tile << 16).to(tl.float32, bitcast=True)
         odd = (tile & -65536).to(tl.float32, bitcast=True)
@@ -147,24 +148,24 @@ def unpack(tile, PAIRS: tl.constexpr):
 
 @triton.jit
 def interleave(even, odd):
-    """A tile's columns in their order, [BLOCK]."""
+    """Put even and odd columns back in order, [BLOCK]."""
     return tl.reshape(tl.join(even, odd), [2 * even.shape[0]])
 
 
 @triton.jit
 def exact_tile(row_ptr, start, target, z_target, V, softcap, BLOCK: tl.constexpr):
-    """Logits of a row as capped, with the target's in its place and -inf past the row's end."""
+    """A tile of capped logits, with the target's exact logit in its place and -inf past the row's end."""
     at = start + tl.arange(0, BLOCK)
     z = tl.load(row_ptr + at, mask=at < V, other=-float("inf")).to(tl.float32)
     z = tl.where((at == target) & (at < V), z_target, z)
     if softcap is not None:
-        z = tl.where(at < V, soft_cap(z, softcap), -float("inf"))  # the cap of -inf is finite
+        z = tl.where(at < V, soft_cap(z, softcap), -float("inf"))  # a capped -inf would be finite
     return z
 
 
 @triton.jit
 def exact_statistics(row_ptr, target, z_target, V, scale, softcap, BLOCK: tl.constexpr):
-    """max y, sum e and sum of e x for x = (y - max) * scale, e = 2^x: a look for each of the two, for any row."""
+    """max y, sum e and sum e x for x = (y - max) * scale, e = 2^x, of any row, in two looks."""
     top_B = tl.full([BLOCK], -float("inf"), tl.float32)
     for start in range(0, V, BLOCK):
         top_B = tl.maximum(top_B, exact_tile(row_ptr, start, target, z_target, V, softcap, BLOCK))
@@ -185,16 +186,17 @@ def row_statistics(
     row_ptr, target, target_logit_ptr, V, scale, softcap,
     FIRST: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A row's statistics, in octaves: of y the logits as capped, x = y * scale with scale = log2(e) / temperature.
+    """Statistics of a row in octaves: y are the capped logits, x = y * scale with scale = log2(e) / temperature.
 
-    The target's term is replaced in the finished sums by that of its exact logit, where one is given.
+    If the target's exact logit is given, its term replaces the rounded logit's term in the finished sums.
 
     Returns:
         top (a capped logit that no other exceeds by 24 octaves), log_norm = log2 sum 2^(x - top * scale), the target's
-        logit, its log2-probability, entropy (nats), whether the row took the exact path, its last full tile as loaded.
+        logit, its log2-probability, entropy (nats), whether the row took the exact path, and its last full tile as
+        loaded.
     """
     inf = float("inf")
-    # Read before the loop, whose reductions are barriers: when any warp writes a gradient over the row, all have it.
+    # Read before the loop, whose reductions are barriers: all warps have it before any writes a gradient over the row.
     inside = (target >= 0) & (target < V)
     z_target = tl.load(row_ptr + target, mask=inside, other=float("nan")).to(tl.float32)
     tile = load_tile(row_ptr, 0, V, True, FIRST, PAIRS, BLOCK)
@@ -234,7 +236,7 @@ def row_statistics(
         x, x_rounded = tl.fma(at_target, scale, shift), tl.fma(rounded, scale, shift)
         e, e_rounded = tl.where(inside, exp2(x), 0.0), tl.where(inside, exp2(x_rounded), 0.0)
         all_but_target = norm - e_rounded
-        exact = exact | (all_but_target + e < 0.25 * norm)  # the difference has lost two bits or more
+        exact = exact | (all_but_target + e < 0.25 * norm)  # the subtraction has lost two bits or more
         norm = all_but_target + e
         dot += tl.where(e == 0, 0.0, e * x) - tl.where(inside, e_rounded * x_rounded, 0.0)
     if exact:
@@ -251,7 +253,7 @@ def row_statistics(
 
 @triton.jit
 def add_tile(sum_B, dot_B, tile, scale, shift, softcap, PAIRS: tl.constexpr):
-    """The sums of e = 2^x and of e x with a tile's added: five instructions per logit with bf16's unpacking."""
+    """Add a tile to the sums of e = 2^x and of e x: five instructions per logit, unpacking of bf16 included."""
     even, odd = unpack(tile, PAIRS)
     if softcap is not None:
         even, odd = soft_cap(even, softcap), soft_cap(odd, softcap)
@@ -265,7 +267,7 @@ def store_gradient(
     out_ptr, i, tile, V, scale, shift, constant, slope, softcap, MASKED: tl.constexpr, ENTROPY: tl.constexpr,
     CLAMP: tl.constexpr, LAST: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write e (constant + slope log2 p) for tile i of a row, e = 2^(y scale + shift) = p but for a factor in both."""
+    """Write e (constant + slope log2 p) for tile i; e = 2^(y scale + shift) is p up to a factor, which both contain."""
     z = interleave(*unpack(tile, PAIRS))
     y = z
     if softcap is not None:
@@ -295,7 +297,7 @@ def write_gradient(
 ):  # fmt: skip
     """d z = (g (onehot - p) - h p (log p + H)) / temperature over a row, from its end to its beginning.
 
-    With a soft cap that is d y, and d z = d y dy/dz. `tile` is the row's last full one, in registers already.
+    With a soft cap this is d y, and d z = d y dy/dz. `tile` is the row's last full tile, already in registers.
     """
     scale = inverse * LOG2_E
     g, h = g * inverse, h * inverse
@@ -314,7 +316,8 @@ def write_gradient(
                 d = d * soft_cap_slope(z, softcap)
             tl.store(out_ptr + at, d.to(out_ptr.dtype.element_ty), mask=at < V)
     else:
-        # log2 p = y scale - L with L = r + log_norm, whose rounding error, 2^eps on p, goes into the row's constants.
+        # log2 p = y scale - L with L = r + log_norm; its rounding error, a factor 2^eps on p, goes into the row's
+        # constants.
         r = product(top, scale)
         L = r + log_norm
         eps = (L - r) - log_norm
@@ -335,7 +338,7 @@ def write_gradient(
         store_gradient(
             out_ptr, n, rest, V, scale, -L, constant, slope, softcap, True, ENTROPY, True, LAST, PAIRS, BLOCK
         )
-    # The target's own, from its log-prob in fp32, when all warps have written theirs.
+    # The target's own element, from its log-prob in fp32, after all warps have written theirs.
     p = exp2(logp)
     d = g - p * (g + h * tl.where(p > 0, logp * LN_2 + entropy, 0.0))
     if softcap is not None:
@@ -346,7 +349,7 @@ def write_gradient(
 
 @triton.jit
 def zero_row(out_ptr, V, BLOCK: tl.constexpr):
-    """Zeros over a row that has no gradient, whose logits are not read."""
+    """Write zeros over a row that has no gradient; its logits are not read."""
     for start in range(0, V, BLOCK):
         at = start + tl.arange(0, BLOCK)
         tl.store(out_ptr + at, tl.zeros([BLOCK], out_ptr.dtype.element_ty), mask=at < V)
@@ -354,13 +357,13 @@ def zero_row(out_ptr, V, BLOCK: tl.constexpr):
 
 @triton.jit
 def one_of(ptr, row):
-    """Where a row's number lies; None for a vector that is not given."""
+    """Address of a row's number; None for a vector that is not given."""
     return ptr + row if ptr is not None else None
 
 
 @triton.jit
 def load_one(ptr, row):
-    """A row's number; None of a vector that is not given."""
+    """Load a row's number; None for a vector that is not given."""
     return tl.load(ptr + row) if ptr is not None else None
 
 
@@ -421,9 +424,9 @@ def row_gradient_kernel(
 
 @triton.jit
 def row_loss(logp, entropy, a, u, behavior, old, reference, log_ratio, log_importance, low, high, options):
-    """`rows_loss` of policy_loss.py for one row: loss, d loss / d logp, and RowMetrics. None: what is not given.
+    """`rows_loss` of policy_loss.py for one row: loss, d loss / d logp, and RowMetrics. Absent inputs are None.
 
-    tl.where, not minimum: it keeps NaN.
+    Uses tl.where instead of tl.minimum because it keeps NaN.
     """
     if old is None:
         old = logp
@@ -554,7 +557,7 @@ def policy_rows_kernel(
 
 @triton.jit
 def scale_kernel(x_ptr, factor_ptr, n, BLOCK: tl.constexpr):
-    """x *= factor over [n]; nothing is read or written where the factor is 1."""
+    """x *= factor over [n]; for a factor of 1 x is neither read nor written."""
     factor = tl.load(factor_ptr).to(tl.float32)
     if factor != 1.0:
         for start in range(tl.program_id(0).to(tl.int64) * BLOCK, n, tl.num_programs(0).to(tl.int64) * BLOCK):
@@ -564,7 +567,7 @@ def scale_kernel(x_ptr, factor_ptr, n, BLOCK: tl.constexpr):
 
 
 def scale_triton_(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """x (contiguous) times factor (0-dim), in place, without asking the device what the factor is."""
+    """Multiply x (contiguous) by factor (0-dim) in place, without waiting for the device to know the factor."""
     assert x.is_contiguous()
     if x.numel():
         block = 4096
@@ -579,7 +582,7 @@ def flat(x: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def shape(logits: torch.Tensor, softmax: Softmax, gradient: bool) -> dict[str, int | bool]:
-    """What a row kernel is compiled for: tile, warps, and whether bf16 is read as pairs (an even, aligned row)."""
+    """Compile-time parameters of a row kernel: tile, warps, and whether bf16 is read in pairs (even, aligned rows)."""
     block, warps = tile(logits.dtype, logits.shape[1], softmax.softcap is not None, gradient)
     even = all(n % 2 == 0 for n in (logits.shape[1], logits.stride(0), logits.data_ptr() // 2))
     pairs = logits.dtype == torch.bfloat16 and even
@@ -589,7 +592,7 @@ def shape(logits: torch.Tensor, softmax: Softmax, gradient: bool) -> dict[str, i
 def row_stats_triton(
     logits: torch.Tensor, targets: torch.Tensor, softmax: Softmax, target_logits: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """max, log_norm, logp, H of every row: float32 [T, 4]."""
+    """Launch `row_stats_kernel`: max, log_norm, logp, H of every row, float32 [T, 4]."""
     T, V = logits.shape
     stats = torch.empty(T, 4, dtype=torch.float32, device=logits.device)
     if T:
@@ -611,7 +614,7 @@ def row_gradient_triton_(
     out: torch.Tensor,
     target_logits: torch.Tensor | None = None,
 ) -> None:
-    """Write the gradient to `out`, which may be the logits."""
+    """Launch `row_gradient_kernel`, which writes the gradient to `out`; `out` may be the logits."""
     T, V = logits.shape
     if T:
         with torch.cuda.device_of(logits):
@@ -632,9 +635,9 @@ def policy_rows_triton(
     gradient: torch.Tensor | None,
     target_logits: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """loss, logp, entropy: float32 [T]; sums float32 [8, T] in the order of RowMetrics; `gradient` is written.
+    """Return loss, logp, entropy, float32 [T], and sums, float32 [8, T] in the order of RowMetrics; write `gradient`.
 
-    `gradient`: the logits' shape and dtype, may be the logits; None: forward only.
+    `gradient` has the logits' shape and dtype and may be the logits; None: forward only.
     """
     (T, V), S = logits.shape, sequences.weights.numel()
     assert all(x is None or x.shape == (T,) for x in (*tokens, *terms))

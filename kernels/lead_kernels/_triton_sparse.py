@@ -1,19 +1,20 @@
-"""Triton form of the sparse backward: d hidden of a block of rows from the columns that any of them needs.
+"""Triton form of the sparse backward: d hidden of a block of rows from the columns that any of its rows needs.
 
-From the gradient of a chunk's logits, which the row kernel has written; its formula, thresholds and the draw are those
-of _sparse.py. |d z_j| T / |g| is p_j, and |g| / T follows from the target's entry, so no statistics are read again.
+Its input is the gradient of a chunk's logits, written by the row kernel; formula, thresholds and draw are those of
+_sparse.py. |d z_j| T / |g| is p_j, and |g| / T follows from the target's entry, so no statistics are read again.
 
     threshold_rows   a row's threshold, from a histogram of its p; a bin's mass is bounded by its upper edge
     needed           which columns any row of a block needs, and what each row drops
     pack             a block's columns side by side, [ROWS, n]
     gather_product   the packed block times the rows of the head that its columns name
 
-For d head rows and columns change places: a block of columns needs the rows in which one of them is kept.
+For d head, rows and columns change places: a block of columns needs the rows in which any of its columns is kept.
 
 dtypes: gradient, head and hidden bf16, fp16 or fp32; thresholds and sums fp32. Lists are ascending, from a scan over
-flags; nothing is added by atomics but the histogram's integers: the same bits every run.
+flags. Only the histogram's integers are added by atomics, so every run gives the same bits.
 
-Floor: two reads of the gradient and n / V of a dense product. The host waits once a chunk, for the lists' lengths.
+Floor: two reads of the gradient and n / V of a dense product. The host waits once per chunk, for the lengths of the
+lists.
 
 Legend: C rows of a chunk, D hidden, V vocabulary, B blocks, N entries of all lists.
 """
@@ -27,13 +28,13 @@ import triton.language as tl
 
 from ._sparse import OCTAVES, Gradients, Sparsity
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # whose dot takes the bits of bf16 for integers
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the interpreter's dot reads the bits of bf16 as integers
 ROWS, TILE = 128, 128
-BINS = 512  # a power of two above 8 OCTAVES and one for what is not counted
+BINS = 512  # a power of two above 8 OCTAVES plus one bin for what is not counted
 COUNTED = tl.constexpr(8 * OCTAVES)
 FIRST_BIN = tl.constexpr((127 - OCTAVES) << 3)
 UNCOUNTED = tl.constexpr(BINS - 1)
-SLACK = tl.constexpr(1 + 2.0**-6)  # of p that follows from two numbers in half precision
+SLACK = tl.constexpr(1 + 2.0**-6)  # error of p, which is the quotient of two half-precision numbers
 
 
 @triton.jit
@@ -49,12 +50,12 @@ def threshold_rows(
     grad_ptr, stride, target_ptr, logp_ptr, inverse_ptr, threshold_ptr, V, mass,
     BINS_: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Per row: T / |g|, and the threshold on p."""
+    """Compute T / |g| and the threshold on p for each row."""
     row = tl.program_id(0).to(tl.int64)
     row_ptr = grad_ptr + row * stride
     target = tl.load(target_ptr + row)
     logp = tl.load(logp_ptr + row)
-    # 1 - p of the target, without what cancels near p = 1
+    # 1 - p of the target, without the cancellation near p = 1
     others = tl.where(logp > -0.02, -logp * (1 + logp * (0.5 + logp * 0.16666667)), 1 - tl.exp(logp))
     at_target = tl.abs(tl.load(row_ptr + target).to(tl.float32))
     inverse = tl.where(at_target > 0, others / at_target, 0.0)
@@ -78,14 +79,14 @@ def threshold_rows(
 def entries(
     grad_ptr, stride, target_ptr, inverse_ptr, threshold_ptr, key, first_row, rows, cols, C, V, SAMPLE: tl.constexpr
 ):
-    """d, p, and which entries are kept, which are drawn, at `rows` x `cols`, two tensors that broadcast."""
+    """d, p, and masks of the entries that are kept and that are drawn, at `rows` x `cols`, which broadcast."""
     inside = (rows < C) & (cols < V)
     d = tl.load(grad_ptr + rows.to(tl.int64) * stride + cols, mask=inside, other=0.0).to(tl.float32)
     inverse = tl.load(inverse_ptr + rows, mask=rows < C, other=0.0)
     threshold = tl.load(threshold_ptr + rows, mask=rows < C, other=1.0)
     is_target = tl.load(target_ptr + rows, mask=rows < C, other=-1) == cols
     p = tl.abs(d) * inverse
-    kept = inside & (((p >= threshold) & (d != 0)) | is_target | (d != d))  # NaN is needed too
+    kept = inside & (((p >= threshold) & (d != 0)) | is_target | (d != d))  # NaN is kept too
     drawn = kept & (p < 0)
     if SAMPLE:
         row_key = mix((first_row + rows).to(tl.uint32) ^ key.to(tl.uint32))
@@ -102,7 +103,7 @@ def needed(
     grad_ptr, stride, target_ptr, inverse_ptr, threshold_ptr, key, first_row, flag_ptr, dropped_ptr, C, V, tiles,
     BY_COLUMN: tl.constexpr, SAMPLE: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    """Flags [blocks of R rows, V], and what each row drops in this tile of W columns, [C, tiles].
+    """Write flags [blocks of R rows, V], and the mass that each row drops in this tile of W columns, [C, tiles].
 
     BY_COLUMN: flags [blocks of W columns, C] instead.
     """
@@ -126,7 +127,7 @@ def pack(
     grad_ptr, stride, target_ptr, inverse_ptr, threshold_ptr, key, first_row, start_ptr, list_ptr, packed_ptr, C, V,
     BY_COLUMN: tl.constexpr, SAMPLE: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    """Per block its [R, n] of d, n the length of its list, blocks one after another; BY_COLUMN: of d transposed."""
+    """Pack the columns of d that each block lists, [R, n], one block after another; BY_COLUMN: of d transposed."""
     block = tl.program_id(0)
     start, end = tl.load(start_ptr + block), tl.load(start_ptr + block + 1)
     at = start + tl.program_id(1) * W + tl.arange(0, W)
@@ -173,9 +174,9 @@ def gather_product(
 
 
 class Lists(NamedTuple):
-    """What each block of rows (columns) needs: starts int64 [B + 1] and, ascending in each block, lists int64 [N].
+    """Columns (rows) that each block of rows (columns) needs: starts int64 [B + 1], ascending lists int64 [N].
 
-    lengths: of each, on the host; dropped: [C], of blocks of rows only.
+    lengths: length of each list, on the host; dropped: [C], for blocks of rows only.
     """
 
     starts: torch.Tensor
@@ -185,7 +186,7 @@ class Lists(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """A chunk's gradient [C, V] and what says which entries count."""
+    """A chunk's gradient [C, V] and the numbers that decide which entries are kept."""
 
     gradient: torch.Tensor
     targets: torch.Tensor
@@ -209,7 +210,7 @@ class Chunk(NamedTuple):
 
 
 def host_mix(x: int) -> int:
-    """_sparse.mix of one number."""
+    """_sparse.mix of one number, on the host."""
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
     x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
     return x ^ (x >> 16)
@@ -218,7 +219,7 @@ def host_mix(x: int) -> int:
 def chunk_of(
     gradient: torch.Tensor, targets: torch.Tensor, logprob: torch.Tensor, s: Sparsity, first_row: int
 ) -> Chunk:
-    """The thresholds of a chunk, from the gradient of its logits."""
+    """Compute the thresholds of a chunk from the gradient of its logits."""
     C, V = gradient.shape
     inverse, threshold = (torch.empty(C, dtype=torch.float32, device=gradient.device) for _ in range(2))
     targets = targets.contiguous()
@@ -232,7 +233,7 @@ def chunk_of(
 
 
 def lists_of(c: Chunk, by_column: bool, most: int | None = None) -> Lists:
-    """What every block needs; a block that needs more than `most` has an empty list, though its length is told."""
+    """List what every block needs; a block that needs more than `most` gets an empty list, but its true length."""
     C, V = c.gradient.shape
     tiles = triton.cdiv(V, TILE)
     shape = (tiles, C) if by_column else (triton.cdiv(C, ROWS), V)
@@ -251,7 +252,7 @@ def lists_of(c: Chunk, by_column: bool, most: int | None = None) -> Lists:
 
 
 def product_(out: torch.Tensor, c: Chunk, lists: Lists, x: torch.Tensor, by_column: bool) -> None:
-    """out = (for d head: +=) the chunk's gradient, or its transpose, times x, from the blocks' lists."""
+    """out = (for d head: +=) the chunk's gradient, or its transpose, times x, computed from the blocks' lists."""
     C, V = c.gradient.shape
     B, D = len(lists.lengths), x.shape[1]
     listed = int(lists.lists.numel())
@@ -279,7 +280,7 @@ def sparse_backward_triton_(
     norm: torch.Tensor,
     first_row: int,
 ) -> torch.Tensor:
-    """`_sparse.sparse_backward_` from the gradient of the chunk's logits; [3], its part of SPARSE_METRICS."""
+    """`_sparse.sparse_backward_` from the gradient of the chunk's logits; returns the chunk's SPARSE_METRICS, [3]."""
     from ._sparse import dense_backward_
 
     C, V = gradient_CV.shape

@@ -10,20 +10,21 @@ For a group of G responses with lengths |o| (tokens), C the correct ones (arXiv 
     w(r)   = low + (high - low) / (1 + exp(slope (r - midpoint)))
     A'     = A w(rho) if A > 0 else A w(1 - rho)             rho the solve rate
 
-dtypes: correct bool or 0/1, lengths any integer or float, exact below 2^24 tokens; all arithmetic fp32 (fp64 where one
-of the tensors given is float64; the C++ of csrc computes in fp64 in any case); out fp32. Means and deviations take two
-passes, so lengths near 14,000 that differ by a token keep their digits. Refuses groups over 1,024 and sizes that are no
-multiple of the group size.
+dtypes: correct is bool or 0/1, lengths any integer or float, exact below 2^24 tokens; arithmetic is fp32 (fp64 if one
+of the tensors is float64; the C++ of csrc always computes in fp64); results are fp32. Means and deviations take two
+passes, so lengths near 14,000 that differ by one token keep their digits. Refuses groups of more than 1,024 and numbers
+of responses that are not a multiple of the group size.
 
-On CUDA Triton runs (_triton_advantage.py), on a CPU the C++ of csrc/lead_advantages.cpp. The policy loss takes the same
-outcomes and computes its advantages by the same device function, so that both have the same bits (policy_loss.py).
+On CUDA Triton runs (_triton_advantage.py), on a CPU the C++ of csrc/lead_advantages.cpp. The policy loss accepts the
+same outcomes and computes advantages with the same device function, so that both agree bit for bit (policy_loss.py).
 
-The formulas are written three times: here, in _triton_advantage.py and in csrc/lead_advantages.cpp. Who changes one
-changes all three, the golden vectors of tests/test_kernels.py and the record of tests/test_recorded_step.py.
+The formulas are written three times: here, in _triton_advantage.py and in csrc/lead_advantages.cpp. A change to one
+must be made in all three, and in the golden vectors of tests/test_kernels.py and the record of
+tests/test_recorded_step.py.
 
-Floor: S x (16 + 8) bytes, a few microseconds at any batch size: one launch.
+Floor: S x (16 + 8) bytes. A few microseconds at any batch size: the cost is one launch.
 
-Legend: P problems, G responses in a group, S = P x G sequences, a group's responses side by side.
+Legend: P problems, G responses in a group, S = P x G sequences; the responses of a group are adjacent.
 """
 
 from dataclasses import replace
@@ -36,14 +37,14 @@ from .records import DEFAULT_ADVANTAGE, Groups, LeadAdvantages, Outcomes
 
 
 def difficulty_weight(rho: torch.Tensor, o: AdvantageOptions) -> torch.Tensor:
-    """AD's weight w(rho); 1 where AD is off."""
+    """AD's weight w(rho); 1 if AD is off."""
     if not o.difficulty:
         return torch.ones_like(rho)
     return o.weight_low + (o.weight_high - o.weight_low) / (1 + torch.exp(o.slope * (rho - o.midpoint)))
 
 
 def lead_advantages_reference(table: torch.Tensor, group_size: int, o: AdvantageOptions) -> LeadAdvantages:
-    """The specification, in plain torch and in the dtype of `table` (Outcomes.table)."""
+    """Specification of `lead_advantages` in plain torch, computed in the dtype of `table` (Outcomes.table)."""
     correct, length, wrong, bonus = (x.view(-1, group_size) for x in table.unbind(1))
     right = correct != 0
     n = right.sum(1, keepdim=True)
@@ -80,7 +81,7 @@ def lead_advantages_reference(table: torch.Tensor, group_size: int, o: Advantage
     if o.length_advantage:
         advantage = advantage - torch.where(right & shaped, o.length_advantage * solve_rate * z, 0.0)
 
-    # AD: the weight's argument turns with the sign of the advantage.
+    # AD: w(rho) for a positive advantage, w(1 - rho) for a negative one.
     rho = solve_rate if o.rate == "correct" else (reward > 0).to(table.dtype).mean(1, keepdim=True)
     weight = difficulty_weight(rho, o)
     advantage = advantage * torch.where(advantage > 0, weight, difficulty_weight(1 - rho, o))
@@ -101,7 +102,7 @@ def lead_advantages_reference(table: torch.Tensor, group_size: int, o: Advantage
 def lead_advantages_op(
     outcomes: torch.Tensor, groups: list[float]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """reward [S], advantage [S], solve rate [P], kept [P], weight [P]; arguments as Groups.encode gives them."""
+    """Return reward [S], advantage [S], solve rate [P], kept [P], weight [P]; arguments as from Groups.encode."""
     table, group_size, options = Groups.decode(outcomes.contiguous(), groups)
     assert isinstance(table, torch.Tensor)
     if kernels := in_triton(table):  # not for float64
@@ -120,10 +121,10 @@ def _(outcomes, groups):
 
 
 def batch_std(outcomes: Outcomes | torch.Tensor, group_size: int, options: AdvantageOptions) -> float:
-    """Compute the standard deviation of a batch's rewards, each about the mean of its group.
+    """Compute the standard deviation of a batch's rewards, each taken about the mean of its group.
 
-    sqrt(sum (R - mean_group(R))^2 / (S - 1)) over all S responses (arXiv 2510.15110). It is a scalar of the host, so
-    outcomes on a CPU cost no wait for a device. Arguments as `lead_advantages`.
+    sqrt(sum (R - mean_group(R))^2 / (S - 1)) over all S responses (arXiv 2510.15110). The result is a Python float on
+    the host, so outcomes on a CPU cost no synchronisation with a device. Arguments are those of `lead_advantages`.
     """
     reward = lead_advantages(outcomes, group_size, replace(options, std="none")).reward.double().view(-1, group_size)
     off = reward - reward.mean(1, keepdim=True)
@@ -136,12 +137,12 @@ def lead_advantages(
     """Compute GRPO-LEAD's rewards and advantages.
 
     Args:
-        outcomes: of S = P x group_size responses, a group's side by side; or their `table()`, [S, 4].
+        outcomes: of S = P x group_size responses, those of a group adjacent; or their `table()`, [S, 4].
         group_size: G, 1 to 1024.
-        options: what is shaped, normalised, weighted and dropped.
+        options: how rewards are shaped, normalised and weighted, and which groups are dropped.
     Returns:
         LeadAdvantages, float32 and bool on the outcomes' device, not differentiable.
     Raises:
-        ValueError: shapes that do not fit, or a group size outside 1 to 1024.
+        ValueError: shapes that do not match, or a group size outside 1 to 1024.
     """
     return LeadAdvantages(*torch.ops.lead_kernels.lead_advantages(*Groups(outcomes, group_size, options).encode()))

@@ -3,12 +3,12 @@
     z = hidden head^T + bias      y = softcap tanh(z / softcap), or z      x = y / temperature
     logp = x_t - lse(x)           H = lse - sum p x
 
-For behaviour and reference passes (forward only) and for SFT (with gradients; the backward makes each chunk's logits
-again, so that any function of log-probs and entropy can follow).
+For log-probs under the sampling and the reference policy (forward only), and for SFT (with gradients). The backward
+recomputes each chunk's logits, so that any function of log-probs and entropy may follow.
 
-dtypes: hidden and head of one float dtype; log-probs and entropy fp32 (fp64 for fp64), rounded from logits of the
-inputs' dtype, in half precision with the target's own in fp32; d(head) and d(bias) accumulated in fp32 (fp64). Refuses
-targets outside 0..V-1 and a sharded head.
+dtypes: hidden and head share one float dtype; log-probs and entropy are fp32 (fp64 for fp64), computed from logits
+rounded to the inputs' dtype, except that for half precision the target's own logit is kept in fp32; d(head) and d(bias)
+are accumulated in fp32 (fp64). Refuses targets outside 0..V-1 and a sharded head.
 
 Floor: one GEMM forward, 2 T D V FLOPs; four with the backward.
 
@@ -43,9 +43,10 @@ def linear_logprobs_op(
     hidden: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, softmax: list[float],
     step: int, fp32: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """log-probs [T], entropy [T], and the rows' statistics [T, 4], which the backward needs.
+    """Return log-probs [T], entropy [T], and the rows' statistics [T, 4], which the backward needs.
 
-    Args: `Softmax.encode`; step: rows of a chunk; fp32: whether the logits are; the others as of the public function.
+    Args: `Softmax.encode`; step: rows per chunk; fp32: whether logits are kept in float32; others as in the public
+    function.
     """
     check_targets(targets, head.shape[0])
     hidden, head, bias = computable(hidden), computable(head), None if bias is None else computable(bias)
@@ -73,7 +74,7 @@ def linear_logprobs_backward_op(
     grad_logprob: torch.Tensor, grad_entropy: torch.Tensor, softmax: list[float], step: int, fp32: bool,
     train: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """d hidden [T, D], d head [V, D], d bias [V]; empty where `train` does not ask for it."""
+    """Return d hidden [T, D], d head [V, D], d bias [V]; empty for those that `train` does not ask for."""
     dtype, (train_hidden, train_head, train_bias) = hidden.dtype, train
     hidden, head, bias = computable(hidden), computable(head), None if bias is None else computable(bias)
     grad_hidden = torch.empty(hidden.shape if train_hidden else (0,), dtype=hidden.dtype, device=hidden.device)
@@ -141,19 +142,19 @@ def linear_logprobs(
 
     Args:
         hidden: [T, D], any float dtype.
-        head_weight: [V, D], same dtype; a plain tensor or a replicated DTensor.
+        head_weight: [V, D], the same dtype; a plain tensor or a replicated DTensor.
         targets: int64 [T], each in 0..V-1.
         temperature: divides the logits.
-        softcap: bound on the logits, softcap tanh(z / softcap), before the temperature; None: none. `options.Softmax`
-            says how a model's multipliers are folded into the two.
-        head_bias: [V], the head's dtype, added to the logits before anything else; None: none.
-        chunk_rows: most rows of logits at once; None: as many as fit 128 MiB (2 GiB on a GPU).
-        fp32_logits: keep a chunk's logits in float32; linear_policy_loss.py says what it costs.
+        softcap: bound on the logits, softcap tanh(z / softcap), applied before the temperature; None: no bound.
+            `options.Softmax` says how to fold a model's multipliers into temperature and soft cap.
+        head_bias: [V], the head's dtype, added to the logits before anything else; None: no bias.
+        chunk_rows: largest number of rows of logits held at once; None: as many as fit 128 MiB (2 GiB on a GPU).
+        fp32_logits: keep a chunk's logits in float32; linear_policy_loss.py says what that costs.
     Returns:
         logprobs, entropy: float32 [T] (float64 for float64), differentiable.
     Raises:
-        ValueError: a target outside the vocabulary (on a GPU an assertion on the device, without a wait), shapes or
-            dtypes that do not fit, a sharded head.
+        ValueError: a target outside the vocabulary (on a GPU a device-side assertion instead, without synchronisation),
+            shapes or dtypes that do not match, or a sharded head.
         NotImplementedError: a second or a forward-mode derivative.
     """
     head, bias = local(head_weight, "head_weight"), None if head_bias is None else local(head_bias, "head_bias")

@@ -1,28 +1,30 @@
 """Hidden states and head weight -> policy loss and both gradients, in chunks of rows of logits.
 
-Per chunk of C rows: logits_CV = hidden_CD head_VD^T + bias_V; loss and d logits by the row kernel of policy_loss.py,
-whose formulas these are; d hidden_CD = dlogits head; d head_VD += dlogits^T hidden; d bias_V += dlogits summed over its
-rows. The loss's gradient needs only what the forward has, so it is taken there and the backward only scales it.
+Per chunk of C rows: logits_CV = hidden_CD head_VD^T + bias_V; loss and d logits come from the row kernel of
+policy_loss.py, which gives the formulas; d hidden_CD = dlogits head; d head_VD += dlogits^T hidden; d bias_V += dlogits
+summed over its rows. The forward has all that the gradient needs, so it computes the gradient too, and the backward
+only scales it.
 
-The advantages are given, or follow from the outcomes of whole groups. Under Triton the row kernel computes those of a
-row's group itself; the C++ and the plain torch form have them computed once per call, before the first chunk, by the
-same function (policy_loss.py says why).
+Advantages are given, or computed from the outcomes of whole groups. Under Triton the row kernel computes those of a
+row's group itself; the C++ and the plain torch form compute them once per call, before the first chunk, with the same
+function (policy_loss.py says why).
 
-dtypes: hidden, head and bias of one float dtype, and so the logits; loss, log-probs and entropy fp32 (fp64 for fp64);
-d(head) and d(bias) accumulated in fp32 (fp64) whatever the number of chunks, gradients returned in the inputs' dtype.
-Refuses targets outside 0..V-1, a sharded head, and shapes that do not fit.
+dtypes: hidden, head, bias and the logits share one float dtype; loss, log-probs and entropy are fp32 (fp64 for fp64);
+d(head) and d(bias) are accumulated in fp32 (fp64) whatever the number of chunks; gradients are returned in the inputs'
+dtype. Refuses targets outside 0..V-1, a sharded head, and shapes that do not match.
 
-In half precision the sampled token's logit, which its log-prob follows one to one, is computed again in fp32 and stands
-for the rounded one (`_head.target_logits`). `fp32_logits` keeps all logits in fp32: twice the bytes of a chunk's logits
-and of what the row kernel moves, and one more pass that rounds their gradient for the products; on a CPU, where torch
-has no product of half precision with fp32 results, the logits' product runs in fp32, at about half the speed.
+In half precision the sampled token's logit, whose rounding error would pass to the log-prob one to one, is recomputed
+in fp32 and replaces the rounded one (`_head.target_logits`). `fp32_logits` keeps all logits in fp32. That doubles the
+bytes of a chunk's logits and the traffic of the row kernel, and adds a pass that rounds their gradient for the
+products. On a CPU, where torch has no half-precision product with fp32 results, the logits' product runs in fp32, at
+about half the speed.
 
-With `dropped_mass` d hidden, and with `sparse_head` d head, come from the columns that probabilities reach
-(_sparse.py). Where the head takes no gradient either, a CPU then writes no gradient of the logits at all.
+With `dropped_mass`, d hidden is computed from only those columns that carry probability (_sparse.py), and with
+`sparse_head` so is d head. If the head needs no gradient, a CPU then writes no gradient of the logits at all.
 
-Floor: three GEMMs, 6 T D V FLOPs, or with `dropped_mass` two, and one without d head (or with `sparse_head`); extra
-memory one chunk of logits and, where the head is trained, d head in fp32. The sequence modes (GSPO ratio, sequence
-importance) need every row's log-prob first: one GEMM more.
+Floor: three GEMMs, 6 T D V FLOPs; two with `dropped_mass`, and one if d head is not needed or is sparse as well. Extra
+memory: one chunk of logits and, if the head is trained, d head in fp32. The sequence modes (GSPO ratio, sequence
+importance) need every row's log-prob first, which costs one more GEMM.
 
 Legend: T rows, D hidden, V vocabulary, C rows of a chunk, S sequences.
 """
@@ -68,17 +70,17 @@ from .records import DEFAULT_LOSS, METRICS, PolicyLoss, Sequences, SequenceTerms
 
 
 def cut_one(x: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
-    """These rows of a [T] tensor or of None."""
+    """The given rows of a [T] tensor; None for None."""
     return None if x is None else x[rows]
 
 
 def cut(x: Any, rows: slice) -> Any:
-    """A record of [T] tensors, some of them None, with only these rows."""
+    """The given rows of a record of [T] tensors, some of which may be None."""
     return type(x)(*(cut_one(t, rows) for t in x))
 
 
 def add_up(chunks: list[torch.Tensor], names: tuple[str, ...]) -> torch.Tensor:
-    """Metrics of all rows from those of each chunk, in the order of `names`: sums, and maxima where a name says so."""
+    """Combine the metrics of all chunks, in the order of `names`: sums, or maxima for names that begin with `max_`."""
     values = torch.stack(chunks)
     return torch.stack(
         [
@@ -89,7 +91,7 @@ def add_up(chunks: list[torch.Tensor], names: tuple[str, ...]) -> torch.Tensor:
 
 
 def metric_names(o: LossOptions) -> tuple[str, ...]:
-    """Names of the metrics that a call with these options has."""
+    """Names of the metrics that a call with these options returns."""
     return METRICS + (SPARSE_METRICS if o.dropped_mass else ())
 
 
@@ -103,12 +105,12 @@ def linear_policy_loss_op(
 ) -> tuple[
     torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,
 ]:  # fmt: skip
-    """loss, log-probs [T], entropy [T], metrics, d hidden [T, D], d head [V, D], d bias [V].
+    """Return loss, log-probs [T], entropy [T], metrics, d hidden [T, D], d head [V, D], d bias [V].
 
-    Metrics are in the order of `metric_names`. A gradient that is not asked for is empty.
+    Metrics are in the order of `metric_names`. A gradient that is not needed is empty.
 
-    Args: `Tokens`, `encode_sequences` and `LossOptions.encode` of the public function's arguments; plan: rows of a
-    chunk, whether (1 or 0) the gradients of hidden, of head and of bias are asked for, and the seed.
+    Args: `Tokens`, `encode_sequences` and `LossOptions.encode` of the public function's arguments; plan: rows per
+    chunk, whether (1 or 0) the gradients of hidden, of head and of bias are needed, and the seed.
     """
     check_targets(targets, head.shape[0])
     check_sequence_ids(sequence_ids, weights.numel())
@@ -134,7 +136,7 @@ def linear_policy_loss_op(
     )
     train, s, kernels = any(plan[1:4]), sparsity(o, w, seed), in_triton(buffer)
     if not train_hidden and not o.sparse_head:
-        s = None  # nothing is left to leave out
+        s = None  # no product is left that could be sparse
     norm = max_row_norm(w) if train and s else None
     losses, logprobs, entropies, metrics = [], [], [], []
     for i in range(0, max(rows, 1), step):
@@ -146,7 +148,7 @@ def linear_policy_loss_op(
             grad_bias if train_bias else None,
         )
         row_inputs = chunk, sequences, cut(terms, at), o, softmax
-        extra = [0.0, float(len(logits_CV)), 0.0]  # of a dense chunk
+        extra = [0.0, float(len(logits_CV)), 0.0]  # metrics of a dense chunk
         if norm is not None and s and not kernels:
             stats, results, metrics_C = row_results(logits_CV, *row_inputs, exact_C)
             loss_C, logprob_C, entropy_C = results.loss_T, stats[:, 2].clone(), stats[:, 3].clone()
@@ -164,7 +166,7 @@ def linear_policy_loss_op(
                     rounded(logits_CV, w.dtype), chunk.targets, logprob_C, h[at], w, s, to, sparse_head=o.sparse_head,
                     norm=norm, first_row=i,
                 )  # fmt: skip
-            elif train:  # logits_CV holds their gradient now
+            elif train:  # logits_CV now holds the gradient
                 dense_backward_(rounded(logits_CV, w.dtype), h[at], w, to, first=i == 0)
         losses.append(loss_C.sum())
         logprobs.append(logprob_C)
@@ -196,7 +198,7 @@ def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _scale(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple:
-    """Scale the gradients, which were taken in the forward; inputs but hidden, head and bias have none."""
+    """Scale the gradients that the forward computed; inputs other than hidden, head and bias have none."""
     refuse_second_derivative()
     asked_for = zip(ctx.saved_tensors, ctx.train, strict=True)
     grads = [g * grad_loss.to(g.dtype) if wanted else None for g, wanted in asked_for]
@@ -223,23 +225,23 @@ def linear_policy_loss(
 
     Args:
         hidden: [T, D], any float dtype, any strides.
-        head_weight: [V, D], same dtype; a plain tensor or a replicated DTensor.
-        tokens: of each row, [T].
-        sequences: of each sequence, [S]; its advantages may be the Groups they follow from.
-        options: of the loss; formulas in policy_loss.py.
+        head_weight: [V, D], the same dtype; a plain tensor or a replicated DTensor.
+        tokens: what is known of each row's token, [T] each.
+        sequences: weights and advantages, [S]; the advantages may be the Groups from which to compute them.
+        options: options of the loss; formulas in policy_loss.py.
         temperature: divides the logits, as it did when the tokens were sampled.
-        softcap: bound on the logits, softcap tanh(z / softcap), before the temperature; None: none. `options.Softmax`
-            says how a model's multipliers are folded into the two.
-        head_bias: [V], the head's dtype, added to the logits before anything else; None: none.
-        chunk_rows: most rows of logits at once; None: as many as fit 128 MiB (2 GiB on a GPU).
-        seed: of options.sample_dropped, whose draw follows from it, the row and the column: give another in every call.
+        softcap: bound on the logits, softcap tanh(z / softcap), applied before the temperature; None: no bound.
+            `options.Softmax` says how to fold a model's multipliers into temperature and soft cap.
+        head_bias: [V], the head's dtype, added to the logits before anything else; None: no bias.
+        chunk_rows: largest number of rows of logits held at once; None: as many as fit 128 MiB (2 GiB on a GPU).
+        seed: for options.sample_dropped, whose draw depends on seed, row and column only: pass a new one in every call.
     Returns:
-        PolicyLoss: fp32, or fp64 for fp64 inputs. With options.dropped_mass its metrics have those of
-            `_sparse.SPARSE_METRICS` too.
+        PolicyLoss: fp32, or fp64 for fp64 inputs. With options.dropped_mass its metrics include those of
+            `_sparse.SPARSE_METRICS`.
     Raises:
-        ValueError: a target outside the vocabulary, a sequence id without a sequence (on a GPU both are assertions on
-            the device, without a wait), shapes, dtypes or options that do not fit, what an option needs is missing, a
-            sharded head.
+        ValueError: a target outside the vocabulary or a sequence id without a sequence (on a GPU both are device-side
+            assertions instead, without synchronisation), shapes, dtypes or options that do not match, an input that an
+            option needs is missing, or a sharded head.
         NotImplementedError: a second or a forward-mode derivative.
     """
     head, bias = local(head_weight, "head_weight"), None if head_bias is None else local(head_bias, "head_bias")

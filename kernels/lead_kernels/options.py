@@ -1,12 +1,12 @@
 """Options of the loss and of the advantages: names, defaults, documentation, permitted values, and their wire form.
 
-Each record is the one home of its options. The trainer's configuration inherits the two, so that the docstring under a
-field is also the help text of a configuration key. A torch.library operator takes no records: on the way to one an
-instance is a list of numbers, written by `encode` and read by `decode` here, and by AdvantageOptions::decode and
+Each option is defined here and nowhere else. The trainer's configuration inherits both records, so the docstring under
+a field is also the help text of a configuration key. A torch.library operator cannot take a record, so an instance is
+passed as a list of numbers, written by `encode` and read by `decode` here, and by AdvantageOptions::decode and
 LossOptions::decode in csrc/rows.h. Triton's kernels read the fields by name (_triton_advantage.py).
 
-How a field is encoded: a float or int as itself, False and True as 0 and 1, a choice as its place among the choices,
-and None, where a field may be None, as infinity.
+Encoding of a field: a float or int as itself, False and True as 0 and 1, a choice as its index among the choices, and
+None, for a field that may be None, as infinity.
 """
 
 import math
@@ -16,23 +16,24 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 Kinds = dict[str, Any]  # name of a field -> bool, int, float, "float or None", or a tuple of choices
 FLOAT_OR_NONE = "float or None"
-LEAST_DROPPED = 1e-5  # less would be lost in the rounding of float32 sums of probabilities
+LEAST_DROPPED = 1e-5  # anything less is lost when float32 sums of probabilities are rounded
 
 
 class Softmax(NamedTuple):
-    """How log-probs follow from logits z: log_softmax(y / temperature), y = softcap tanh(z / softcap), or z.
+    """How log-probs follow from logits z: log_softmax(y / temperature) with y = softcap tanh(z / softcap).
 
-    What a model multiplies its logits by needs no parameter of its own. Multiplied by m before they are capped at c:
-    softcap c / m and temperature T / m. Multiplied by m after that, or never capped: temperature T / m.
+    Without a soft cap y is z. A factor by which a model multiplies its logits needs no parameter: for a factor m
+    applied before the logits are capped at c, give softcap c / m and temperature T / m; for a factor m applied after
+    the cap, or without a cap, give temperature T / m.
     """
 
     temperature: float = 1.0
-    """Of sampling; above 0."""
+    """Sampling temperature; above 0."""
     softcap: float | None = None
-    """Bound on the logits, as in Gemma 2; above 0; none: the logits as they are."""
+    """Bound on the logits, as in Gemma 2; above 0. None: no bound."""
 
     def encode(self) -> list[float]:
-        """The two as numbers. Raises ValueError for a value that is not finite and above 0."""
+        """Encode both as numbers. Raises ValueError for a value that is not finite and above 0."""
         for name, value in zip(self._fields, self, strict=True):
             if name == "temperature" or value is not None:
                 fits = isinstance(value, (int, float)) and 0 < value < math.inf
@@ -41,50 +42,50 @@ class Softmax(NamedTuple):
 
     @staticmethod
     def decode(encoded: list[float]) -> "Softmax":
-        """What `encode` was called on."""
+        """Restore the instance that `encode` was called on."""
         temperature, softcap = encoded
         return Softmax(temperature, None if softcap == math.inf else softcap)
 
 
 @dataclass(frozen=True)
 class LossOptions:
-    """The clipped policy loss; formulas in policy_loss.py.
+    """Options of the policy loss; formulas in policy_loss.py.
 
-    CISPO by other names: MiniMax-M1 bounds the weight by 1 - eps_low and 1 + eps_high and sets eps_low so high that it
-    never binds, which is the default here. TRL's `epsilon_high` under `loss_type="cispo"` is the upper bound itself:
-    their 5.0 (ScaleRL's value) is clip_high=4. verl and SkyRL bound below too, at 1 - 0.2 unless told otherwise:
-    clip_low=0.2 is theirs. `delta` is TRL's and Liger's name, from INTELLECT-2's two-sided clip.
+    CISPO elsewhere: MiniMax-M1 bounds the weight by 1 - eps_low and 1 + eps_high, with eps_low so large that it never
+    binds, which is the default here. TRL's `epsilon_high` under `loss_type="cispo"` is the upper bound itself: its 5.0
+    (ScaleRL's value) is clip_high=4 here. verl and SkyRL also bound from below, by default at 1 - 0.2: give
+    clip_low=0.2 to match them. The name `delta` is that of TRL and Liger, for INTELLECT-2's two-sided clip.
 
-    Temperature and soft cap are not fields. They say how the tokens were sampled and what the model does, not what is
-    made of it: the trainer's key is rollout.temperature, and a field here would become a second key, loss.temperature,
-    that could contradict it. The public functions take them as keywords, as `linear_logprobs` does, and they travel at
-    the end of the list.
+    Temperature and soft cap are not fields, because they describe how tokens were sampled and what the model computes,
+    not the loss. The trainer's key is rollout.temperature; a field here would add a second key, loss.temperature, that
+    could contradict it. The public functions take both as keywords, as `linear_logprobs` does, and `encode` appends
+    them to the list.
 
     Raises:
-        ValueError: a value out of range, a bound that the ratio does not have, or a ratio per sequence with importance
-            weights per token.
+        ValueError: a value out of range, a bound that the chosen ratio does not use, or a ratio per sequence with
+            importance weights per token.
     """
 
     ratio: Literal["token", "sequence", "cispo", "sapo"] = "token"
-    """Importance ratio per token (GRPO), per sequence (GSPO), clipped as a detached weight (CISPO), or through a smooth
-    gate that is not clipped (SAPO)."""
+    """Importance ratio per token (GRPO), per sequence (GSPO), as a clipped and detached weight (CISPO), or passed
+    through a smooth gate instead of a clip (SAPO)."""
     clip_low: float | None = None
-    """Ratio is clipped below at 1 - clip_low; none: 0.2, and under `cispo` no lower bound."""
+    """Lower bound of the ratio is 1 - clip_low; none: 0.2, or no lower bound under `cispo`."""
     clip_high: float | None = None
-    """Ratio is clipped above at 1 + clip_high; none: 0.2."""
+    """Upper bound of the ratio is 1 + clip_high; none: 0.2."""
     dual_clip: float | None = None
-    """Bound c > 1 on the loss of negative advantages (dual clip)."""
+    """Bound c > 1 on the loss for negative advantages (dual clip): at most c |A|."""
     delta: float | None = None
-    """Cap on the ratio where the advantage is negative (two-sided clip), at least 1 + clip_high; from there on the same
-    loss as dual_clip."""
+    """Cap on the ratio for negative advantages (two-sided clip), at least 1 + clip_high; within that range the loss is
+    that of dual_clip with the same value."""
     sapo_positive: float = 1.0
-    """Steepness of SAPO's gate for advantages above 0; there called a temperature."""
+    """Steepness of SAPO's gate for advantages above 0, called a temperature in its paper."""
     sapo_negative: float = 1.05
     """Steepness of SAPO's gate for all other advantages."""
     importance_cap: float | None = None
-    """Cap on the importance weight of trainer against engine; none: no such weight."""
+    """Cap on the importance weight that corrects for differences between trainer and engine; none: no such weight."""
     importance_mode: Literal["truncate", "mask"] = "truncate"
-    """Weights above the cap are cut to it, or their tokens dropped."""
+    """What happens to weights above the cap: cut to the cap, or set to 0, which drops the token's policy loss."""
     importance_level: Literal["token", "sequence"] = "token"
     """Importance weight per token or per sequence."""
     kl: Literal["k1", "k2", "k3"] = "k3"
@@ -95,15 +96,17 @@ class LossOptions:
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
     dropped_mass: float = 0.0
-    """Probability that d(hidden) may leave out of each row, in its smallest entries; 0: none. A row's error is at most
-    |d loss / d log-prob| / temperature x dropped mass x the head's largest row norm. Dense with an entropy bonus."""
+    """Probability mass that d(hidden) may leave out of each row, taken from the smallest entries; 0: none. A row's
+    error is at most |d loss / d log-prob| / temperature x dropped mass x the head's largest row norm. Has no effect
+    with an entropy bonus."""
     sparse_head: bool = False
-    """Leave the same out of d(head). Under Adam this is another training rule: rows of rare tokens get exact zeros for
-    tiny gradients, which it would scale up to a full step."""
+    """Leave the same entries out of d(head). Under Adam this changes training: rows of rare tokens get exact zeros in
+    place of tiny gradients, which Adam would scale up to a full step."""
     sample_dropped: bool = False
-    """Keep an entry that would be left out with probability p / threshold, at the threshold's value: no bias."""
+    """Keep each entry that would be left out with probability p / threshold, and count it as the threshold, which
+    removes the bias."""
     fp32_logits: bool = False
-    """Keep a chunk's logits in float32 where the model computes in half precision: twice their bytes; on a CPU their
+    """Keep a chunk's logits in float32 if the model computes in half precision: twice their bytes, and on a CPU their
     product runs in float32."""
 
     def __post_init__(self) -> None:
@@ -129,7 +132,7 @@ class LossOptions:
                 raise ValueError("importance_level is 'token' and ratio 'sequence': give importance_level=sequence.")
 
     def _check_bounds(self) -> None:
-        """Refuse bounds that would be ignored, and two that say the same."""
+        """Raise ValueError for bounds that would be ignored, and for two that bound the same thing."""
         for name in {"cispo": ("dual_clip", "delta"), "sapo": ("clip_low", "clip_high", "dual_clip", "delta")}.get(
             self.ratio, ()
         ):
@@ -155,7 +158,7 @@ class LossOptions:
 
     @property
     def clip_range(self) -> tuple[float, float]:
-        """Least and greatest ratio that is not clipped; 0 and infinity where there is no bound."""
+        """Smallest and largest ratio that is not clipped; 0 and infinity if there is no bound."""
         if self.ratio == "sapo":
             return 0.0, math.inf
         default_low = 1.0 if self.ratio == "cispo" else 0.2
@@ -163,18 +166,18 @@ class LossOptions:
         return 1 - low, 1 + (0.2 if self.clip_high is None else self.clip_high)
 
     def encode(self, softmax: Softmax) -> list[float]:
-        """These options and the softmax as numbers. Raises ValueError for a temperature or soft cap of 0 or less."""
+        """Encode options and softmax as numbers. Raises ValueError for a temperature or soft cap of 0 or less."""
         return [*numbers(self, LOSS), *softmax.encode()]
 
     @staticmethod
     def decode(encoded: list[float]) -> tuple["LossOptions", Softmax]:
-        """The options and the softmax that `encode` was given."""
+        """Restore the options and the softmax that `encode` was given."""
         return LossOptions(**values(encoded[: len(LOSS)], LOSS)), Softmax.decode(encoded[len(LOSS) :])
 
 
 @dataclass(frozen=True)
 class AdvantageOptions:
-    """Rewards and advantages of a group; formulas in advantage.py. Raises ValueError for a value out of range."""
+    """Options of rewards and advantages; formulas in advantage.py. Raises ValueError for a value out of range."""
 
     length_reward: bool = True
     """L: shorter correct responses are rewarded more, exp(-alpha z)."""
@@ -196,19 +199,23 @@ class AdvantageOptions:
     """Normalise by the group's sample standard deviation or mean absolute deviation (DGPO), by the batch's (DLER), or
     by nothing (Dr. GRPO)."""
     length_gate: int = 0
-    """Tokens; groups whose three shortest responses average at most this keep reward 1 (official: 4000); 0: off."""
+    """In tokens; in groups whose three shortest responses average at most this, correct responses keep reward 1
+    (official: 4000); 0: off."""
     length_min_solve_rate: float = 0.0
-    """L only in groups whose solve rate is above this (GRPO-lambda)."""
+    """Apply L only in groups whose solve rate is above this (GRPO-lambda)."""
     nonnegative_correct: bool = False
     """Never give a correct response a negative advantage (DRPO)."""
     rate: Literal["correct", "positive"] = "correct"
-    """Solve rate: share of correct responses, or share with a reward above 0 (released code)."""
+    """Definition of the solve rate: share of correct responses, or share of responses with a reward above 0 (released
+    code)."""
     group_filter: Literal["none", "official", "uniform"] = "none"
-    """Drop groups: all rewards <= 0 or all exactly 1 (`official`), or solve rate 0 or 1 (`uniform`, DAPO)."""
+    """Drop groups whose rewards are all <= 0 or all exactly 1 (`official`), or whose solve rate is 0 or 1 (`uniform`,
+    DAPO)."""
     baseline: Literal["mean", "length"] = "mean"
-    """What a reward is compared with: the group's mean, or its mean weighted by length (OPO)."""
+    """Baseline that is subtracted from a reward: the group's mean, or its length-weighted mean (OPO)."""
     length_advantage: float = 0.0
-    """Advantage of a correct response's brevity, times the solve rate, added after normalisation (DDCA); 0: off."""
+    """Advantage for brevity of a correct response, scaled by the solve rate and added after normalisation (DDCA); 0:
+    off."""
     batch_std: float = field(default=1.0, metadata={"computed": True})
     """With std=batch: the batch's standard deviation, from `batch_std(outcomes, group_size, options)`."""
 
@@ -222,17 +229,17 @@ class AdvantageOptions:
         check("length_min_solve_rate", rate, 0 <= rate <= 1, "a share between 0 and 1")
 
     def encode(self) -> list[float]:
-        """These options as numbers, in the order of the fields."""
+        """Encode these options as numbers, in the order of the fields."""
         return numbers(self, ADVANTAGE)
 
     @staticmethod
     def decode(encoded: list[float]) -> "AdvantageOptions":
-        """The options that `encode` was given."""
+        """Restore the options that `encode` was called on."""
         return AdvantageOptions(**values(encoded, ADVANTAGE))
 
 
 def kinds(record: type) -> Kinds:
-    """What each field of a record may hold."""
+    """Kind of value that each field of a record may hold."""
     out: Kinds = {}
     for f in fields(record):
         choices = get_args(f.type)
@@ -246,7 +253,7 @@ LOSS, ADVANTAGE = kinds(LossOptions), kinds(AdvantageOptions)
 
 
 def check(name: str, value: Any, fits: bool, remedy: str) -> None:
-    """Raise ValueError, one sentence with name, value and remedy, unless the value fits."""
+    """Raise ValueError, in one sentence with name, value and remedy, unless `fits`."""
     if not fits:
         raise ValueError(f"{name} is {value!r}: give {remedy}.")
 
@@ -262,7 +269,7 @@ def check_fields(record: Any, kinds: Kinds) -> None:
 
 
 def numbers(record: Any, kinds: Kinds) -> list[float]:
-    """The fields of a record that `kinds` names, encoded."""
+    """Encode the fields of a record that `kinds` names."""
     out = []
     for name, kind in kinds.items():
         value = getattr(record, name)
@@ -273,7 +280,7 @@ def numbers(record: Any, kinds: Kinds) -> list[float]:
 
 
 def values(encoded: list[float], kinds: Kinds) -> dict[str, Any]:
-    """The fields that `numbers` encoded. Raises ValueError for a list of another length."""
+    """Decode the fields that `numbers` encoded. Raises ValueError for a list of the wrong length."""
     out = {}
     for (name, kind), number in zip(kinds.items(), encoded, strict=True):
         if isinstance(kind, tuple):

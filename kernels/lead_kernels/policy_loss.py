@@ -14,29 +14,29 @@ For a row with logits z / temperature, target t, sequence s, advantage A, token 
     loss = sum u (l + kl_coef KL - entropy_coef H)
 
 and d loss / d z = [ g (onehot_t - p) - h p (log p + H) ] / temperature, with g = d loss / d logp, h = d loss / d H.
-With a soft cap c, c tanh(z / c) stands for z, and d loss / d z has the factor 1 - tanh(z / c)^2.
+With a soft cap c, c tanh(z / c) replaces z, and d loss / d z gets the factor 1 - tanh(z / c)^2.
 
-Of tokens that the policy sampled, the gradients of the KL terms have these expectations: 0 for k1, that of
-KL(policy || reference) for k2, that of KL(reference || policy) for k3. A gradient is 0 where a bound is active, but for
-an advantage that is NaN, which gives NaN everywhere.
+Over tokens sampled from the policy, the expected gradient of the KL term is 0 for k1, the gradient of KL(policy ||
+reference) for k2, and that of KL(reference || policy) for k3. The gradient is 0 wherever a bound is active, except for
+a NaN advantage, which always gives NaN.
 
 Sources: CISPO arXiv 2506.13585 (and 2510.13786, without a lower bound), SAPO 2511.20347, two-sided clip 2505.07291,
 GSPO 2507.18071, dual clip 1912.09729. Conventions of other libraries: options.py.
 
-dtypes: logits bf16, fp16, fp32 or fp64; accumulated in fp32 (fp64 for fp64); loss, log-probs, entropy fp32 (fp64);
-gradient in the logits' dtype, scaled before rounding. Refuses targets outside 0..V-1.
+dtypes: logits bf16, fp16, fp32 or fp64; sums in fp32 (fp64 for fp64); loss, log-probs and entropy in fp32 (fp64);
+gradient in the logits' dtype, scaled before it is rounded. Refuses targets outside 0..V-1.
 
-The advantages are given, or follow from the outcomes of whole groups (Groups). Triton's row kernel then computes those
-of a row's group itself. The C++ and the plain torch form call `lead_advantages` once per call, before their first row:
-on a CPU a group's arithmetic in every row would cost more than a vector of S numbers. Either way it is the device
-function of `lead_advantages`, and the advantages have its bits.
+Advantages are given, or computed from the outcomes of whole groups (Groups). In the second case Triton's row kernel
+computes those of a row's group itself. The C++ and the plain torch form call `lead_advantages` once, before the first
+row, because on a CPU repeating a group's arithmetic in every row would cost more than a vector of S numbers. Both use
+the code of `lead_advantages`, so the advantages agree with it bit for bit.
 
 The formulas of the loss are written three times: `rows_loss` here, `policy_rows_kernel` of _triton_rows.py and
-`row_loss` of csrc/row_loss.cpp. Who changes one changes all three and the golden values of tests/test_kernels.py; the
-oracle compares the others with this one.
+`row_loss` of csrc/row_loss.cpp. A change to one must be made in all three and in the golden values of
+tests/test_kernels.py; the oracle compares the other two with this one.
 
 Floor per row: one read and one write of V logits; everything else is O(1) per row. The C++ takes each row from logits
-to gradient while it is in the cache (csrc/rows.cpp counts its instructions).
+to gradient while the row is in the cache (csrc/rows.cpp counts the instructions).
 
 Legend: T rows, V vocabulary, S sequences.
 """
@@ -87,14 +87,14 @@ def loss_weights(
     n_tokens: int,
     constant: float | None = None,
 ) -> torch.Tensor:
-    """Weight of each token of each sequence, so that a plain sum over all packs and ranks is the batch's mean.
+    """Compute each sequence's weight per token, so that a plain sum over all packs and ranks is the batch's mean.
 
     Args:
         lengths: response tokens of every sequence, [S].
         mean: `response`: mean over tokens of each response, then over responses (GRPO); `token`: over all tokens
             (DAPO); `constant`: sum over tokens / (responses x constant) (Dr. GRPO).
-        n_sequences, n_tokens: of the whole batch, over all ranks and packs.
-        constant: tokens, for `constant`.
+        n_sequences, n_tokens: counts of the whole batch, over all ranks and packs.
+        constant: number of tokens to divide by, for mean=`constant`.
     Returns:
         float32 [S].
     Raises:
@@ -119,9 +119,9 @@ def rows_loss(
     terms: SequenceTerms,
     o: LossOptions,
 ) -> Rows:
-    """The specification: each row's loss and its derivative by the row's log-prob and entropy, all O(T).
+    """Specification: each row's loss and its derivatives with respect to the row's log-prob and entropy, in O(T).
 
-    Computed in the dtype of `logprob_T`; log-probs of `tokens` are cast to it.
+    Computed in the dtype of `logprob_T`, to which the log-probs of `tokens` are cast.
     """
 
     def cast(x: torch.Tensor | None) -> torch.Tensor | None:
@@ -199,7 +199,7 @@ def rows_loss(
 
 
 def sequence_mean(x_T: torch.Tensor, sequence_ids: torch.Tensor, n: int, mean: bool = True) -> torch.Tensor:
-    """Each row's sequence mean (or sum) of x, back on the rows."""
+    """Mean (or sum) of x over each row's sequence, expanded back to the rows."""
     index = sequence_ids.long()
     total = torch.zeros(n, dtype=x_T.dtype, device=x_T.device).index_add(0, index, x_T)
     if mean:
@@ -213,7 +213,7 @@ def needs_first_pass(o: LossOptions) -> bool:
 
 
 def sequence_terms(logprob_T: torch.Tensor, tokens: Tokens, n_sequences: int, o: LossOptions) -> SequenceTerms:
-    """What the sequence modes need of the log-probs of a first pass."""
+    """Compute what the sequence modes need from the log-probs of a first pass."""
     old = logprob_T if tokens.old is None else tokens.old.to(logprob_T.dtype)
     log_ratio = importance = None
     if o.ratio == "sequence":
@@ -225,10 +225,10 @@ def sequence_terms(logprob_T: torch.Tensor, tokens: Tokens, n_sequences: int, o:
 
 
 def for_row_kernel(sequences: Sequences, logits: torch.Tensor) -> Sequences:
-    """Sequences as the row kernel of these logits takes them.
+    """Convert sequences to the form that the row kernel for these logits accepts.
 
-    Triton's takes Groups and computes their advantages itself, in float32; for every other kernel, and for outcomes in
-    float64, `lead_advantages` does it here, once for all rows.
+    Triton's kernel accepts Groups and computes their advantages itself, in float32. For every other kernel, and for
+    outcomes in float64, `lead_advantages` computes them here, once for all rows.
     """
     groups = sequences.advantages
     if isinstance(groups, Groups):
@@ -248,10 +248,10 @@ def policy_rows_(
     gradient: torch.Tensor | None,
     target_logits: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """loss [T], log-probs [T], entropy [T] and metrics [12] in the order of METRICS; `sequences` by `for_row_kernel`.
+    """Return loss, log-probs, entropy, [T] each, and metrics [12], as METRICS; `sequences` come from `for_row_kernel`.
 
     The logits' gradient is written to `gradient`, which may be the logits themselves; None: forward only.
-    `target_logits`: as in `row_stats`; a sequence mode's first pass takes the same.
+    `target_logits`: as in `row_stats`, and the same as in the first pass of a sequence mode.
     """
     kernels, cpp = in_triton(logits), in_cpp(logits)
     if kernels or cpp:
@@ -287,7 +287,7 @@ def row_results(
     softmax: Softmax,
     target_logits: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Rows, torch.Tensor]:
-    """What `row_stats` returns, the rows' loss and its derivatives, and metrics [12]; not for Triton's row kernel."""
+    """Return what `row_stats` returns, the rows' loss with derivatives, and metrics [12]; not used under Triton."""
     assert isinstance(sequences.advantages, torch.Tensor)
     stats = row_stats(logits, tokens.targets, softmax, target_logits)
     row, index = RowStats(*stats.unbind(1)), tokens.sequence_ids.long()
@@ -304,7 +304,7 @@ def logits_loss_(
     softmax: Softmax,
     gradient: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """loss, log-probs [T], entropy [T], metrics [12]; the gradient as in `policy_rows_`."""
+    """Return loss, log-probs [T], entropy [T], metrics [12]; write the gradient as `policy_rows_` does."""
     check_targets(tokens.targets, logits.shape[1])
     check_sequence_ids(tokens.sequence_ids, sequences.weights.numel())
     terms = SequenceTerms()
@@ -323,7 +323,7 @@ def decode_sequences(weights: torch.Tensor, advantages: torch.Tensor, groups: li
 
 
 def encode_sequences(sequences: Sequences) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
-    """weights [S], advantages [S] or outcomes [S, 4], and what the outcomes' groups are (empty: none).
+    """Return weights [S], advantages [S] or outcomes [S, 4], and the encoded groups of the outcomes (empty: none).
 
     Raises:
         ValueError: weights and advantages of different sizes.
@@ -342,7 +342,7 @@ def policy_loss_op(
     old: torch.Tensor | None, reference: torch.Tensor | None, weights: torch.Tensor, advantages: torch.Tensor,
     groups: list[float], options: list[float], train: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """loss, log-probs [T], entropy [T], metrics [12], d logits [T, V] (empty if `train` is False).
+    """Return loss, log-probs [T], entropy [T], metrics [12], d logits [T, V] (empty if `train` is False).
 
     Args: `Tokens`, `encode_sequences` and `LossOptions.encode` of the public function's arguments.
     """
@@ -366,7 +366,7 @@ def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _scale(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple:
-    """Scale the gradient, which was taken in the forward; inputs but the logits have none."""
+    """Scale the gradient that the forward computed; inputs other than the logits have none."""
     refuse_second_derivative()
     (grad,) = ctx.saved_tensors
     return grad * grad_loss.to(grad.dtype) if grad.dim() == 2 else None, *[None] * (len(ctx.needs_input_grad) - 1)
@@ -376,12 +376,12 @@ policy_loss_op.register_autograd(_scale, setup_context=_save)
 
 
 def compiled_or_no_grad() -> contextlib.AbstractContextManager:
-    """Under torch.compile the operators' own autograd is traced; else `Ready` takes their gradients on."""
+    """Let torch.compile trace the operators' own autograd; disable it otherwise, where `Ready` passes gradients on."""
     return contextlib.nullcontext() if torch.compiler.is_compiling() else torch.no_grad()
 
 
 def named(metrics: torch.Tensor, names: tuple[str, ...] = METRICS) -> dict[str, torch.Tensor]:
-    """Metrics by their names."""
+    """Metrics by name."""
     return dict(zip(names, metrics.unbind(), strict=True))
 
 
@@ -395,22 +395,23 @@ def policy_loss(
     softcap: float | None = None,
     inplace: bool = False,
 ) -> PolicyLoss:
-    """Compute the policy loss of packed rows of logits, differentiable once in them.
+    """Compute the policy loss of packed rows of logits, once differentiable in the logits.
 
     Args:
         logits: [T, V], bf16, fp16, fp32 or fp64.
-        tokens: of each row, [T].
-        sequences: of each sequence, [S]; its advantages may be the Groups they follow from.
-        options: of the loss; formulas at the top of this file.
+        tokens: what is known of each row's token, [T] each.
+        sequences: weights and advantages, [S]; the advantages may be the Groups from which to compute them.
+        options: options of the loss; formulas at the top of this file.
         temperature: divides the logits, as it did when the tokens were sampled.
-        softcap: bound on the logits, softcap tanh(z / softcap), before the temperature; None: none. `options.Softmax`
-            says how a model's multipliers are folded into the two.
-        inplace: write the gradient over the logits, which are lost (not under torch.compile).
+        softcap: bound on the logits, softcap tanh(z / softcap), applied before the temperature; None: no bound.
+            `options.Softmax` says how to fold a model's multipliers into temperature and soft cap.
+        inplace: overwrite the logits with their gradient (not under torch.compile).
     Returns:
         PolicyLoss: fp32, or fp64 for fp64 logits.
     Raises:
-        ValueError: a target outside the vocabulary, a sequence id without a sequence (on a GPU both are assertions on
-            the device, without a wait), shapes, dtypes or options that do not fit, or what an option needs is missing.
+        ValueError: a target outside the vocabulary or a sequence id without a sequence (on a GPU both are device-side
+            assertions instead, without synchronisation), shapes, dtypes or options that do not match, or an input that
+            an option needs is missing.
         NotImplementedError: a second or a forward-mode derivative.
     """
     check_logits(logits)
@@ -422,7 +423,7 @@ def policy_loss(
     if inplace:
         with torch.no_grad():
             grad = logits.detach()
-            encode_sequences(sequences)  # refuses what does not fit
+            encode_sequences(sequences)  # raises ValueError for sizes that differ
             loss, logprobs, entropy, metrics = logits_loss_(
                 grad, tokens, sequences, options, softmax, grad if train else None
             )

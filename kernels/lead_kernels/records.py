@@ -1,6 +1,7 @@
-"""Records at the seams of the operations: what is known of tokens, sequences and groups, and what comes back.
+"""Records that the operations take and return: tokens, sequences, groups of outcomes, and results.
 
-All that the public functions and the kernels of every backend share, so that no backend imports an operation.
+Holds everything that the public functions and the kernels of all backends share, so that no backend imports an
+operation.
 
 Legend: T rows, S sequences, P problems.
 """
@@ -12,17 +13,17 @@ import torch
 from .options import AdvantageOptions, LossOptions
 
 MAX_GROUP = 1024
-LOG_RATIO_CAP = 20.0  # a log of a ratio or of a weight is cut here before exp
+LOG_RATIO_CAP = 20.0  # log-ratios and log-weights are cut here before exp
 DEFAULT_LOSS, DEFAULT_ADVANTAGE = LossOptions(), AdvantageOptions()
 
 
 class Outcomes(NamedTuple):
-    """What the reward and advantage of a response follow from.
+    """Outcomes of responses, from which rewards and advantages are computed.
 
     correct: bool or 0/1, [S].
     lengths: tokens, [S].
-    wrong_reward: of an incorrect response, a number or [S]; None: -1.
-    bonus: added to the reward of every response, [S]; None: nothing (a soft overlong penalty is a negative bonus).
+    wrong_reward: reward of an incorrect response, a number or [S]; None: -1.
+    bonus: added to the reward of every response, [S]; None: 0 (a soft overlong penalty is a negative bonus).
     """
 
     correct: torch.Tensor
@@ -31,7 +32,7 @@ class Outcomes(NamedTuple):
     bonus: torch.Tensor | None = None
 
     def table(self) -> torch.Tensor:
-        """The four columns side by side, [S, 4]: float64 if one of the tensors is, else float32.
+        """Stack the four columns, [S, 4], in float64 if one of the tensors is float64, else in float32.
 
         Raises:
             ValueError: columns of different sizes.
@@ -54,11 +55,12 @@ class Outcomes(NamedTuple):
 
 
 class Groups(NamedTuple):
-    """Outcomes of whole groups, for a loss that computes its advantages itself: `Sequences.advantages`.
+    """Outcomes of whole groups, for a loss that computes advantages itself; given as `Sequences.advantages`.
 
-    outcomes: Outcomes, or their `table()`, [S, 4], which saves the copy in every call.
+    outcomes: Outcomes, or their `table()`, [S, 4], which saves a copy per call.
     group_size: G, 1 to 1024.
-    options: of the advantages; inside a function that torch 2.11 compiles, give them (its tracer wraps no default).
+    options: options of the advantages. Always pass them in a function that torch 2.11 compiles: it cannot trace a
+    default.
     """
 
     outcomes: Outcomes | torch.Tensor
@@ -66,7 +68,7 @@ class Groups(NamedTuple):
     options: AdvantageOptions = DEFAULT_ADVANTAGE
 
     def table(self) -> torch.Tensor:
-        """The outcomes as one tensor, [S, 4]. Raises ValueError for shapes or a group size that do not fit."""
+        """Return the outcomes as one tensor, [S, 4]. Raises ValueError for shapes or a group size that do not match."""
         table = self.outcomes.table() if isinstance(self.outcomes, Outcomes) else self.outcomes
         if not 1 <= self.group_size <= MAX_GROUP:
             raise ValueError(f"group_size is {self.group_size}: give 1 to {MAX_GROUP}.")
@@ -79,22 +81,22 @@ class Groups(NamedTuple):
         return table
 
     def encode(self) -> tuple[torch.Tensor, list[float]]:
-        """The table of outcomes, and group size and options as numbers: how groups travel to an operator."""
+        """Return the table of outcomes, and group size and options as numbers, in the form that operators take."""
         return self.table(), [float(self.group_size), *self.options.encode()]
 
     @staticmethod
     def decode(table: torch.Tensor, encoded: list[float]) -> "Groups":
-        """The groups that `encode` was called on, with the table for outcomes."""
+        """Restore the groups that `encode` was called on, with the table as outcomes."""
         return Groups(table, int(encoded[0]), AdvantageOptions.decode(encoded[1:]))
 
 
 class LeadAdvantages(NamedTuple):
-    """What whole groups of responses are worth.
+    """Rewards, advantages and solve rates of whole groups.
 
     reward, advantage: float32 [S].
-    solve_rate: float32 [P], rho.
-    kept: bool [P], False for groups that the filter drops, whose advantages are 0.
-    weight: float32 [P], the difficulty weight w(rho); 1 where AD is off.
+    solve_rate: rho, float32 [P].
+    kept: bool [P], False for groups that the filter drops; their advantages are 0.
+    weight: the difficulty weight w(rho), float32 [P]; 1 if AD is off.
     """
 
     reward: torch.Tensor
@@ -108,9 +110,9 @@ class Tokens(NamedTuple):
     """What is known of each row's token, [T] each.
 
     targets: the sampled tokens, int64, each in 0..V-1.
-    sequence_ids: index of the row's sequence into the [S] tensors, any integer type. Where ratio or importance_level
-        is `sequence`, all rows of a sequence are in one call.
-    behavior: log-probs under the policy that sampled.
+    sequence_ids: index of the row's sequence into the [S] tensors, any integer type. If ratio or importance_level is
+        `sequence`, one call must hold all rows of a sequence.
+    behavior: log-probs under the policy that sampled the tokens.
     old: log-probs in the denominator of the ratio; None: the policy itself, detached.
     reference: log-probs of the reference model, for the KL term.
     """
@@ -125,8 +127,8 @@ class Tokens(NamedTuple):
 class Sequences(NamedTuple):
     """What is known of each sequence.
 
-    weights: weight of each of its tokens, [S]; see `loss_weights`.
-    advantages: [S], or the Groups of S responses that they follow from.
+    weights: weight of each token of the sequence, [S]; see `loss_weights`.
+    advantages: [S], or Groups of S responses from which to compute them.
     """
 
     weights: torch.Tensor
@@ -134,7 +136,7 @@ class Sequences(NamedTuple):
 
 
 class SequenceTerms(NamedTuple):
-    """What the sequence modes know from a first pass, back on the rows, [T]; None where the mode is `token`.
+    """Results of the first pass that the sequence modes need, expanded to rows, [T]; None if the mode is `token`.
 
     log_ratio: mean of logp - old over the row's sequence.
     importance: sum of old - behavior over the row's sequence.
@@ -145,7 +147,7 @@ class SequenceTerms(NamedTuple):
 
 
 class RowMetrics(NamedTuple):
-    """Metrics that every row has and that are added up over rows; the order in which kernels write them."""
+    """Metrics that are computed per row and summed over rows, in the order in which the kernels write them."""
 
     kl_behavior: torch.Tensor
     clip_low: torch.Tensor
@@ -162,11 +164,11 @@ METRICS = ("tokens", "entropy", *RowMetrics._fields, *MAXIMA)
 
 
 class PolicyLoss(NamedTuple):
-    """What a policy loss of T rows comes to.
+    """Result of a policy loss over T rows.
 
     loss: 0-dim, differentiable.
     logprobs, entropy: [T], detached.
-    metrics: 0-dim sums over the rows (`max_*`: maxima).
+    metrics: sums over the rows, 0-dim each (`max_*`: maxima).
     """
 
     loss: torch.Tensor

@@ -1,1 +1,1 @@
-"""Problems: read from files, put into prompts, ordered; the embedded tasks."""
+"""Problems: reading them from files, turning them into prompts, ordering them; the embedded tasks."""

@@ -1,9 +1,9 @@
-"""The embedded task: multi-step integer arithmetic in words and symbols, made from a seed at graded difficulties.
+"""The embedded task: multi-step integer arithmetic in words and symbols, generated from a seed at graded difficulties.
 
-A problem's difficulty is its number of steps, 1 to 4. Its worked solution is right, and terse (the equations), wordy
+A problem's difficulty is its number of steps, 1 to 4. Its worked solution is correct, and terse (the equations), wordy
 (the same equations in sentences, more than twice as long) or hasty (the result without the work, which a small model
-gets right on easy problems only). A model trained on the mix has something to gain: to work where it must, and to be
-brief. Train and test never share a problem: the hash of a problem's text says which split it belongs to.
+gets right on easy problems only). A model trained on this mix can improve: it can learn to show work where it must, and
+to be brief. Train and test never share a problem: the hash of a problem's text decides its split.
 
     python -m lead_fast.data arithmetic --out DIR [--train 4000] [--test 256]    # the same problems as JSONL
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 
 LEVELS = (1, 2, 3, 4)
 ONE_IN = 20  # one problem in this many is a test problem
-STYLES = (0.15, 0.25, 0.6)  # shares of terse, wordy and hasty solutions
+STYLES = (0.15, 0.25, 0.6)  # fractions of terse, wordy and hasty solutions
 NAMES = "Mia Tom Ana Leo Sam Eva Ben Zoe Max Ida".split()
 THINGS = "apples coins books cards shells stamps pens stones".split()
 ASK = ("Compute {}.", "What is {}?", "Work out {}.")
@@ -40,10 +40,10 @@ def make_problems(n: int, *, seed: int, split: str = "train", difficulties: Sequ
     """Make `n` distinct problems of one split.
 
     Args:
-        n: how many.
+        n: number of problems.
         seed: equal seeds give equal problems, on every machine.
         split: "train" or "test".
-        difficulties: numbers of steps, drawn from evenly.
+        difficulties: numbers of steps, drawn uniformly.
     Returns:
         rows with problem, answer (the reference), difficulty and solution.
     """
@@ -61,12 +61,12 @@ def make_problems(n: int, *, seed: int, split: str = "train", difficulties: Sequ
 
 
 def is_test(text: str) -> bool:
-    """Whether a problem is held out, by its text alone."""
+    """Whether a problem is held out, decided by its text alone."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % ONE_IN == 0
 
 
 def steps_of(rng: random.Random, level: int) -> tuple[int, list[Step], int]:
-    """Draw a start, `level` steps from it, and the value that they end at."""
+    """Draw a start value and `level` steps from it; returns the start, the steps and the final value."""
     start = value = rng.randint(10, 60)
     steps: list[Step] = []
     for _ in range(level):
@@ -90,7 +90,7 @@ def _operand(rng: random.Random, most: int) -> int:
 
 
 def problem_text(rng: random.Random, start: int, steps: list[Step]) -> str:
-    """Ask for the value after the steps: in symbols, as orders, or as a story."""
+    """Ask for the value after the steps: in symbols, as instructions, or as a story."""
     kind = rng.random()
     if kind < 0.4:
         text = str(start)
@@ -120,10 +120,10 @@ def _hasty(start: int, steps: list[Step], value: int) -> str:
 
 
 def build_tokenizer(folder: Path | None = None):
-    """Build a byte-level BPE on this task's words, every digit a token of its own; it takes any text.
+    """Build a byte-level BPE tokenizer on this task's words, with one token per digit; it encodes any text.
 
-    It gives text back unchanged; loaded by AutoTokenizer it becomes Qwen2's class, which composes accents first (NFC)
-    and whose `<|endoftext|>` is the padding token here.
+    Decoding restores the text exactly; loaded by AutoTokenizer it becomes Qwen2's class, which composes accents first
+    (NFC) and whose padding token here is `<|endoftext|>`.
 
     Args:
         folder: where to save it in Hugging Face layout, or None.
@@ -161,7 +161,7 @@ def _corpus() -> Iterator[str]:
 
 
 def architecture(vocabulary: int):
-    """The embedded model: Qwen2, 4 layers, hidden 128, 2 heads of 64 (a size that every engine's attention takes)."""
+    """The embedded model: Qwen2, 4 layers, hidden 128, 2 heads of 64 (a size that all engines' attention supports)."""
     from transformers import Qwen2Config
 
     return Qwen2Config(

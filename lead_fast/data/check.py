@@ -1,6 +1,6 @@
-"""What a training run would see in a file: `python -m lead_fast.data check FILE [--model DIR] [--data.key=value ...]`.
+"""Show what a run would see in a file: `python -m lead_fast.data check FILE [--model DIR] [--data.key=value ...]`.
 
-Reads, refuses and drops by the code that a run does it with, under the same configuration keys.
+Reads, refuses and drops problems by the run's own code, under the same configuration keys.
 """
 
 import argparse
@@ -19,9 +19,10 @@ SHOWN = 5
 
 
 def check(a: argparse.Namespace) -> None:
-    """What a run would see in a source: columns, rows, lengths, unverifiable references, duplicates.
+    """Show what a run would see in a source: columns, rows, lengths, unverifiable references, duplicates.
 
-    Exit code 1 where a run would refuse. Takes the run's own keys (--data.reference_column=a.b, --recipe=NAME).
+    Exits with code 1 if a run would refuse the source. Accepts the run's keys (--data.reference_column=a.b,
+    --recipe=NAME).
     """
     c: Config = load_config([*a.settings, *(["--model", a.model] if a.model else [])])
     print(f"{a.source}: columns {', '.join(columns_of(a.source, a.split))}", flush=True)
@@ -56,7 +57,7 @@ def check(a: argparse.Namespace) -> None:
         print_lengths("prompt, tokens", [len(ids) for ids in prompts])
     else:
         ask(kept, c.data.instruction)
-    print(f"problems that a run would take: {len(kept):,}")
+    print(f"problems that a run would use: {len(kept):,}")
 
 
 def shortened(text: str) -> str:
@@ -72,7 +73,7 @@ def print_lengths(name: str, sizes: Sequence[int]) -> None:
 
 
 def print_repeated(problems: Sequence[Problem]) -> None:
-    """How many problems stand there more than once, and where their references contradict each other."""
+    """Print how many problems occur more than once, and where their references contradict each other."""
     groups, contradicting = repeated(problems)
     rows = sum(map(len, groups.values()))
     print(f"repeated problems: {len(groups):,} ({rows:,} rows); with contradicting references: {len(contradicting):,}")

@@ -1,12 +1,12 @@
-r"""What the columns of a row mean: which one is the problem and which the reference, and what a cell says.
+r"""Interpret the columns of a row: which one is the problem, which one the reference, and what a cell contains.
 
-A column that the user names is taken as named; dots go into nested columns (`reward_model.ground_truth`). Where a
-default name is absent, the layouts of the public sets are recognised, if only one fits: GSM8K (question; reference
-behind `####`), MATH and NuminaMath-CoT (reference in the last \boxed{} of the solution), NuminaMath-1.5 and
-OpenR1-Math (problem, answer), verl, DAPO and Skywork (prompt as chat messages; reward_model.ground_truth), Light-R1
-(conversations that end with the assistant's solution), DeepMath (final_answer), OpenMathReasoning (expected_answer).
+A column that the user names is used; dots lead into nested columns (`reward_model.ground_truth`). If a default name is
+absent, the layouts of public sets are recognised, provided that only one fits: GSM8K (question; reference behind
+`####`), MATH and NuminaMath-CoT (reference in the last \boxed{} of the solution), NuminaMath-1.5 and OpenR1-Math
+(problem, answer), verl, DAPO and Skywork (prompt as chat messages; reward_model.ground_truth), Light-R1 (conversations
+that end with the assistant's solution), DeepMath (final_answer), OpenMathReasoning (expected_answer).
 
-A cell becomes text only if it is text or a number. Everything else is refused with row, column and remedy.
+A cell becomes text only if it is text or a number. Anything else is refused with row, column and remedy.
 """
 
 import ast
@@ -25,7 +25,7 @@ PROBLEMS = ("question", "prompt", "messages", "conversations")
 REFERENCES = ("reward_model.ground_truth", "ground_truth", "final_answer", "expected_answer")
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 EXACT_FLOAT = 2**53
-"""Below this, float64 holds every whole number."""
+"""Below this, float64 represents every integer."""
 
 
 # -------------------------------------------------------------------------------------------------------------- columns
@@ -33,7 +33,7 @@ EXACT_FLOAT = 2**53
 
 @dataclass(frozen=True)
 class Columns:
-    """Which column of a source holds what; `worked` says that the reference stands in a worked solution."""
+    """The columns of a source by their role; `worked` says that the reference is part of a worked solution."""
 
     problem: str
     reference: str
@@ -43,13 +43,13 @@ class Columns:
 
     @property
     def top_level(self) -> list[str]:
-        """Names as a file has them: of a nested column the outermost, and the name with its dots."""
+        """Names as in a file: for a nested column the outermost name, and the name with its dots."""
         names = (self.problem, self.reference, self.difficulty, self.solution)
         return list(dict.fromkeys(part for n in names for part in (n, n.split(".")[0]) if n))
 
 
 def cell(row: Mapping[str, Any], column: str) -> Any:
-    """The cell of a column, None where there is none; dots go into dicts."""
+    """The cell of a column, None if there is none; dots lead into dicts."""
     if column in row or "." not in column:
         return row.get(column)
     value: Any = row
@@ -59,7 +59,7 @@ def cell(row: Mapping[str, Any], column: str) -> Any:
 
 
 def names_of(columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Columns as a user may name them: those that hold dicts in `rows` by what is in them."""
+    """Names by which a user may refer to columns; columns that hold dicts in `rows` by the keys in them."""
     inner: dict[str, dict[str, None]] = {c: {} for c in columns}
 
     def walk(top: str, name: str, value: Any) -> None:
@@ -76,16 +76,16 @@ def names_of(columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> list[
 
 
 def find_columns(source: str, columns: list[str], sample: list[dict], wanted: Columns, *, references: bool) -> Columns:
-    """The columns to read, where `wanted` holds what was asked for or the default names.
+    """Find the columns to read; `wanted` holds the names that were asked for, or the default names.
 
     Args:
-        source: what a complaint calls the source.
+        source: the source's name in error messages.
         columns: top-level names.
-        sample: the first rows, by which layouts are recognised.
+        sample: the first rows, from which layouts are recognised.
         wanted: from the user, or DEFAULTS.
-        references: a column with references, or with solutions that hold them, must be there; if not, any solutions do.
+        references: whether a column with references, or solutions that hold them, is required; if not, solutions do.
     Raises:
-        ValueError: a column is not there, or more than one could be meant.
+        ValueError: a column does not exist, or more than one could be meant.
     """
     known = names_of(columns, sample)
 
@@ -119,7 +119,7 @@ def find_columns(source: str, columns: list[str], sample: list[dict], wanted: Co
 
 
 def _mostly_worked(sample: list[dict], column: str) -> bool:
-    """At least half of the rows hold a worked solution in `column` from which a reference can be read."""
+    """Whether at least half of the rows hold a worked solution in `column` from which a reference can be read."""
     texts = [_solution_text(cell(row, column)) for row in sample]
     return 2 * sum(bool(answer_of_solution(t)[0]) for t in texts) >= max(1, len(texts))
 
@@ -129,7 +129,7 @@ def _ends_solved(sample: list[dict], column: str) -> bool:
 
 
 def _solution_text(value: Any) -> str:
-    """A solution as text: the cell, or the last turn of a chat if it is the assistant's; "" for anything else."""
+    """A solution as text: the cell, or the last turn of a chat if it is the assistant's; "" otherwise."""
     if isinstance(value, list) and value and isinstance(value[-1], Mapping):
         last = value[-1]
         value = last.get("content", last.get("value"))
@@ -142,12 +142,12 @@ def _solution_text(value: Any) -> str:
 
 
 def text_of(value: Any, where: str, column: str, *, several: bool = False) -> str:
-    """A cell as text, stripped; an empty one, None and NaN are "".
+    """Convert a cell to stripped text; an empty cell, None and NaN become "".
 
     Args:
-        where: source and row, as complaints begin.
+        where: source and row, with which error messages begin.
         column: its name.
-        several: join a list of texts by commas (OlympiadBench's list of answers), instead of refusing it.
+        several: join a list of texts with commas (OlympiadBench's list of answers) instead of refusing it.
     Raises:
         ValueError: the cell is neither text nor a number, or holds a lone surrogate.
     """
@@ -171,7 +171,7 @@ def text_of(value: Any, where: str, column: str, *, several: bool = False) -> st
 
 
 def _number(value: int | float | Decimal, at: str) -> str:
-    """A number as people write it: 27.0, as tables turn 27 into, is 27."""
+    """Format a number as people write it: 27.0, into which tables turn 27, becomes 27."""
     if isinstance(value, int):
         return str(value)
     if not math.isfinite(value):
@@ -184,7 +184,7 @@ def _number(value: int | float | Decimal, at: str) -> str:
 
 
 def _kind(value: Any, column: str) -> str:
-    """What a cell is that is neither text nor a number, and the remedy."""
+    """Describe a cell that is neither text nor a number, with the remedy."""
     if isinstance(value, bool):
         return f"{str(value).lower()}, which is neither text nor a number: write it as text, such as yes or no."
     if isinstance(value, Mapping):
@@ -200,7 +200,7 @@ def _kind(value: Any, column: str) -> str:
 
 
 def number_of(value: Any) -> float | None:
-    """A difficulty; None for an empty cell or NaN. Raises ValueError or TypeError for what is not a finite number."""
+    """Convert a difficulty; None for an empty cell or NaN. Raises ValueError or TypeError if it is not finite."""
     if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
         return None
     if isinstance(value, bool) or not math.isfinite(number := float(value)):
@@ -212,9 +212,9 @@ BEHIND_HASHES, IN_BOX, IN_LIST = "behind ####", "in the last \\boxed{}", "alone 
 
 
 def answer_of_solution(text: str) -> tuple[str, str]:
-    r"""What a worked solution ends in, and where it stands: behind `####` on its last line, or in its last \boxed{}.
+    r"""Extract the answer that ends a worked solution, and its place: behind `####` on the last line, or in a \boxed{}.
 
-    Both are "" where there is neither.
+    Of several boxes the last one counts. Both results are "" if there is neither.
     """
     last_line = text.rstrip().rpartition("\n")[2].lstrip()
     if last_line.startswith("####") and (answer := last_line.lstrip("#").strip()):
@@ -224,8 +224,8 @@ def answer_of_solution(text: str) -> tuple[str, str]:
 
 
 def reference_of(text: str) -> tuple[str, str]:
-    """The reference in a cell's text, and where it stands if not alone: as in answer_of_solution, or in Skywork's
-    `["18"]`, a list written as text."""
+    """The reference in a cell's text, and its place if the cell holds more than it: as in answer_of_solution, or in
+    Skywork's `["18"]`, a list written as text."""
     answer, place = answer_of_solution(text)
     if place:
         return answer, place
@@ -236,7 +236,7 @@ def reference_of(text: str) -> tuple[str, str]:
 
 
 def parsed(text: str) -> Any:
-    """A list or dict that was written as text, by JSON or by Python's repr; None where it is neither."""
+    """A list or dict that was written as text, in JSON or as Python's repr; None if it is neither."""
     for parse in (json.loads, ast.literal_eval):
         try:
             return parse(text)
@@ -246,15 +246,15 @@ def parsed(text: str) -> Any:
 
 
 def chat_of(value: Any, where: str, column: str) -> tuple[list[tuple[str, str]], str] | None:
-    """A cell that holds chat messages: (role, text) of each up to the last user turn, and the assistant's reply to it.
+    """Read a cell of chat messages: (role, text) of each up to the last user turn, and the assistant's reply to it.
 
     Messages are dicts of role and content, or of from and value (ShareGPT); roles are system, user (or human) and
     assistant (or gpt). A list written as text is read too.
 
     Returns:
-        the turns that are asked, the last one a user's, and the reply ("" without one); None if it is not a chat.
+        the turns of the prompt, the last one a user's, and the reply ("" if there is none); None if it is not a chat.
     Raises:
-        ValueError: a message is something else, or the last turn but a reply is not a user's.
+        ValueError: a message has another form, or the last turn before a reply is not a user's.
     """
     if isinstance(value, str) and re.match(r"\s*\[\s*\{\s*[\"'](?:role|content|from|value)", value):
         value = parsed(value) or value
@@ -281,6 +281,6 @@ def chat_of(value: Any, where: str, column: str) -> tuple[list[tuple[str, str]],
 
 
 def problem_text(turns: list[tuple[str, str]]) -> str:
-    """What stands for a chat where problems are compared, counted and shown: its user's text, or all turns."""
+    """The text by which a chat is compared, counted and shown: its user's text, or all turns."""
     asked = [(role, text) for role, text in turns if role != "system"]
     return asked[0][1] if len(asked) == 1 else "\n\n".join(f"{role}: {text}" for role, text in asked)

@@ -1,11 +1,11 @@
-"""LiveCodeBench: problems that programs solve, by name from the hub or from a local file of its schema.
+"""LiveCodeBench: problems that programs solve, by name from the hub or from a local file with its schema.
 
     --data.test=LiveCodeBench[:v5][?from=2024-08-01&to=2025-01-31]    # v1 to v6; else v5, 880 problems
     --data.test=FILE.jsonl[?from=...&to=...]
 
 A row has question_content, starter_code, public_test_cases, private_test_cases, difficulty, question_id, contest_date,
-platform, and metadata with func_name where a function is called. Tests stay in the file until a program is graded, for
-those of all problems are gigabytes.
+platform, and metadata, with func_name if a function is called. Tests stay in the file until a program is graded,
+because those of all problems take gigabytes.
 """
 
 import base64
@@ -36,7 +36,7 @@ COLUMNS = ("question_id", "question_content", "starter_code", "difficulty", "con
            "public_test_cases", "private_test_cases", "metadata")  # fmt: skip
 MAX_TEST_BYTES = 1 << 30  # of one problem's private tests, decompressed
 
-# The authors' prompt for reasoning models, which are given it as the user's turn without a system turn.
+# The authors' prompt for reasoning models: the user's turn, without a system turn.
 TASK = ("You will be given a question (problem specification) and will generate a correct Python program that matches "
         "the specification and passes all tests.")  # fmt: skip
 WITH_STARTER = ("You will use the following starter code to write the solution to the problem and enclose your code "
@@ -48,7 +48,7 @@ WITHOUT_STARTER = ("Read the inputs from stdin solve the problem and write the a
 
 @dataclass(frozen=True)
 class Source:
-    """What a `data.test` asks for: files on this machine, or a version on the hub; problems of these contest dates."""
+    """What `data.test` names: files on this machine, or a version on the hub; problems of these contest dates."""
 
     path: Path | None
     version: str
@@ -57,10 +57,10 @@ class Source:
 
 
 def parse_source(text: str) -> Source | None:
-    """A source of programs; None for any other (a set of mathematics, say).
+    """Parse a source of programs; None for any other source, such as a set of mathematics.
 
     Raises:
-        ValueError: an unknown version, a query that is not understood, or a file of this schema in another format.
+        ValueError: an unknown version, an invalid query, or a file of this schema in another format.
     """
     place, _, query = text.partition("?")
     name, _, version = place.partition(":")
@@ -71,14 +71,14 @@ def parse_source(text: str) -> Source | None:
     if named and version not in VERSIONS:
         raise ValueError(f"{text} names version {version}: give one of {', '.join(VERSIONS)}.")
     if not named and not place.endswith(".jsonl"):
-        raise ValueError(f"{place} has LiveCodeBench's columns: save it as .jsonl, the format in which they are read.")
+        raise ValueError(f"{place} has LiveCodeBench's columns: save it as .jsonl, the only format read for them.")
     given = {k: v[-1] for k, v in parse_qs(query, keep_blank_values=True).items()}
     try:
         dates = {k: datetime.date.fromisoformat(v) for k, v in given.items()}
     except ValueError as e:
-        raise ValueError(f"{text} has a date that is not valid ({e}): give ?from=2024-08-01&to=2025-01-31.") from e
+        raise ValueError(f"{text} has an invalid date ({e}): give ?from=2024-08-01&to=2025-01-31.") from e
     if not set(dates) <= {"from", "to"} or bool(query) != bool(dates):
-        raise ValueError(f"{text} is not understood: after the question mark give from=2024-08-01&to=2025-01-31.")
+        raise ValueError(f"{text} cannot be parsed: after the question mark give from=2024-08-01&to=2025-01-31.")
     first, last = dates.get("from", datetime.date.min), dates.get("to", datetime.date.max)
     return Source(None if named else Path(place), version, first, last)
 
@@ -93,7 +93,7 @@ def _has_schema(path: Path) -> bool:
 
         try:
             return wanted <= set(parquet.read_schema(path).names)
-        except (OSError, ArrowInvalid):  # the reader of other sets says what is wrong with it
+        except (OSError, ArrowInvalid):  # the reader of other sets will say what is wrong with it
             return False
     with path.open("rb") as f:
         head = next((line for line in f if line.strip()), b"")
@@ -121,7 +121,7 @@ class _DataOnly(pickle.Unpickler):
 
 
 def unpickle_data(data: bytes) -> Any:
-    """Read a pickle that holds strings, numbers, lists and dicts alone. Raises ValueError for any other, unread."""
+    """Read a pickle of strings, numbers, lists and dicts only; refuse any other unread. Raises ValueError."""
     try:
         for opcode, argument, _ in pickletools.genops(data):
             if opcode.name not in SAFE_OPCODES:
@@ -133,7 +133,7 @@ def unpickle_data(data: bytes) -> Any:
 
 
 def read_tests(text: Any) -> list[dict]:
-    """The tests of a column: JSON, or JSON in a pickle, compressed by zlib, as base64. Raises ValueError."""
+    """Decode the tests of a column: JSON, or JSON in a pickle, compressed by zlib, in base64. Raises ValueError."""
     if isinstance(text, str) and not text.lstrip().startswith("["):
         try:
             unpacker = zlib.decompressobj()
@@ -155,7 +155,7 @@ def read_tests(text: Any) -> list[dict]:
 
 
 def function_name(row: dict) -> str | None:
-    """The function that a row's tests call; None where they are given to standard input."""
+    """The function that a row's tests call; None if they use standard input."""
     metadata = row.get("metadata") or {}
     metadata = json.loads(metadata) if isinstance(metadata, str) else metadata
     name = metadata.get("func_name") if isinstance(metadata, dict) else None
@@ -185,7 +185,7 @@ def tests_of(row: dict) -> tuple[str | None, list[tuple[str, str]]]:
 
 
 class TestFiles:
-    """Where each problem's tests are; called with a problem it reads them."""
+    """Locations of each problem's tests; called with a problem, it reads them."""
 
     __test__ = False  # not for pytest
 
@@ -209,12 +209,12 @@ def prompt(question: str, starter_code: str) -> str:
 
 
 def load_programs(text: str, *, limit: int | None = None) -> tuple[list[Problem], TestFiles]:
-    """Problems of a source and their tests; `problem` is the whole prompt, `reference` a hash of the tests.
+    """Load the problems of a source and their tests; `problem` is the entire prompt, `reference` a hash of the tests.
 
-    Every row's tests are read once, each rank reading its share, so that a damaged file is known at the start.
+    Every row's tests are read once, each rank reading a part, so that a damaged file is found at the start.
 
     Raises:
-        ValueError: names the row and what is wrong with it.
+        ValueError: names the row and its fault.
     """
     source = parse_source(text)
     assert source is not None, f"{text} holds no programs"
@@ -253,7 +253,7 @@ def load_programs(text: str, *, limit: int | None = None) -> tuple[list[Problem]
 def _row(line: bytes) -> dict:
     try:
         row = json.loads(line)
-    except ValueError as e:  # JSON's or UTF-8's
+    except ValueError as e:  # from JSON or UTF-8
         raise ValueError(f"it is not valid JSON ({e}).") from e
     missing = [c for c in COLUMNS if not isinstance(row, dict) or c not in row]
     if missing:
@@ -275,7 +275,7 @@ def _problem(row: dict) -> Problem:
 
 
 def _download(name: str, text: str) -> Path:
-    """A file of the benchmark from the hub, or from its cache."""
+    """Fetch a file of the benchmark from the hub or its cache."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -290,7 +290,7 @@ def _download(name: str, text: str) -> Path:
 
 
 def load_code_test(c: Config, tokenizer: Any) -> tuple[list[Problem], list[list[int]], TestFiles]:
-    """The held-out problems of `data.test`, their prompts, and their tests. data.instruction is left out."""
+    """Load the held-out problems of `data.test`, their prompts and their tests; data.instruction is ignored."""
     problems, tests = load_programs(c.data.test, limit=c.evaluate.problems or None)
     kept, prompts = tokenize_prompts(
         problems,
@@ -300,5 +300,5 @@ def load_code_test(c: Config, tokenizer: Any) -> tuple[list[Problem], list[list[
         drop_long=c.data.drop_long_prompts,
     )
     if c.data.instruction:
-        say(f"{c.data.test} is asked with its authors' prompt; data.instruction is left out.")
+        say(f"{c.data.test} uses its authors' prompt; data.instruction is left out.")
     return kept, prompts, tests

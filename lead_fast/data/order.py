@@ -1,15 +1,15 @@
-"""Order in which problems are asked, a function of seed and step."""
+"""Order of the training problems, as a function of seed and step."""
 
 import numpy as np
 
 
 class ProblemStream:
-    """A shuffle over epochs in which the data position is just the step: `batch(step)` depends on nothing else.
+    """Shuffled epochs in which the position in the data is simply the step: `batch(step)` depends on nothing else.
 
     Args:
-        n: problems there are.
-        size: problems a batch.
-        seed: of the shuffles; every epoch has its own.
+        n: number of problems.
+        size: problems per batch.
+        seed: of the shuffles; every epoch is shuffled differently.
     """
 
     def __init__(self, n: int, size: int, seed: int):
@@ -30,13 +30,13 @@ class ProblemStream:
 
 
 class SolveRateStream:
-    """Draws distinct problems by how often they were solved when last sampled: weight 4 r (1 - r), at least `floor`.
+    """Draw distinct problems by how often they were solved when last sampled: weight 4 r (1 - r), at least `floor`.
 
-    A problem not sampled yet has weight 1. A draw depends on the seed, the step and the solve rates recorded so far.
+    A problem not yet sampled has weight 1. A draw depends on the seed, the step and the solve rates recorded so far.
 
     Args:
-        n: problems there are.
-        size: problems a batch, at most n.
+        n: number of problems.
+        size: problems per batch, at most n.
         seed: of the draws.
     """
 
@@ -50,7 +50,7 @@ class SolveRateStream:
         self.weights[index] = max(self.floor, 4 * rate * (1 - rate))
 
     def batch(self, step: int) -> list[int]:
-        """Indices of the problems of `step`, the same however often it is asked."""
+        """Indices of the problems of `step`, the same however often it is called."""
         if self.drawn[0] != step:
             draws = np.random.default_rng([self.seed, step])
             chance = self.weights / self.weights.sum()

@@ -1,15 +1,15 @@
-"""Make, choose, mix and describe training sets: `python -m lead_fast.data COMMAND`.
+"""Make, filter, mix and describe training sets: `python -m lead_fast.data COMMAND`.
 
     check SOURCE [--model DIR] [--data.key=value ...]               # what a training run would see
     deepscaler [--source FILE] [--above 2.5] --out FILE.parquet     # the paper's set, by difficulty
     select SOURCE --rollouts RUN_DIR [--least 0 --most 0.75] --out FILE.parquet
     select SOURCE --samples EVALUATION_DIR ... --out FILE.parquet   # solve rates of a model sampled k times
-    mix SOURCE ... [--hold_out N] --out FILE.parquet                # N rows apart, in FILE.held-out.parquet
+    mix SOURCE ... [--hold_out N] --out FILE.parquet                # N rows go to FILE.held-out.parquet
     stats SOURCE [--model DIR] [--out FOLDER]
     arithmetic | levels | word_problems --out FOLDER                 # the embedded tasks as JSONL
 
-Every set is Parquet with columns problem, answer, difficulty, solution, source, and beside it FILE.manifest.json:
-source and revision, filters, counts, hash. Equal inputs give equal files.
+Every set is a Parquet file with columns problem, answer, difficulty, solution, source. FILE.manifest.json beside it
+records source and revision, filters, counts and a hash. Equal inputs give equal files.
 """
 
 import argparse
@@ -34,7 +34,7 @@ DEEPSCALER = "agentica-org/DeepScaleR-Preview-Dataset"
 
 
 def write_set(out: Path, rows: list[dict], manifest: dict[str, Any]) -> None:
-    """Write the rows as Parquet with its manifest; an interrupted write leaves no file of that name."""
+    """Write the rows as Parquet with a manifest; an interrupted write leaves no file of that name."""
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -57,7 +57,7 @@ def write_set(out: Path, rows: list[dict], manifest: dict[str, Any]) -> None:
 
 
 def described(manifest: dict[str, Any]) -> str:
-    """A manifest's counts in a line."""
+    """A manifest's counts on one line."""
     return ", ".join(f"{k} {v}" for k, v in manifest["counts"].items())
 
 
@@ -66,7 +66,7 @@ def columns(a: argparse.Namespace) -> dict[str, Any]:
 
 
 def row(p: Problem, source: str) -> dict:
-    """A problem as a row of a set. Raises ValueError for a prompt that the set's columns cannot hold."""
+    """Convert a problem to a row of a set. Raises ValueError for a prompt that the set's columns cannot hold."""
     if p.messages:
         raise ValueError(
             f"{source}, row {p.id}: the prompt has a system message or several turns, which a set made here cannot "
@@ -81,7 +81,7 @@ def file_hash(path: Path) -> str:
 
 
 def origin(source: str) -> dict[str, Any]:
-    """Where rows come from and which revision: a file's hash, the manifest beside it, or the hub's commit."""
+    """The source and revision of rows: a file's hash, the manifest beside it, or the hub's commit."""
     path = Path(source)
     if path.is_file():
         beside = path.with_suffix(".manifest.json")
@@ -93,12 +93,12 @@ def origin(source: str) -> dict[str, Any]:
 
     try:
         return {"source": source, "revision": HfApi().dataset_info(source.partition(":")[0]).sha}
-    except Exception:  # whatever the hub's client raises without a network: the rows came from the cache
+    except Exception:  # anything that the hub's client raises without a network: the rows came from the cache
         return {"source": source, "revision": None}
 
 
 def deepscaler(a: argparse.Namespace) -> None:
-    """DeepScaleR-like rows above a difficulty, without duplicates and without references that no answer could equal."""
+    """Write DeepScaleR-like rows above a difficulty, without duplicates and unverifiable references."""
     problems = load_problems(a.source, references=False, **columns(a))
     graded = [p for p in problems if p.difficulty is not None]
     if not graded and a.above is not None:
@@ -117,29 +117,29 @@ def deepscaler(a: argparse.Namespace) -> None:
 
 
 def solve_rates(rollouts: list[Path], samples: list[Path]) -> dict[str, float]:
-    """Share of correct answers by a problem's text, over everything that was sampled for it."""
+    """Share of correct responses by a problem's text, over everything that was sampled for it."""
     right: dict[str, int] = defaultdict(int)
     asked: Counter[str] = Counter()
     for folder in rollouts:
         path = folder / "solved.jsonl"
         if not path.is_file():
-            raise ValueError(f"{folder} has no solved.jsonl: give the folder of a run of lead_fast.train.")
+            raise ValueError(f"{folder} has no solved.jsonl: give the run directory of a lead_fast.train run.")
         for r in each_jsonl(path):
             right[r["problem"]] += r["correct"]
             asked[r["problem"]] += r["sampled"]
     for folder in samples:
         path = folder / "samples.jsonl"
         if not path.is_file():
-            raise ValueError(f"{folder} has no samples.jsonl: give the --output of lead_fast.evaluate.")
+            raise ValueError(f"{folder} has no samples.jsonl: give the --output of a lead_fast.evaluate run.")
         for r in each_jsonl(path):
-            if "correct" in r:  # the first line says what was asked
+            if "correct" in r:  # unlike the first line, which records the settings
                 right[r["problem"]] += sum(r["correct"])
                 asked[r["problem"]] += len(r["correct"])
     return {problem: right[problem] / n for problem, n in asked.items()}
 
 
 def select(a: argparse.Namespace) -> None:
-    """Problems whose measured solve rate lies in [least, most]; those never sampled are left out and counted."""
+    """Select problems whose measured solve rate lies in [least, most]; those never sampled are left out and counted."""
     if not a.rollouts and not a.samples:
         raise ValueError("select needs solve rates: give --rollouts RUN_DIR or --samples EVALUATION_DIR.")
     problems = load_problems(a.source, **columns(a))
@@ -154,7 +154,7 @@ def select(a: argparse.Namespace) -> None:
 
 
 def mix(a: argparse.Namespace) -> None:
-    """All sources, each problem once, without rows that have neither reference nor solution; some held out if asked."""
+    """Mix all sources: each problem once, no rows without reference and solution; hold some out if asked."""
     seen: set[str] = set()
     rows, counts = [], {}
     for source in a.sources:
@@ -169,7 +169,7 @@ def mix(a: argparse.Namespace) -> None:
     if not 0 <= a.hold_out < max(1, len(rows)):
         raise ValueError(f"--hold_out is {a.hold_out} of {len(rows)} rows: give fewer, and 0 or more.")
     by_hash = sorted(rows, key=lambda r: hashlib.sha256(r["problem"].encode()).digest())
-    apart = {r["problem"] for r in by_hash[: a.hold_out]}  # whatever the order of the sources
+    apart = {r["problem"] for r in by_hash[: a.hold_out]}  # independent of the order of the sources
     manifest = {"sources": [origin(s) for s in a.sources], "counts": counts}
     for out, held in ((a.out, False), (a.out.with_suffix(".held-out.parquet"), True))[: 1 + bool(apart)]:
         part = [r for r in rows if (r["problem"] in apart) == held]
@@ -177,7 +177,7 @@ def mix(a: argparse.Namespace) -> None:
 
 
 def stats(a: argparse.Namespace) -> None:
-    """Counts, difficulties and lengths of a set, as a table and a picture; prompt lengths in tokens with --model."""
+    """Describe a set by counts, difficulties and lengths, as a table and a picture; in tokens with --model."""
     import matplotlib
     import numpy as np
 
@@ -252,35 +252,37 @@ def main(args: list[str] | None = None) -> None:
         return parser
 
     c = command(check, takes_columns=False)
-    c.add_argument("source", help="what a run would be given as data.train")
-    c.add_argument("--model", help="measure prompts in this model's tokens, and refuse what is over the limit")
-    c.add_argument("--split", default="train", help="of a hub dataset")
+    c.add_argument("source", help="a value of data.train, as a run would be given it")
+    c.add_argument("--model", help="measure prompts in this model's tokens, and refuse those over the limit")
+    c.add_argument("--split", default="train", help="split of a hub dataset")
     c = command(deepscaler)
-    c.add_argument("--source", default=DEEPSCALER, help="hub set, .jsonl or .parquet file of the same columns")
+    c.add_argument("--source", default=DEEPSCALER, help="hub set, .jsonl or .parquet file with the same columns")
     c.add_argument("--above", type=number_or_none, default=2.5, help="keep difficulties above this; none keeps all")
-    c.add_argument("--out", type=Path, required=True)
+    c.add_argument("--out", type=Path, required=True, help="file to write, FILE.parquet")
     c = command(select)
     c.add_argument("source")
     c.add_argument("--rollouts", type=Path, nargs="+", default=[], help="run folders of lead_fast.train")
     c.add_argument("--samples", type=Path, nargs="+", default=[], help="output folders of lead_fast.evaluate")
-    c.add_argument("--least", type=float, default=0.0)
-    c.add_argument("--most", type=float, default=0.75, help="the paper's stage 2: 0.75")
-    c.add_argument("--out", type=Path, required=True)
+    c.add_argument("--least", type=float, default=0.0, help="lowest solve rate to keep")
+    c.add_argument("--most", type=float, default=0.75, help="highest solve rate to keep; 0.75 in the paper's stage 2")
+    c.add_argument("--out", type=Path, required=True, help="file to write, FILE.parquet")
     c = command(mix)
     c.add_argument("sources", nargs="+")
-    c.add_argument("--hold_out", type=int, default=0, help="so many rows go to OUT's name with .held-out.parquet")
-    c.add_argument("--out", type=Path, required=True)
+    c.add_argument(
+        "--hold_out", type=int, default=0, help="number of rows to write to a separate file, OUT.held-out.parquet"
+    )
+    c.add_argument("--out", type=Path, required=True, help="file to write, FILE.parquet")
     c = command(stats)
     c.add_argument("source")
     c.add_argument("--model", help="measure prompts in this model's tokens, its chat template included")
-    c.add_argument("--out", type=Path, default=Path("."))
+    c.add_argument("--out", type=Path, default=Path("."), help="folder for stats.png and stats.json")
     for task in TASKS:
         c = commands.add_parser(task, help=f"Write the embedded task {task} as JSONL: train.jsonl, test.jsonl.")
         c.set_defaults(run=write_task, task=task)
-        c.add_argument("--out", type=Path, required=True, help="folder")
+        c.add_argument("--out", type=Path, required=True, help="folder to write to")
         c.add_argument("--train", type=int, default=4000, help="training problems")
         c.add_argument("--test", type=int, default=256, help="held-out problems")
-        c.add_argument("--seed", type=int, default=1)
+        c.add_argument("--seed", type=int, default=1, help="seed of the problems")
     a, settings = p.parse_known_args(args)
     if settings and a.run is not check:
         p.error(f"unrecognized arguments: {' '.join(settings)}")

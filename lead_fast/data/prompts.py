@@ -1,4 +1,4 @@
-"""Problems to token ids, by the tokenizer's chat template."""
+"""Turn problems into token ids by the tokenizer's chat template."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -31,20 +31,20 @@ def tokenize_prompts(
     drop_long: bool = False,
     template: dict[str, Any] | None = None,
 ) -> tuple[list[Problem], list[list[int]]]:
-    r"""Each problem as the user's turn, or its messages, through the model's own chat template, up to the assistant.
+    r"""Tokenize each problem, as a user's turn or its own messages, by the model's chat template, up to the assistant.
 
-    A problem cannot end its turn: a control token's name in it (`<|im_end|>`) is encoded as the text that it is.
+    A problem cannot end its turn: a control token's name in it (`<|im_end|>`) is encoded as plain text.
 
     Args:
-        instruction: put behind the last turn, on a line of its own; empty: nothing. One that asks for \boxed{} is not
-            put behind a prompt that asks for it already, as prompts of verl's and Skywork's sets do.
+        instruction: appended to the last turn, on a separate line; empty: nothing. One that asks for \boxed{} is not
+            appended to a prompt that asks for it already, as prompts of verl's and Skywork's sets do.
         max_prompt_tokens: limit, the template's tokens included.
         drop_long: leave out problems over the limit and say how many, instead of raising.
-        template: arguments of the chat template.
+        template: arguments for the chat template.
     Returns:
-        the problems kept and their prompts' token ids.
+        the problems kept, and their prompts' token ids.
     Raises:
-        ValueError: no chat template, one that refuses a problem's messages, or a prompt over the limit.
+        ValueError: there is no chat template, it refuses a problem's messages, or a prompt is over the limit.
     """
     if not tokenizer.chat_template:
         raise ValueError("The tokenizer has no chat template: add chat_template.jinja to the model's folder.")
@@ -52,7 +52,7 @@ def tokenize_prompts(
 
     for name in template or {}:
         if not re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template)):
-            raise ValueError(f"data.template.{name} is given, and the model's chat template has no {name}: remove it.")
+            raise ValueError(f"data.template.{name} is given, but the model's chat template has no {name}: remove it.")
 
     def render(chat: Turns, behind: str) -> str:
         messages = [{"role": role, "content": text} for role, text in chat]
@@ -69,13 +69,13 @@ def tokenize_prompts(
         except TemplateError as e:
             roles = ", ".join(role for role, _ in chat)
             raise ValueError(
-                f"Problem {p.id}: the model's chat template refuses its messages ({roles}): {e}; leave that row out, "
-                "or move a system message's text into the user's."
+                f"Problem {p.id}: the model's chat template refuses its messages ({roles}): {e}; remove that row, "
+                "or move the system message's text into the user's."
             ) from e
     prompts = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
     control = control_tokens(tokenizer)
     named = set(control.values())
-    frames: dict[tuple, tuple[list[str], int]] = {}  # by roles and what is put behind: the template's text, its tokens
+    frames: dict[tuple, tuple[list[str], int]] = {}  # by roles and appended text: the template's text, its tokens
     for i, ids in enumerate(prompts):
         roles = [role for role, _ in turns[i]]
         key = (*roles, behind[i])
@@ -89,27 +89,27 @@ def tokenize_prompts(
     if long and not drop_long:
         i = max(long, key=lambda i: len(prompts[i]))
         raise ValueError(
-            f"Problem {problems[i].id} has a prompt of {len(prompts[i])} tokens and data.max_prompt_tokens is "
+            f"Problem {problems[i].id} has a prompt of {len(prompts[i])} tokens, but data.max_prompt_tokens is "
             f"{max_prompt_tokens}: raise it, or leave such problems out with --data.drop_long_prompts."
         )
     if long:
-        say(f"{len(long)} of {len(problems)} problems left out: prompt over {max_prompt_tokens} tokens.")
+        say(f"{len(long)} of {len(problems)} problems are left out: prompt over {max_prompt_tokens} tokens.")
     keep = [i for i in range(len(prompts)) if len(prompts[i]) <= max_prompt_tokens]
     return [problems[i] for i in keep], [prompts[i] for i in keep]
 
 
 def ask(problems: Sequence[Problem], instruction: str) -> tuple[list[Turns], list[str]]:
-    """Every problem's turns, and what of the instruction is put behind the last one; says where prompts differ."""
+    """Every problem's turns, and the part of the instruction appended to the last one; says where prompts differ."""
     boxed = "\\boxed" in instruction
     turns = [list(p.messages or [("user", p.problem)]) for p in problems]
     asking = [boxed and any(ASKS_FOR_BOX.search(text) for _, text in chat) for chat in turns]
     if n := sum(asking):
-        say(f"{n:,} of {len(turns):,} prompts ask for \\boxed{{}} themselves: data.instruction is not put behind them.")
+        say(f"{n:,} of {len(turns):,} prompts ask for \\boxed{{}} themselves: data.instruction is not appended.")
     others = [chat for asks, chat in zip(asking, turns, strict=True) if not asks and ASKS_OTHERWISE.search(chat[-1][1])]
     if others:
         remedy = "data.instruction asks for it too" if boxed else "nothing asks for it, so set data.instruction"
         say(
-            f"{len(others):,} of {len(turns):,} prompts ask for the answer in another form than the \\boxed{{}} "
+            f"{len(others):,} of {len(turns):,} prompts ask for the answer in a form other than the \\boxed{{}} "
             f"that is graded; {remedy}."
         )
     return turns, ["" if asks or not instruction else f"\n{instruction}" for asks in asking]
@@ -119,12 +119,12 @@ HOLE = "(the text of message {} stands here)"
 
 
 def around(rendered: str, messages: int) -> list[str]:
-    """What stands before, between and behind the holes of a rendered chat."""
+    """The text before, between and behind the holes of a rendered chat."""
     return re.split("|".join(re.escape(HOLE.format(n)) for n in range(messages)), rendered)
 
 
 def control_tokens(tokenizer: Any) -> dict[str, int]:
-    """Names and ids of the tokens that are no text: the special ones, and added ones in brackets, such as `<think>`."""
+    """Names and ids of tokens that are not text: special tokens, and added ones in brackets, such as `<think>`."""
     added = tokenizer.added_tokens_decoder.items()
     bracketed = re.compile(r"<.+>|\[.+\]", re.S)
     return {t.content: i for i, t in added if len(t.content) > 1 and (t.special or bracketed.fullmatch(t.content))}
@@ -133,11 +133,11 @@ def control_tokens(tokenizer: Any) -> dict[str, int]:
 def encode_between(
     frame: list[str], texts: list[str], control: dict[str, int], encode: Callable[[str], list[int]], problem: str
 ) -> list[int]:
-    """Token ids of a chat whose texts hold names of control tokens: the template's pieces, and the texts as text."""
+    """Token ids of a chat whose texts hold names of control tokens: the template's pieces, and its texts as text."""
     if len(frame) != len(texts) + 1:
         raise ValueError(
-            f"Problem {problem} has the name of a control token in its text, and the chat template does not write its "
-            "messages one after the other, as they are: remove the row."
+            f"Problem {problem} contains a control token's name, but the chat template changes or reorders its "
+            "messages: remove the row."
         )
     ids = encode(frame[0])
     for text, piece in zip(texts, frame[1:], strict=True):
@@ -146,7 +146,7 @@ def encode_between(
 
 
 def encode_plain(text: str, control: dict[str, int], encode: Callable[[str], list[int]]) -> list[int]:
-    """Token ids of a text in which the names of control tokens are just text: it is cut inside each of them."""
+    """Token ids of a text in which names of control tokens are plain text: it is cut inside each of them."""
     names = re.compile(f"(?=({'|'.join(map(re.escape, control))}))")
     cuts = [0, *(m.start() + 1 for m in names.finditer(text)), len(text)]
     pieces = [encode(text[a:b]) for a, b in zip(cuts, cuts[1:], strict=False) if a < b]
@@ -157,7 +157,7 @@ def encode_plain(text: str, control: dict[str, int], encode: Callable[[str], lis
 
 
 def read_problems(c: DataConfig, source: str, split: str, **more: Any) -> list[Problem]:
-    """Problems of a source by the configuration's columns, rows without a reference among them."""
+    """Read a source's problems by the configuration's columns, including rows without a reference."""
     return load_problems(
         source,
         split=split,
@@ -179,11 +179,11 @@ def load_prompts(
     graded: bool = True,
     **more: Any,
 ) -> Prompts:
-    """Problems of a source and their prompts. A collective where `ranks` are given.
+    """Load a source's problems and their prompts. A collective if `ranks` are given.
 
     Args:
-        graded: responses are compared with references, so each must be one that an answer can equal.
-        more: goes to load_problems.
+        graded: whether responses are compared with references, so that each must be one that an answer can equal.
+        more: passed to load_problems.
     """
     problems = read_problems(c, source, split, **more)
     if graded:
@@ -200,10 +200,10 @@ def load_prompts(
 
 
 def load_train(c: Config, tokenizer: Any, ranks: Ranks | None = None, **more: Any) -> Prompts:
-    """Training problems and their prompts. A collective where `ranks` are given.
+    """Load the training problems and their prompts. A collective if `ranks` are given.
 
     Args:
-        more: `graded` and `keep_columns`, as load_prompts and load_problems take them.
+        more: `graded` and `keep_columns`, for load_prompts and load_problems.
     Raises:
         ValueError: the data cannot be read or graded, or has fewer problems than a step needs.
     """
@@ -213,12 +213,12 @@ def load_train(c: Config, tokenizer: Any, ranks: Ranks | None = None, **more: An
     )
     if len(problems) < c.rollout.problems:
         raise ValueError(
-            f"{source} has {len(problems)} problems and rollout.problems is {c.rollout.problems}: "
+            f"{source} has {len(problems)} problems, but rollout.problems is {c.rollout.problems}: "
             "give more data or a smaller batch."
         )
     return problems, prompts
 
 
 def load_test(c: Config, tokenizer: Any, ranks: Ranks | None = None, **more: Any) -> Prompts:
-    """Held-out problems and their prompts, refused as in training. A collective where `ranks` are given."""
+    """Load the held-out problems and their prompts, with the same checks. A collective if `ranks` are given."""
     return load_prompts(c.data, tokenizer, c.data.test, "test", ranks, limit=c.evaluate.problems or None, **more)

@@ -1,4 +1,4 @@
-"""Problems in: JSONL, CSV, Parquet, a hub dataset or the built-in arithmetic, checked before a model is loaded."""
+"""Read problems from JSONL, CSV, Parquet, a hub dataset or the built-in tasks, and check them before a model loads."""
 
 import csv
 import itertools
@@ -29,7 +29,7 @@ from .columns import (
     text_of,
 )
 
-# Benchmarks by the names that papers use: hub set (and its configuration behind a colon) and split.
+# Benchmarks by the names used in papers: hub set (and its configuration after a colon) and split.
 BENCHMARKS = {
     "AIME24": ("HuggingFaceH4/aime_2024", "train"),
     "AIME25": ("math-ai/aime25", "test"),
@@ -38,11 +38,11 @@ BENCHMARKS = {
     "Minerva": ("math-ai/minervamath", "test"),
     "OlympiadBench": ("Hothan/OlympiadBench:OE_TO_maths_en_COMP", "train"),
 }
-# What a hub dataset's name does not end in: such a source is a file, read here or refused.
+# Endings that no hub dataset's name has: such a source is a file, which is read here or refused.
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt", ".arrow", ".xlsx", ".gz", ".zip", ".zst")
 FORMATS = "a .jsonl, .json, .csv or .parquet file"
 SAMPLE_ROWS = 200
-"""Rows by which a layout is recognised."""
+"""Number of rows from which a layout is recognised."""
 
 
 def load_problems(
@@ -59,28 +59,28 @@ def load_problems(
     empty_references: bool = False,
     keep_columns: bool = False,
 ) -> list[Problem]:
-    """Rows of a source as problems; says in a line what was read where that is not simply the columns named.
+    """Read a source's rows as problems; print a line on what was read unless it is simply the columns named.
 
     Args:
-        source: path of a .jsonl, .json (an array of objects, or lines of them), .csv (commas, a line of names first) or
-            .parquet file; a benchmark's name (`BENCHMARKS`); a hub dataset's name, or `name:configuration`, with
-            `?split=math` behind it for a split of another name; or `arithmetic:train?n=4000&seed=1`, made here.
-        split: of a hub dataset; one that has a single split gives that one.
-        problem_column, reference_column: must be there, the latter only if `references`; where the default names are
-            absent, known layouts are recognised (see columns.py).
-        difficulty_column, solution_column: may be there.
+        source: path of a .jsonl, .json (an array of objects, or one object per line), .csv (commas, names in the first
+            line) or .parquet file; a benchmark's name (`BENCHMARKS`); a hub dataset's name, or `name:configuration`,
+            followed by `?split=math` for another split; or `arithmetic:train?n=4000&seed=1`, generated here.
+        split: of a hub dataset; a dataset with a single split gives that one.
+        problem_column, reference_column: must exist, the latter only if `references`; if the default names are absent,
+            known layouts are recognised (see columns.py).
+        difficulty_column, solution_column: may be absent.
         min_difficulty: keep only problems above this.
-        limit: keep only the first so many.
-        references: every row must have one; if not, a row without one has the reference "" (worked solutions are enough
-            for SFT), but there must be a column of references or of solutions.
-        empty_references: a row without a reference has "", as a complaint about all of them is made later.
-        keep_columns: keep every row as it was loaded in Problem.columns.
+        limit: keep only the first `limit` problems.
+        references: whether every row must have one; if not, a row without one has the reference "" (worked solutions
+            are enough for SFT), but there must be a column of references or of solutions.
+        empty_references: accept rows without a reference, with "", because a later error covers all of them.
+        keep_columns: keep every row as loaded in Problem.columns.
     Raises:
         ValueError: no such file or dataset, a file that cannot be read, a missing column, a cell that is neither text
             nor a number, an empty question or reference, no problem left.
     """
     if source.lower().startswith("livecodebench"):
-        raise ValueError(f"{source} is solved by programs: only python -m lead_fast.evaluate --allow_code takes it.")
+        raise ValueError(f"{source} is solved by programs: only python -m lead_fast.evaluate --allow_code accepts it.")
     name, table, sample = _open(source, split)
     wanted = Columns(problem_column, reference_column, difficulty_column, solution_column)
     at = find_columns(source, table.columns, sample, wanted, references=references)
@@ -112,7 +112,7 @@ def load_problems(
         )
     if not problems:
         raise ValueError(
-            f"{source} has no problem left (data.min_difficulty is {min_difficulty}): lower it or add data."
+            f"{source} has no problem left (data.min_difficulty is {min_difficulty}): lower it, or add data."
         )
     if how := reader.how(wanted):
         say(f"{source}: {how}")
@@ -121,9 +121,9 @@ def load_problems(
 
 @dataclass
 class Reader:
-    """Rows to problems, and how often a reference was taken out of something longer.
+    """Convert rows to problems, and count how often a reference was taken out of something longer.
 
-    strict_solutions: a solution that is not text is refused; else it counts as none. lists: join a list of answers.
+    strict_solutions: refuse a solution that is not text; otherwise it counts as none. lists: join a list of answers.
     words: a difficulty may be a word, which counts as none.
     """
 
@@ -135,10 +135,10 @@ class Reader:
     rows: int = 0
     chats: int = 0
     places: Counter[str] = field(default_factory=Counter)
-    """Where references stood that did not stand alone."""
+    """Places of references that were part of a longer cell."""
 
     def problem(self, number: int, row: dict, columns: dict[str, Any] | None) -> Problem:
-        """The problem in a row; its reference is "" where there is none."""
+        """Read the problem in a row; its reference is "" if there is none."""
         at, where = self.at, f"{self.source}, row {number}"
         self.rows += 1
         asked = cell(row, at.problem)
@@ -178,12 +178,12 @@ class Reader:
         try:
             return number_of(value)
         except (TypeError, ValueError) as e:
-            if self.words:  # OlympiadBench has a word there
+            if self.words:  # OlympiadBench's difficulties are words
                 return None
             raise ValueError(f"{where}: {self.at.difficulty} is {value!r:.60}; give a number or leave it out.") from e
 
     def how(self, wanted: Columns) -> str:
-        """What was read as what; "" where it is the columns named, cell by cell."""
+        """Say which columns were read as what; "" if they are the columns named, cell by cell."""
         at = self.at
         as_named = at.problem == wanted.problem and at.reference in (wanted.reference, "")
         if as_named and not (self.places or self.chats):
@@ -191,7 +191,7 @@ class Reader:
         said = f"reads {at.problem}{' (chat messages)' if self.chats else ''} as problem"
         if at.reference:
             reply = "the assistant's reply in " if at.worked and at.reference == at.problem else ""
-            inner = f"what stands {' or '.join(self.places)} in " if self.places else ""
+            inner = f"the text {' or '.join(self.places)} in " if self.places else ""
             part = sum(self.places.values())
             some = f" ({part:,} of {self.rows:,} rows)" if 0 < part < self.rows else ""
             said += f" and {inner}{reply}{at.reference} as reference{some}"
@@ -205,7 +205,7 @@ def columns_of(source: str, split: str = "train") -> list[str]:
 
 
 def _open(source: str, split: str) -> tuple[str | None, "Table", list[dict]]:
-    """The benchmark that a source is, its table, and the first rows. Raises ValueError where there is none."""
+    """Open a source: its benchmark, if it is one, its table, and the first rows. Raises ValueError if it has none."""
     name = next((n for n in BENCHMARKS if n.lower() == source.lower()), None)
     if name is not None:
         place, split = BENCHMARKS[name]
@@ -219,7 +219,7 @@ def _open(source: str, split: str) -> tuple[str | None, "Table", list[dict]]:
 
 
 def say(text: str) -> None:
-    """Print once, however many ranks read the data."""
+    """Print on one rank, however many ranks read the data."""
     if os.environ.get("RANK", "0") == "0":
         print(text, flush=True)
 
@@ -229,7 +229,7 @@ def say(text: str) -> None:
 
 @dataclass(frozen=True)
 class Table:
-    """A source's columns, and its rows; `rows(names)` reads only those columns where that saves memory."""
+    """A source's columns and rows; `rows(names)` reads only those columns if that saves memory."""
 
     columns: list[str]
     rows: Callable[[list[str] | None], Iterable[dict]]
@@ -240,7 +240,7 @@ def _listed(rows: list[dict]) -> Table:
 
 
 def _read(source: str, split: str, called: str = "") -> Table:
-    """The table of a source; `called` is what a complaint calls it."""
+    """Open the table of a source; `called` is its name in error messages."""
     if source.startswith(MADE):
         return _listed(_make(source))
     name, _, named_split = source.partition("?split=")
@@ -259,7 +259,7 @@ def _read(source: str, split: str, called: str = "") -> Table:
     raise ValueError(f"{source} is neither .jsonl, .json, .csv nor .parquet: convert it to one of them.")
 
 
-MADE = ("arithmetic:", "levels:")  # sources that are made here, from a seed
+MADE = ("arithmetic:", "levels:")  # sources that are generated here, from a seed
 
 
 def _make(source: str) -> list[dict]:
@@ -274,15 +274,15 @@ def _make(source: str) -> list[dict]:
     known = part in ("train", "test") and set(given) <= {"n", "seed"} and set(named) <= {str(d) for d in allowed}
     if not known or not all(v.isdigit() for v in given.values()):
         raise ValueError(
-            f"{source} is not understood: give {task}:train?n=4000&seed=1, or {task}:test?..., and difficulties=1-2 "
-            f"for some of {'-'.join(map(str, allowed))} alone."
+            f"{source} cannot be parsed: give {task}:train?n=4000&seed=1, or {task}:test?..., and difficulties=1-2 "
+            f"for only some of {'-'.join(map(str, allowed))}."
         )
     n = int(given.get("n", 4000 if part == "train" else 256))
     return module.make_problems(n, seed=int(given.get("seed", 0)), split=part, difficulties=[int(d) for d in named])
 
 
 def looks_local(source: str) -> bool:
-    """Whether a source is looked for on this machine: no hub dataset is named so, or it exists here."""
+    """Whether to look for a source on this machine: it exists here, or no hub dataset can have such a name."""
     return (
         source.lower().endswith(SUFFIXES)
         or source.startswith(("/", "./", "../", "~"))
@@ -293,7 +293,7 @@ def looks_local(source: str) -> bool:
 
 
 def _holds_a_dataset(folder: Path) -> bool:
-    """Whether a source is a folder that `datasets` reads by itself: not named like a file, with data files in it."""
+    """Whether a source is a folder that `datasets` reads itself: not named like a file, and with data files in it."""
     if folder.name.lower().endswith(SUFFIXES) or not folder.is_dir():
         return False
     return any(p.suffix in SUFFIXES for p in folder.rglob("*"))
@@ -305,7 +305,7 @@ DISGUISES = {
     b"\xfd7zXZ": "compressed by xz: unpack it",
     b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it",
     b"PK\x03\x04": "a ZIP archive or a spreadsheet: unpack it, or export it as CSV",
-    b"PAR1": "a Parquet file: let its name end in .parquet",
+    b"PAR1": "a Parquet file: rename it to end in .parquet",
     b"ARROW1": "an Arrow file: save it as Parquet",
     b"\xff\xfe": "UTF-16 text: save it as UTF-8",
     b"\xfe\xff": "UTF-16 text: save it as UTF-8",
@@ -314,10 +314,10 @@ DISGUISES = {
 
 
 def _must_be_readable(source: str, path: Path, kind: str) -> None:
-    """Refuse what is not a file, or is a file of another kind than its name says."""
+    """Refuse a path that is not a file, or whose contents do not match its name."""
     if path.is_dir():
         named = source.lower().endswith(SUFFIXES)
-        what = "is a folder that is named like a file" if named else "is a folder without data files"
+        what = "is a folder named like a file" if named else "is a folder without data files"
         raise ValueError(f"{source} {what}: give {FORMATS}{', or rename the folder' if named else ''}.")
     if not path.is_file():
         raise ValueError(f"{source} does not exist: give {FORMATS}, or a hub dataset's name.")
@@ -338,7 +338,7 @@ def _must_be_readable(source: str, path: Path, kind: str) -> None:
 
 
 def _read_json(path: Path) -> list[dict]:
-    """Rows of a file with a JSON object per line, or with one JSON array of objects."""
+    """Read a file with one JSON object per line, or with one JSON array of objects."""
     with path.open("rb") as f:
         while (first := f.readline()) and not first.removeprefix(b"\xef\xbb\xbf").strip():
             pass
@@ -375,7 +375,7 @@ def _json_array(path: Path) -> list[dict]:
 
 
 class _Repeated(ValueError):
-    """A key stands twice in an object; json.loads would keep its last value and say nothing."""
+    """A key occurs twice in an object; json.loads would silently keep its last value."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -387,7 +387,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _unreadable(e: Exception, path: Path, line: int | None, remedy: str) -> ValueError:
-    """The sentence for what json.loads raised."""
+    """The error for what json.loads raised."""
     at = f"{path}, line {line}" if line else f"{path}"
     if isinstance(e, UnicodeDecodeError):
         return ValueError(f"{at} is not valid UTF-8: save the file in that encoding.")
@@ -413,8 +413,8 @@ def _json_type(value: Any) -> str:
 
 
 def _read_csv(path: Path) -> list[dict]:
-    """Rows of a file with commas between cells and names in the first line; every cell is text."""
-    limit = csv.field_size_limit(1 << 30)  # a long solution is over the default, 128 KiB
+    """Read a file with commas between cells and names in the first line; every cell is text."""
+    limit = csv.field_size_limit(1 << 30)  # a long solution exceeds the default of 128 KiB
     try:
         with path.open(encoding="utf-8-sig", newline="") as f:
             lines = csv.reader(f, strict=True)
@@ -428,7 +428,7 @@ def _read_csv(path: Path) -> list[dict]:
             for cells in lines:
                 if cells and len(cells) != len(header):
                     raise ValueError(
-                        f"{path}, row {len(rows) + 1} (line {lines.line_num}) has {len(cells)} cells and the first "
+                        f"{path}, row {len(rows) + 1} (line {lines.line_num}) has {len(cells)} cells, but the first "
                         f'line {len(header)} names: put text with commas in double quotes, and write " in it twice.'
                     )
                 if cells:
@@ -446,13 +446,13 @@ def _read_csv(path: Path) -> list[dict]:
 
 
 def _read_parquet(path: Path) -> Table:
-    """A local Parquet file, straight from the file: no cache folder is needed."""
+    """Open a local Parquet file directly, so that no cache folder is needed."""
     import pyarrow
     from pyarrow import parquet
 
     def broken(e: Exception) -> ValueError:
         reason = str(e).strip().split("\n")[0][:200]
-        return ValueError(f"{path} is not a Parquet file that can be read ({reason}): give one, or a .jsonl file.")
+        return ValueError(f"{path} is not a readable Parquet file ({reason}): give one, or a .jsonl file.")
 
     def rows(names: list[str] | None) -> Iterator[dict]:
         try:
@@ -474,7 +474,7 @@ def _pick(rows: Any, names: list[str] | None) -> Any:
 
 
 def _read_hub(name: str, split: str, called: str) -> Any:
-    """A dataset of the hub, or a folder that `datasets` reads: list[dict] or datasets.Dataset."""
+    """Load a dataset of the hub, or a folder that `datasets` reads, as list[dict] or datasets.Dataset."""
     from datasets import get_dataset_split_names, load_dataset
     from datasets.exceptions import DatasetsError
 
@@ -482,13 +482,13 @@ def _read_hub(name: str, split: str, called: str) -> Any:
     try:
         splits = get_dataset_split_names(path, config or None)
         if split not in splits and len(splits) == 1:
-            say(f"{name} has no split {split}: its only one, {splits[0]}, is taken.")
+            say(f"{name} has no split {split}: its only one, {splits[0]}, is used.")
             split = splits[0]
         if split in splits:
             return load_dataset(path, config or None, split=split)
     except PermissionError as e:
         raise ValueError(
-            f"{called} cannot be read, or {e.filename} not written ({e.strerror}): point HF_HOME at a folder that this "
+            f"{called} cannot be read, or {e.filename} not written ({e.strerror}): set HF_HOME to a folder that this "
             "user may write to."
         ) from e
     except (OSError, ValueError, RuntimeError, DatasetsError) as e:

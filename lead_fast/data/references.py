@@ -1,7 +1,7 @@
-r"""References that no answer could equal: found before a model is loaded, since each would cost a group per epoch.
+r"""Find references that no answer could equal before a model is loaded, since each would waste a group per epoch.
 
-An answer is what stands in a response's last \boxed{}. Nearly all references are decided by a glance at their
-characters; what is left is parsed by the verifier's worker, on every rank a part of it.
+An answer is the content of a response's last \boxed{}. Nearly all references are decided from their characters alone;
+the rest is parsed by the verifier's worker, divided over the ranks.
 """
 
 import os
@@ -18,9 +18,9 @@ from .columns import parsed
 from .read import say
 
 MANY_WORDS = 20
-"""A text of so many words is a sentence or a solution, which nobody repeats in a box."""
+"""A text of this many words is a sentence or a solution, which nobody repeats in a box."""
 NO_ANSWER = frozenset({"proof", "notfound", "not found", "see solution", "nan", "null", "n/a"})
-"""What sets write where there is no answer (NuminaMath: proof, notfound), lower case."""
+"""What sets write if there is no answer (NuminaMath: proof, notfound), in lower case."""
 _SIGNS = re.compile(r"\\(?:left|right|displaystyle|text|mathrm|mbox|q?quad|[,;:! ])(?![A-Za-z])|[\s$.~{}]")
 _WORD = re.compile(r"(?<![\\A-Za-z])[^\W\d_]{2,}")
 _COMMANDS = """frac dfrac tfrac sqrt pi cdot times div left right pm infty le leq ge geq ne cup cap in text mathrm
@@ -32,9 +32,9 @@ _PLAIN = re.compile(
 
 
 def at_a_glance(reference: str) -> str | None:
-    """Why no answer could equal a reference, "" where one can, None where only the verifier's parser knows."""
+    """Why no answer could equal a reference, "" if one can, None if only the verifier's parser can decide."""
     if not reference:
-        return "there is none"
+        return "it is empty"
     if len(reference) > MAX_ANSWER_CHARS:
         return f"longer than {MAX_ANSWER_CHARS} characters"
     if reference.strip(" .$").lower() in NO_ANSWER:
@@ -46,15 +46,15 @@ def at_a_glance(reference: str) -> str | None:
     if reference.count("{") != reference.count("}"):
         return "its braces do not match"
     if not _SIGNS.sub("", reference):
-        return "nothing is left of it but signs that comparison drops"
+        return "it consists of signs that the comparison ignores"
     return "" if len(reference) <= 200 and _PLAIN.fullmatch(reference) else None
 
 
 def unverifiable(references: Iterable[str], ranks: Ranks | None = None) -> dict[str, str]:
-    """Those references that no answer could equal, with the reason. A collective where `ranks` are given.
+    """References that no answer could equal, with the reason. A collective if `ranks` are given.
 
-    Every rank gets the same result: a reference is parsed by one of them, so that a time-out on a busy machine cannot
-    make their problems differ.
+    Every rank gets the same result, because only one rank parses each reference: a time-out on a busy machine cannot
+    make the ranks' problems differ.
     """
     reasons = {r: at_a_glance(r) for r in dict.fromkeys(references)}
     unsure = [r for r, reason in reasons.items() if reason is None]
@@ -67,7 +67,7 @@ def unverifiable(references: Iterable[str], ranks: Ranks | None = None) -> dict[
 
 
 def _parse(references: Sequence[str], local_ranks: int) -> list[str]:
-    """Reasons by the verifier, in a worker per core that this rank may use; "" where it parses."""
+    """The verifier's reasons, with one worker per core that this rank may use; "" for a reference that parses."""
     workers = min(8, max(1, (os.cpu_count() or 1) // local_ranks), 1 + len(references) // 100)
 
     def part(first: int) -> list[str]:
@@ -82,7 +82,7 @@ def _parse(references: Sequence[str], local_ranks: int) -> list[str]:
 
 
 def complaint(source: str, problems: Sequence[Problem], bad: dict[str, str]) -> str:
-    """The count of unverifiable references and the first two of different reasons, "" where all can be verified."""
+    """Count unverifiable references and quote two with different reasons; "" if all can be verified."""
     rows = [p for p in problems if p.reference in bad]
     examples = list({bad[p.reference]: p for p in reversed(rows)}.values())[::-1]
     examples = sorted((examples + [p for p in rows if p not in examples])[:2], key=lambda p: int(p.id))
@@ -98,13 +98,13 @@ def _shortened(text: str) -> str:
 def verifiable(
     source: str, problems: list[Problem], *, drop: bool, keep: bool = False, ranks: Ranks | None = None
 ) -> list[Problem]:
-    """The problems that some answer could solve. A collective where `ranks` are given.
+    """The problems that some answer could solve. A collective if `ranks` are given.
 
     Args:
         drop: leave the others out and say how many.
-        keep: say how many there are and leave them in (a benchmark's score is over all of its problems).
+        keep: say how many others there are but keep them (a benchmark's score counts all of its problems).
     Raises:
-        ValueError: there are others, and neither was asked for; or nothing is left.
+        ValueError: there are others, and neither `drop` nor `keep` is set; or no problem is left.
     """
     bad = unverifiable((p.reference for p in problems), ranks)
     if not bad:
@@ -123,7 +123,7 @@ def verifiable(
 
 
 def repeated(problems: Sequence[Problem]) -> tuple[dict[str, list[Problem]], dict[str, list[Problem]]]:
-    """Problems of the same text, by that text; and those among them whose references differ."""
+    """Problems with the same text, by that text; and those among them whose references differ."""
     times = Counter(p.problem for p in problems)
     groups: dict[str, list[Problem]] = {text: [] for text, n in times.items() if n > 1}
     for p in problems:

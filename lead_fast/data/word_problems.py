@@ -1,9 +1,9 @@
-"""Arithmetic word problems with worked solutions, made from a seed: what `make pipeline` trains a pretrained model on.
+"""Arithmetic word problems with worked solutions, generated from a seed, on which `make pipeline` trains a model.
 
 A problem's difficulty is its number of steps, 2 to 4. Numbers are small, so that a model of 135 million parameters
-learns most of the arithmetic from some hundred solutions: then it is length in which a group's answers differ. A worked
-solution ends in \\boxed{} and is terse (one equation a line) or wordy (the same equations in sentences). Train and test
-never share a problem.
+learns most of the arithmetic from some hundred solutions; what then differs within a group is mainly length. A worked
+solution ends in \\boxed{} and is terse (one equation per line) or wordy (the same equations in sentences). Train and
+test never share a problem.
 
     python -m lead_fast.data word_problems --out DIR [--train 3000] [--test 256] [--seed 1]    # train.jsonl, test.jsonl
 """
@@ -13,19 +13,19 @@ from collections.abc import Callable
 
 from .arithmetic import is_test
 
-TERSE = 0.5  # share of terse solutions
+TERSE = 0.5  # fraction of terse solutions
 NAMES = "Mia Tom Ana Leo Sam Eva Ben Zoe Max Ida Noor Kofi".split()
 THINGS = "apples stickers books cards shells stamps pencils marbles cookies beads".split()
 
 
-Line = tuple[str, str, int]  # what is worked out, the expression, its value
+Line = tuple[str, str, int]  # what is computed, the expression, its value
 
 
 def make_problems(n: int, *, seed: int, split: str = "train", terse: float = TERSE) -> list[dict]:
     """Make `n` distinct problems of one split ("train" or "test").
 
     Returns:
-        rows with problem, answer (the reference), difficulty and solution; equal for equal seeds on every machine.
+        rows with problem, answer (the reference), difficulty and solution; the same for a seed on every machine.
     """
     rng = random.Random(f"words {seed} {split}")
     seen: set[str] = set()

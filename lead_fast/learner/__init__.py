@@ -1,1 +1,1 @@
-"""From graded groups to new weights: advantages, packs, policy, loss, optimiser, checkpoints."""
+"""Graded groups to new weights: advantages, packs, policy, loss, optimiser, checkpoints."""

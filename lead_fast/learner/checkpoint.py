@@ -1,12 +1,12 @@
-"""Distributed checkpoints that are complete or passed over, and the final model in Hugging Face layout.
+"""Distributed checkpoints, which are used only if complete, and the final model in Hugging Face layout.
 
-A checkpoint is written to `<run>/checkpoints/step-N.partial`; every rank hashes its files while it writes them
-(SHA-256), `extra.json` lists them all, and only then the folder is renamed to `step-N` and named in `latest`. Reading
-goes from the newest to the oldest and takes the first whose files are all there, complete and unchanged. Nothing in a
-checkpoint is ever executed: DCP's own reader unpickles freely, ours takes tensors, numbers and DCP's records only.
+A checkpoint is written to `<run>/checkpoints/step-N.partial`. Every rank hashes its files as it writes them (SHA-256),
+`extra.json` lists them all, and only then is the folder renamed to `step-N` and named in `latest`. Reading tries the
+newest first and uses the first checkpoint whose files are all present, complete and unchanged. Nothing in a checkpoint
+is ever executed: DCP's own reader unpickles freely, ours accepts only tensors, numbers and DCP's records.
 
-All random draws are functions of (seed, step, rank) and the data position is the step, so the step number is the
-random state.
+All random draws are functions of (seed, step, rank) and the position in the data is the step, so the step number is
+the entire random state.
 """
 
 import concurrent.futures
@@ -50,29 +50,29 @@ from ..runtime.ranks import Ranks, at_stop
 from .policy import Policy
 
 KEEP = 2
-SPARE = 1.01  # of the tensors' bytes: what a checkpoint's files hold besides
-COPY_AHEAD = 10_000_000  # bytes on their way from the GPU while a checkpoint that is not staged is written
-SEEN_S = 15.0  # until a file written on one machine must be seen on another; NFS keeps what it knows for a few seconds
+SPARE = 1.01  # size of a checkpoint's files over that of its tensors
+COPY_AHEAD = 10_000_000  # bytes in flight from the GPU while an unstaged checkpoint is written
+SEEN_S = 15.0  # within which a file written on one machine must be visible on another; NFS caches for a few seconds
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
 class Checkpoints:
-    """Writes a run's checkpoints while the run continues: staged to host memory, then written by a thread.
+    """Write a run's checkpoints while the run continues: stage them in host memory, then write them in a thread.
 
-    One write is under way at a time; the next one waits for it. The threads' collectives (DCP's plan, the list of
-    hashes) use a gloo group of their own and come in the order of the writes, the same on every rank: they never stand
-    between the trainer's collectives, whose order stays as it is without checkpoints. A torch.distributed.checkpoint
-    `async_save` would end before hashes and rename, which then needed a second thread.
+    Only one write is under way at a time; the next one waits for it. The threads' collectives (DCP's plan, the list of
+    hashes) use a separate gloo group and run in the order of the writes, the same on every rank: they never interleave
+    with the trainer's collectives, whose order is the same as without checkpoints. The `async_save` of
+    torch.distributed.checkpoint would return before hashes and rename, which would then need a second thread.
 
     Host memory: a rank's part of a checkpoint (12 bytes per parameter, over all ranks), pinned on a GPU machine and
-    kept from one checkpoint to the next. Where it is not free, the run waits until the checkpoint is written.
+    kept from one checkpoint to the next. If it is not free, the run waits until the checkpoint is written.
 
     Args:
         run: the run directory.
         ranks: of this job.
-        progress: called with (step, MiB written, MiB in all) on this rank, while something waits for a write.
+        progress: called with (step, MiB written, MiB in total) on this rank while something waits for a write.
     """
 
     def __init__(self, run: Path, ranks: Ranks, progress: Callable[[int, int, int], None] = lambda *_: None):
@@ -83,23 +83,23 @@ class Checkpoints:
         self._stager = DefaultStager(StagingOptions(use_async_staging=False, use_shared_memory=False, **options))
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint", self._enter_thread)
         self._pending: tuple[int, _Hashes, int, concurrent.futures.Future[str]] | None = None
-        self._newest = -1  # the step that was written last
-        self._has_staged = False  # then the host memory for it is taken already
+        self._newest = -1  # the step written last
+        self._has_staged = False  # if True, host memory for staging is already allocated
         self._failures: list[str] = []
         at_stop.append(self.close)
 
     def _enter_thread(self) -> None:
         if self.ranks.device.type == "cuda":
-            torch.cuda.set_device(self.ranks.device)  # a new thread's is GPU 0
+            torch.cuda.set_device(self.ranks.device)  # a new thread starts on GPU 0
 
     def save(self, step: int, policy: Policy, optimizer: torch.optim.Optimizer, extra: dict, *, wait: bool) -> bool:
-        """Stage model, optimiser and `extra` (JSON) after `step` steps, and begin to write them. A collective.
+        """Stage model, optimiser and `extra` (JSON) after `step` steps, and start writing them. A collective.
 
         Args:
-            wait: return only when the checkpoint is written.
+            wait: return only after the checkpoint has been written.
         Returns:
-            whether the write was begun, with `wait` whether it succeeded; the same on every rank. Why it did not is
-            among `failures`.
+            whether the write was started, or with `wait` whether it succeeded; the same on every rank. The reason for
+            a failure is in `failures`.
         """
         self.finish()
         if self._newest == step:
@@ -129,13 +129,13 @@ class Checkpoints:
         with self.ranks.waiting("the checkpoint's write"):
             before = -1
             while not concurrent.futures.wait([future], timeout=0.5).done:
-                if hashes.bytes > before:  # only what is written counts as progress: a disk that hangs ends the job
+                if hashes.bytes > before:  # only written bytes count as progress, so a hanging disk ends the job
                     before = hashes.bytes
                     self.progress(step, min(before, size) >> 20, size >> 20)
         return self._collect()
 
     def _collect(self) -> bool:
-        """Note how the write that has ended went."""
+        """Record how the write that just ended went."""
         assert self._pending
         step, _, _, future = self._pending
         self._pending = None
@@ -146,14 +146,14 @@ class Checkpoints:
         return not fault
 
     def failures(self) -> list[str]:
-        """Sentences on checkpoints that could not be written, each given once; a write under way is not waited for."""
+        """Sentences on checkpoints that could not be written, each returned once; does not wait for a running write."""
         if self._pending and self._pending[-1].done():
             self._collect()
         failures, self._failures = self._failures, []
         return failures
 
     def close(self) -> None:
-        """Wait for the write that is under way and free what was staged; failures that nobody asked for are printed."""
+        """Wait for a running write and free the staging memory; print failures that nobody has read."""
         self.finish()
         for sentence in self.failures() if self.ranks.main else []:
             print(f"Warning: {sentence}", flush=True)
@@ -162,11 +162,11 @@ class Checkpoints:
 
 
 def save(run: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer, extra: dict, ranks: Ranks) -> bool:
-    """Write model, optimiser and `extra` (JSON) after `step` steps, and wait for it. A collective.
+    """Write model, optimiser and `extra` (JSON) after `step` steps and wait until it is done. A collective.
 
     Returns:
-        whether it was written, the same on every rank. If not (a full disk), the reason is printed, no part of it is
-        left, and older checkpoints stay as they are.
+        whether it was written, the same on every rank. If not (a full disk), the reason is printed, no part of it
+        remains, and older checkpoints are untouched.
     """
     state = _state(policy, optimizer)
     fault = _prepare(run, step, state, ranks) or _write(run, step, extra, _Hashes(), ranks, state, None)
@@ -176,7 +176,7 @@ def save(run: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer,
 
 
 def _state(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """What a checkpoint holds, by reference; a collective."""
+    """The tensors of a checkpoint, by reference. A collective."""
     model, optim = get_state_dict(policy, optimizer)
     return {"model": model, "optim": optim}
 
@@ -191,7 +191,7 @@ def _not_written(run: Path, step: int, fault: str) -> str:
 
 
 def _prepare(run: Path, step: int, state: dict[str, Any], ranks: Ranks) -> str:
-    """Make the folder to write into, if there is room; returns what stands in the way, or "". A collective."""
+    """Create the folder to write to, if there is room; returns what prevents it, or "". A collective."""
     fault = ""
     if ranks.main:
         partial = _partial(run, step)
@@ -201,7 +201,7 @@ def _prepare(run: Path, step: int, state: dict[str, Any], ranks: Ranks) -> str:
             partial.mkdir(parents=True)
             free, needed = shutil.disk_usage(partial).free, SPARE * _size(state)[0]
             if free < needed:
-                fault = f"the disk has {free / GIB:.3g} GiB free and it takes {needed / GIB:.3g} GiB"
+                fault = f"the disk has {free / GIB:.3g} GiB free and it needs {needed / GIB:.3g} GiB"
                 shutil.rmtree(partial, ignore_errors=True)
         except OSError as e:
             fault = _reason(e)
@@ -217,7 +217,7 @@ def _tensors(state: Any) -> Iterator[torch.Tensor]:
 
 
 def _size(state: dict[str, Any]) -> tuple[int, int]:
-    """Bytes of a checkpoint's tensors: over all ranks, and of this rank's shards."""
+    """Bytes of a checkpoint's tensors: of all ranks, and of this rank's shards."""
     tensors = [*_tensors(state)]
     shards = (t.to_local() if isinstance(t, DTensor) else t for t in tensors)
     return sum(t.numel() * t.element_size() for t in tensors), sum(t.numel() * t.element_size() for t in shards)
@@ -233,7 +233,7 @@ def _fits_host(state: dict[str, Any], ranks: Ranks) -> bool:
 
 
 def available_bytes() -> float:
-    """Host memory that can be taken without swapping; infinite where the kernel does not say."""
+    """Host memory that can be used without swapping; infinite if the kernel does not report it."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         rows = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
         return next(1024.0 * int(row[1]) for row in rows if row[0] == "MemAvailable:")
@@ -243,10 +243,10 @@ def available_bytes() -> float:
 def _write(
     run: Path, step: int, extra: dict, hashes: "_Hashes", ranks: Ranks, state: dict[str, Any], group: Any
 ) -> str:
-    """Write a checkpoint, list its files, rename it. A collective of `group`; None: the default group.
+    """Write a checkpoint, list its files, rename its folder. A collective of `group`; None means the default group.
 
     Returns:
-        why it was not written, or ""; the same on every rank. Then no part of it is left.
+        why it was not written, or ""; the same on every rank. After a failure no part of it remains.
     """
     partial = _partial(run, step)
     folder = partial.with_suffix("")
@@ -279,7 +279,7 @@ def _write(
 
 
 class _Hashes:
-    """SHA-256 and size of the files that this rank writes, from the bytes on their way to the disk."""
+    """SHA-256 and size of the files that this rank writes, computed from the bytes as they go to the disk."""
 
     def __init__(self) -> None:
         self.bytes = 0
@@ -294,7 +294,7 @@ class _Hashes:
 
 
 class _HashedStream(io.RawIOBase):
-    """A file that is written once, from its beginning to its end."""
+    """A file that is written once, from beginning to end."""
 
     def __init__(self, raw: IO[bytes], hashes: _Hashes, sha: Any, size: list[int]):
         self.raw, self.hashes, self.sha, self.size = raw, hashes, sha, size
@@ -304,7 +304,7 @@ class _HashedStream(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         n = self.raw.write(data)
-        assert n == memoryview(data).nbytes, "a buffered file takes all bytes or raises"
+        assert n == memoryview(data).nbytes, "a buffered file writes all bytes or raises"
         self.sha.update(data)
         self.size[0] += n
         self.hashes.bytes += n
@@ -318,7 +318,7 @@ class _HashedStream(io.RawIOBase):
             self.raw.flush()
 
     def fileno(self) -> int:
-        self.raw.flush()  # fsync, which asks for it, writes what the kernel holds
+        self.raw.flush()  # fsync, which calls this, writes what the kernel has buffered
         return self.raw.fileno()
 
     def close(self) -> None:
@@ -342,7 +342,7 @@ class _HashingFileSystem(FileSystem):
 
 
 class _Writer(FileSystemWriter):
-    """DCP's writer, with the files hashed on their way."""
+    """DCP's writer, which hashes the files as it writes them."""
 
     def __init__(self, folder: Path, hashes: _Hashes, copy_ahead: int):
         super().__init__(folder, per_thread_copy_ahead=copy_ahead)
@@ -350,9 +350,9 @@ class _Writer(FileSystemWriter):
 
 
 def check_room(run: Path, shape: PretrainedConfig, checkpoint_every: int) -> None:
-    """Raise ValueError where the disk cannot hold one checkpoint and the exported model; warn where not all fit.
+    """Raise ValueError if the disk cannot hold one checkpoint and the exported model; warn if it cannot hold all.
 
-    A checkpoint is weights and both AdamW moments in float32; KEEP of them stay while the next is written.
+    A checkpoint is weights and both AdamW moments in float32; KEEP of them remain while the next is written.
     """
     with torch.device("meta"):
         parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(shape).parameters())
@@ -366,11 +366,11 @@ def check_room(run: Path, shape: PretrainedConfig, checkpoint_every: int) -> Non
         try:
             check_disk(run, max(0, (KEEP + 1) * each - present) + 2 * parameters, every, remedy)
         except ValueError as e:
-            print(f"Warning: {e} A checkpoint that does not fit is left out.", flush=True)
+            print(f"Warning: {e} A checkpoint that does not fit is skipped.", flush=True)
 
 
 def _reason(e: BaseException) -> str:
-    """An error's first line; of a CheckpointException, that of the first rank's error."""
+    """An error's first line; for a CheckpointException, that of the first rank's error."""
     if isinstance(e, CheckpointException):
         e = next(iter(e.failures.values()))[0]
     return (str(e).strip().splitlines() or [type(e).__name__])[0]
@@ -385,7 +385,7 @@ def digest(path: Path) -> str:
 
 
 def finished(run: Path) -> list[Path]:
-    """Checkpoint folders that were written to their end, newest first; their files were not looked at."""
+    """Folders of completely written checkpoints, newest first; their files are not checked."""
     folders = [p for p in (run / "checkpoints").glob("step-*") if p.suffix != ".partial" and p.is_dir()]
     return sorted(folders, key=number, reverse=True)
 
@@ -397,15 +397,15 @@ def number(folder: Path) -> int:
 def load(run: Path, policy: Policy, optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict[str, Any] | None:
     """Read the newest complete checkpoint into model and optimiser, on any number of ranks. A collective.
 
-    The optimiser keeps its own groups (what is decayed, and how much): they are the configuration's.
+    The optimiser keeps its own parameter groups (which parameters decay, and how much), as the configuration says.
 
     Returns:
-        what was saved as `extra`, with `step`; None if no checkpoint was ever finished.
+        what was saved as `extra`, with `step`; None if no checkpoint was ever completed.
     Raises:
-        ValueError: there are checkpoints and none is complete, or one holds what no checkpoint of ours holds.
+        ValueError: there are checkpoints but none is complete, or one holds objects that no checkpoint of ours holds.
     """
     partial, folders = ranks.gather_objects(([*(run / "checkpoints").glob("*.partial")], finished(run)))[0]
-    passed = [(p, "it was cut short while it was written") for p in partial]
+    passed = [(p, "its writing was interrupted") for p in partial]
     newest = None
     for folder in folders:
         if fault := _fault(folder, ranks):
@@ -417,20 +417,20 @@ def load(run: Path, policy: Policy, optimizer: torch.optim.Optimizer, ranks: Ran
     if newest is None and any(p.suffix != ".partial" for p, _ in passed):
         reasons = "; ".join(f"{p.name}: {why}" for p, why in passed)
         raise ValueError(
-            f"No checkpoint in {run} is complete ({reasons}): remove them to start afresh, or give another --output."
+            f"No checkpoint in {run} is complete ({reasons}): remove them to start over, or give another --output."
         )
     for p, why in passed if ranks.main else []:
-        instead = f"resuming from {newest.name}" if newest else "there is none before it, so the run begins anew"
-        print(f"Warning: checkpoint {p.name} is passed over ({why}): {instead}.", flush=True)
+        instead = f"resuming from {newest.name}" if newest else "there is no earlier one, so the run starts over"
+        print(f"Warning: checkpoint {p.name} is skipped ({why}): {instead}.", flush=True)
     if newest is None:
         return None
     model, optim = get_state_dict(policy, optimizer)
     state = {"model": model, "optim": {"state": optim["state"]}}
     try:
-        _Reader(newest).read_metadata()  # DCP before torch 2.13 swallows what this raises
+        _Reader(newest).read_metadata()  # before torch 2.13, DCP swallows the errors that this raises
         dcp_load(state, storage_reader=_Reader(newest), planner=_Planner())
     except (CheckpointException, pickle.UnpicklingError) as e:
-        raise ValueError(f"Checkpoint {newest} cannot be read ({_reason(e)}): was it made by another model?") from e
+        raise ValueError(f"Checkpoint {newest} cannot be read ({_reason(e)}): was it saved with another model?") from e
     optim |= state["optim"]
     set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=optim)
     return json.loads((newest / "extra.json").read_text())
@@ -455,7 +455,7 @@ def _fault(folder: Path, ranks: Ranks) -> str:
 
 
 class _Reader(FileSystemReader):
-    """DCP's reader, but `.metadata` may name DCP's own records only: a pickle could call anything."""
+    """DCP's reader, restricted so that `.metadata` names DCP's own records only: a pickle could call anything."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with (Path(self.path) / ".metadata").open("rb") as f:
@@ -492,14 +492,14 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _member(enumeration: Any, name: str) -> enum.Enum:
-    """getattr for enumerations alone."""
+    """A getattr that works for enumerations only."""
     if isinstance(enumeration, type) and issubclass(enumeration, enum.Enum):
         return enumeration[name]
-    raise pickle.UnpicklingError(f".metadata asks for {name} of something that is not an enumeration")
+    raise pickle.UnpicklingError(f".metadata requests {name} of something that is not an enumeration")
 
 
 class _Planner(DefaultLoadPlanner):
-    """DCP's planner, but what is no tensor must pass torch's `weights_only` loading first."""
+    """DCP's planner, which passes everything but tensors through torch's `weights_only` loading first."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         torch.load(value, weights_only=True)
@@ -511,15 +511,15 @@ class _Planner(DefaultLoadPlanner):
 
 
 def claim(run: Path, resume: bool) -> IO[str]:
-    """Take a run directory for this process and no other; it is released when the process ends, however it ends.
+    """Lock a run directory for this process; the lock is released when the process ends, however it ends.
 
     Raises:
-        ValueError: another process holds it, or it holds a run that is not to be resumed.
+        ValueError: another process holds the lock, or the directory holds a run and `resume` is False.
     """
     if not resume and any((run / name).exists() for name in ("config.toml", "metrics.jsonl", "checkpoints")):
-        raise ValueError(f"{run} holds a run already: resume it with --resume, or give another --output.")
+        raise ValueError(f"{run} already holds a run: resume it with --resume, or give another --output.")
     run.mkdir(parents=True, exist_ok=True)
-    lock = open(run / "lock", "a+", encoding="utf-8")  # held for as long as the process lives
+    lock = open(run / "lock", "a+", encoding="utf-8")  # held as long as the process lives
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
@@ -536,9 +536,9 @@ def claim(run: Path, resume: bool) -> IO[str]:
 
 
 def check_shared(run: Path, ranks: Ranks) -> None:
-    """Raise ValueError, on every rank, where not all machines of the job see the same run directory. A collective.
+    """Raise ValueError on every rank if the machines of the job do not share the run directory. A collective.
 
-    The first rank leaves a file with a mark in it, which a rank on each other machine must find.
+    The first rank leaves a file with a mark, which one rank on each other machine must find.
     """
     local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world))
     if local == ranks.world:
@@ -557,8 +557,8 @@ def check_shared(run: Path, ranks: Ranks) -> None:
     blind = next((place for seen, place in places if not seen), None)
     if blind:
         raise ValueError(
-            f"The machines of this job do not see the same run directory: what rank 0 wrote to {places[0][1]} is not "
-            f"in {blind}: give --output=FOLDER on a file system that all of them share, by the same path."
+            f"The machines of this job do not share the run directory: the file that rank 0 wrote to {places[0][1]} is "
+            f"missing in {blind}; give --output=FOLDER on a file system that all of them mount at the same path."
         )
 
 
@@ -566,20 +566,20 @@ def check_shared(run: Path, ranks: Ranks) -> None:
 
 
 def export(folder: Path, policy: Policy, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, ranks: Ranks) -> None:
-    """The model in Hugging Face layout, safetensors in `dtype`, with its tokenizer. A collective."""
+    """Write the model in Hugging Face layout, safetensors in `dtype`, with its tokenizer. A collective."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(policy, options=options)
     if ranks.main:
         partial = folder.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
         weights = {k.removeprefix("model."): v.to(dtype) for k, v in state.items() if isinstance(v, torch.Tensor)}
-        if "lm_head.weight" in dict(policy.model.named_parameters()):  # once, where it is the embedding
-            policy.model.config.tie_word_embeddings = False  # whatever was said of it: a reader would drop the head
+        if "lm_head.weight" in dict(policy.model.named_parameters()):  # listed once if it is tied to the embedding
+            policy.model.config.tie_word_embeddings = False  # whatever it was: with True a reader would drop the head
         else:
             weights.pop("lm_head.weight", None)
         policy.model.save_pretrained(partial, state_dict=weights)
         config = json.loads((partial / "config.json").read_text())
-        config["dtype"] = str(dtype).removeprefix("torch.")  # of the file, not of the masters
+        config["dtype"] = str(dtype).removeprefix("torch.")  # of the file, not of the master weights
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         tokenizer.save_pretrained(partial)
         shutil.rmtree(folder, ignore_errors=True)
@@ -588,7 +588,7 @@ def export(folder: Path, policy: Policy, tokenizer: PreTrainedTokenizerBase, dty
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write a small file so that a reader sees the old one or the new one, never a part."""
+    """Write a small file so that a reader sees either the old or the new version, never a part."""
     tmp = path.with_name(path.name + ".tmp")
     with tmp.open("w", encoding="utf-8") as f:
         f.write(text)

@@ -1,7 +1,7 @@
-"""Liger's RMSNorm, RoPE and SwiGLU as operators without values, for counting memory and bytes (fake_step.py).
+"""Shape-only versions of Liger's RMSNorm, RoPE and SwiGLU, to count memory and bytes (fake_step.py).
 
-Each reads its inputs once and writes its outputs once, and keeps for the backward what Liger's kernel keeps. Liger
-itself needs Triton and a GPU, and its kernels are no operators that a dispatch mode could see.
+Each reads its inputs once, writes its outputs once, and saves for the backward pass what Liger's kernel saves. Liger
+itself needs Triton and a GPU, and its kernels are not operators that a dispatch mode could see.
 Legend: T packed tokens, D hidden, F intermediate, H heads, K head dim.
 """
 
@@ -93,7 +93,7 @@ def _swiglu_mlp(mlp: Any, x: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def fused_blocks(model: Any) -> Iterator[None]:
-    """Inside, the model's RMSNorm, RoPE and SwiGLU are one operator each; what has another form stays as it is."""
+    """Replace the model's RMSNorm, RoPE and SwiGLU by one operator each inside the context; other forms are kept."""
     modules = set()
     for part in model.modules():
         name = type(part).__name__

@@ -1,7 +1,7 @@
-"""What a model does between its last hidden states and its logits: found out by trying, not by its configuration.
+"""Find out what a model does between its last hidden states and its logits, by trying and not from its configuration.
 
-The same key means different things to different models: `logits_scaling` divides in Granite and multiplies in
-HyperCLOVA X. So a probe runs the model's own forward from chosen hidden states through a small head.
+The same key means different things in different models: `logits_scaling` divides in Granite and multiplies in
+HyperCLOVA X. Therefore a probe runs the model's own forward from chosen hidden states through a small head.
 """
 
 from dataclasses import dataclass
@@ -20,30 +20,30 @@ KEYS = (
     "lm_head_multiplier",
     "logits_mup_width_multiplier",
 )
-"""Keys of configurations that say something about logits, to be named where a model is refused."""
+"""Configuration keys that concern the logits, named when a model is refused."""
 
 
 @dataclass(frozen=True)
 class HeadForm:
-    """logits = softcap tanh(scale z / softcap) of the head's product z, or scale z without a softcap."""
+    """logits = softcap tanh(scale z / softcap), or scale z without a softcap, where z is the head's product."""
 
     scale: float = 1.0
     softcap: float | None = None
 
     def apply(self, z: torch.Tensor) -> torch.Tensor:
-        """The logits of the head's product, of any shape."""
+        """Compute logits from the head's product z, of any shape."""
         return self.scale * z if self.softcap is None else self.softcap * torch.tanh(self.scale * z / self.softcap)
 
 
 class Head(NamedTuple):
-    """A model's head inside the forward, where its parameters are gathered: weight [V, D], bias [V] or None."""
+    """A model's head inside the forward pass, with its parameters gathered: weight [V, D], bias [V] or None."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
     form: HeadForm
 
     def options(self, temperature: float) -> dict[str, Any]:
-        """Keywords of lead_kernels' functions for log-probs at this temperature.
+        """Keyword arguments for the log-prob functions of lead_kernels at this temperature.
 
         They cap the product itself: C tanh(s z / C) / T = c tanh(z / c) / t with c = C / s and t = T / s.
         """
@@ -56,23 +56,23 @@ class Head(NamedTuple):
 
 
 class _Outputs(MoeModelOutputWithPast):
-    """What a model's blocks return, with None for everything but the hidden states."""
+    """The output of a model's blocks, None in all fields but the hidden states."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
             raise AttributeError(name)
 
 
-SPREAD = (1e-3, 1.0, 1e3, 1e6)  # magnitudes of the head's product that are tried
-NEAR = 1e-4  # relative; what float32 rounds on the way is a hundred times smaller
+SPREAD = (1e-3, 1.0, 1e3, 1e6)  # magnitudes of the head's product to try
+NEAR = 1e-4  # relative; float32's rounding on the way is a hundred times smaller
 
 
 @torch.no_grad()
 def probe_head(model: Any) -> HeadForm:
-    """Find what a causal language model does to the product of its head, by its own forward.
+    """Find what a causal language model does to the product of its head, by running its own forward.
 
     Raises:
-        ValueError: it does something else than scale and cap; the configuration's keys about logits are named.
+        ValueError: it does more than scale and cap; the message names the configuration's keys about logits.
     """
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
@@ -91,8 +91,8 @@ def probe_head(model: Any) -> HeadForm:
         model.lm_head = own
         del model.model.forward
     refusal = ValueError(
-        f"its logits are not the product of its head, scaled and softly capped ({present(model.config)}), and training "
-        "applies nothing else; give another model"
+        f"its logits are not its head's product, scaled and soft-capped ({present(model.config)}), and training "
+        "supports nothing else; give another model"
     )
     if logits.shape != product.shape:
         raise refusal
@@ -106,13 +106,13 @@ def probe_head(model: Any) -> HeadForm:
 
 
 def snap(value: float, config: Any) -> float:
-    """The configuration's own number (or its reciprocal) that `value` is within rounding, else `value`."""
+    """The configuration's own number, or its reciprocal, if `value` equals it up to rounding; else `value`."""
     numbers = [1.0, *(v for k in KEYS if isinstance(v := getattr(config, k, None), int | float) and v)]
     near = [n for v in numbers for n in (float(v), 1 / v) if abs(n - value) <= 1e-5 * abs(value)]
     return near[0] if near else value
 
 
 def present(config: Any) -> str:
-    """The configuration's keys about logits with their values, in words."""
+    """The configuration's keys about logits and their values, in words."""
     given = [f"{k} = {v}" for k in KEYS if (v := getattr(config, k, None)) is not None]
-    return ", ".join(given) or "its configuration has no key that tells"
+    return ", ".join(given) or "no key of its configuration shows this"

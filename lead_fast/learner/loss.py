@@ -1,6 +1,6 @@
-"""From a pack to a loss that already carries the whole batch's denominators.
+"""Compute a pack's part of the loss, normalised by the denominators of the whole batch.
 
-Because the weights are global, the sum over packs and ranks is the loss of the batch, however it is cut.
+Because the weights are global, the sum over packs and ranks is the loss of the batch, however it is divided.
 Legend: S sequences of the whole batch, R response rows of a pack, D hidden, V vocabulary.
 """
 
@@ -22,12 +22,12 @@ from .policy import Policy
 
 @dataclass(frozen=True)
 class Objective:
-    """What the loss needs to know of the batch, equal on every rank.
+    """What the loss needs to know about the batch, the same on every rank.
 
-    advantage_S: float32 [S], computed beforehand: says which sequences have a gradient (`needs_gradient`).
+    advantage_S: float32 [S], computed beforehand; decides which sequences have a gradient (`needs_gradient`).
     weight_S: float32 [S], weight of every token of a sequence; 0 for dropped groups and for other updates' sequences.
-    groups: the outcomes of all S responses, from which the loss kernel computes the advantages itself, with the bits of
-        advantage_S; None: it takes advantage_S (a rehearsal and a benchmark have advantages without outcomes).
+    groups: the outcomes of all S responses, from which the loss kernel itself computes the advantages, bit for bit as
+        in advantage_S; None: it uses advantage_S (a rehearsal or benchmark has advantages without outcomes).
     """
 
     advantage_S: torch.Tensor
@@ -36,21 +36,21 @@ class Objective:
 
     @property
     def sequences(self) -> Sequences:
-        """Weights and advantages in the form that the loss kernel takes."""
+        """Weights and advantages in the form that the loss kernel accepts."""
         return Sequences(self.weight_S, self.advantage_S if self.groups is None else self.groups)
 
 
 def objective(
     advantage_S: torch.Tensor, lengths: list[int], kept_S: torch.Tensor, c: Config, groups: Groups | None = None
 ) -> Objective:
-    """Weigh every token of every sequence; dropped sequences are in no denominator.
+    """Weigh every token of every sequence; dropped sequences count in no denominator.
 
     Args:
         advantage_S: advantages of the whole batch, [S].
         lengths: response tokens of every sequence, [S].
         kept_S: bool [S], True for the sequences of this update whose groups were not dropped.
-        c: loss.mean and rollout.max_tokens are used.
-        groups: the outcomes that advantage_S follows from, of the whole batch.
+        c: uses loss.mean and rollout.max_tokens.
+        groups: the outcomes of the whole batch, from which advantage_S was computed.
     """
     lengths_S = torch.tensor(lengths, dtype=torch.float32, device=advantage_S.device)
     weight_S = loss_weights(
@@ -64,7 +64,7 @@ def objective(
 
 
 def needs_gradient(o: Objective, c: Config) -> list[bool]:
-    """Say which sequences can move the weights: all with a KL or entropy term, else those with an advantage."""
+    """Which sequences can change the weights: all with a KL or entropy term, else those with an advantage."""
     live = o.weight_S != 0
     if c.loss.kl_coef == 0 and c.loss.entropy_coef == 0:
         live = live & (o.advantage_S != 0)
@@ -80,9 +80,9 @@ def policy_loss(
     reference_R: torch.Tensor | None = None,
     seed: int = 0,
 ) -> PolicyLoss:
-    """Compute the pack's part of the batch's loss, with metrics that add up over packs and ranks.
+    """Compute the pack's part of the batch's loss, and metrics that add up over packs and ranks.
 
-    `seed`: of loss.sample_dropped, another for every pack of every step.
+    `seed`: for loss.sample_dropped; different for every pack of every step.
     """
     old_R = pack.behavior_R if c.loss.old_logprobs == "engine" else old_R
     tokens = Tokens(pack.targets_R, pack.sequence_ids_R, pack.behavior_R, old_R, reference_R)
@@ -96,7 +96,7 @@ def policy_loss(
 
 @torch.no_grad()
 def pack_logprobs(policy: Policy, pack: Pack, temperature: float, fp32_logits: bool = False) -> torch.Tensor:
-    """Log-probs of the pack's response tokens under the policy as it stands, float32 [R]."""
+    """Log-probs of the pack's response tokens under the current policy, float32 [R]."""
 
     def logprobs(hidden_RD: torch.Tensor, head: Head) -> torch.Tensor:
         options = head.options(temperature)
@@ -105,30 +105,30 @@ def pack_logprobs(policy: Policy, pack: Pack, temperature: float, fp32_logits: b
     return policy(pack, logprobs)
 
 
-QUANTIZED_NATS = 0.1  # mean difference with rounded weights or cache; ten times what `tiny` has (docs/rollouts.md)
+QUANTIZED_NATS = 0.1  # mean difference with rounded weights or cache; ten times that of `tiny` (docs/rollouts.md)
 QUANTIZED_KL = 0.05  # nats per token between a quantised engine and the trainer, beyond which a run ends
-MARGIN = 8  # how much larger than the estimate a difference between equal weights may be
+MARGIN = 8  # factor by which a difference between equal weights may exceed the estimate
 
 
 @torch.no_grad()
 def rounding_limit(policy: Policy, pack: Pack, c: Config, ranks: Ranks) -> float:
-    """Largest mean difference that rounding alone explains between two computations of this pack's log-probs, nats.
+    """Estimate the largest mean difference, in nats, that rounding explains between two computations of a pack.
 
-    With L blocks the residual stream is rounded to the compute dtype 2 L + 1 times, each time by a relative error of up
-    to u, the dtype's unit roundoff, and independently; after the last norm that is a relative error of the hidden
-    states of about u sqrt(2 L + 1). What such an error does to these log-probs is measured, not assumed: they are
-    computed again from hidden states that are u larger or smaller, element by element, and the mean change is
-    multiplied by sqrt(2 L + 1). It is no less than u / 2, the mean error of rounding a log-prob near 1 itself. In
-    float32 products are summed up in the compute dtype itself, D terms in an order of each side's own: another sqrt(D).
-    MARGIN covers that both sides round, and what is rounded inside the blocks. With a quantised rollout the limit is no
-    less than QUANTIZED_NATS, which sees a wrong computation, and no longer weights that are a step old. A collective.
+    With L blocks the residual stream is rounded to the compute dtype 2 L + 1 times, each time independently by a
+    relative error of up to u, the dtype's unit roundoff; after the last norm the hidden states have a relative error of
+    about u sqrt(2 L + 1). How such an error changes these log-probs is measured, not assumed: they are computed again
+    from hidden states that are larger or smaller by u, element by element, and the mean change is multiplied by
+    sqrt(2 L + 1). The estimate is at least u / 2, the mean error of rounding a log-prob near 1 itself. In float32,
+    products are accumulated in the compute dtype itself, D terms in an order that differs between both sides: another
+    factor sqrt(D). MARGIN covers that both sides round, and the rounding inside the blocks. With a quantised rollout
+    the limit is at least QUANTIZED_NATS: it detects a wrong computation, but not weights one step old. A collective.
     """
     unit = torch.finfo(getattr(torch, c.model.dtype)).eps / 2
 
     def change(hidden_RD: torch.Tensor, head: Head) -> torch.Tensor:
         g = torch.Generator(hidden_RD.device).manual_seed(0)
         sign = torch.rand(hidden_RD.shape, generator=g, device=hidden_RD.device).sub_(0.5).sign_()
-        moved = (hidden_RD.float() * (1 + 2 * unit * sign)).to(hidden_RD.dtype)  # 2 u is one step of the dtype at most
+        moved = (hidden_RD.float() * (1 + 2 * unit * sign)).to(hidden_RD.dtype)  # 2 u is at most one step of the dtype
         options = head.options(c.rollout.temperature)
         a, b = (linear_logprobs(h, head.weight, pack.targets_R, **options)[0] for h in (hidden_RD, moved))
         return torch.stack([(a - b).abs().sum().float() / 2, torch.tensor(float(len(a)), device=a.device)])
@@ -142,15 +142,15 @@ def rounding_limit(policy: Policy, pack: Pack, c: Config, ranks: Ranks) -> float
 
 
 def check_agreement(difference: float, limit: float, c: Config, device_type: str) -> None:
-    """Compare engine and trainer at the first step with a gradient, where they hold the same weights.
+    """Compare engine and trainer at the first step with a gradient, when they hold the same weights.
 
     Args:
         difference: mean |log-prob by the engine - log-prob by the trainer| over the batch's trained tokens, nats.
-        limit: from `rounding_limit`.
-        c: engine and sampling settings are used.
+        limit: the result of `rounding_limit`.
+        c: uses the engine and sampling settings.
         device_type: "cuda" or "cpu".
     Raises:
-        ValueError: over the limit. Where sampling drops tokens, which makes the engine's log-probs larger, none is.
+        ValueError: over the limit; never where sampling drops tokens, which makes the engine's log-probs larger.
     """
     r = c.rollout
     if r.top_p == 1 and r.min_p == 0 and r.top_k == 0 and not difference <= limit:
@@ -158,9 +158,9 @@ def check_agreement(difference: float, limit: float, c: Config, device_type: str
 
 
 def disagreement(difference: float, limit: float, c: Config, device_type: str, detail: str = "") -> str:
-    """In words: engine and trainer differ beyond rounding with equal weights, where (`detail`), and a remedy.
+    """Say that engine and trainer differ beyond rounding with equal weights, where (`detail`), and how to remedy it.
 
-    The remedy is never the engine in use. That the weights are equal was checked tensor by tensor before.
+    The remedy is never the engine in use. Equality of the weights has been checked tensor by tensor before.
     """
     used, r = chosen_engine(c, device_type), c.rollout
     format = c.model.dtype
@@ -173,34 +173,34 @@ def disagreement(difference: float, limit: float, c: Config, device_type: str, d
     elif r.speculative.method != "none":
         remedy = "give --rollout.speculative.method=none"
     elif used == "vllm":
-        remedy = "give --rollout.engine=transformers, which computes what the trainer computes"
+        remedy = "give --rollout.engine=transformers, which computes as the trainer does"
     else:
         remedy = "give --rollout.engine=vllm where vLLM is installed, or another model"
     return (
-        f"the engine's ({used}) log-probs of the tokens that it sampled differ from the trainer's by {difference:.3g} "
+        f"log-probs of the sampled tokens by the engine ({used}) differ from the trainer's by {difference:.3g} "
         f"nats on average{detail}; rounding in {format} explains {limit:.2g} at most and the weights are equal, "
-        f"so the engine computes model type, temperature or log-probs in another way: {remedy}"
+        f"so the engine treats the model type, temperature or log-probs differently: {remedy}"
     )
 
 
 def mismatch(kl: float, c: Config) -> str:
-    """In words, without a full stop: a quantised rollout has moved too far from the trainer's policy; or "".
+    """Say, without a full stop, that a quantised rollout has drifted too far from the trainer's policy; or "".
 
     Args:
-        kl: KL(engine || policy) as estimated on the batch's trained tokens, nats per token (`kl_behavior`).
-        c: of the run.
+        kl: KL(engine || policy) as estimated on the batch's trained tokens, in nats per token (`kl_behavior`).
+        c: the run's configuration.
     """
     if not quantized(c) or kl <= QUANTIZED_KL or math.isnan(kl):
         return ""
     return (
         f"kl_behavior is {kl:.3g} nats per token, over {QUANTIZED_KL:g}: rollouts with rollout.quantization="
-        f"{c.rollout.quantization} and kv_dtype={c.rollout.kv_dtype} are no longer the policy's; resume with "
+        f"{c.rollout.quantization} and kv_dtype={c.rollout.kv_dtype} no longer follow the policy; resume with "
         "--rollout.quantization=none --rollout.kv_dtype=auto"
     )
 
 
 def reduce_metrics(parts: list[dict[str, torch.Tensor]], ranks: Ranks) -> dict[str, float]:
-    """Sum metrics over packs and ranks; of names that begin with `max_` take maxima. Every rank must hold one part."""
+    """Sum metrics over packs and ranks; those named `max_...` are maximised. Every rank must hold one part."""
     sums: dict[str, list[torch.Tensor]] = defaultdict(list)
     for part in parts:
         for k, v in part.items():

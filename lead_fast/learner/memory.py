@@ -1,4 +1,4 @@
-"""Room for the largest pack, measured before the first step, where out-of-memory costs minutes and not hours.
+"""Measure room for the largest pack before the first step, where running out of memory costs minutes, not hours.
 
 Legend: T packed tokens.
 """
@@ -16,18 +16,18 @@ from .loss import Objective, pack_logprobs, policy_loss
 from .packing import Pack, make_pack
 from .policy import Policy
 
-GRANULE = 512  # tokens; a budget that was measured is a multiple of it
-SPARE = 0.05  # of a GPU's memory, left to the allocator's gaps and to what NCCL takes
-PROBES = (2048, 6144)  # tokens of the two packs between which memory is a straight line
+GRANULE = 512  # tokens; a measured budget is a multiple of it
+SPARE = 0.05  # fraction of a GPU's memory left for the allocator's gaps and for NCCL
+PROBES = (2048, 6144)  # tokens of the two packs through which a straight line is drawn
 SLEEPING_VLLM = (
     3 << 30
-)  # bytes that vLLM keeps of a GPU while it sleeps: CUDA graphs, buffers of its collectives; guess
-SPARED_PACK = 16384  # the budget where there is no GPU to measure
+)  # bytes of a GPU that vLLM keeps while it sleeps: CUDA graphs, buffers of its collectives; a guess
+SPARED_PACK = 16384  # the budget if there is no GPU to measure
 AnyConfig = TypeVar("AnyConfig", Config, SftConfig)
 
 
 def worst_pack(tokens: int, longest: int, ranks: Ranks) -> tuple[Pack, Objective]:
-    """A pack of `tokens` tokens, nearly all of responses, in sequences of at most `longest`, and its objective."""
+    """A pack of `tokens` tokens, nearly all in responses, in sequences of at most `longest`, and its objective."""
     lengths = [longest] * (tokens // longest) + ([tokens % longest] if tokens % longest > 1 else [])
     lengths = [max(2, n) for n in lengths]
     responses = [[1] * n for n in lengths]
@@ -40,7 +40,7 @@ def worst_pack(tokens: int, longest: int, ranks: Ranks) -> tuple[Pack, Objective
 
 
 def gradient(policy: Policy, reference: Policy | None, tokens: int, c: Config, ranks: Ranks) -> None:
-    """Everything that a step does with a pack, for the largest one; the gradient is thrown away."""
+    """Run everything that a step does with a pack, on the largest one, and discard the gradient."""
     pack, o = worst_pack(tokens, c.data.max_prompt_tokens + c.rollout.max_tokens, ranks)
     old_R = (
         pack_logprobs(policy, pack, c.rollout.temperature, c.loss.fp32_logits)
@@ -48,14 +48,14 @@ def gradient(policy: Policy, reference: Policy | None, tokens: int, c: Config, r
         else None
     )
     ref_R = pack_logprobs(reference, pack, c.rollout.temperature, c.loss.fp32_logits) if reference else None
-    for _ in range(2):  # the second pass finds gradients in memory
+    for _ in range(2):  # in the second pass gradients are already in memory
         policy_loss(policy, pack, o, c, old_R, ref_R).loss.backward()
 
 
 def rehearse(
     policy: Policy, reference: Policy | None, optimizer: torch.optim.Optimizer, c: Config, ranks: Ranks
 ) -> Config:
-    """One worst-case step of GRPO, so that out-of-memory comes now; see rehearse_pack."""
+    """Run one worst-case GRPO step, so that a lack of memory shows now; see rehearse_pack."""
     longest = c.data.max_prompt_tokens + c.rollout.max_tokens
     aside = engine_bytes(policy, c, ranks.device.type)
     return rehearse_pack(
@@ -64,12 +64,12 @@ def rehearse(
 
 
 def engine_bytes(policy: Policy, c: Config, device_type: str) -> int:
-    """Bytes of a GPU that the engine holds while the policy trains; it does not exist yet when packs are measured."""
+    """Bytes of a GPU that the engine will hold while the policy trains; it does not exist when packs are measured."""
     if device_type != "cuda":
         return 0
     if chosen_engine(c, device_type) == "vllm":
         return SLEEPING_VLLM
-    copy = sum(p.numel() for p in policy.parameters())  # transformers' engine keeps its weights
+    copy = sum(p.numel() for p in policy.parameters())  # the transformers engine keeps its weights
     return copy * getattr(torch, c.model.dtype).itemsize
 
 
@@ -82,14 +82,14 @@ def rehearse_pack(
     ranks: Ranks,
     aside: int = 0,
 ) -> AnyConfig:
-    """One worst-case step, so that out-of-memory comes now. Weights and optimiser are afterwards what they were.
+    """Run one worst-case step, so that a lack of memory shows now. Weights and optimiser are unchanged afterwards.
 
     Args:
-        longest: tokens of the longest sequence that can come.
-        gradient: forward and backward of a pack of so many tokens, twice: the second pass finds gradients in memory.
-        aside: bytes that must stay free besides, held while the packs run.
+        longest: tokens of the longest possible sequence.
+        gradient: runs forward and backward of a pack of N tokens, twice: gradients are in memory in the second pass.
+        aside: bytes that must remain free, held while the packs run.
     Returns:
-        the configuration, with the measured parallel.pack_tokens where it was 0.
+        the configuration, with the measured parallel.pack_tokens if it was 0.
     Raises:
         ValueError: it does not fit; the sentence says what to change.
     """
@@ -104,7 +104,7 @@ def rehearse_pack(
     held = None
     try:
         held = torch.empty(aside, dtype=torch.uint8, device=ranks.device)
-        if fresh:  # the optimiser's state, by a step that moves nothing
+        if fresh:  # allocate the optimiser's state by a step that changes nothing
             _still(policy, optimizer)
         if not tokens:
             tokens = _budget(gradient, ranks)
@@ -114,7 +114,7 @@ def rehearse_pack(
         if not isinstance(e, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(e):
             raise
         raise ValueError(
-            f"Out of memory in the largest pack a step can meet ({max(tokens, 1):,} tokens budget, longest sequence "
+            f"Out of memory in the largest pack of a step (budget {max(tokens, 1):,} tokens, longest sequence "
             f"{longest:,}) on rank {ranks.rank}: {remedy(c, tokens, longest, ranks)}."
         ) from e
     finally:
@@ -125,7 +125,7 @@ def rehearse_pack(
         if cuda:
             torch.cuda.empty_cache()
     if ranks.main:
-        peak = f", peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB a GPU" if cuda else ""
+        peak = f", peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB per GPU" if cuda else ""
         print(f"Rehearsal: a pack of {tokens:,} tokens fits{peak}.", flush=True)
     return dataclasses.replace(c, parallel=dataclasses.replace(c.parallel, pack_tokens=tokens))
 
@@ -142,7 +142,7 @@ def _still(policy: Policy, optimizer: torch.optim.Optimizer) -> None:
 
 
 def _budget(gradient: Callable[[int], None], ranks: Ranks) -> int:
-    """The most tokens a pack can have, from the peaks of two small ones: memory is a straight line in tokens."""
+    """The largest number of tokens per pack, from the peaks of two small packs: memory is linear in tokens."""
     peaks = []
     for tokens in PROBES:
         torch.cuda.empty_cache()
@@ -157,7 +157,7 @@ def _budget(gradient: Callable[[int], None], ranks: Ranks) -> int:
 
 
 def line_budget(tokens: tuple[int, int], peaks: tuple[int, int], room: int) -> int:
-    """Where the line through two (tokens, peak bytes) meets `room` bytes, rounded down to a GRANULE."""
+    """Where the line through two points (tokens, peak bytes) reaches `room` bytes, rounded down to a GRANULE."""
     slope = max(1.0, (peaks[1] - peaks[0]) / (tokens[1] - tokens[0]))
     most = tokens[0] + (room - peaks[0]) / slope
     return int(most // GRANULE * GRANULE)
@@ -171,7 +171,7 @@ def remedy(c: Config | SftConfig, tokens: int, longest: int, ranks: Ranks) -> st
     if not c.parallel.reshard:
         return "give --parallel.reshard=true"
     if tokens > longest:
-        return f"give --parallel.pack_tokens={longest}, one longest sequence"
+        return f"give --parallel.pack_tokens={longest}, the longest sequence"
     if c.parallel.sequence < ranks.world:
         return f"give --parallel.sequence={2 * c.parallel.sequence}, so that ranks share a sequence"
     if c.parallel.offload == "none":

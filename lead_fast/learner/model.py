@@ -1,4 +1,4 @@
-"""Models and tokenizers from a folder, a run directory, the hub, or the package itself."""
+"""Load models and tokenizers from a folder, a run directory, the hub, or the package itself."""
 
 import json
 import os
@@ -21,7 +21,7 @@ EMBEDDED = {name: Path(__file__).parent.parent / "assets" / name for name in ("t
 
 
 def resolve(path: str) -> str:
-    """Find a model's folder or hub name: the embedded ones by name, a run directory by its exported final model."""
+    """Find a model's folder or hub name: embedded models by name, a run directory by the model that it exported."""
     if path in EMBEDDED:
         return str(EMBEDDED[path])
     for folder in (Path(path) / "final", Path(path)):
@@ -36,11 +36,11 @@ def load_tokenizer(config: ModelConfig, shape: PretrainedConfig | None = None) -
     """Load the model's tokenizer, with a padding token.
 
     Args:
-        config: path and trust_remote_code are used.
-        shape: the model's configuration, where it is at hand.
+        config: uses path and trust_remote_code.
+        shape: the model's configuration, if it has been read already.
     Raises:
-        ValueError: it cannot be loaded, has no chat template or no end-of-sequence token, or ids that the model's
-            embedding has no row for.
+        ValueError: it cannot be loaded, has no chat template or no end-of-sequence token, or has ids for which the
+            model's embedding has no row.
     """
     path = resolve(config.path)
     try:
@@ -60,8 +60,8 @@ def load_tokenizer(config: ModelConfig, shape: PretrainedConfig | None = None) -
     if tokenizer.pad_token_id is None:
         if os.environ.get("RANK", "0") == "0":
             print(
-                f"The tokenizer of {config.path} has no padding token: its end-of-sequence token stands in, and what "
-                "is padded is masked.",
+                f"The tokenizer of {config.path} has no padding token: its end-of-sequence token is used instead, and "
+                "padding is masked.",
                 flush=True,
             )
         tokenizer.pad_token = tokenizer.eos_token
@@ -69,8 +69,8 @@ def load_tokenizer(config: ModelConfig, shape: PretrainedConfig | None = None) -
     last = max(tokenizer.get_vocab().values())
     if rows is not None and last >= rows:
         raise ValueError(
-            f"The tokenizer of {config.path} has the token {tokenizer.convert_ids_to_tokens(last)} with id {last}, and "
-            f"the model's embedding has {rows} rows: resize the embedding, or remove the added tokens."
+            f"The tokenizer of {config.path} has the token {tokenizer.convert_ids_to_tokens(last)} with id {last}, but "
+            f"the model's embedding has only {rows} rows: resize the embedding, or remove the added tokens."
         )
     return tokenizer
 
@@ -82,8 +82,7 @@ def load_shape(config: ModelConfig) -> PretrainedConfig:
     except (OSError, ValueError) as e:
         reason = str(e).strip().split("\n")[0]
         raise ValueError(
-            f"model.path {config.path} has no configuration that can be read: give a local folder or a hub name "
-            f"({reason})"
+            f"model.path {config.path} has no readable configuration: give a local folder or a hub name ({reason})"
         ) from e
 
 
@@ -95,10 +94,10 @@ def head_dim(shape: PretrainedConfig) -> int:
 
 
 def load_model(config: ModelConfig, dtype: torch.dtype = torch.float32, **more: Any) -> nn.Module:
-    """Load the causal language model in `dtype` on the CPU, from safetensors only; `more` goes to transformers.
+    """Load the causal language model in `dtype` on the CPU, from safetensors only; `more` is passed to transformers.
 
     Raises:
-        ValueError: it cannot be loaded, or its blocks and head are not where the trainer looks.
+        ValueError: it cannot be loaded, or its blocks and head are not where the trainer expects them.
     """
     path = resolve(config.path)
     try:
@@ -115,7 +114,7 @@ def load_model(config: ModelConfig, dtype: torch.dtype = torch.float32, **more: 
 
 
 def require_layout(model: Any, config: ModelConfig) -> None:
-    """Raise ValueError, naming model.path, where blocks and head are not where the trainer looks."""
+    """Raise ValueError, naming model.path, if blocks and head are not where the trainer expects them."""
     try:
         check_layout(model)
     except LayoutError as e:
@@ -123,15 +122,15 @@ def require_layout(model: Any, config: ModelConfig) -> None:
 
 
 class LayoutError(ValueError):
-    """A model whose blocks or head are not where the trainer looks."""
+    """A model whose blocks or head are not where the trainer expects them."""
 
 
 def check_layout(model: Any) -> None:
-    """Raise LayoutError where blocks and head are not where the trainer looks."""
+    """Raise LayoutError if blocks and head are not where the trainer expects them."""
     if not (
         hasattr(getattr(model, "model", None), "layers") and isinstance(getattr(model, "lm_head", None), nn.Linear)
     ):
         raise LayoutError(
-            "its blocks or its head are not in model.layers and lm_head, where the trainer looks for them; give a "
-            "model of the Llama kind (Llama, Qwen2, Qwen3, Mistral, ...)"
+            "its blocks or its head are not in model.layers and lm_head, where the trainer expects them; give a "
+            "model of the Llama family (Llama, Qwen2, Qwen3, Mistral, ...)"
         )

@@ -1,11 +1,11 @@
-"""Whether a model trains as transformers computes it: decided by what a small copy of it does, before weights load.
+"""Check on a small copy, before weights load, whether a model trains as transformers computes it.
 
-The user's configuration is reduced in width, in depth (one layer of each kind) and in vocabulary; its caps, scales,
-biases and sinks stay. With random weights, log-probs of several sequences packed by the trainer's path are compared
-with those of each sequence alone by transformers' eager attention, in float32 on the CPU, without a collective.
+The user's configuration is reduced in width, depth (one layer of each kind) and vocabulary; its caps, scales, biases
+and sinks are kept. With random weights, log-probs of several sequences packed as the trainer packs them are compared
+with those of each sequence alone under transformers' eager attention, in float32 on the CPU, without a collective.
 
-Spans (windows, chunks, numbers of chosen keys, positions that a rotary embedding was made for) are shortened to SPAN
-tokens where the run's longest sequence is beyond them, so that the small sequences are beyond them too.
+Spans (windows, chunks, numbers of selected keys, positions that a rotary embedding was made for) are shortened to SPAN
+tokens if the run's longest sequence exceeds them, so that the small sequences exceed them too.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from .model import LayoutError, check_layout, head_dim
 from .packing import Pack, make_pack
 from .policy import Policy
 
-LIMIT = 1e-4  # nats, the largest difference of a token's log-prob; float32 itself makes some 1e-6
+LIMIT = 1e-4  # nats, the largest difference in a token's log-prob; float32's rounding accounts for some 1e-6
 SPAN = 16  # tokens
 LENGTHS = (23, 45, 9, 31)  # tokens of the sequences, longer and shorter than SPAN
 VOCABULARY = 128
@@ -36,19 +36,19 @@ SPREAD = 4.0  # standard deviation of the logits: large enough for a soft cap of
 TEMPERATURE = 0.7
 HEADS = 2  # key and value heads
 EXPERTS = 16
-CHUNK = 32  # tokens that a state-space layer computes at once
-MOST_PARAMETERS = 300_000_000  # a second or two
-DEPTH = 40  # most layers of a small copy
+CHUNK = 32  # tokens that a state-space layer processes at once
+MOST_PARAMETERS = 300_000_000  # takes a second or two
+DEPTH = 40  # maximum layers of a small copy
 CPU = torch.device("cpu")
 
 SPANS = ("attention_chunk_size", "index_topk", "floor_scale", "original_max_position_embeddings")
-"""Keys of spans; those with `window` in their name, but for `max_window_layers`, are spans too."""
+"""Keys that are spans; so is any key with `window` in its name, except `max_window_layers`."""
 WIDTHS = {"intermediate_size": 128, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
           "shared_intermediate_size": 64, "ffn_dim": 128, "moe_shared_expert_intermediate_size": 32,
           "intermediate_size_mlp": 128}  # fmt: skip
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 LAYERS = ("layer_types", "layers_block_type", "hybrid_override_pattern")
-"""Keys that say of what kind each layer is."""
+"""Keys that list the kind of each layer."""
 SUSPECTS = {
     "attention": ("attn_logit_softcapping", "sliding_window", "attention_chunk_size", "layer_types", "index_topk",
                   "rope_parameters", "alibi", "attention_multiplier", "query_pre_attn_scalar"),
@@ -56,11 +56,11 @@ SUSPECTS = {
                 "attention_chunk_size", "num_kv_shared_layers"),
     "head": HEAD_KEYS,
 }  # fmt: skip
-"""Keys that are named, where a configuration has them, for what differs and cannot be traced to one of them."""
+"""Keys to name, if a configuration has them, for a difference that cannot be traced to one of them."""
 
 
 class NotReducible(ValueError):
-    """A configuration of which no small copy can be made or run; says why."""
+    """A configuration of which no small copy can be made or run; its text says why."""
 
 
 # ---------------------------------------------------------------------------------------------------------- small copy
@@ -73,7 +73,7 @@ def is_span(key: str, value: Any) -> bool:
 
 
 def shorten_spans(c: PretrainedConfig, longest: int | None) -> None:
-    """Set spans to SPAN tokens where a sequence of `longest` tokens is beyond them; None: all spans."""
+    """Set spans to SPAN tokens if a sequence of `longest` tokens exceeds them; None: set all."""
     dynamic = "'dynamic'" in str(getattr(c, "rope_parameters", None))  # stretched beyond max_position_embeddings
 
     def shorter(entries: dict[str, Any]) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def narrow(shape: PretrainedConfig, longest: int | None, *, heads: bool) -> Pret
 
 
 def kind(layer: nn.Module) -> str:
-    """What a layer is made of: classes, shapes and settings of its modules, but for its place in the model."""
+    """What a layer is made of: classes, shapes and settings of its modules, but not its position in the model."""
     out = []
     for name, module in layer.named_modules():
         settings = {
@@ -147,10 +147,10 @@ def build(c: PretrainedConfig, trust_remote_code: bool) -> Any:
 
 
 def shallow(c: PretrainedConfig, trust_remote_code: bool) -> PretrainedConfig:
-    """Reduce a configuration to one layer of each kind (two, of one kind), or to the first layers that hold all kinds.
+    """Reduce a configuration to one layer of each kind (two if there is one kind), or to the first layers with all.
 
     Raises:
-        NotReducible: that takes more than DEPTH layers.
+        NotReducible: that would take more than DEPTH layers.
     """
 
     def kinds(c: PretrainedConfig) -> list[str]:
@@ -168,7 +168,7 @@ def shallow(c: PretrainedConfig, trust_remote_code: bool) -> PretrainedConfig:
             if isinstance(value, list | tuple) and len(value) == depth:
                 setattr(small, key, type(value)(value[i] for i in places))
         small.num_hidden_layers = len(places)
-        with contextlib.suppress(Exception):  # settings that do not fit together: the first layers do
+        with contextlib.suppress(Exception):  # settings can be incompatible; those of the first layers are not
             if set(kinds(small)) == set(every):
                 return small
     raise NotReducible(f"its {depth} layers are of {len(first)} kinds that do not fit into {DEPTH} layers")
@@ -176,7 +176,7 @@ def shallow(c: PretrainedConfig, trust_remote_code: bool) -> PretrainedConfig:
 
 @torch.no_grad()
 def randomize(model: nn.Module, seed: int) -> None:
-    """Draw all weights so that everything shows: norms, biases and sinks too, and logits of spread SPREAD."""
+    """Draw all weights so that every part shows, norms, biases and sinks too, and logits have spread SPREAD."""
     g = torch.Generator().manual_seed(seed)
     for p in model.parameters():
         noise = torch.randn(p.shape, generator=g)
@@ -188,7 +188,7 @@ def randomize(model: nn.Module, seed: int) -> None:
 
 @torch.no_grad()
 def widen(model: Any, sequences: Sequence[Sequence[int]]) -> None:
-    """Scale the head so that the logits' spread is SPREAD, or their soft cap is felt."""
+    """Scale the head so that the logits' spread is SPREAD, or so that their soft cap takes effect."""
     spread = model(torch.tensor([sequences[0]]), use_cache=False).logits.std().item()
     for p in (model.lm_head.weight, model.lm_head.bias):
         if p is not None and spread > 0:
@@ -198,11 +198,11 @@ def widen(model: Any, sequences: Sequence[Sequence[int]]) -> None:
 def small_copy(shape: PretrainedConfig, trust_remote_code: bool, longest: int | None, seed: int = 0) -> Any:
     """Make the small model with random weights, in evaluation mode, with transformers' eager attention.
 
-    Where it cannot be made with few heads, its width is kept.
+    If it cannot be made with few heads, its width is kept.
 
     Raises:
         NotReducible: it cannot be made, or transformers cannot run it.
-        ValueError: its blocks and head are not where the trainer looks.
+        ValueError: its blocks and head are not where the trainer expects them.
     """
     reason = ""
     for heads in (True, False):
@@ -216,14 +216,14 @@ def small_copy(shape: PretrainedConfig, trust_remote_code: bool, longest: int | 
             if size > MOST_PARAMETERS:
                 raise NotReducible(f"its small copy would have {size / 1e6:.0f} million parameters")
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)  # the same on every rank: so is the verdict
+                torch.manual_seed(seed)  # the same on every rank, so that the verdict is too
                 model = build(small, trust_remote_code).eval()
             randomize(model, seed)
             widen(model, sequences_of(seed))
             return model
         except LayoutError:
             raise
-        except Exception as e:  # whatever a model's code raises with settings that do not fit together
+        except Exception as e:  # anything that a model's code raises for incompatible settings
             reason = reason or (str(e) if isinstance(e, NotReducible) else first_line(e))
     raise NotReducible(reason)
 
@@ -232,7 +232,7 @@ def small_copy(shape: PretrainedConfig, trust_remote_code: bool, longest: int | 
 
 
 def sequences_of(seed: int) -> list[list[int]]:
-    """Token ids of the sequences that are compared."""
+    """Token ids of the sequences to compare."""
     g = torch.Generator().manual_seed(seed + 1)
     return [torch.randint(2, VOCABULARY, (n,), generator=g).tolist() for n in LENGTHS]
 
@@ -255,17 +255,17 @@ def alone(model: Any, sequences: Sequence[Sequence[int]], temperature: float = T
 
 @torch.no_grad()
 def packed(policy: Policy, sequences: Sequence[Sequence[int]]) -> torch.Tensor:
-    """The same by the trainer's path, of all sequences in one pack."""
+    """The same log-probs by the trainer's path, with all sequences in one pack."""
     return pack_logprobs(policy, pack_of(sequences), TEMPERATURE)
 
 
 @dataclass
 class Verdict:
-    """How far a model's packed log-probs are from transformers', and what its attention asked for.
+    """How far a model's packed log-probs are from transformers', and which features its attention uses.
 
-    difference: nats, of the worst token, in the best of DRAWS: a top-k that a rounding turns differs in one of them, a
-        layer that is computed differently in all.
-    cause: where it arises ("attention", "packing", "head"), and the keys to name; empty within LIMIT.
+    difference: nats, of the worst token, in the best of DRAWS: a top-k choice flipped by rounding differs in one draw,
+        a layer that is computed differently differs in all.
+    cause: where the difference arises ("attention", "packing", "head"), and the keys to name; empty within LIMIT.
     """
 
     difference: float
@@ -279,12 +279,12 @@ def compare(shape: PretrainedConfig, longest: int | None, trust_remote_code: boo
 
     Args:
         shape: the model's configuration.
-        longest: tokens of the longest sequence that the run can meet, None if unknown.
+        longest: tokens of the longest sequence that the run can have, None if unknown.
         trust_remote_code: allow the model's own code.
 
     Raises:
         NotReducible: no small copy can be made.
-        ValueError: the model cannot be trained, and the sentence says why.
+        ValueError: the model cannot be trained; the message says why.
     """
     verdicts = []
     with quiet():
@@ -298,13 +298,13 @@ def compare(shape: PretrainedConfig, longest: int | None, trust_remote_code: boo
                     model.set_attn_implementation("lead_recorded")
                     differences = (packed(policy, sequences) - expected).abs().nan_to_num(float("inf"))
                 except (AttributeError, KeyError, IndexError, NotImplementedError, RuntimeError, TypeError) as e:
-                    if verdicts:  # it ran in float32
+                    if verdicts:  # float32 has worked
                         break
                     raise ValueError(f"its layers cannot run on packed sequences ({first_line(e)})") from e
             verdicts.append(Verdict(differences.max().item(), asked=asked))
             if verdicts[-1].difference <= LIMIT:
                 return verdicts[-1]
-            if (differences > 100 * LIMIT).float().mean() > 0.1:  # no rounding turns that many
+            if (differences > 100 * LIMIT).float().mean() > 0.1:  # rounding never affects that many
                 break
         best = min(verdicts, key=lambda v: v.difference)
         best.cause = cause(policy, sequences[1:3])
@@ -313,7 +313,7 @@ def compare(shape: PretrainedConfig, longest: int | None, trust_remote_code: boo
 
 
 DRAWS = ((0, torch.float32), (1, torch.float32), (1, torch.float64))
-"""Seeds of weights and dtypes, tried until one is within LIMIT: what rounding alone did is gone in the last."""
+"""Seeds of weights and dtypes, tried until one is within LIMIT, so that differences due to rounding disappear."""
 
 
 def first_line(e: Exception) -> str:
@@ -322,7 +322,7 @@ def first_line(e: Exception) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep random numbers and transformers' warnings about the small copy to itself."""
+    """Keep random numbers and transformers' warnings about the small copy from leaking out."""
     log = logging.getLogger("transformers")
     level = log.level
     with torch.random.fork_rng(devices=[]):
@@ -335,7 +335,7 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def recorded(model: Any) -> Iterator[set[str]]:
-    """The set of what the model's layers ask of their attention: "softcap", "s_aux", "sliding_window"."""
+    """Collect the features that the layers request from their attention: "softcap", "s_aux", "sliding_window"."""
     asked: set[str] = set()
 
     def attend(module, query, key, value, attention_mask, **kw):
@@ -368,7 +368,7 @@ def cause(policy: Policy, sequences: list[list[int]]) -> str:
 
 
 def guilty(shape: PretrainedConfig, cause: str, longest: int | None, trust_remote_code: bool) -> tuple[str, ...]:
-    """The keys of the configuration to name: the one without which the difference is gone, else all suspects."""
+    """The configuration keys to name: the one whose removal makes the difference vanish, else all suspects."""
     shape = shape.get_text_config()
     suspects = [k for k in SUSPECTS[cause] if getattr(shape, k, None) is not None]
     mixed = [k for k in LAYERS if len(set(getattr(shape, k, None) or ())) > 1]
@@ -392,19 +392,19 @@ def guilty(shape: PretrainedConfig, cause: str, longest: int | None, trust_remot
 
 WHERE = {
     "attention": "its attention is computed differently",
-    "packing": "its layers see across the sequences of a pack",
+    "packing": "its layers mix the sequences of a pack",
     "head": "its logits are computed differently",
 }
 
 
 def check_model(shape: PretrainedConfig, c: ModelConfig, device: torch.device, longest: int | None) -> None:
-    """Refuse a model that would not train as transformers computes it, before its weights are loaded.
+    """Refuse a model that would train differently from how transformers computes it, before its weights are loaded.
 
     Args:
         shape: the model's configuration.
-        c: path, dtype, trust_remote_code and unchecked are used.
-        device: what the ranks compute on; what the model asks of attention must be available there.
-        longest: tokens of the longest sequence that the run can meet, None if unknown.
+        c: uses path, dtype, trust_remote_code and unchecked.
+        device: the device of the ranks; it must support the attention features that the model uses.
+        longest: tokens of the longest sequence that the run can have, None if unknown.
     Raises:
         ValueError: one sentence that names the key of the model's configuration and what differs.
     """
@@ -422,7 +422,7 @@ def check_model(shape: PretrainedConfig, c: ModelConfig, device: torch.device, l
         raise ValueError(f"{name} cannot be trained: {e}.") from e
     if verdict.cause:
         raise ValueError(
-            f"{name} would not train as transformers computes it: {WHERE[verdict.cause]}, by up to "
+            f"{name} would not train as transformers computes it: {WHERE[verdict.cause]}, with differences of up to "
             f"{verdict.difference:.2g} nats on a small copy ({named(shape, verdict)}); give another model."
         )
     if device.type == "cuda" and c.dtype != "float32":
@@ -433,7 +433,7 @@ def check_model(shape: PretrainedConfig, c: ModelConfig, device: torch.device, l
 
 
 def named(shape: PretrainedConfig, verdict: Verdict) -> str:
-    """The keys of a verdict with their values, in words."""
+    """The keys of a verdict and their values, in words."""
 
     def shown(key: str) -> str:
         value = getattr(shape, key)
@@ -443,4 +443,4 @@ def named(shape: PretrainedConfig, verdict: Verdict) -> str:
 
     if verdict.keys:
         return "; ".join(shown(k) for k in verdict.keys)
-    return present(shape) if verdict.cause == "head" else "its configuration has no key that tells"
+    return present(shape) if verdict.cause == "head" else "no key of its configuration shows this"

@@ -13,7 +13,7 @@ from .policy import Policy
 
 
 def make_optimizer(policy: Policy, c: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the sharded fp32 masters that are trained (model.freeze_head).
+    """Make AdamW over the sharded fp32 master weights that are trained (see model.freeze_head).
 
     Norms and biases, which have one dimension, may be a group without decay.
     """
@@ -26,7 +26,7 @@ def make_optimizer(policy: Policy, c: OptimConfig) -> torch.optim.AdamW:
 
 
 def learning_rate(step: int, steps: int, c: OptimConfig) -> float:
-    """The rate at `step` (0 the first) of `steps`."""
+    """The learning rate at `step` (0 is the first) of `steps`."""
     if step < c.warmup_steps:
         return c.lr * (step + 1) / c.warmup_steps
     x = (step - c.warmup_steps) / max(1, steps - c.warmup_steps)
@@ -34,13 +34,13 @@ def learning_rate(step: int, steps: int, c: OptimConfig) -> float:
 
 
 def update(policy: Policy, optimizer: torch.optim.Optimizer, lr: float, clip: float, loss: float = 0.0) -> float:
-    """One optimiser step on the shards. If the gradient or `loss` is not finite it is thrown away instead.
+    """Take one optimiser step on the shards, or skip it if the gradient or `loss` is not finite.
 
     Args:
-        clip: largest global norm of the gradient; 0: not clipped.
+        clip: largest global norm of the gradient; 0: no clipping.
         loss: of the whole batch, the same number on every rank.
     Returns:
-        the gradient's global norm before clipping; not finite where the step was skipped, on every rank alike.
+        the gradient's global norm before clipping; not finite if the step was skipped, the same on every rank.
     """
     policy.to_shards()
     for group in optimizer.param_groups:
@@ -57,7 +57,7 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, lr: float, clip: fl
 
 @contextlib.contextmanager
 def threads_for(policy: Policy) -> Iterator[None]:
-    """Use this rank's part of the cores for what is computed on shards in host memory: torchrun leaves one thread."""
+    """Use this rank's part of the cores for computation on shards in host memory: torchrun leaves one thread."""
     before = torch.get_num_threads()
     in_host_memory = all(_on_cpu(p) for p in policy.parameters())
     if in_host_memory:

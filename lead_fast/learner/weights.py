@@ -1,6 +1,6 @@
-"""Weights out of FSDP's shards, a bucket of unsharded tensors at a time.
+"""Gather weights from FSDP's shards, one bucket of unsharded tensors at a time.
 
-A bucket is one collective over all the tensors in it; no file, no bounce through host memory.
+A bucket takes one collective for all the tensors in it; nothing passes through files or host memory.
 """
 
 from collections.abc import Iterator
@@ -11,12 +11,12 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from .policy import Policy
 
-all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name since torch 2.13
+all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.13
 
 
 @torch.no_grad()
 def gathered_weights(policy: Policy, dtype: torch.dtype, bucket_bytes: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    """Every parameter in `dtype`, unsharded, under its Hugging Face name, in lists of at most `bucket_bytes` (or one).
+    """Yield every parameter in `dtype`, unsharded, under its Hugging Face name, in lists up to `bucket_bytes` (or one).
 
     A collective: every rank must consume the whole iterator.
     """
@@ -34,12 +34,12 @@ def gathered_weights(policy: Policy, dtype: torch.dtype, bucket_bytes: int) -> I
 
 
 def _gather(bucket: list[tuple[str, torch.Tensor]], dtype: torch.dtype) -> list[tuple[str, torch.Tensor]]:
-    """One all-gather for the bucket. FSDP shards the first dimension as torch.chunk does: the last may be short."""
+    """Gather a bucket in one collective. FSDP shards dimension 0 as torch.chunk does: the last shard may be short."""
     shards = [p for _, p in bucket if isinstance(p, DTensor)]
     if not shards:
         return [(name, p.to(dtype)) for name, p in bucket]
     mesh = shards[0].device_mesh
-    world = mesh.size(-1)  # a copy of the model is complete within its last dimension
+    world = mesh.size(-1)  # the last dimension spans one complete copy of the model
     shape = (Replicate(), Shard(0)) if mesh.ndim == 2 else (Shard(0),)
     assert all(p.placements == shape for p in shards)
     rows = [-(-p.shape[0] // world) for p in shards]

@@ -1,1 +1,1 @@
-"""What a run needs and how long a step takes, by counting and simulating: the library of lead_fast/plan.py."""
+"""Predict a run's needs and the time of a step by counting and simulating: the library of lead_fast/plan.py."""

@@ -1,4 +1,4 @@
-"""Engine settings by search, and the ladder: what each mechanism would bring, whether it exists or not."""
+"""Search for engine settings, and the ladder: the gain of each mechanism, whether it exists in the code or not."""
 
 import dataclasses
 import math
@@ -10,18 +10,18 @@ from .assumptions import NODE, Device, assumed, assumed_bytes
 from .rollout import Drafter, Engine, Job, RolloutTime, eagle, rollout_time
 from .shapes import ModelSize
 
-MECHANISMS = {  # what a mechanism's keys of the configuration begin with, in `rollout`
+MECHANISMS = {  # prefixes of the keys in section `rollout` that control a mechanism
     "tensor parallelism": ("tensor_parallel",),
     "a drafter": ("speculative",),
     "fp8 weights and cache": ("quantization", "kv_dtype"),
     "extra problems": ("extra_problems",),
 }
-SIMULATED = 256  # responses
-PESSIMISTIC_ACCEPTED = 1.8  # tokens per verification of a drafter that no longer fits
+SIMULATED = 256  # responses to simulate at least
+PESSIMISTIC_ACCEPTED = 1.8  # tokens per verification of a drafter that the policy has drifted away from
 
 
 def exists(mechanism: str) -> bool:
-    """Whether the configuration has all keys that switch a mechanism on."""
+    """Whether the configuration has all the keys that control a mechanism."""
     names = [f.name for f in dataclasses.fields(RolloutConfig)]
     return all(any(name.startswith(prefix) for name in names) for prefix in MECHANISMS[mechanism])
 
@@ -37,10 +37,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class Generation:
-    """What generates on `gpus` of a device, whatever the setting: the model in its formats, and the job.
+    """The generation setup on `gpus` GPUs of a device for any setting: the model in its formats, and the job.
 
-    heads: of attention, which tensor parallelism must divide.
-    free_bytes: of a GPU, beside the trainer's states, CUDA and the allocator's loss.
+    heads: attention heads, which tensor parallelism must divide.
+    free_bytes: of a GPU, after the trainer's states, CUDA and the allocator's loss.
     longest: tokens of the longest sequence, which the cache must hold.
     """
 
@@ -56,24 +56,24 @@ class Generation:
     drafter: Drafter | None = None
 
     def engine(self, s: Setting) -> Engine:
-        """The engine of a setting; one whose cache is too small has no negative one."""
+        """The engine of a setting; a cache that would be too small has 0 bytes, never fewer."""
         bare = Engine(self.model, self.device, s.tensor_parallel, s.batch_size, 0.0, self.fp8_weights, self.fp8_cache,
                       self.drafter)  # fmt: skip
-        embedding = 2 * self.model.head / s.tensor_parallel  # held, not read
+        embedding = 2 * self.model.head / s.tensor_parallel  # in memory, but not read
         cache = s.gpu_memory * self.device.memory_bytes - bare.weight_bytes - embedding - assumed_bytes("engine_awake")
         if self.drafter:
             cache -= self.drafter.bytes / s.tensor_parallel
         return dataclasses.replace(bare, cache_bytes=max(0.0, cache))
 
     def share(self, tensor_parallel: int) -> int:
-        """Responses of an engine if all get the same number of groups, rounded up."""
+        """Responses per engine if all got the same number of groups, rounded up."""
         engines = self.gpus // tensor_parallel
         return -(-(self.job.problems + self.job.extra) // engines) * self.job.group_size
 
     def time(self, s: Setting) -> RolloutTime | None:
-        """Simulated; None where the cache cannot hold one longest sequence.
+        """The simulated rollout; None if the cache cannot hold one longest sequence.
 
-        Of many engines an equal part with at least SIMULATED responses stands for all.
+        With many engines, an equal part of them with at least SIMULATED responses represents all.
         """
         engine, engines, job = self.engine(s), self.gpus // s.tensor_parallel, self.job
         if engine.cache_tokens < self.longest:
@@ -86,10 +86,10 @@ class Generation:
         return dataclasses.replace(t, tokens=parts * t.tokens, preemptions=parts * t.preemptions)
 
     def search(self, given: Setting) -> list[tuple[Setting, RolloutTime]]:
-        """Settings whose cache holds the longest sequence, the fastest first; of equal ones the smaller.
+        """Settings whose cache holds the longest sequence, fastest first; of equally fast ones the smaller first.
 
-        Tensor parallelism within a node, with all of an engine's part of a step at once. Where the cache is then too
-        small, or sends responses away, also with all memory that there is, and with half the responses.
+        Tensor parallelism stays within a node, and an engine runs its full part of a step at once. If the cache is then
+        too small or evicts responses, also all available memory, and half the responses, are tried.
         """
         most = int(20 * self.free_bytes / self.device.memory_bytes) / 20
         memory = min(given.gpu_memory, most)
@@ -97,22 +97,22 @@ class Generation:
         timed = {given: self.time(given)}
         for n in dict.fromkeys([*parallel, given.tensor_parallel]):
             part = self.share(n)
-            whole = Setting(n, part, memory)
-            timed[whole] = t = self.time(whole)
+            setting = Setting(n, part, memory)
+            timed[setting] = t = self.time(setting)
             if not t or t.preemptions:
                 half = max(self.job.group_size, part // 2)
                 timed |= {s: self.time(s) for s in (Setting(n, part, most), Setting(n, half, memory),
                                                     Setting(n, half, most))}  # fmt: skip
-        found = [(s, t) for s, t in timed.items() if t]
-        return sorted(found, key=lambda x: (round(x[1].seconds, 1), *dataclasses.astuple(x[0])))
+        feasible = [(s, t) for s, t in timed.items() if t]
+        return sorted(feasible, key=lambda x: (round(x[1].seconds, 1), *dataclasses.astuple(x[0])))
 
 
 @dataclass(frozen=True)
 class Rung:
-    """A row of the ladder: seconds of a step as assumed, and with iterations that take twice as long.
+    """A row of the ladder: seconds of a step as assumed, and if iterations take twice as long.
 
     step_low_s: both with PESSIMISTIC_ACCEPTED tokens per verification; None without a drafter.
-    missing: the mechanisms in it that the configuration has no keys for.
+    missing: its mechanisms for which the configuration has no keys.
     """
 
     name: str
@@ -133,11 +133,11 @@ def ladder(
     sync: float,
     last: str,
 ) -> list[Rung]:
-    """Rungs, each with all mechanisms of those above it.
+    """The rungs, each with all mechanisms of those above it.
 
     Args:
-        base: without any mechanism.
-        today: the first rung's setting; from the second on it is searched for.
+        base: the setup without any mechanism.
+        today: the first rung's setting; those of the other rungs are found by search.
         train_s, best_train_s: seconds of training by a step's tokens, as configured and for the last rung.
         sync: seconds of the weight sync.
         last: the last rung's name.
@@ -167,10 +167,10 @@ def ladder(
         g = change(g)
         if mechanism and not exists(mechanism):
             missing = (*missing, mechanism)
-        found = g.search(today) if mechanism else [(today, t)] if (t := g.time(today)) else []
-        if not found:
+        settings = g.search(today) if mechanism else [(today, t)] if (t := g.time(today)) else []
+        if not settings:
             continue
-        setting, rollout = found[0]
+        setting, rollout = settings[0]
         out.append(_rung(name, g, setting, rollout, train_s(rollout.tokens), sync, missing))
     if out and best_train_s is not train_s:
         at = out[-1]
@@ -184,7 +184,7 @@ def _rung(name: str, g: Generation, setting: Setting, rollout: RolloutTime, trai
     if g.drafter:
         drafter = dataclasses.replace(g.drafter, accepted=PESSIMISTIC_ACCEPTED)
         slow = dataclasses.replace(g, drafter=drafter).time(setting)
-        assert slow, "a drafter of other luck needs no other cache"
+        assert slow, "fewer accepted tokens must not change the cache that a drafter needs"
         low = (slow.seconds + train_s + sync, slow.slower(2) + train_s + sync)
     rest = train_s + sync
     return Rung(name, setting, rollout, train_s, rollout.seconds + rest, rollout.slower(2) + rest, low, missing)

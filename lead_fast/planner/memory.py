@@ -1,4 +1,4 @@
-"""Memory of a training step, from the numbers of packs that the fake step tracked."""
+"""Predict the memory of a training step from the numbers of packs that the fake step tracked."""
 
 import math
 from collections.abc import Callable
@@ -6,19 +6,19 @@ from collections.abc import Callable
 from ..learner.fake_step import KINDS, SEGMENTS, Numbers, line
 from .assumptions import assumed, assumed_bytes
 
-GRANULE = 256  # tokens; sizes of packs are its multiples
-Track = Callable[[int], Numbers]  # tokens of a pack to its numbers
+GRANULE = 256  # tokens; pack sizes are multiples of it
+Track = Callable[[int], Numbers]  # maps a pack's tokens to its numbers
 
 
 def peak(n: Numbers) -> tuple[str, dict[str, float]]:
-    """The segment in which memory is highest, and its bytes by kind."""
+    """The segment in which memory peaks, and its bytes by kind."""
     by_segment = {s: {k: n[f"{s}/{k}"] for k in KINDS} for s in SEGMENTS}
     highest = max(by_segment, key=lambda s: sum(by_segment[s].values()))
     return highest, by_segment[highest]
 
 
 def training_bytes(n: Numbers) -> float:
-    """What a GPU must have: the peak, and what the allocator, CUDA and the sleeping engine take."""
+    """Bytes that a GPU must have: the peak, plus what the allocator, CUDA and the sleeping engine need."""
     return sum(peak(n)[1].values()) * (1 + assumed("fragmentation")) + assumed_bytes("context", "engine_asleep")
 
 
@@ -26,12 +26,12 @@ def largest_pack(track: Track, limit_bytes: float, guess: int) -> tuple[int, dic
     """The largest pack, a multiple of GRANULE tokens, whose training_bytes are at most `limit_bytes`; 0 if none is.
 
     Args:
-        guess: the first size looked at.
+        guess: the first size to try.
     Returns:
-        that size, and all that was tracked on the way, the result among it.
+        that size, and all sizes that were tracked on the way, the result among them.
 
-    Memory is a maximum of straight lines in the tokens, so the line through two sizes is solved until it names a size
-    that was tracked and fits, with the next one up over the limit (by the line through it).
+    Memory is a maximum of linear functions of the tokens. So the line through two sizes is solved repeatedly, until it
+    names a size that was tracked and fits, while the next larger size exceeds the limit (by the line through it).
     """
     tracked = {T: track(T) for T in (GRANULE * max(1, guess // GRANULE // 2), GRANULE * max(2, guess // GRANULE))}
     while True:
@@ -49,6 +49,6 @@ def largest_pack(track: Track, limit_bytes: float, guess: int) -> tuple[int, dic
 
 
 def interpolated(tracked: dict[int, Numbers]) -> Track:
-    """Numbers of any pack, on the line through the smallest and the largest that were tracked."""
+    """Numbers of any pack, interpolated between the smallest and the largest that were tracked."""
     low, high = min(tracked), max(tracked)
     return lambda T: line((low, tracked[low]), (high, tracked[high]), T)

@@ -1,4 +1,4 @@
-"""What others have published, predicted from the same assumptions: how far the planner is from what was measured."""
+"""Predict published measurements from the same assumptions, to show how far off the planner is."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from .training import forward_and_backward_s
 
 LLAMA2_7B = ModelSize(6.476e9, 0.131e9, 32, 32, 4096, 11008, 4096, 4096, 32_000)
 LLAMA3_8B = ModelSize(6.980e9, 0.525e9, 32, 32, 4096, 14336, 4096, 1024, 128_256)
-# transformers' Qwen3_5TextConfig: 24 of 32 blocks keep a state of 32 x 128 x 128 in float32 and no cache
+# transformers' Qwen3_5TextConfig: 24 of 32 blocks keep a float32 state of 32 x 128 x 128 and no cache
 QWEN35_9B = ModelSize(6.92e9, 1.017e9, 32, 8, 4096, 12288, 4096, 1024, 248_320, 24 * 32 * 128 * 128 * 4)
 QWEN35_MTP = 2 * (0.210e9 + 2 * 4096**2 + QWEN35_9B.head)  # bytes: a block, the joining layer, the shared head
 
 
 @dataclass(frozen=True)
 class Published:
-    """A measured number and its prediction. kind: rollout, training, or step (both and more)."""
+    """A measured number and its prediction. kind: rollout, training, or step (both, and the rest)."""
 
     what: str
     kind: str
@@ -30,7 +30,7 @@ class Published:
 
     @property
     def error(self) -> float:
-        """Of the prediction, as a part of what was measured; a rate too high is time too short."""
+        """Error of the prediction relative to the measurement; a rate that is too high is a time that is too short."""
         return self.predicted / self.measured - 1
 
     @property
@@ -40,7 +40,7 @@ class Published:
 
 
 def gpt_fast() -> list[Published]:
-    """One response of Llama 2 7B in bf16, compiled, on 1 to 8 A100 (whose limit of 330 W leaves HBM as it is)."""
+    """One response of Llama 2 7B in bf16, compiled, on 1 to 8 A100 (their 330 W limit does not affect HBM)."""
     source = "gpt-fast's README: A100-80GB, 330 W, batch 1"
     rows = []
     for parallel, rate in ((1, 104.9), (2, 168.84), (4, 254.02), (8, 328.43)):
@@ -57,7 +57,7 @@ def skyrl() -> list[Published]:
     cache = 0.5 * d.memory_bytes - 2 * (QWEN35_9B.multiplied + QWEN35_9B.head) - assumed_bytes("engine_awake")
     plain = Engine(QWEN35_9B, d, 1, 32, cache, graphs=False)
     per_token = forward_and_backward_s(QWEN35_9B, d, padded, int(padded), True, 1)
-    passed = forward_and_backward_s(QWEN35_9B, d, padded, int(padded), True, 1, forwards=1)  # for old log-probs
+    passed = forward_and_backward_s(QWEN35_9B, d, padded, int(padded), True, 1, forwards=1)  # 1 for old log-probs
     train_s, all_s = (w.seconds * tokens / 8 for w in (per_token, passed))
     rows = []
     drafted = dataclasses.replace(plain, drafter=Drafter(3, 3.32, QWEN35_MTP))
@@ -85,13 +85,13 @@ def authors() -> list[Published]:
     return [Published("the authors, 14B, 8 x H20: step", "step", "s", 864, predicted, source)]
 
 
-# torchtitan's page: HBM2e of 2.4 TB/s and a limit of 500 W. Products are taken to run at 500 / 700 of an SXM's rate,
-# power being what limits them there; a guess.
+# torchtitan's page: HBM2e of 2.4 TB/s and a limit of 500 W. Products are assumed to run at 500 / 700 of an SXM's rate,
+# because power limits them there; a guess.
 H100_500W = Device(94 * GIB, 989e12 * 500 / 700, 2.4e12, 450e9, 50e9)
 
 
 def torchtitan() -> list[Published]:
-    """Llama 3.1 8B on 8 H100, 2 x 8,192 tokens each, every second product computed again."""
+    """Llama 3.1 8B on 8 H100, 2 x 8,192 tokens each, with every second product recomputed."""
     source = "torchtitan's benchmarks/llama3_h100_202412_torchtitan.md, table 1"
     rows = []
     for name, fused, rate in (("FSDP", False, 5762), ("FSDP + torch.compile", True, 6667)):
@@ -103,11 +103,11 @@ def torchtitan() -> list[Published]:
 
 
 def published() -> list[Published]:
-    """Every published number with its prediction, from the assumptions alone: a measurement is of one device."""
+    """Every published number with its prediction, from the assumptions alone: measurements hold for one device only."""
     with using(Measured()):
         return [*gpt_fast(), *skyrl(), *torchtitan(), *authors()]
 
 
 def worst(rows: list[Published], kind: str) -> float:
-    """Measured over predicted time where it is largest, at least 1."""
+    """The largest ratio of measured to predicted time, at least 1."""
     return max([1.0, *(row.slower for row in rows if row.kind == kind)])

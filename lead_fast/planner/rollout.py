@@ -1,10 +1,10 @@
-"""Seconds of a rollout: continuous batching on engines like vLLM's, simulated from event to event.
+"""Simulate the seconds of a rollout, event by event: continuous batching on engines like vLLM's.
 
-Between two events of an engine (a response ends, the cache is full, a group enters) the same responses run, and the
-seconds of k iterations have a closed form. An iteration reads the weights and what the caches hold, or multiplies,
-whichever takes longer; tensor parallelism divides both and adds two all-reduces per block; a drafter makes an iteration
-longer and its tokens more. Groups are handed out by a counter that all engines share; a response enters while there is
-a place and its tokens fit the cache; the newest one leaves a full cache, and is computed again when it fits.
+Between two events of an engine (a response ends, the cache is full, a group enters) the running responses stay the same
+and the seconds of k iterations have a closed form. An iteration takes as long as reading the weights and the caches, or
+as multiplying, whichever is longer; tensor parallelism divides both and adds two all-reduces per block; a drafter makes
+an iteration longer and yields more tokens. Groups are handed out by a counter that all engines share. A response enters
+when a slot is free and its tokens fit the cache; the newest one leaves a full cache, and is recomputed once it fits.
 
 Legend: P groups, G responses of a group, n responses that run at once on an engine.
 """
@@ -18,12 +18,12 @@ from .assumptions import MEASURED, Device, assumed
 from .shapes import QWEN_14B, ModelSize
 
 QWEN_14B_PARAMETERS = 14.77e9
-WATERMARK = 0.01  # of a cache that stays free when a response enters
+WATERMARK = 0.01  # fraction of a cache that must stay free when a response enters
 
 
 @dataclass(frozen=True)
 class Drafter:
-    """A model that proposes `tokens` per verification, reading `bytes` for each; `accepted` - 1 hold on average."""
+    """A model that proposes `tokens` per verification and reads `bytes` for each; on average `accepted` - 1 hold."""
 
     tokens: int
     accepted: float
@@ -31,7 +31,7 @@ class Drafter:
 
 
 def eagle(m: ModelSize, accepted: float) -> Drafter:
-    """An EAGLE-3 head: a block, the layer that joins three hidden states, an output layer of its own; in bf16."""
+    """An EAGLE-3 head: a block, a layer that joins three hidden states, and a separate output layer; in bf16."""
     weights = m.blocks / m.layers + 3 * m.hidden**2 + assumed("draft_vocabulary") * m.hidden
     return Drafter(int(assumed("draft_tokens")), accepted, 2 * weights)
 
@@ -40,8 +40,8 @@ def eagle(m: ModelSize, accepted: float) -> Drafter:
 class Engine:
     """An engine over `tensor_parallel` GPUs.
 
-    at_once: most responses that run; cache_bytes: of the key-value cache on each GPU; fp8_weights, fp8_cache: in 8
-    bits, the output layer stays in bf16; graphs: whether iterations are CUDA graphs.
+    at_once: maximum running responses; cache_bytes: size of the key-value cache on each GPU; fp8_weights, fp8_cache:
+    whether they have 8 bits (the output layer stays in bf16); graphs: whether iterations are CUDA graphs.
     """
 
     model: ModelSize
@@ -56,21 +56,21 @@ class Engine:
 
     @property
     def cache_token_bytes(self) -> float:
-        """Of one token, over all GPUs of the engine."""
+        """Bytes of one token, over all GPUs of the engine."""
         return self.model.cache_token_bytes / (2 if self.fp8_cache else 1)
 
     @property
     def cache_tokens(self) -> float:
-        """Tokens that the engine's cache holds."""
+        """Number of tokens that the engine's cache holds."""
         return self.cache_bytes * self.tensor_parallel / self.cache_token_bytes
 
     @property
     def weight_bytes(self) -> float:
-        """Of the blocks and the output layer, on each GPU."""
+        """Bytes of the blocks and the output layer, on each GPU."""
         return (self.model.blocks * (1 if self.fp8_weights else 2) + 2 * self.model.head) / self.tensor_parallel
 
     def iteration(self, n: int, held: float, drafted: bool = False) -> tuple[float, float]:
-        """Seconds of an iteration with n responses that hold `held` tokens, and how they grow per token held."""
+        """Seconds of an iteration of n responses that hold `held` tokens, and their increase per token held."""
         m, d, tp = self.model, self.device, self.tensor_parallel
         drafter = self.drafter if drafted else None
         rows = n * (1 + drafter.tokens if drafter else 1)
@@ -86,7 +86,7 @@ class Engine:
             seconds += 2 * m.layers * (assumed("allreduce_s") + ring_s)
         read = assumed("cache_read_fp8" if self.fp8_cache else "cache_read")
         per_token = self.cache_token_bytes / tp / (d.hbm * read)
-        launched_s = 0.0 if self.graphs else assumed("operators") * assumed("launch_s")  # of a block
+        launched_s = 0.0 if self.graphs else assumed("operators") * assumed("launch_s")  # per block
         if m.layers * launched_s > seconds + held * per_token:
             seconds, per_token = m.layers * launched_s, 0.0
         if drafter:
@@ -95,7 +95,7 @@ class Engine:
         return seconds + assumed("iteration_s"), per_token
 
     def pace(self, n: int, held: float) -> tuple[float, float, float]:
-        """As `iteration`, measured where it was, and tokens per response: with the drafter where that pays."""
+        """As `iteration`, corrected by measurements, plus tokens per response; uses the drafter only where it pays."""
         slower = MEASURED.get().slowdown(self.tensor_parallel, n, self._measured_shape_s)
         fixed, per_token = self.iteration(n, held)
         best, tokens = (fixed, per_token), 1.0
@@ -113,7 +113,7 @@ class Engine:
         return fixed + per_token * held
 
     def prefill_s(self, tokens: float) -> float:
-        """Seconds to read a prompt, or to compute again what a response held."""
+        """Seconds to read a prompt, or to recompute what a response held."""
         m = self.model
         return (2 * m.blocks * tokens + m.attention_flops(tokens)) / (
             self.device.flops * self.tensor_parallel * assumed("prefill")
@@ -134,8 +134,8 @@ def measured_size() -> ModelSize:
 class Job:
     """What a step generates: `problems` groups of `group_size` responses of at most `limit` tokens.
 
-    extra: groups asked beyond those; the rollout ends when `problems` are complete, and the next one resumes the rest.
-    max_age: steps that a group may wait before the rollout does not end without it; None: it may wait on.
+    extra: groups asked in addition; the rollout ends when `problems` are complete, and the next one resumes the rest.
+    max_age: steps that a group may wait until a rollout cannot end without it; None: any number.
     """
 
     problems: int
@@ -145,15 +145,15 @@ class Job:
     max_age: int | None = None
 
     def lengths(self, groups: int, rng: np.random.Generator) -> np.ndarray:
-        """Tokens of responses, [groups, G]: lognormal as ASSUMPTIONS say, cut at the limit."""
+        """Tokens of responses, [groups, G]: lognormal according to ASSUMPTIONS, cut at the limit."""
         z = rng.standard_normal((groups, self.group_size))
         return np.clip(np.floor(assumed("median") * self.limit * np.exp(assumed("spread") * z)), 1, self.limit)
 
 
 @dataclass(frozen=True)
 class RolloutTime:
-    """Means over simulated steps: seconds (`prefill_s` of them for prompts and what is computed again), tokens of the
-    sequences that are trained on, preemptions; and how many updates old their responses are, on average and at most."""
+    """Means over simulated steps: seconds (`prefill_s` of them for prompts and recomputed tokens), tokens of the
+    sequences trained on, preemptions; and the age of their responses in updates, mean and maximum."""
 
     seconds: float
     prefill_s: float
@@ -163,20 +163,20 @@ class RolloutTime:
     stalest: int = 0
 
     def slower(self, times: float) -> float:
-        """Seconds with every iteration taking so many times as long."""
+        """Seconds if every iteration took `times` times as long."""
         return self.prefill_s + times * (self.seconds - self.prefill_s)
 
 
 @dataclass
 class _Worker:
-    """An engine at work: indices of responses, running in the order in which they entered and waiting (last first)."""
+    """An engine at work: indices of responses, running ones in order of entry and waiting ones (last first)."""
 
     running: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     waiting: list[int] = field(default_factory=list)
-    clock: float = 0.0  # at which `running` holds what is written down
+    clock: float = 0.0  # time for which `running` is up to date
     prefill_s: float = 0.0
-    due: float = math.inf  # when the next event is
-    iterations: float = 0.0  # until then
+    due: float = math.inf  # time of the next event
+    iterations: float = 0.0  # iterations until then
     pace: tuple[float, float, float] = (0.0, 0.0, 1.0)
 
 
@@ -184,11 +184,11 @@ class _Rollout:
     """One rollout over all engines.
 
     Args:
-        engine: what each of `engines` is.
-        held_N, left_N: tokens that a response holds (its prompt among them) and that it has yet to sample; changed.
-        prompt: tokens of a prompt; a response that holds more is computed again when it enters.
+        engine: the engine that each of `engines` is.
+        held_N, left_N: tokens that a response holds (its prompt included) and has yet to sample; modified in place.
+        prompt: tokens of a prompt; a response that holds more is recomputed when it enters.
         group_size: G; responses N = P * G in the order of the groups.
-        wanted: groups whose completion ends the rollout; due: the first so many must be among them.
+        wanted: groups whose completion ends the rollout; due: the first `due` groups must be among them.
     """
 
     def __init__(self, engine: Engine, engines: int, held_N: np.ndarray, left_N: np.ndarray, prompt: float,
@@ -197,13 +197,13 @@ class _Rollout:
         self.held, self.left, self.prompt, self.G = held_N, left_N, prompt, group_size
         self.open = (left_N.reshape(-1, group_size) > 0).sum(1)
         self.groups, self.wanted, self.must = len(self.open), wanted, due
-        share = math.ceil(self.groups / engines) * group_size
-        self.room = max(group_size, min(engine.at_once, share))
+        equal_part = math.ceil(self.groups / engines) * group_size
+        self.room = max(group_size, min(engine.at_once, equal_part))
         self.taken = self.complete = self.complete_due = self.preemptions = 0
 
     def run(self) -> tuple[float, float]:
-        """Seconds until it ends, and seconds of prefill on the engine that ends it."""
-        while any([self._take(w) for w in self.workers]):  # all begin at once, and take in turns
+        """Seconds until it ends, and seconds of prefill on the engine that finishes last."""
+        while any([self._take(w) for w in self.workers]):  # all begin at once and take turns
             pass
         for w in self.workers:
             self._fill(w)
@@ -232,7 +232,7 @@ class _Rollout:
             self.complete_due += group < self.must
 
     def _take(self, w: _Worker) -> bool:
-        """Take the next group where there is room for one."""
+        """Take the next group if there is room for one."""
         if self.taken == self.groups or len(w.running) + len(w.waiting) + self.G > self.room:
             return False
         group, self.taken = self.taken, self.taken + 1
@@ -242,7 +242,7 @@ class _Rollout:
         return True
 
     def _fill(self, w: _Worker) -> None:
-        """Take groups and let responses enter, make room in a full cache, and find the next event."""
+        """Take groups, let responses enter, make room in a full cache, and find the next event."""
         while self._take(w):
             pass
         cache, held = self.engine.cache_tokens, self.held[w.running].sum()
@@ -254,7 +254,7 @@ class _Rollout:
                 break
             entered.append(w.waiting.pop())
             held += self.held[i]
-            shared = self.held[i] <= self.prompt  # a prompt is read once for its group
+            shared = self.held[i] <= self.prompt  # a prompt is read once per group
             w.prefill_s += (seconds := self.engine.prefill_s(self.held[i]) / (self.G if shared else 1))
             w.clock += seconds
         w.running = np.concatenate([w.running, np.array(entered, dtype=np.int64)])
@@ -281,7 +281,7 @@ class _Rollout:
         return iterations * fixed + per_token * (iterations * held + grown)
 
     def _iterations_in(self, w: _Worker, seconds: float) -> float:
-        """The inverse of `_seconds`, in parts of an iteration too."""
+        """The inverse of `_seconds`; may return a fraction of an iteration."""
         fixed, per_token, tokens = w.pace
         square = per_token * len(w.running) * tokens / 2
         linear = fixed + per_token * self.held[w.running].sum() - square
@@ -293,18 +293,18 @@ class _Rollout:
         self.left[w.running] -= sampled
 
 
-RESPONSES = 768  # that are drawn where a step leaves nothing to the next
-STEADY_RESPONSES, WARM_UP = 4096, 8  # where it does, after so many steps until all is as it stays
+RESPONSES = 768  # responses to draw if a step leaves nothing to the next
+STEADY_RESPONSES, WARM_UP = 4096, 8  # if it does: responses, after this many steps to reach the steady state
 
 
 def rollout_time(engine: Engine, engines: int, job: Job, seed: int = 0) -> RolloutTime:
-    """Simulated seconds of a step's rollout over `engines`, with extra problems in the steady state."""
+    """Simulated seconds of a step's rollout over `engines`; with extra problems, in the steady state."""
     rng, prompt = np.random.default_rng(seed), assumed("prompt")
     G, asked = job.group_size, job.problems + job.extra
     warm_up = WARM_UP if job.extra else 0
     steps = warm_up + max(1, (STEADY_RESPONSES if job.extra else RESPONSES) // (job.problems * G))
     held = left = np.zeros((0, G))
-    begun: list[dict[int, float]] = []  # per waiting group: tokens by the step that sampled them
+    begun: list[dict[int, float]] = []  # per waiting group: tokens, by the step that sampled them
     rows = []
     for step in range(steps):
         new = job.lengths(asked - len(held), rng)

@@ -1,4 +1,4 @@
-"""Shapes of models: their configurations without a hub, and what generation reads of them."""
+"""Shapes of models: configurations that need no hub, and what generation reads of a model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,7 @@ from transformers import AutoConfig, PretrainedConfig
 from ..config import ModelConfig
 from ..learner.model import head_dim, resolve
 
-# From the config.json of their repositories. R1's distillations have the shape of Qwen2.5-14B and Qwen2.5-Math-7B.
+# From the config.json in their repositories. R1's distillations have the shapes of Qwen2.5-14B and Qwen2.5-Math-7B.
 QWEN_14B = {"model_type": "qwen2", "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 48,
             "num_attention_heads": 40, "num_key_value_heads": 8, "vocab_size": 152064, "tie_word_embeddings": False,
             "max_position_embeddings": 131072}  # fmt: skip
@@ -28,7 +28,7 @@ SHAPES = {
 
 
 def shape_of(model: ModelConfig) -> PretrainedConfig:
-    """The model's configuration: of a local folder, else of the table, else of the hub.
+    """The model's configuration, from a local folder, else from the table, else from the hub.
 
     Raises:
         ValueError: none of them has it.
@@ -40,7 +40,7 @@ def shape_of(model: ModelConfig) -> PretrainedConfig:
         return AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as e:
         raise ValueError(
-            f"The shape of model.path {model.path} is not known here: give a folder with its config.json, or one of "
+            f"The shape of model.path {model.path} is unknown: give a folder with its config.json, or one of "
             f"{', '.join(SHAPES)}."
         ) from e
 
@@ -49,9 +49,9 @@ def shape_of(model: ModelConfig) -> PretrainedConfig:
 class ModelSize:
     """What a forward pass reads and multiplies.
 
-    blocks, head: weights of all blocks and of the output layer. layers, attention_layers: blocks, and those of them
-    with a key-value cache. hidden, intermediate, q_width, kv_width: widths of a block. state_bytes: what a sequence
-    keeps besides its cache, read and written with every token.
+    blocks, head: weights of all blocks and of the output layer. layers, attention_layers: number of blocks, and of
+    those with a key-value cache. hidden, intermediate, q_width, kv_width: widths of a block. state_bytes: what a
+    sequence keeps in addition to its cache, read and written with every token.
     """
 
     blocks: float
@@ -67,7 +67,7 @@ class ModelSize:
 
     @classmethod
     def of(cls, shape: Any, parameters: float) -> "ModelSize":
-        """Of a configuration with key-value caches in all blocks, and the number of all its parameters."""
+        """From a configuration whose blocks all have key-value caches, and its total number of parameters."""
         table = shape.vocab_size * shape.hidden_size
         kv_heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
         blocks = parameters - table * (1 if shape.tie_word_embeddings else 2)
@@ -82,9 +82,9 @@ class ModelSize:
 
     @property
     def cache_token_bytes(self) -> int:
-        """A token in a bf16 cache: a key and a value per layer with one."""
+        """Bytes of a token in a bf16 cache: a key and a value per layer with a cache."""
         return 2 * 2 * self.attention_layers * self.kv_width
 
     def attention_flops(self, tokens: float) -> float:
-        """Causal attention's FLOPs of one forward over a sequence of so many tokens."""
+        """FLOPs of causal attention in one forward pass over a sequence of `tokens` tokens."""
         return 2 * self.attention_layers * self.q_width * tokens * tokens

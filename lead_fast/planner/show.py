@@ -1,4 +1,4 @@
-"""The plan as text."""
+"""Format the plan as text."""
 
 from typing import Any
 
@@ -8,12 +8,12 @@ from .published import Published
 
 
 def table(rows: dict[str, float], unit: float = GIB, digits: int = 1) -> str:
-    """Lines of a name and a number."""
+    """One line per name and number."""
     return "".join(f"    {name:28}{value / unit:10.{digits}f}\n" for name, value in rows.items())
 
 
 def show(p: dict[str, Any]) -> str:
-    """Every number of a plan, in the order in which a reader asks for them."""
+    """Format every number of a plan, in the order in which a reader needs them."""
     sections = (heading(p), memory(p), time(p), engines(p), ladders(p), validation(p), assumptions(p),
                 "It fits." if p["remedy"] is None else f"It does not fit. {p['remedy']}")  # fmt: skip
     return "\n\n".join(section.rstrip("\n") for section in sections)
@@ -36,13 +36,13 @@ def memory(p: dict[str, Any]) -> str:
         return f"{p['needs_bytes'][name] / GIB:.1f} GiB, {'fits' if p['fits'][name] else 'DOES NOT FIT'}"
 
     lines = [
-        f"Memory of a GPU in training, GiB, at its peak ({p['training_peak']}):",
+        f"Memory of a GPU in training, GiB, at the peak ({p['training_peak']}):",
         table(p["training_bytes"]) + table({"sum": sum(p["training_bytes"].values())}),
-        "Memory of a GPU while it generates, GiB (gradients and gathered parameters are gone, the engine is awake):",
+        "Memory of a GPU in generation, GiB (gradients and gathered parameters freed, engine awake):",
         table(generation) + table({"sum": sum(generation.values())})
         + f"    a cache of {max(0, p['kv_tokens']):,.0f} tokens"
         + ("" if p["fits"]["key-value cache"] else ", LESS THAN ONE RESPONSE"),
-        "\nWith the allocator's loss, CUDA and a sleeping engine:",
+        "\nIncluding the allocator's loss, CUDA and a sleeping engine:",
         *(f"    {name:28}{verdict(name)}" for name in p["needs_bytes"]),
         f"\nLargest parallel.pack_tokens by activation checkpointing: {packs}",
     ]  # fmt: skip
@@ -60,9 +60,9 @@ def time(p: dict[str, Any]) -> str:
         table(p["traffic_gb_per_step"], 1.0),
         f"Seconds of a step of {p['responses']} responses, {p['tokens']:,.0f} tokens{age}:",
         table(p["seconds"] | {"step": p["step_s"], "step, iterations x 2": twice}, 1.0, 2),
-        f"    tokens/s per GPU: {t['training']:,.0f} in training (without rollout and sync), {t['step']:,.0f} in all",
+        f"    tokens/s per GPU: {t['training']:,.0f} in training (without rollout and sync), {t['step']:,.0f} overall",
         f"    MFU in training: {100 * f['training']['causal']:.1f} % (causal attention), "
-        f"{100 * f['training']['torchtitan']:.1f} % (torchtitan's); over the step {100 * f['step']['causal']:.1f} %",
+        f"{100 * f['training']['torchtitan']:.1f} % (torchtitan's); in the step {100 * f['step']['causal']:.1f} %",
         f"    neither product nor attention, by bytes: {100 * other['as configured']:.1f} % of forward and backward "
         f"(RMSNorm, RoPE, SwiGLU as one kernel each, model.liger: {100 * other['fused']:.1f} %; as torch's operators: "
         f"{100 * other['torch']:.1f} %)",
@@ -108,13 +108,13 @@ def ladders(p: dict[str, Any]) -> str:
         spoiled = p["worst"]["rollout"] * last["rollout"]["seconds"] + p["worst"]["training"] * last["train_s"]
         goal = f"; the goal is {p['goals'][device]:.0f} s" if device in p["goals"] else ""
         lines.append(
-            f"    the last rung, if both halves were as far off as the worst published run: {spoiled:.0f} s{goal}"
+            f"    the last rung, with the errors of the worst published run in both halves: {spoiled:.0f} s{goal}"
         )
     return "\n".join(lines)
 
 
 def validation(p: dict[str, Any]) -> str:
-    lines = ["The same assumptions against what others measured:"]
+    lines = ["The same assumptions, compared with published measurements:"]
     for row in p["published"]:
         x = Published(**{k: v for k, v in row.items() if k != "error"})
         lines.append(f"    {x.what:36}{x.measured:9,.1f} {x.unit:17}predicted {x.predicted:8,.1f}"

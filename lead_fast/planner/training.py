@@ -1,4 +1,4 @@
-"""Seconds of the training half of a step: products, attention, everything else by bytes, collectives."""
+"""Predict the seconds of a step's training half: products, attention, collectives, and the rest by bytes."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ from .shapes import ModelSize
 
 
 def collective_s(kind: str, size: float, calls: float, ranks: int, across_nodes: bool, d: Device) -> float:
-    """Seconds of `calls` ring collectives of `size` bytes in all (of the whole tensors) over `ranks`.
+    """Seconds of `calls` ring collectives of `size` bytes in total (of unsharded tensors) over `ranks`.
 
-    A ring moves (ranks - 1) / ranks of the bytes over every link, twice for an all-reduce. Over nodes NCCL lays a ring
-    on each network card, so that a ring over all GPUs has what a node's cards do together; an all-reduce between copies
-    of the model has the one card of its GPU.
+    A ring moves (ranks - 1) / ranks of the bytes over every link, twice for an all-reduce. Across nodes NCCL lays a
+    ring over each network card, so that a ring over all GPUs has the bandwidth of all cards of a node; an all-reduce
+    between copies of the model has only the card of its GPU.
     """
     if ranks == 1:
         return 0.0
@@ -28,10 +28,10 @@ def collective_s(kind: str, size: float, calls: float, ranks: int, across_nodes:
 
 
 def mfu(lengths: Sequence[int], cost: Callable[[int], float], seconds: float, gpus: int, d: Device) -> dict[str, float]:
-    """Useful FLOPs over what the GPUs could have done in `seconds`, nothing recomputed counted, in two conventions.
+    """Useful FLOPs over what the GPUs could do in `seconds`, counting nothing recomputed, in two conventions.
 
     causal: three times the forward's `cost`, 6 N a token and 6 L D n for attention in a sequence of n tokens;
-    torchtitan: 12 L D n, as if every token looked at all the others.
+    torchtitan: 12 L D n, as if every token attended to all the others.
     """
     quadratic = (cost(2) - 2 * cost(1)) / 2
     useful = 3 * sum(map(cost, lengths))
@@ -42,7 +42,7 @@ def mfu(lengths: Sequence[int], cost: Callable[[int], float], seconds: float, gp
 
 @dataclass(frozen=True)
 class Work:
-    """Seconds of a pack's forward and backward by what they are spent on: `other` is neither product nor attention."""
+    """Seconds of a pack's forward and backward, by use: `other` is neither product nor attention."""
 
     products: float
     attention: float
@@ -58,7 +58,7 @@ class TrainingTime:
     """The training half of a step.
 
     seconds: by phase. compute: of forward and backward by kind, of one rank, summed over its packs. packs: per rank.
-    balance: mean over the slowest rank's. traffic_gb: that a GPU sends, by collective.
+    balance: mean over the slowest rank's work. traffic_gb: sent by a GPU, by collective.
     """
 
     seconds: dict[str, float]
@@ -100,7 +100,7 @@ def training_time(c: Config, shape: Any, at: Track, gpus: int, lengths: Sequence
         return collective_s(kind, size, calls, ranks, kind == "all_reduce" or shards > NODE, d)
 
     def exchange_s(members: Sequence[int]) -> float:
-        """Ulysses: q, k, v and out of every block change hands, forward, backward and where they are computed again."""
+        """Ulysses: q, k, v and out of every block are exchanged in forward, backward and recomputation."""
         passes = 2 + (c.model.activation_checkpointing != "none")
         size = 4 * 2 * width * shape.num_hidden_layers * sum(members) / together
         return passes * size * (together - 1) / together / (d.nvlink * assumed("collective"))
@@ -112,7 +112,7 @@ def training_time(c: Config, shape: Any, at: Track, gpus: int, lengths: Sequence
     for first in range(0, len(lengths), size):
         part = lengths[first : first + size]
         dealt = assign(part, c.parallel.pack_tokens, gpus // together, cost)
-        for m in range(len(dealt[0])):  # collectives keep ranks in step: the slowest pack counts
+        for m in range(len(dealt[0])):  # collectives keep ranks in lockstep: the slowest pack counts
             by_rank = [work([part[i] for i in rank[m]]) for rank in dealt]
             slowest = max(by_rank, key=lambda w: w.seconds)
             parts.append(slowest)
@@ -141,7 +141,7 @@ def training_time(c: Config, shape: Any, at: Track, gpus: int, lengths: Sequence
 
 
 def sync_s(n: Numbers, shards: int, d: Device) -> float:
-    """Seconds until the engine has the new weights: gathered, and moved through memory a few times."""
+    """Seconds until the engine has the new weights: gathered, and moved through memory several times."""
     moved_s = assumed("sync_passes") * 2 * n["parameters"] / (d.hbm * assumed("copy"))
     return collective_s("all_gather", n["sync_bytes"], 1, shards, shards > NODE, d) + moved_s
 
@@ -149,23 +149,23 @@ def sync_s(n: Numbers, shards: int, d: Device) -> float:
 # ---------------------------------------------------------------------------------------------------------- by formula
 
 # Bytes per token and block that are neither product nor attention, per unit of hidden, intermediate, query and
-# key-value width: the fake step's count in bfloat16 (tests/test_plan.py), with RMSNorm, RoPE and SwiGLU as one kernel
-# each or as torch's operators.
-OTHER_BYTES = {True: (62, 16, 18, 28), False: (306, 28, 58, 68)}  # by whether they are fused
-RECOMPUTED_BYTES = {True: (14, 6, 4, 4), False: (78, 10, 20, 20)}  # of a forward that is computed again
+# key-value width: counted by the fake step in bfloat16 (tests/test_plan.py), with RMSNorm, RoPE and SwiGLU as one
+# kernel each or as torch's operators.
+OTHER_BYTES = {True: (62, 16, 18, 28), False: (306, 28, 58, 68)}  # by whether the kernels are fused
+RECOMPUTED_BYTES = {True: (14, 6, 4, 4), False: (78, 10, 20, 20)}  # of a recomputed forward pass
 SHARDING_BYTES = 27  # per weight and pack: FSDP's copies into and out of its buffers
 LOGIT_BYTES = {True: 12, False: 30}  # per entry of the logits: a plain cross entropy, forward and backward
 
 
 def block_bytes(m: ModelSize, fused: bool, again: int) -> float:
-    """Bytes per token of all blocks that are neither product nor attention, `again` forwards computed besides."""
+    """Bytes per token in all blocks that are neither product nor attention, including `again` recomputed forwards."""
     widths = (m.hidden, m.intermediate, m.q_width, m.kv_width)
     per_block = [once + again * more for once, more in zip(OTHER_BYTES[fused], RECOMPUTED_BYTES[fused], strict=True)]
     return m.layers * sum(a * b for a, b in zip(per_block, widths, strict=True))
 
 
 def other_seconds_ratio(m: ModelSize, checkpointed: bool, t: TrainingTime, gpus: int, d: Device, fused: bool) -> float:
-    """The part of forward and backward that would be neither product nor attention with blocks of the other kind.
+    """The share of forward and backward that would be neither product nor attention with blocks of the other kind.
 
     Args:
         t: as tracked, with RMSNorm, RoPE and SwiGLU as single kernels (`fused`) or as torch's operators.
@@ -181,11 +181,11 @@ def forward_and_backward_s(
     """Seconds per token of a model by closed forms, for systems that cannot be tracked here.
 
     Args:
-        length: tokens of a sequence; of unequal ones the mean weighted by tokens.
+        length: tokens of a sequence; for unequal ones, the mean weighted by tokens.
         pack_tokens: tokens of a micro-batch.
         fused: whether RMSNorm, RoPE and SwiGLU are single kernels.
-        recomputed: part of the blocks' products that is computed twice: 1 with full checkpointing.
-        forwards: passes without a gradient besides.
+        recomputed: share of the blocks' products that is computed twice: 1 with full checkpointing.
+        forwards: additional passes without a gradient.
     """
     flops = (6 + 2 * recomputed + 2 * forwards) * m.blocks + (6 + 2 * forwards) * m.head
     attention = (2 + 5 + 2 * (recomputed == 1) + 2 * forwards) / 2 * m.attention_flops(length) / length

@@ -1,1 +1,1 @@
-"""From a response to right or wrong, and what it is worth."""
+"""Grading of responses: extraction, verification and reward terms."""

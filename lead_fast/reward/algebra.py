@@ -1,12 +1,12 @@
-"""Exact comparison of formulas: normal forms over the rationals, and numbers to many digits where no form decides.
+"""Compare formulas exactly: normal forms over the rationals, and numbers to many digits where no form decides.
 
 A formula is a tree of tuples (`Node`). Its normal form is a quotient of polynomials with rational coefficients in
-atoms: roots of primes, i, e, pi, letters, and what functions make of a normal form. Radicals of primes are linearly
-independent over the rationals, so two forms in roots, letters, e and pi are equal exactly if their difference is zero.
-Functions of several arguments may hide an identity: there a difference of zero proves equality, two values that
-differ in many digits refute it, and anything else is left undecided. Nothing is ever rounded to prove equality.
+atoms: roots of primes, i, e, pi, letters, and functions of normal forms. Radicals of primes are linearly independent
+over the rationals, so two forms in roots, letters, e and pi are equal exactly if their difference is zero. Functions of
+several arguments may hide an identity: for them a difference of zero proves equality, two values that differ in many
+digits refute it, and anything else is left undecided. Nothing is ever rounded to prove equality.
 
-Work is bounded (terms, bits, exponents); what exceeds a bound is undecided.
+The work is bounded (terms, bits, exponents); whatever exceeds a bound is undecided.
 """
 
 import zlib
@@ -20,7 +20,7 @@ import mpmath
 
 Node = tuple[Any, ...]
 """('num', Fraction) ('name', str) ('const', 'pi' | 'e' | 'i') ('+' | '*', [nodes]) ('/' | '^', node, node)
-('root', degree node, node) ('fn', function, [nodes]): every formula that is read."""
+('root', degree node, node) ('fn', function, [nodes]): every formula that can be read."""
 
 Monomial = tuple[tuple[str, Fraction], ...]
 Polynomial = dict[Monomial, Fraction]
@@ -31,7 +31,7 @@ ZERO = Fraction(0)
 
 
 class Undecided(Exception):
-    """The formula is beyond what is computed here."""
+    """The formula is beyond what this module computes."""
 
 
 @dataclass(frozen=True)
@@ -58,20 +58,20 @@ class Form:
 
 @lru_cache(4096)
 def factors(n: int) -> tuple[tuple[int, int], ...]:
-    """Prime factors with their exponents, of a positive integer that is small or smooth; else Undecided."""
-    found, p = [], 2
+    """Prime factors and their exponents of a positive integer that is small or smooth; raises Undecided for others."""
+    powers, p = [], 2
     while p * p <= n:
         if p > 40_000:
             if isqrt(n) ** 2 == n and n < 10**18:
-                return (*found, *((q, 2 * k) for q, k in factors(isqrt(n))))
+                return (*powers, *((q, 2 * k) for q, k in factors(isqrt(n))))
             raise Undecided
         k = 0
         while n % p == 0:
             n, k = n // p, k + 1
         if k:
-            found.append((p, k))
+            powers.append((p, k))
         p += 1 if p == 2 else 2
-    return (*found, (n, 1)) if n > 1 else tuple(found)
+    return (*powers, (n, 1)) if n > 1 else tuple(powers)
 
 
 def is_prime_atom(atom: str) -> bool:
@@ -79,13 +79,13 @@ def is_prime_atom(atom: str) -> bool:
 
 
 class Algebra:
-    """Normal forms for one comparison; counts its products so that no formula takes long."""
+    """Normal forms for one comparison; counts products, so that no formula takes long."""
 
     def __init__(self) -> None:
         self.products = 0
-        self.radicands: dict[str, Polynomial] = {}  # what an atom of a root stands for
+        self.radicands: dict[str, Polynomial] = {}  # a root's atom -> its radicand
         self.shifts: dict[str, Form] = {}
-        self.hidden = False  # an atom that may be dependent on others was made
+        self.hidden = False  # whether an atom was made that may depend on others
         self.angles: set[str] = set()
 
     # ------------------------------------------------------------------------------------------------ polynomials
@@ -168,7 +168,7 @@ class Algebra:
 
     def form(self, num: Polynomial, den: Polynomial = ONE) -> Form:
         if not den:
-            raise Undecided  # a division by zero: what is undefined equals nothing
+            raise Undecided  # a division by zero: an undefined value equals nothing
         if len(den) == 1 and den != ONE:
             ((m, c),) = den.items()
             num, den = self.times(num, self.term({atom: -e for atom, e in m}, 1 / c)), ONE
@@ -258,7 +258,7 @@ class Algebra:
         return Fraction(gcd(*(c.numerator for c in p.values())), lcm(*(c.denominator for c in p.values())))
 
     def _exponential(self, a: Form, b: Form) -> Form:
-        """A power whose exponent holds letters: split into one factor for each term of the exponent."""
+        """A power whose exponent contains letters, split into one factor per term of the exponent."""
         out = self.number(1)
         bases: list[tuple[str, Fraction]] = []
         q = a.rational()
@@ -307,7 +307,7 @@ class Algebra:
     # -------------------------------------------------------------------------------------------------- functions
 
     def _half_turns(self, a: Form) -> Fraction | None:
-        """a / pi where that is rational."""
+        """a / pi, if it is rational."""
         if not a.num:
             return ZERO
         if a.den == ONE and len(a.num) == 1:
@@ -465,7 +465,7 @@ class Algebra:
     # ------------------------------------------------------------------------------------------------------ trees
 
     def of(self, node: Node) -> Form:
-        """Normal form of a tree."""
+        """The normal form of a tree."""
         kind = node[0]
         if kind == "num":
             return self.number(node[1])
@@ -497,7 +497,7 @@ class Algebra:
         raise Undecided
 
     def vanishes(self, p: Polynomial) -> bool:
-        """Whether a polynomial is zero, roots multiplied out and sin^2 written as 1 - cos^2."""
+        """Whether a polynomial is zero, after multiplying out roots and writing sin^2 as 1 - cos^2."""
         low: dict[str, Fraction] = {}
         for m in p:
             for atom, e in m:
@@ -528,19 +528,19 @@ def names(node: Node) -> set[str]:
     """The unknowns in a tree."""
     if node[0] == "name":
         return {node[1]}
-    found: set[str] = set()
+    unknowns: set[str] = set()
     for part in node[1:]:
         for x in part if isinstance(part, list) else [part]:
             if isinstance(x, tuple):
-                found |= names(x)
-    return found
+                unknowns |= names(x)
+    return unknowns
 
 
 # ------------------------------------------------------------------------------------------------------------- numbers
 
 
 def evaluate(node: Node, digits: int = 40, point: int = 0) -> Any:
-    """The value as a complex number to about `digits` digits, letters replaced by fixed positive numbers; or None."""
+    """The value as a complex number to about `digits` digits, with fixed positive numbers for letters; or None."""
     with mpmath.workdps(digits):
         try:
             value = mpmath.mpc(_value(node, point))
@@ -598,7 +598,7 @@ FUNCTIONS = {
 
 
 def differ(a: Node, b: Node) -> bool:
-    """Whether the values are certainly apart: seen alike at two precisions, at a point with positive letters."""
+    """Whether the values certainly differ: consistently at two precisions, at a point with positive letters."""
     for point in range(2):
         seen = []
         for digits in (40, 90):
@@ -635,7 +635,7 @@ def equal(a: Node, b: Node) -> bool | None:
 
 
 def ratio(a: Node, b: Node) -> Fraction | None | bool:
-    """The constant rational c with a = c b, False where the quotient is certainly no constant, None undecided."""
+    """The rational constant c with a = c b; False if the quotient is certainly not constant, None if undecided."""
     algebra = Algebra()
     try:
         x, y = algebra.of(a), algebra.of(b)

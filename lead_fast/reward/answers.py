@@ -1,12 +1,12 @@
-"""What counts as equal: the types of answers, how each is read, and how two are compared.
+"""Rules of equality: the types of answers, how each is read, and how two are compared.
 
-Both sides are read into typed values before anything is compared. `READERS` and `COMPARISONS` are the whole of the
-rules, in the order in which they are tried, each with its reason and with pairs (reference, answer, equal) that hold.
-A rule applies to its own type only. What no reader claims is left to math-verify, unrewritten.
+Both sides are read as typed values before anything is compared. `READERS` and `COMPARISONS` are all the rules, in the
+order in which they are tried, each with its reason and with pairs (reference, answer, equal) that hold. A rule applies
+to its own type only. Whatever no reader claims is passed to math-verify unchanged.
 
 Nothing that may carry meaning is dropped from a reference: a bare letter there is an unknown, and the left side of an
-equation is dropped only if it is a name. Exact values are compared exactly; only a decimal that was printed as one may
-be a rounded value, and then to every digit that was printed.
+equation is dropped only if it is a name. Exact values are compared exactly; only a decimal printed as such may be a
+rounded value, and must then agree in every printed digit.
 """
 
 import re
@@ -31,14 +31,14 @@ MINUS: Node = ("num", Fraction(-1))
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number or formula, with what stands behind it."""
+    """A number or formula, with what follows it."""
 
     node: Node
     unit: str = ""
     percent: bool = False
-    printed: tuple[int, int] | None = None  # digits after the point, and significant ones, of a decimal
+    printed: tuple[int, int] | None = None  # of a decimal: digits after the point, and significant digits
     ambiguous: bool = False
-    product: Node | None = None  # the unit read as letters: 5 m is 5 times m too
+    product: Node | None = None  # with the unit read as letters: 5 m may also be 5 times m
 
     @property
     def constant(self) -> bool:
@@ -57,7 +57,7 @@ class Named:
     name: str
     left: Node | None
     value: Any
-    middle: tuple[Node, ...] = ()  # of a chain, where letters stand in it
+    middle: tuple[Node, ...] = ()  # the middle of a chain that contains letters
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Tuple:
 
 @dataclass(frozen=True)
 class Items:
-    """Values without order; in braces a set, in which nothing counts twice."""
+    """Values without order; in braces a set, in which duplicates do not count."""
 
     items: tuple[Any, ...]
     braces: bool = False
@@ -156,7 +156,7 @@ class Comparison(NamedTuple):
 
 
 def value(ts: Tokens, answer: bool) -> Any:
-    """The first type that claims the tokens."""
+    """The value of the first type that claims the tokens."""
     ts = trimmed(ts)
     if answer:
         ts = trimmed(_without_introduction(ts))
@@ -192,7 +192,7 @@ _INTRODUCTION = re.compile(r"(?i)(?:.*\b(?:is|are|equals?)|.*\b(?:answer|ans|res
 
 
 def _without_introduction(ts: Tokens) -> Tokens:
-    """`The answer is 7`, `Answer: 7`: words in front of a value, unless they deny it."""
+    """Drop words in front of a value, as in `The answer is 7` or `Answer: 7`, unless they negate it."""
     for k in range(min(len(ts), 12)):
         if ts[k].kind not in ("text", "run"):
             return ts
@@ -257,7 +257,7 @@ _OPERATORS = {"+", "-", "*", "/", r"\cdot", r"\times", "^", "_", "!", "=", "<", 
 
 
 def read_matrix(ts: Tokens, answer: bool) -> Matrix | None:
-    """Rows of a matrix environment, brackets around it or not; a determinant is none."""
+    """Rows of a matrix environment, with or without brackets around it; a determinant is not a matrix."""
     if ts[0].text in ("(", "[") and len(ts) > 2 and ts[1].text == r"\begin" and ts[-1].text in (")", "]"):
         ts = ts[1:-1]
     if ts[0].text != r"\begin" or len(ts) < 8:
@@ -374,7 +374,7 @@ def bound(x: Any, closed: bool) -> Bound:
 
 
 def reals(x: Any) -> Reals:
-    """A value as a set of real numbers, where it is one; else Unread."""
+    """Convert a value to a set of real numbers; raises Unread if it is not one."""
     if isinstance(x, Reals):
         return x
     if isinstance(x, Named):
@@ -398,7 +398,7 @@ def reals(x: Any) -> Reals:
 
 
 def solved(x: Inequality) -> Reals:
-    """The solutions of inequalities that are linear in one unknown, or of bounds on its absolute value."""
+    """Solve inequalities that are linear in one unknown, or bounds on its absolute value."""
     unknowns = {n for m in x.members for n in _unknowns(m)}
     if len(unknowns) != 1:
         raise Unread
@@ -411,7 +411,7 @@ def solved(x: Inequality) -> Reals:
 
 def _unknowns(node: Node) -> set[str]:
     if node[0] == "fn" and node[1].startswith("call "):
-        return {f"{node[1][5:]}({node[2]})"}  # f(x) as a whole is what is bounded
+        return {f"{node[1][5:]}({node[2]})"}  # the bounds are on f(x), not on x
     if node[0] == "name":
         return {node[1]}
     found: set[str] = set()
@@ -710,7 +710,7 @@ NO_UNIT = re.compile(
 
 
 def unit_of(ts: Tokens) -> str | None:
-    """What stands behind a number, in one spelling, if it can be a unit or what is counted; else None."""
+    """What follows a number, in one spelling, if it can be a unit or the things counted; else None."""
     words: list[str] = []
     i = 0
     while i < len(ts):
@@ -809,7 +809,7 @@ def read_quantity(ts: Tokens, answer: bool) -> Quantity:
 
 
 def _number(ts: Tokens) -> Tokens:
-    """A mixed number in plain text as a LaTeX one: 2 1/2."""
+    """Rewrite a mixed number in plain text as a LaTeX one: 2 1/2."""
     kinds = [t.kind if t.kind == "num" else t.text for t in ts]
     start = 1 if kinds[:1] in (["-"], ["+"]) else 0
     if kinds[start:] == ["num", "num", "/", "num"] and ts[start + 1].spaced:
@@ -825,7 +825,7 @@ _DECIMAL = re.compile(
 
 
 def printed(ts: Tokens) -> tuple[int, int] | None:
-    """Digits after the point and significant digits of a decimal, as printed; None for what is no decimal."""
+    """Digits after the point and significant digits of a decimal, as printed; None if it is not a decimal."""
     m = _DECIMAL.fullmatch("".join(t.text for t in ts))
     if not m or m.group(2) is None:
         return None
@@ -846,7 +846,7 @@ def read_text(ts: Tokens, answer: bool) -> Text:
 
 
 def read_word(ts: Tokens, answer: bool) -> Text | None:
-    """Letters alone: a word, and a product where they are few."""
+    """Letters alone: a word, and possibly a product if there are few."""
     if all(t.kind == "run" for t in ts) and len("".join(t.text for t in ts)) > 2 and any(len(t.text) > 2 for t in ts):
         return read_text(ts, answer)
     return None
@@ -855,20 +855,20 @@ def read_word(ts: Tokens, answer: bool) -> Text | None:
 # ----------------------------------------------------------------------------------------------------------- comparing
 
 
-def every(found: Sequence[bool | None]) -> bool | None:
-    return False if False in found else None if None in found else True
+def every(verdicts: Sequence[bool | None]) -> bool | None:
+    return False if False in verdicts else None if None in verdicts else True
 
 
 def same(a: Any, b: Any) -> bool | None:
-    """Whether an answer's value is the reference's: True, False, or None for undecided."""
-    found = _BY_TYPES.get((type(a), type(b)))
-    if found is None:
+    """Whether an answer's value equals the reference's: True, False, or None for undecided."""
+    compare = _BY_TYPES.get((type(a), type(b)))
+    if compare is None:
         return False
-    return found(a, b)
+    return compare(a, b)
 
 
 def numbers(a: Node, b: Node, a_printed: tuple[int, int] | None, b_printed: tuple[int, int] | None) -> bool | None:
-    """Exact equality; a printed decimal of six places and six digits may be the other side's rounded value."""
+    """Exact equality; a printed decimal with six places and six digits may be the other side's rounded value."""
     equal = algebra.equal(a, b)
     if equal or not (a_printed or b_printed):
         return equal
@@ -911,7 +911,7 @@ def quantities(a: Quantity, b: Quantity) -> bool | None:
 
 
 def units_agree(a: str, b: str) -> bool:
-    """Known units must be the same; what is merely counted (ways, apples) may be put in other words."""
+    """Known units must be the same; things that are merely counted (ways, apples) may be worded differently."""
 
     def known(unit: str) -> bool:
         return all(w in UNITS for w in re.findall("[a-z]+", unit, re.I))
@@ -920,7 +920,7 @@ def units_agree(a: str, b: str) -> bool:
 
 
 def equations(a: Equation | Named, b: Equation | Named) -> bool | None:
-    """The same equation: the sides' differences are multiples of one another, in any order of the sides."""
+    """Whether two equations are the same: their sides' differences are multiples of each other, sides in any order."""
     one, two = (_members(x) for x in (a, b))
     if one is None or two is None:
         return None
@@ -1050,7 +1050,7 @@ def lists(a: Items, b: Items) -> bool | None:
     if len(ones) != len(twos):
         return False
     in_order = [len({x.name for x in xs if isinstance(x, Named)}) == len(xs) > 1 for xs in (ones, twos)]
-    if in_order[0] != in_order[1]:  # names on one side only: the order tells which is which
+    if in_order[0] != in_order[1]:  # names on one side only: the order decides which is which
         return every([same(x, y) for x, y in zip(ones, twos, strict=True)])
     undecided = False
     for y in twos:
@@ -1157,9 +1157,9 @@ READERS = (
     Reader(
         "choice",
         read_choice,
-        "One letter from A to E, in brackets or not, with or without `Option`, or several letters; what stands behind "
-        "a marked letter is that choice's value.",
-        "A letter that takes part in a formula or a list is no choice.",
+        "One letter from A to E, in brackets or not, with or without `Option`, or several letters; the text after a "
+        "marked letter is that choice's value.",
+        "A letter that is part of a formula or a list is not a choice.",
         (
             ("B", r"\text{Option B}", True), (r"\textbf{(A)}\ 12", "A", True), ("C", r"C \quad \frac{1}{2}", True),
             ("AB", "A, B", True), ("C", r"\textbf{(B)} 5", False), ("E", r"\mathrm{E}*2", False),
@@ -1169,7 +1169,7 @@ READERS = (
     Reader(
         "matrix",
         read_matrix,
-        "Rows of `pmatrix`, `bmatrix`, `matrix` or `array`, whatever brackets stand around them.",
+        "Rows of `pmatrix`, `bmatrix`, `matrix` or `array`, with any brackets around them.",
         "The brackets are a matter of style; a determinant's bars are not.",
         (
             (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix}", True),
@@ -1179,10 +1179,10 @@ READERS = (
     Reader(
         "list",
         read_list,
-        "Values between commas, semicolons, wide blanks, line breaks, `and` or `or`. Inequalities joined by `or` are a "
+        "Values between commas, semicolons, wide spaces, line breaks, `and` or `or`. Inequalities joined by `or` are a "
         "union, joined by `and` an intersection.",
-        "A comma with three digits behind it and no blank may separate thousands: then both readings are tried, and "
-        "with a blank it never does.",
+        "A comma followed by three digits without a space may separate thousands: then both readings are tried. With a "
+        "space it never does.",
         (
             ("19, 46, \\text{ and } 82", "19,46,82", True), ("112, 336", "336, 112", True), ("32349", "32, 349", False),
             ("5, 120", "5120", False), ("32349", "32,349", True), (r"a=1 \quad b=2", r"a=3 \quad b=2", False),
@@ -1204,7 +1204,7 @@ READERS = (
     Reader(
         "list",
         read_plus_minus,
-        "Plus-minus stands for two values, wherever it stands; two of them for four, unless minus-plus ties them.",
+        "Plus-minus is read as two values, wherever it occurs; two of them as four, unless minus-plus ties them.",
         "It abbreviates a list.",
         (
             (r"\frac{-1+\sqrt{17}}{2}, \frac{-1-\sqrt{17}}{2}", r"\frac{-1\pm\sqrt{17}}{2}", True),
@@ -1215,9 +1215,9 @@ READERS = (
         "equation or inequality",
         read_relation,
         "A name and its value, an equation, or a chain of inequalities; of a chain of equalities with numbers only, "
-        "the last member is the value; what follows an approximation sign is dropped.",
-        "A left side is dropped only if it is a name (x, f(x), AB, (p, q), a ratio of names): else it is half of what "
-        "is said.",
+        "the last member is the value; anything after an approximation sign is dropped.",
+        "A left side is dropped only if it is a name (x, f(x), AB, (p, q), a ratio of names): otherwise it is half of "
+        "the statement.",
         (
             ("5", "x = 5", True), ("y=3", "x=3", False), ("y = 2x+3", "2x+3", True), ("2x+4y-3=0", "0", False),
             ("f(x)=1", "1", True), ("11", r"x \approx 11", True), ("x<3", r"x \lt 3", True),
@@ -1229,7 +1229,7 @@ READERS = (
         "ratio",
         read_ratio,
         "Formulas between colons.",
-        "Ratios are proportional or not; times of day are compared member by member.",
+        "Ratios are compared by proportion, times of day member by member.",
         (("2:3", "4:6", True), ("2:3", "3:2", False), ("12:00", "1:00", False)),
     ),
     Reader(
@@ -1243,14 +1243,14 @@ READERS = (
         "numeral",
         read_numeral,
         "Digits with a base as their index, in digits or words.",
-        "The same digits in another base are another number, and a numeral answers in which base, too.",
+        "The same digits in another base are a different number, and the question may be about the base.",
         (("4210_5", r"4210_{\text{five}}", True), ("101_3", "101_2", False), ("4210_5", "4210", False)),
     ),
     Reader(
         "infinity",
         read_infinity,
         "Infinity and its negative, alone.",
-        "It is not a number: nothing but itself equals it.",
+        "It is not a number: it equals only itself.",
         ((r"-\infty", "-oo", True), ("7", r"\infty", False)),
     ),
     Reader(
@@ -1263,10 +1263,10 @@ READERS = (
     Reader(
         "number, percent, unit, expression",
         read_quantity,
-        "A formula with a currency before it or a unit, words or a percent sign behind it; degrees are a unit, and "
+        "A formula with a currency before it, or a unit, words or a percent sign after it; degrees are a unit, and "
         "become radians inside trigonometric functions.",
         "In a reference only words and units of several letters are units: a bare letter is an unknown. Words that "
-        "change a number (or, than, squared, thirds) are no unit.",
+        "change a number (or, than, squared, thirds) are not units.",
         (
             ("6m", "6", False), (r"5\text{ m}", "5", True), ("5", "5 m", True), (r"5\text{ m}", r"5\text{ km}", False),
             ("18", "€18", True), ("18", "18 apples per day", True), ("5", r"5 \text{ million}", False),
@@ -1279,8 +1279,8 @@ READERS = (
     Reader(
         "text",
         read_text,
-        "Whatever else holds words: without case, punctuation and LaTeX.",
-        "Nothing of a text is dropped, and no part of it stands for the whole.",
+        "Anything else that contains words; case, punctuation and LaTeX are ignored.",
+        "No part of a text is dropped, and no part stands for all of it.",
         (
             (r"\text{Evelyn}", "Evelyn", True), (r"4:30 \text{ p.m.}", r"4\!:\!30 \text{ p.m.}", True),
             (r"\text{east}", r"\text{northeast}", False), ("5", r"7 \text{ is wrong, } 5", False),
@@ -1292,8 +1292,8 @@ COMPARISONS = (
     Comparison(
         Quantity, Quantity, quantities, False,
         "Exactly equal as formulas. A printed decimal of at least six places and six digits may be the rounded or cut "
-        "value of the other side. 50% is 50 and 0.5. Where both sides have a known unit, it is the same one.",
-        "A decimal says how exact it is by its digits; nothing else is approximate.",
+        "value of the other side. 50% is 50 and 0.5. If both sides have a known unit, it must be the same.",
+        "A decimal's digits show how exact it is; nothing else is approximate.",
         (
             (r"\frac13", "0.333333", True), (r"\frac13", "0.33", False), (r"\frac{1}{9999}", "0.0001", False),
             (r"\frac{1}{2^{99}}", r"\frac{1}{2^{98}}", False), (r"33\frac13\%", "33.333333\\%", True),
@@ -1302,12 +1302,12 @@ COMPARISONS = (
         ),
     ),
     Comparison(
-        Infinity, Infinity, lambda a, b: a == b, False, "The same sign.", "Infinities are no numbers.",
+        Infinity, Infinity, lambda a, b: a == b, False, "The same sign.", "Infinities are not numbers.",
         ((r"\infty", r"\infty", True), (r"\infty", r"-\infty", False)),
     ),
     Comparison(
         Named, Named, named, False,
-        "The same name and the same value; or the same equation, where a value holds letters.",
+        "The same name and the same value; or the same equation, if a value contains letters.",
         "x = 3 is not y = 3.",
         (("x=3", "x=3.0", True), ("y=3", "x=3", False), ("x=y", "y=x", True)),
     ),
@@ -1332,8 +1332,8 @@ COMPARISONS = (
     ),
     Comparison(
         Equation, Quantity, last_member, False,
-        "The last member of an answer's equation, where the reference is a value.",
-        "m + n = 33 answers how much m + n is. An equation in the reference is never cut down so.",
+        "The last member of an answer's equation, if the reference is a value.",
+        "m + n = 33 says how much m + n is. An equation in the reference is never shortened in this way.",
         (("33", "m+n=33", True), ("x+2y=33", "33", False)),
     ),
     Comparison(
@@ -1350,12 +1350,12 @@ COMPARISONS = (
     Comparison(
         Inequality, Inequality, inequalities, False,
         "The same solutions for the same unknown, or the same members in the same or the reverse order.",
-        "An inequality may be multiplied and rearranged as well.",
+        "An inequality may be multiplied and rearranged too.",
         ((r"x\le5", r"5\ge x", True), ("x<1", "-x>-1", True), ("x<1", "x>-1", False), ("x>2", "y>2", False)),
     ),
     *(
         Comparison(a, b, sets, a is not b, "The same set of real numbers.", "Intervals, inequalities, unions and "
-                   "set-builder form say the same.", pairs)
+                   "set-builder form express the same.", pairs)
         for a, b, pairs in (
             (Reals, Reals, ((r"x\in[-2,7)", r"-2\le x<7", True),)), (Reals, Tuple, (("(2,3)", "2<x<3", True),)),
             (Reals, Inequality, ((r"(-\infty,2)\cup(2,\infty)", r"x\ne2", True),)),
@@ -1370,8 +1370,8 @@ COMPARISONS = (
     ),
     Comparison(
         Items, Items, lists, False,
-        "The same values in any order; an answer may repeat one, a reference that does means it. Where one side names "
-        "values (x = 3, y = 4) and the other does not, the order counts.",
+        "The same values in any order; an answer may repeat a value, but a repetition in the reference counts. If only "
+        "one side names its values (x = 3, y = 4), the order counts.",
         "A list of solutions has no order.",
         (("17,31", "31,17", True), ("2,-1", r"\{2,-1\}", True), ("17,31", "17", False), ("17,31", "17,31,17", True),
          ("2,2,5", "2,5", False), ("x=3,y=4", "x=4,y=3", False),
@@ -1379,7 +1379,7 @@ COMPARISONS = (
     ),
     Comparison(
         Items, Tuple, in_order, True,
-        "The same values in the same order, round brackets, no set.", "Coordinates may be given without brackets.",
+        "The same values in the same order, in round brackets, not as a set.", "Coordinates may lack brackets.",
         (("(1,2)", "1,2", True), ("(1,2)", "2,1", False), ("(1,2)", r"\{1,2\}", False), ("(1,2)", r"\{(1,2)\}", True)),
     ),
     *(
@@ -1388,16 +1388,16 @@ COMPARISONS = (
     ),
     Comparison(
         Named, Items, named_items, True,
-        "A tuple of names as one equation for each, in any order; else the value of the named side.",
-        "(x, y) = (1, 2) says x = 1 and y = 2.",
+        "A tuple of names as one equation each, in any order; otherwise the value of the named side.",
+        "(x, y) = (1, 2) means x = 1 and y = 2.",
         (("x=1, y=2", "(x,y)=(1,2)", True), ("x=1, y=2", "(x,y)=(2,1)", False), (r"\{1,2\}", r"S=\{2,1\}", True)),
     ),
     Comparison(
-        Ratio, Ratio, ratios, False, "Proportional; with a zero in it, member by member.", "2:3 is 4:6.",
+        Ratio, Ratio, ratios, False, "Proportional; if a zero occurs, member by member.", "2:3 is 4:6.",
         (("7:32", "S_1:S=7:32", True), ("2:3", "2:5", False)),
     ),
     Comparison(
-        Ratio, Quantity, quotient, True, "The quotient of two members.", "A ratio may be given as a fraction.",
+        Ratio, Quantity, quotient, True, "The quotient of its two members.", "A ratio may be given as a fraction.",
         (("2:3", r"\frac23", True), ("2:3", r"\frac32", False)),
     ),
     Comparison(
@@ -1414,26 +1414,27 @@ COMPARISONS = (
     ),
     Comparison(Choice, Choice, choices, False, "The same letters.", "", (("C", "(C)", True), ("C", "D", False))),
     Comparison(
-        Items, Choice, several_choices, False, "All letters of the list.", "Several choices are right together only.",
+        Items, Choice, several_choices, False, "All letters of the list.", "Several choices are right only together.",
         (("AB", "A,B", True), ("A", "A,B", False)),
     ),
     Comparison(
         Choice, Items, lambda a, b: several_choices(b, a), False, "All letters of the list.", "", (("A,B", "AB", True),)
     ),
     *(
-        Comparison(b, Choice, choice_value, False, "The value that stands behind the reference's letter.",
-                   "It is what was asked for; an answer with a letter is held to its letter.", pairs)
+        Comparison(b, Choice, choice_value, False, "The value after the reference's letter.",
+                   "The value was asked for; an answer with a letter is judged by its letter.", pairs)
         for b, pairs in (
             (Quantity, ((r"\textbf{(A)}\ 12", "12", True), ("12", r"\textbf{(A)}\ 12", False))), (Text, ()),
             (Tuple, ()),
         )
     ),
     Comparison(
-        Choice, Quantity, lettered, False, "Letters in a row may be a product.", "AB may be a product of A and B.", ()
+        Choice, Quantity, lettered, False, "Adjacent letters may be a product.", "AB may be a product of A and B.", ()
     ),
     Comparison(Text, Text, texts, False, "The same words.", "", ((r"\text{even}", r"\text{odd}", False),)),
     Comparison(
-        Text, Quantity, word_product, True, "Three letters as a product; else never.", "mgh is a product, even is not.",
+        Text, Quantity, word_product, True, "Three letters as a product; otherwise never.",
+        "mgh is a product, even is not.",
         (("mgh", "ghm", True), ("mgh", r"m\cdot g h", True), ("2", "even", False)),
     ),
 )  # fmt: skip
@@ -1462,13 +1463,13 @@ _SCIENTIFIC = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?|\.\d+)[eE]([+-]?\d+)(?![\w.]
 
 
 def _repeating(m: re.Match) -> str:
-    """0.1(6) as (16 - 1) / 90; a dot over two digits encloses what repeats."""
+    """Convert 0.1(6) to (16 - 1) / 90; a dot over two digits encloses the repeating part."""
     whole, start, first, between, last, bracketed = m.groups()
     return _fraction(whole, start, (first or bracketed) + (between or "") + (last or ""))
 
 
 def _onward(m: re.Match) -> str:
-    """0.1666... as 1/6: the shortest run of digits that stands at least twice at the end."""
+    """Convert 0.1666... to 1/6: the shortest run of digits that occurs at least twice at the end."""
     whole, digits = m.groups()
     for n in range(1, len(digits) // 2 + 1):
         if digits[-n:] == digits[-2 * n : -n]:
@@ -1485,9 +1486,9 @@ def _fraction(whole: str, start: str, cycle: str) -> str:
 
 
 def readings(text: str, answer: bool) -> list[Any]:
-    """The values that a text may have; none where it is of no type."""
+    """The values that a text may have; empty if it is of no known type."""
     s = spelled(text)
-    if not answer and "####" in s:  # a solution of GSM8K, of which this is the answer
+    if not answer and "####" in s:  # a GSM8K solution, whose answer follows
         s = s.rpartition("####")[2].strip()
     s = _SPACED.sub(lambda m: m.group().replace(" ", ""), s)
     if "." in s:
@@ -1509,7 +1510,7 @@ def readings(text: str, answer: bool) -> list[Any]:
 
 @lru_cache(512)
 def _of_reference(text: str) -> tuple[Any, ...]:
-    """A group's responses share their reference."""
+    """Cached, because the responses of a group share their reference."""
     return tuple(readings(text, False))
 
 
@@ -1517,7 +1518,7 @@ _INTEGER = re.compile(r"[+-]?\d+", re.ASCII)
 
 
 def decide(answer: str, reference: str) -> bool | None:
-    """Whether an answer says what the reference says: True, False, or None where no rule tells."""
+    """Whether an answer equals the reference: True, False, or None if no rule decides."""
     if not any(map(str.isalnum, answer)) or not any(map(str.isalnum, reference)):
         return False
     if answer.strip() == reference.strip():
@@ -1527,7 +1528,7 @@ def decide(answer: str, reference: str) -> bool | None:
     try:
         ours, theirs = readings(answer, True), _of_reference(reference)
     except (Unread, RecursionError):
-        return False  # unbalanced, or turned around: not what it looks like
+        return False  # unbalanced or reversed text is not what it looks like
     if not ours or not theirs:
         return None
     found = [same(a, b) for a in ours for b in theirs]
@@ -1536,4 +1537,4 @@ def decide(answer: str, reference: str) -> bool | None:
     several = any(
         isinstance(x, Items) and any(isinstance(y, Named | Equation) for y in x.items) for x in (*ours, *theirs)
     )
-    return None if None in found and not several else False  # math-verify takes the last of several equations
+    return None if None in found and not several else False  # math-verify uses the last of several equations

@@ -1,13 +1,13 @@
-"""What runs inside the guard: builds it around itself, gives up every privilege, then runs one program test by test.
+"""The inside of the guard: builds it around itself, gives up every privilege, then runs one program test by test.
 
-The standard library alone, for this file's text is handed to a bare interpreter (`programs.py` does so). The process
-that is started enters new namespaces and waits; its child is process 1 of the new pid namespace, which sees a root of
-its own, and forks a process for each test. Whatever a test leaves behind is killed before the next one begins, and all
-ends with process 1, which ends when its input does.
+Uses only the standard library, because this file's text is passed to a bare interpreter (by `programs.py`). The process
+that is started enters new namespaces and waits; its child is process 1 of the new pid namespace, sees a root file
+system of its own, and forks a process for each test. Whatever a test leaves behind is killed before the next test
+begins, and everything ends with process 1, which ends when its input does.
 
-Frames are JSON lines. In: the settings, the program, then one test's input at a time. Out: what is in force, then the
-outcome of each test. The other side trusts none of it: a program can spoil only its own outcome, for no expected output
-ever comes in here.
+Frames are JSON lines. In: the settings, the program, then one test's input at a time. Out: the protection in force,
+then the outcome of each test. The other side trusts none of it: a program can spoil only its own outcome, because no
+expected output ever enters here.
 """
 
 import ctypes
@@ -26,27 +26,27 @@ NAMESPACES = ("user", "pid", "net", "mnt", "ipc", "uts")
 INNER_ID = 1000  # user and group of programs, as they see it
 NEW_NS, NEW_UTS, NEW_IPC, NEW_USER, NEW_PID, NEW_NET = 0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
 NOSUID, NODEV, NOEXEC, BIND, RECURSIVE, PRIVATE = 2, 4, 8, 0x1000, 0x4000, 0x40000
-# Numbers of system calls: x86-64, AArch64.
+# System call numbers: x86-64, AArch64.
 PIVOT_ROOT, SOCKET, MOUNT_SETATTR = (155, 41), (41, 198), 442
 REFUSED = {
     "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219),  # keyrings outlive a process
     "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282), "io_uring_setup": (425, 425),
     "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271),
     "unshare": (272, 97), "setns": (308, 268), "mount": (165, 40), "pidfd_getfd": (438, 438),
-    "memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194), "msgget": (68, 186),  # memory that no
-    "semget": (64, 190),  # process is charged for
+    "memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194), "msgget": (68, 186),  # memory for
+    "semget": (64, 190),  # which no process is charged
 }  # fmt: skip
-MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, and the kernel's name for it
+MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, and the kernel's identifier
 
-# What LiveCodeBench puts in front of every program, in this order: `from NAME import *`, then `import NAME` of most.
+# What LiveCodeBench puts in front of every program, in this order: `from NAME import *`, then `import NAME` for most.
 STARS = ("string re datetime collections heapq bisect copy math random statistics itertools functools operator io sys "
          "json builtins typing").split()  # fmt: skip
 PLAIN = [name for name in STARS if name not in ("builtins", "typing")]
-RECURSION = 50_000  # its recursion limit
+RECURSION = 50_000  # LiveCodeBench's recursion limit
 
 
 def call(name: str, *args: Any) -> int:
-    """A function of the C library. Raises OSError."""
+    """Call a function of the C library. Raises OSError."""
     result = getattr(LIBC, name)(*args)
     if result < 0:
         number = ctypes.get_errno()
@@ -68,14 +68,14 @@ def set_attributes(path: str, attributes: int, *, recursive: bool) -> None:
 
 
 def build_root(seen: list[str], box_bytes: int, machine: int) -> None:
-    """A root that holds `seen` read-only, a few devices, this namespace's /proc, and an empty /tmp; nothing else."""
+    """Build a root that holds only `seen` read-only, a few devices, this namespace's /proc, and an empty /tmp."""
     mount(None, "/", None, RECURSIVE | PRIVATE)
     places = ("/mnt", "/media", "/srv", "/opt", "/tmp")
     root = next(p for p in places if os.path.isdir(p) and not any(f"{s}/".startswith(f"{p}/") for s in seen))
     mount("tmpfs", root, "tmpfs", NOSUID | NODEV, "size=1m,mode=755")
     os.makedirs(f"{root}/tmp")
     mount("tmpfs", f"{root}/tmp", "tmpfs", NOSUID | NODEV, f"size={box_bytes},nr_inodes=4096,mode=1777")
-    for path in seen:  # after /tmp, for an environment may lie in there
+    for path in seen:  # after /tmp, because an environment may be in there
         target = root + path
         os.makedirs(os.path.dirname(target), exist_ok=True)
         if os.path.islink(path):
@@ -96,7 +96,7 @@ def build_root(seen: list[str], box_bytes: int, machine: int) -> None:
     set_attributes(root, 1 | NOSUID | NODEV, recursive=False)
     os.chdir(root)
     call("syscall", PIVOT_ROOT[machine], b".", b".")
-    call("umount2", b".", 2)  # detached: the old root is out of reach
+    call("umount2", b".", 2)  # detach the old root, so that it is out of reach
     os.chdir("/tmp")
 
 
@@ -107,38 +107,38 @@ def map_ids(uid: int, gid: int) -> None:
 
 
 def become(uid: int) -> None:
-    """From root to a user that owns nothing, and into a user namespace of its own."""
+    """Change from root to a user that owns nothing, in a new user namespace."""
     os.setgroups([])
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)
-    call("prctl", 4, 1, 0, 0, 0)  # PR_SET_DUMPABLE, or /proc/self would be root's
+    call("prctl", 4, 1, 0, 0, 0)  # PR_SET_DUMPABLE, or /proc/self would belong to root
     call("unshare", NEW_USER)
     map_ids(uid, uid)
 
 
 def drop_privileges(machine: int, architecture: int) -> None:
-    """No further user namespace, no capability, none to be had by executing a file, and no system call of REFUSED."""
+    """Forbid further user namespaces, capabilities, gaining privileges by exec, and the system calls of REFUSED."""
     with open("/proc/sys/user/max_user_namespaces", "w") as f:
         f.write("0")
-    call("prctl", 47, 4, 0, 0, 0)  # PR_CAP_AMBIENT, all cleared
+    call("prctl", 47, 4, 0, 0, 0)  # PR_CAP_AMBIENT: clear all
     for capability in range(64):
-        if LIBC.prctl(24, capability, 0, 0, 0) < 0:  # PR_CAPBSET_DROP, up to the last that this kernel has
+        if LIBC.prctl(24, capability, 0, 0, 0) < 0:  # PR_CAPBSET_DROP, up to this kernel's last capability
             break
     call("capset", struct.pack("Ii", 0x20080522, 0), bytes(24))
     call("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
     refuse_system_calls(machine, architecture)
-    call("prctl", 4, 0, 0, 0, 0)  # not dumpable: what this process holds is out of a program's reach
+    call("prctl", 4, 0, 0, 0, 0)  # not dumpable: a program cannot read this process's memory
 
 
 def refuse_system_calls(machine: int, architecture: int) -> None:
-    """A seccomp filter: REFUSED, sockets that a network namespace does not keep in, other machines' numbers."""
+    """Install a seccomp filter: REFUSED, sockets that escape a network namespace, and other machines' system calls."""
     load, equal, at_least, give = 0x20, 0x15, 0x35, 0x06
     no, kill, yes = 0x50000 | 1, 0x80000000, 0x7FFF0000  # EPERM, kill the process, allow
     refused = [numbers[machine] for numbers in REFUSED.values()]
-    families = [1, 2, 10]  # AF_UNIX, AF_INET, AF_INET6; AF_VSOCK, for one, reaches the host of a virtual machine
+    families = [1, 2, 10]  # AF_UNIX, AF_INET, AF_INET6; others escape: AF_VSOCK reaches a virtual machine's host
     program = [(load, 0, 0, 4), (equal, 1, 0, architecture), (give, 0, 0, kill), (load, 0, 0, 0)]
     program += [(at_least, 0, 1, 0x40000000), (give, 0, 0, no)]  # x32
-    program += [(equal, 0, 1, 435), (give, 0, 0, 0x50000 | 38)]  # clone3: ENOSYS, so that clone is taken
+    program += [(equal, 0, 1, 435), (give, 0, 0, 0x50000 | 38)]  # clone3: ENOSYS, so that clone is used
     for number in refused:
         program += [(equal, 0, 1, number), (give, 0, 0, no)]
     program += [(equal, 1, 0, SOCKET[machine]), (give, 0, 0, yes), (load, 0, 0, 16)]
@@ -150,7 +150,7 @@ def refuse_system_calls(machine: int, architecture: int) -> None:
 
 
 def enter(settings: dict) -> None:
-    """Build the guard; returns in process 1 of it. The process that called this ends with that one."""
+    """Build the guard; returns in its process 1. The process that called this ends together with process 1."""
     machine, architecture = MACHINES[os.uname().machine]
     root, uid, gid = os.geteuid() == 0, os.getuid(), os.getgid()
     others = NEW_NS | NEW_PID | NEW_NET | NEW_IPC | NEW_UTS
@@ -168,12 +168,12 @@ def enter(settings: dict) -> None:
     build_root(settings["seen"], settings["box_bytes"], machine)
     if root:
         become(settings["uid"])
-        call("prctl", 1, signal.SIGKILL, 0, 0, 0)  # the change of user forgot it
+        call("prctl", 1, signal.SIGKILL, 0, 0, 0)  # again, because changing the user resets it
     drop_privileges(machine, architecture)
 
 
 def in_force() -> dict:
-    """What the kernel says of this process, for the other side to insist on."""
+    """The protection of this process as the kernel reports it, for the other side to verify."""
     with open("/proc/self/status") as f:
         status = dict(line.rstrip("\n").split(":\t", 1) for line in f if ":\t" in line)
     with open("/proc/self/uid_map") as f:
@@ -190,12 +190,12 @@ def in_force() -> dict:
 
 
 def limit(settings: dict) -> None:
-    """Limits of a test's own processes."""
+    """Set limits on a test's own processes."""
     for what, most in (("RLIMIT_CPU", settings["cpu_s"]), ("RLIMIT_AS", settings["memory_bytes"]),
                        ("RLIMIT_FSIZE", settings["box_bytes"]), ("RLIMIT_NPROC", settings["processes"]),
                        ("RLIMIT_NOFILE", 64), ("RLIMIT_STACK", 64 << 20), ("RLIMIT_MSGQUEUE", 0),
                        ("RLIMIT_MEMLOCK", 0), ("RLIMIT_SIGPENDING", 64),
-                       ("RLIMIT_CORE", 1)):  # fmt: skip  # 1 and not 0: a core handler takes 0 for no limit
+                       ("RLIMIT_CORE", 1)):  # fmt: skip  # 1 and not 0: a core handler treats 0 as no limit
         kind = getattr(resource, what)
         hard = resource.getrlimit(kind)[1]
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)
@@ -204,9 +204,9 @@ def limit(settings: dict) -> None:
 
 
 def plain(value: Any) -> Any:
-    """A returned value in JSON, so that the other side can compare it with == as Python would; see programs.value."""
+    """Convert a returned value to JSON so that the other side can compare it by == as Python would (programs.value)."""
     if hasattr(value, "dtype") and hasattr(value, "item") and getattr(value, "shape", None) == ():
-        value = value.item()  # a scalar of numpy
+        value = value.item()  # a numpy scalar
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, list):
@@ -239,11 +239,11 @@ def play(job: dict, text: str, result: int) -> None:
 
 
 def child(settings: dict, job: dict, text: str, fds: tuple[int, int, int]) -> None:
-    """A test's process, from fork to its end."""
+    """Run a test's process, from fork to its end."""
     code = 1
     try:
         os.setsid()
-        call("prctl", 4, 1, 0, 0, 0)  # its own /proc/self is its own again
+        call("prctl", 4, 1, 0, 0, 0)  # so that its /proc/self belongs to it again
         given, out, err = fds
         result = os.dup(out) if job["function"] is not None else -1
         os.dup2(given, 0)
@@ -268,7 +268,7 @@ def child(settings: dict, job: dict, text: str, fds: tuple[int, int, int]) -> No
             pass
         sys.stdout.flush()
         code = 0
-    except BaseException as e:  # the program's: it goes no further than this process
+    except BaseException as e:  # raised by the program; it ends in this process
         try:
             os.write(2, f"\n{type(e).__name__}: {e}"[:500].encode(errors="replace"))
         except BaseException:
@@ -278,7 +278,7 @@ def child(settings: dict, job: dict, text: str, fds: tuple[int, int, int]) -> No
 
 
 def over(most: int) -> bool:
-    """Whether all processes here but this one hold more memory than `most` bytes; shared pages count once."""
+    """Whether all processes here except this one hold more than `most` bytes; shared pages count once."""
     pids = [name for name in os.listdir("/proc") if name.isdigit() and name != "1"]
     resident = {pid: resident_bytes(pid) for pid in pids}
     return sum(resident.values()) > most and sum(min(resident[pid], proportional_bytes(pid)) for pid in pids) > most
@@ -288,21 +288,21 @@ def resident_bytes(pid: str) -> int:
     try:
         with open(f"/proc/{pid}/statm", "rb") as f:
             return int(f.read().split()[1]) * resource.getpagesize()
-    except (OSError, IndexError):  # ended meanwhile
+    except (OSError, IndexError):  # ended in the meantime
         return 0
 
 
 def proportional_bytes(pid: str) -> int:
-    """Slow: the kernel looks at every page."""
+    """A process's memory with shared pages divided. Slow, because the kernel visits every page."""
     try:
         with open(f"/proc/{pid}/smaps_rollup", "rb") as f:
             return next(int(line.split()[1]) << 10 for line in f if line.startswith(b"Pss:"))
-    except (OSError, StopIteration):  # ended, or it forbids to be looked at: then all that is resident counts
+    except (OSError, StopIteration):  # ended, or not readable: then all resident memory counts
         return sys.maxsize
 
 
 def end_all() -> None:
-    """Kill and reap everything here but this process; none can fork its way out, for the kernel signals all at once."""
+    """Kill and reap every process here except this one; none can escape by forking: the kernel signals all at once."""
     while True:
         try:
             os.kill(-1, signal.SIGKILL)
@@ -317,7 +317,7 @@ def end_all() -> None:
 
 
 def outcome(settings: dict, job: dict, given: int) -> dict:
-    """Run one test to its end; `given` is the file that holds its input."""
+    """Run one test to its end; `given` is the file with its input."""
     text: str = job["input"]
     os.ftruncate(given, 0)
     os.lseek(given, 0, 0)
@@ -339,7 +339,7 @@ def outcome(settings: dict, job: dict, given: int) -> dict:
     watched = [0, out, err, ended]
     while not status:
         ready = select.select(watched, [], [], 0.05)[0]
-        if 0 in ready:  # nothing is due: the other side has closed it
+        if 0 in ready:  # no frame is due, so the other side has closed the pipe
             os._exit(0)
         if time.monotonic() - began > settings["wall_s"]:
             status = "time limit"
@@ -387,7 +387,7 @@ def send(frame: dict) -> None:
 
 
 class Frames:
-    """JSON lines from standard input, without reading ahead into what a test must not see."""
+    """JSON lines from standard input; never reads ahead, so that a test cannot see later frames."""
 
     def __init__(self) -> None:
         self.rest = bytearray()
@@ -407,7 +407,7 @@ def main() -> None:
     frames = Frames()
     settings = frames.next()
     try:
-        given = os.memfd_create("input")  # before the filter, which refuses it
+        given = os.memfd_create("input")  # before the filter, which forbids it
         enter(settings)
         sys.path += settings["packages"]
         for name in STARS:
@@ -418,7 +418,7 @@ def main() -> None:
         os._exit(1)
     job: dict = {}
     while True:
-        job |= frames.next()  # the first one holds the program too
+        job |= frames.next()  # the first frame also holds the program
         send(outcome(settings, job, given))
 
 

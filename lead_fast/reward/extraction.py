@@ -1,4 +1,4 @@
-"""From a response's text to its answer, and whether the text repeats itself."""
+"""Extract the answer from a response's text, and detect text that repeats itself."""
 
 import re
 
@@ -9,10 +9,10 @@ MAX_ANSWER_CHARS = 1000
 
 
 def graded_text(text: str, where: str = "all") -> str:
-    """The part of a response that is graded, seen from `</think>`: all, before_think, after_think.
+    """The part of a response to grade, relative to `</think>`: all, before_think, after_think.
 
-    Without `</think>` a response never ended its thinking: both sides are empty, as in the
-    released code of arXiv 2504.09696, which gives such a response no credit.
+    Without `</think>` a response never ended its reasoning, and both sides are empty, as in the released code of arXiv
+    2504.09696, which gives such a response no credit.
     """
     if where == "all":
         return text
@@ -24,23 +24,23 @@ _BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*+\{")
 _JOINED = re.compile(
     r"(?i)\\(?:quad|qquad|text|mathrm|left|right|[a-z]+_)?|[$(){}\[\],;&=_^'\\\s]|[a-z]\b|[a-z]_?\d\b|\d"
 )
-_TURNED = re.compile(  # words between two boxes by which the second replaces the first
+_TURNED = re.compile(  # words between two boxes which show that the second replaces the first
     r"(?i)\b(?:no|not|wait|but|so|then|instead|rather|hence|thus|therefore|wrong|actually|should|correct|later|next"
     r"|finally|total|in all|answer)\b"
 )
 
 
 def extract_boxed(text: str) -> str | None:
-    r"""Content of the last \boxed{...}, \fbox{...} or \framebox{...}, braces balanced; without any, of `\boxed 7`.
+    r"""The content of the last \boxed{...}, \fbox{...} or \framebox{...}, braces balanced; else that of `\boxed 7`.
 
-    An empty box does not hide one with content. Boxes that the last sentence joins by a comma or `and` are one list. A
-    last box that is never closed gives None, as does a text without a box: the answer was not finished.
+    An empty box does not hide one with content. Boxes that the last sentence joins by a comma or `and` are one list. If
+    the last box is never closed, the answer was not finished and the result is None, as for a text without a box.
     """
     starts = [m.span() for m in _BOX.finditer(text)]
     if not starts:
         words = re.findall(r"\\(?:boxed|fbox|framebox)\s++([^\s${}]++)", text)
         return words[-1] if words else None
-    boxes: list[tuple[int, int, str]] = []  # start, end and content, the last first; what holds a box is no box
+    boxes: list[tuple[int, int, str]] = []  # start, end, content, last first; only innermost boxes
     for start, inside in reversed(starts[-12:]):
         end = _closing(text, inside)
         if end is None:
@@ -72,7 +72,7 @@ def _closing(text: str, start: int) -> int | None:
 
 
 def _joins(between: str) -> bool:
-    """Whether the text between two boxes makes one list of them: a comma or `and`, few words, no change of mind."""
+    """Whether the text between two boxes joins them into a list: a comma or `and`, few words, no change of mind."""
     if len(between) > 80 or "\n\n" in between or _TURNED.search(between):
         return False
     if re.search(r"[.!?](?:\s|$)", between):
@@ -86,14 +86,14 @@ def _joins(between: str) -> bool:
 def is_degenerate(
     text: str, *, max_ngram: int = 30, repeats: int = 10, longest_word: int | None = 120, from_start: bool = False
 ) -> bool:
-    """Some n-gram of 1..max_ngram words stands `repeats` times in a row, or a word has `longest_word` characters.
+    """Whether an n-gram of 1..max_ngram words occurs `repeats` times in a row, or a word has `longest_word` characters.
 
     Args:
-        longest_word: None looks at n-grams alone, for a long formula is one word.
-        from_start: as the code released with arXiv 2504.09696 does: the text is cut into chunks of n words from its
-            first word on, and equal chunks are counted. Else n-grams are found wherever they start, which finds more.
-    A run of r copies of an n-gram is a stretch of n (r - 1) words that equal the word n places before: linear in the
-    text for each n.
+        longest_word: None checks n-grams alone, because a long formula is one word.
+        from_start: follow the code released with arXiv 2504.09696: cut the text into chunks of n words from its first
+            word on, and count equal chunks. Otherwise n-grams are found wherever they start, which finds more.
+    A run of r copies of an n-gram is a stretch of n (r - 1) words that each equal the word n positions earlier, so the
+    search takes linear time for each n.
     """
     words = text.split()
     if longest_word is not None and any(len(w) >= longest_word for w in words):

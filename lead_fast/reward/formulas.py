@@ -1,8 +1,9 @@
-"""From the text of an answer to tokens, and from tokens to formulas: LaTeX, plain text and Unicode alike.
+"""Read formulas: from the text of an answer to tokens, and from tokens to trees; LaTeX, plain text and Unicode alike.
 
-`spelled` gives one spelling for what looks the same and drops nothing that means something; `tokens` cuts it up;
-`Parser` reads a formula by the usual precedence. What a parser cannot read raises `Unread`, never anything else. Where
-a spelling is read in two ways (a/bc, ln 2 x) the formula is marked ambiguous: it may be found equal, but not unequal.
+`spelled` gives one spelling to everything that looks the same and drops nothing that carries meaning; `tokens` splits
+it; `Parser` reads a formula by the usual precedence. A parser raises `Unread`, and nothing else, for what it cannot
+read. If a spelling has two readings (a/bc, ln 2 x), the formula is marked ambiguous: it may be found equal, but not
+unequal.
 """
 
 import re
@@ -14,13 +15,13 @@ from .algebra import Node
 
 
 class Unread(Exception):
-    """The text is no formula of the kinds read here."""
+    """The text is not a formula of a kind that this module reads."""
 
 
 class Token(NamedTuple):
     kind: str  # num, run (letters), cmd (\\name), text (the words of \\text{...}), sym
     text: str
-    spaced: bool = False  # a space stands before it
+    spaced: bool = False  # preceded by a space
 
 
 # ------------------------------------------------------------------------------------------------------------ spelling
@@ -60,7 +61,7 @@ _WRAPPED = re.compile(
 
 
 def spelled(text: str) -> str:
-    """One spelling for what is read alike; a character that turns the reading direction makes it unreadable."""
+    """Give one spelling to what is read alike; characters that change the writing direction make it unreadable."""
     if _BIDI.search(text):
         raise Unread
     text = re.sub(r"(?<!\\)\\\s*$", "", text)  # what is left of a trailing "\ "
@@ -85,7 +86,7 @@ def spelled(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Unicode letters, digits, signs, roots, fractions, powers and indices in ASCII."""
+    """Convert Unicode letters, digits, signs, roots, fractions, powers and indices to ASCII."""
     out: list[str] = []
     for c in text:
         if c in SIGNS:
@@ -124,7 +125,7 @@ def _plain(text: str) -> str:
 
 
 def group(s: str, start: int, brackets: str = "{}") -> tuple[str, str]:
-    """What stands before the bracket that closes the one before `start`, and what follows it."""
+    """The text before the bracket that closes the one before `start`, and the text after it."""
     depth = 1
     for i in range(start, len(s)):
         if s[i] == brackets[0]:
@@ -164,7 +165,7 @@ ACCENTS = {r"\overline", r"\bar", r"\vec", r"\hat", r"\widehat", r"\tilde", r"\d
            r"\overrightarrow", r"\mathit", r"\mathscr", r"\mathfrak"}  # fmt: skip
 BRACKETS = {r"\{": r"\{", r"\}": r"\}", r"\lbrace": r"\{", r"\rbrace": r"\}", r"\lvert": "|", r"\rvert": "|",
             r"\vert": "|", r"\|": r"\|", r"\mid": r"\mid", r"\lbrack": "[", r"\rbrack": "]"}  # fmt: skip
-CALLED = set("fghuFGHPQRSTW")  # letters that are functions in front of a bracket
+CALLED = set("fghuFGHPQRSTW")  # letters that are functions before a bracket
 
 
 def tokens(s: str) -> list[Token]:
@@ -230,7 +231,7 @@ CLOSE = set(OPEN.values())
 
 
 def split(ts: list[Token], at: set[str]) -> tuple[list[list[Token]], list[str]]:
-    """Pieces between separators outside brackets and environments, and the separators; a half-open interval is one."""
+    """Split at separators outside brackets and environments; returns pieces and separators, cutting no interval."""
     if at.isdisjoint([t.text.lower() for t in ts]):
         return [list(ts)], []
     parts: list[list[Token]] = [[]]
@@ -251,7 +252,7 @@ def split(ts: list[Token], at: set[str]) -> tuple[list[list[Token]], list[str]]:
 
 
 def closes(ts: list[Token]) -> int:
-    """Index of the bracket that closes the first token, brackets of intervals counted alike; -1 without."""
+    """Index of the bracket that closes the first token, counting interval brackets alike; -1 if there is none."""
     depth = 0
     for i, t in enumerate(ts):
         if t.text in OPEN:
@@ -269,7 +270,7 @@ TERM_END = {")", "]", "}", r"\}", "+", "-", ",", ";", "|", r"\rfloor", r"\rceil"
 
 
 class Parser:
-    """Reads one formula; all tokens must be used."""
+    """Read one formula; all tokens must be used."""
 
     def __init__(self, ts: list[Token]):
         self.ts, self.at, self.depth = list(ts), 0, 0
@@ -400,7 +401,7 @@ class Parser:
         return node
 
     def mixed(self, whole: Node) -> Node:
-        """3 1/2 in LaTeX: a whole number in front of a proper fraction of whole numbers."""
+        """Read 3 1/2 in LaTeX: a whole number before a proper fraction of whole numbers."""
         if not self.seen(r"\frac"):
             return whole
         mark = self.at
@@ -412,7 +413,7 @@ class Parser:
         return whole
 
     def script(self) -> Node:
-        """An exponent: a group, or one factor without its own power."""
+        """Read an exponent: a group, or one factor without its own power."""
         if self.seen("{"):
             return self.braced()
         if self.seen("-", "+"):
@@ -431,7 +432,7 @@ class Parser:
         return node
 
     def argument(self) -> Node:
-        """What a macro takes: a group, a command, or one character."""
+        """Read a macro's argument: a group, a command, or one character."""
         if self.seen("{"):
             return self.braced()
         t = self.take()
@@ -470,7 +471,7 @@ class Parser:
         return ("fn", function, [node])
 
     def letters(self, t: Token) -> Node:
-        """The first letter of a run; the others stay."""
+        """Read the first letter of a run and leave the others."""
         if len(t.text) > 1:
             self.at -= 1
             self.ts[self.at : self.at + 1] = [Token("run", t.text[0], t.spaced), Token("run", t.text[1:])]
@@ -502,7 +503,7 @@ class Parser:
         return ("name", full)
 
     def index(self) -> str:
-        """A subscript as it is spelled, without braces and spaces."""
+        """A subscript as spelled, without braces and spaces."""
         if not self.seen("{"):
             t = self.take()
             if t.kind in ("num", "run") and len(t.text) > 1:
@@ -569,7 +570,7 @@ class Parser:
             out.append("" if u.text in ("{", "}") else u.text)
 
     def call(self, name: str) -> Node:
-        """A function: its base or power, and its argument."""
+        """Read a function: its base or power, and its argument."""
         power: Node | None = None
         base: Node | None = ("num", Fraction(10)) if name == "lg" else None
         for _ in range(2):

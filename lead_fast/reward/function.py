@@ -1,15 +1,15 @@
 """The user's own reward function, called in a process that may be killed. docs/own-reward.md shows how to write one.
 
-The function is named `path/to/FILE.py:name` or `module:name`. Of the arguments `problem`, `response`, `reference`,
-`columns` (the row of the data file, where it was kept) and `correct` (the verifier's verdict) it gets those that it
-names. What it returns becomes a dict of terms whose entry `reward` is the total:
+The function is named `path/to/FILE.py:name` or `module:name`. It receives those of the arguments `problem`, `response`,
+`reference`, `columns` (the row of the data file, if it was kept) and `correct` (the verifier's verdict) that it names.
+What it returns becomes a dict of terms whose entry `reward` is the total:
 
-- a number or a bool: `{"reward": value}`;
-- a dict of numbers: as it is, and without an entry `reward` the total is the sum of all.
+- a number or a bool becomes `{"reward": value}`;
+- a dict of numbers is used as it is; without an entry `reward`, the total is the sum of all.
 
-Responses travel to the worker in batches and come back one by one, so that the time limit holds for each. A response
+Responses are sent to the worker in batches and come back one by one, so that the time limit applies to each. A response
 whose call raises, takes too long or returns anything else gets the value of reward.function_failed; a worker that
-stalls or dies is replaced, and the new one continues behind that response.
+stalls or dies is replaced, and the new one continues after that response.
 """
 
 import contextlib
@@ -34,17 +34,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..records import Problem
 
-if TYPE_CHECKING:  # a worker does without torch
+if TYPE_CHECKING:  # a worker does not import torch
     from ..config import RewardConfig
 
-LARGEST = 1e6  # of a reward either way; beyond it a group's sum of squares loses float32's digits
+LARGEST = 1e6  # largest |reward|; beyond it the sum of squares over a group loses float32's digits
 ARGUMENTS = ("problem", "response", "reference", "columns", "correct")
 START_S = 300.0  # for the worker's imports and its first call, which may load a model
 BATCH = 64  # responses sent to the worker at once
 
 
 class Call(NamedTuple):
-    """What the function is asked about one response; the fields are ARGUMENTS."""
+    """What the function is called with for one response; the fields are ARGUMENTS."""
 
     problem: str
     response: str
@@ -54,12 +54,12 @@ class Call(NamedTuple):
 
 
 def call_of(problem: Problem, response: str, correct: bool) -> Call:
-    """The call for a response to `problem`."""
+    """Make the call for a response to `problem`."""
     return Call(problem.problem, response, problem.reference, getattr(problem, "columns", None) or {}, correct)
 
 
 class Value(NamedTuple):
-    """Terms of one response, `reward` the total, and whether they stand in for a call that failed."""
+    """Terms of one response, with `reward` as the total, and whether they replace those of a call that failed."""
 
     terms: dict[str, float]
     failed: bool
@@ -69,11 +69,11 @@ class Value(NamedTuple):
 
 
 class Refused(ValueError):
-    """The name of a function, or the function, cannot be used; the sentence says why."""
+    """A function, or its name, cannot be used; the sentence says why."""
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """File or module, and the name in it. Raises Refused where that is no such name or the file does not exist."""
+    """Split into file or module, and the name in it. Raises Refused if it has another form or the file is missing."""
     place, _, attribute = name.rpartition(":")
     if not place or not attribute.isidentifier():
         raise Refused(f"reward.function is {name!r}: write path/to/FILE.py:name or module:name.")
@@ -84,7 +84,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def load_function(name: str) -> Callable[..., Any]:
-    """The function that `FILE.py:name` or `module:name` names, which takes nothing but ARGUMENTS.
+    """Load the function that `FILE.py:name` or `module:name` names; it may take only ARGUMENTS.
 
     Raises:
         Refused: one sentence on what is wrong with the name, the file or the function's signature.
@@ -120,25 +120,25 @@ def load_function(name: str) -> Callable[..., Any]:
 
 
 def arguments_of(function: Callable[..., Any]) -> list[str]:
-    """Those of ARGUMENTS that a function takes."""
+    """The arguments among ARGUMENTS that a function takes."""
     parameters = inspect.signature(function).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     return [k for k in ARGUMENTS if takes_all or k in parameters]
 
 
 def terms_of(returned: Any) -> dict[str, float]:
-    """What a function returned as named terms with a total.
+    """Convert what a function returned to named terms with a total.
 
     Raises:
-        TypeError: neither a number, a bool nor a dict of them by name.
-        ValueError: a number that is not finite, or beyond LARGEST.
+        TypeError: it is neither a number, a bool nor a dict of them by name.
+        ValueError: a number is not finite, or is beyond LARGEST.
     """
     if not isinstance(returned, dict):
         return {"reward": number_of(returned, "the value")}
     if not returned or not all(isinstance(k, str) for k in returned):
         raise TypeError(f"returned {returned!r:.100}: give a number, or a dict of numbers by name")
     terms = {k: number_of(v, f"term {k}") for k, v in returned.items()}
-    return {"reward": number_of(math.fsum(terms.values()), "the sum")} | terms  # the total first, if given or not
+    return {"reward": number_of(math.fsum(terms.values()), "the sum")} | terms  # the total first, given or not
 
 
 def number_of(x: Any, what: str) -> float:
@@ -151,10 +151,10 @@ def number_of(x: Any, what: str) -> float:
 
 
 def answer(function: Callable[..., Any], wanted: Sequence[str], call: Call) -> dict[str, Any]:
-    """The function's terms for one call, or why there are none."""
+    """Return the function's terms for one call, or why there are none."""
     try:
         returned = function(**{k: getattr(call, k) for k in wanted})
-    except Exception as e:  # whatever the user's code raises costs this response alone
+    except Exception as e:  # anything that the user's code raises costs only this response
         own = [f for f in traceback.extract_tb(e.__traceback__) if f.filename != __file__]
         text = "".join(["Traceback:\n", *traceback.format_list(own), *traceback.format_exception_only(e)])
         return {"failed": f"raised {type(e).__name__}: {e}", "traceback": text}
@@ -165,13 +165,13 @@ def answer(function: Callable[..., Any], wanted: Sequence[str], call: Call) -> d
 
 
 def worker() -> None:
-    """Serve calls: pickled batches on stdin, a line of JSON on stdout for each call."""
+    """Serve calls: read pickled batches from stdin, write one line of JSON per call to stdout."""
     import ctypes
 
-    if sys.platform == "linux":  # however the trainer ends, no worker outlives it
+    if sys.platform == "linux":  # no worker outlives the trainer, however that ends
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     calls, results = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "w")
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # what the function reads and prints is none of the protocol
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # keep the function's own input and output out of the protocol
     os.dup2(2, 1)
 
     def tell(x: dict[str, Any]) -> None:
@@ -183,7 +183,7 @@ def worker() -> None:
         function = load_function(name)
     except Refused as e:
         return tell({"refused": str(e)})
-    except (Exception, SystemExit) as e:  # whatever the user's file raises when it is imported
+    except (Exception, SystemExit) as e:  # anything that the user's file raises on import
         return tell({"refused": f"reward.function {name} cannot be imported: {type(e).__name__}: {e}.",
                      "traceback": traceback.format_exc()})  # fmt: skip
     wanted = arguments_of(function)
@@ -201,15 +201,15 @@ def worker() -> None:
 
 
 class RewardFunction:
-    """Calls the user's function; a context manager, so that no process is left behind.
+    """Call the user's function; a context manager, so that no process is left behind.
 
     Args:
-        c: function, function_timeout_s and function_failed are used.
-        sample: a problem of the data, which the function is called with before anything else.
+        c: uses function, function_timeout_s and function_failed.
+        sample: a problem of the data, with which the function is called before anything else.
         say: prints what failed the first time.
     Raises:
-        ValueError: one sentence: the function cannot be found or imported, takes other arguments, or fails on the
-            sample, a right response to the problem.
+        ValueError: one sentence: the function cannot be found or imported, takes other arguments, or fails on a correct
+            response to the sample.
     """
 
     def __init__(self, c: "RewardConfig", sample: Problem, say: Callable[[str], object] = print):
@@ -231,14 +231,14 @@ class RewardFunction:
         for first in range(0, len(calls), BATCH):
             batch, at = calls[first : first + BATCH], len(values)
             while (done := len(values) - at) < len(batch):
-                if self.process is None or self.process.poll() is not None:  # died idle: no response's fault
+                if self.process is None or self.process.poll() is not None:  # died while idle: no response failed
                     self.close()
                     self._start()
                 values += self._ask(batch[done:])
         return values
 
     def _ask(self, batch: Sequence[Call]) -> list[Value]:
-        """Terms of the batch, or of its beginning up to a response that the worker stalled or died at."""
+        """Terms of the batch, or of its part before a response at which the worker stalled or died."""
         limit_s, values = self.c.function_timeout_s, []
         sent = self._send(batch)
         for _ in batch:
@@ -261,7 +261,7 @@ class RewardFunction:
         return Value({"reward": self.c.function_failed}, True)
 
     def _start(self) -> None:
-        """Start a worker and have it call the function with the sample."""
+        """Start a worker and have it call the function on the sample."""
         paths = [p or os.getcwd() for p in sys.path]
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys([*paths, os.getcwd()]))}
         self._buffer = b""
@@ -270,21 +270,21 @@ class RewardFunction:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=env,
-            start_new_session=True,  # Ctrl-C in the terminal is the trainer's to answer
+            start_new_session=True,  # only the trainer handles Ctrl-C in the terminal
         )
         sent = self._send((self.c.function, self.sample))
         line = self._line(START_S) if sent else ""
         got = json.loads(line) if line else {"refused": f"reward.function {self.c.function} ended its process or took "
-                                             f"over {START_S:g} s when it was called first."}  # fmt: skip
+                                             f"over {START_S:g} s when it was first called."}  # fmt: skip
         if "terms" not in got:
             self.close()
             if got.get("traceback"):
                 self.say(got["traceback"].rstrip())
             failed = f"reward.function {self.c.function} {got.get('failed')}"
-            raise ValueError(got.get("refused") or f"{failed}; it was given a right response to the first problem.")
+            raise ValueError(got.get("refused") or f"{failed}; it was given a correct response to the first problem.")
 
     def _send(self, x: Any) -> bool:
-        """Write to the worker; False where it has died or does not read within START_S."""
+        """Write to the worker; returns False if it has died or does not read within START_S."""
         assert self.process and self.process.stdin
         data, fd, until = memoryview(pickle.dumps(x)), self.process.stdin.fileno(), time.monotonic() + START_S
         os.set_blocking(fd, False)
@@ -298,7 +298,7 @@ class RewardFunction:
         return True
 
     def _line(self, timeout_s: float) -> str:
-        """The worker's next line; empty where none comes in time or the worker has died."""
+        """The worker's next line; empty if none arrives in time or the worker has died."""
         assert self.process and self.process.stdout
         fd, until = self.process.stdout.fileno(), time.monotonic() + timeout_s
         while b"\n" not in self._buffer:
@@ -311,7 +311,7 @@ class RewardFunction:
         return line.decode()
 
     def close(self) -> None:
-        """End the worker and what it started."""
+        """End the worker and all processes that it started."""
         if self.process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Responses to scored samples."""
+"""Turn responses into scored samples."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,8 +22,8 @@ def score(
     """Grade responses against references, one each.
 
     Args:
-        where: what is graded (`graded_text`); where that is a side of `</think>`, a response without it is truncated.
-        degenerate, longest_word: whether to look for repetition, and `is_degenerate`'s limit.
+        where: the part to grade (`graded_text`); if it is a side of `</think>`, a response without it is truncated.
+        degenerate, longest_word: whether to check for repetition, and the limit for `is_degenerate`.
     """
     extracted = [extract_boxed(graded_text(r.text, where)) for r in responses]
     correct = verifier.grade(list(zip(extracted, references, strict=True)))
@@ -54,18 +54,18 @@ def grade(
     """Grade responses against their problems' references, and by the user's function.
 
     Args:
-        problems: that were asked.
-        responses: by the place of their problem.
-        c: which side of `</think>` is graded, whether repetition is looked for, and what the function's value is.
+        problems: those that were asked.
+        responses: by index of their problem.
+        c: which side of `</think>` to grade, whether to check for repetition, and how to use the function's value.
         function: called with every response; None: there is none.
-        trains: with reward.mode=replace the function decides what is correct; False: the verifier does, as in every
+        trains: with reward.mode=replace the function decides what is correct; if False the verifier does, as in every
             evaluation.
     Returns:
-        the samples, by the same places.
+        the samples, by the same indices.
     """
     flat = [(i, r) for i, rs in responses.items() for r in rs]
     watched = c.degenerate is not None or c.repetition is not None
-    longest = 120 if c.degenerate is not None else None  # the released code's rule; stage 2's is n-grams alone
+    longest = 120 if c.degenerate is not None else None  # the released code's rule; stage 2's checks only n-grams
     scores = score(
         [r for _, r in flat],
         [problems[i].reference for i, _ in flat],

@@ -1,12 +1,12 @@
-"""Programs that a model wrote, run against tests under guard and graded as LiveCodeBench grades them.
+"""Run programs that a model wrote against tests, under guard, and grade them as LiveCodeBench does.
 
-Every program gets a process tree of its own (cell.py is what runs inside): namespaces for users, pids, network, mounts,
-IPC and host name; an unprivileged user without capabilities; a root that holds the interpreter and the system's
-libraries read-only and nothing else; an empty /tmp in memory; a filter on system calls; limits on CPU and wall-clock
-time, memory, processes, file size and output. It ends as a whole. Where any of this cannot be had nothing is run.
+Every program gets a process tree of its own (cell.py runs inside it): namespaces for users, pids, network, mounts, IPC
+and host name; an unprivileged user without capabilities; a root that holds only the interpreter and the system's
+libraries, read-only; an empty /tmp in memory; a filter on system calls; limits on CPU and wall-clock time, memory,
+processes, file size and output. The tree always ends as a whole. If any of this is unavailable, nothing is run.
 
 A test is a text for standard input and the expected output, or a call's arguments and its expected value. Expected
-outputs never enter: what a test gives is brought out and compared here, as the benchmark does.
+outputs never enter the guard: what a test prints or returns is brought out and compared here, by the benchmark's rules.
 """
 
 import contextlib
@@ -36,9 +36,9 @@ from .extraction import graded_text
 
 Tests = tuple[str | None, Sequence[tuple[str, str]]]  # the function to call, if any; (input, expected output)
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/nix/store", "/etc/ld.so.cache", "/etc/localtime")
-FIRST_UID = 1_880_000_000  # above the ranges that systems and containers hand out
-START_S = 60.0  # most that a guard may take to be built
-GRACE_S = 10.0  # beyond a test's wall-clock limit, for the process inside to report it
+FIRST_UID = 1_880_000_000  # above the ranges that systems and containers assign
+START_S = 60.0  # maximum time for building a guard
+GRACE_S = 10.0  # added to a test's wall-clock limit, so that the process inside can report it
 STARTED = itertools.count()
 
 
@@ -47,7 +47,7 @@ class Limits:
     """Limits on one test of a program. CPU seconds count per process; the benchmark allows 6 s of wall-clock time.
 
     memory_bytes: address space of each process, and resident memory of all of them. processes: threads count, and so
-    does the one that supervises. box_bytes: files in /tmp, and the size of one. output_bytes: of standard output.
+    does the supervising process. box_bytes: total of the files in /tmp, and each file. output_bytes: standard output.
     """
 
     cpu_s: int = 6
@@ -60,11 +60,11 @@ class Limits:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a program.
+    """The outcome of a program.
 
     reason: passed, wrong answer, runtime error, time limit, memory limit, output limit, no program, or guard ended
-    (the process tree died before it reported). test: index of the first test that failed. detail: the program's last
-    words on standard error, untrusted text.
+    (the process tree died before it reported). test: index of the first test that failed. detail: the end of the
+    program's standard error, untrusted text.
     """
 
     passed: bool
@@ -77,7 +77,7 @@ class Verdict:
 
 
 def extract_program(text: str) -> str | None:
-    """The last fenced block: what stands between the last two lines that hold three backquotes. None without two."""
+    """The last fenced block: the text between the last two lines that contain three backquotes. None without two."""
     lines = text.split("\n")
     fences = [i for i, line in enumerate(lines) if "```" in line]
     return "\n".join(lines[fences[-2] + 1 : fences[-1]]) if len(fences) > 1 else None
@@ -94,12 +94,12 @@ def _same_line(ours: str, theirs: str) -> bool:
         return True
     try:
         return [Decimal(word) for word in ours.split()] == [Decimal(word) for word in theirs.split()]
-    except (InvalidOperation, ValueError):  # not all are numbers
+    except (InvalidOperation, ValueError):  # not all of them are numbers
         return False
 
 
 def value(sent: Any) -> Any:
-    """A returned value from its form in JSON (`cell.plain`). Raises ValueError for what the cell does not send."""
+    """Decode a returned value from JSON (`cell.plain`). Raises ValueError for anything that the cell never sends."""
     if isinstance(sent, list):
         return [value(v) for v in sent]
     if not isinstance(sent, dict):
@@ -112,20 +112,20 @@ def value(sent: Any) -> Any:
                 return {value(k): value(v) for k, v in pairs}
     except TypeError as e:
         raise ValueError(f"{sent!r:.100} is not a value.") from e
-    return object()  # of a type that equals nothing
+    return object()  # of a type whose values equal nothing
 
 
 def same_value(sent: str, expected: str) -> bool:
-    """Compare a returned value with the expected one by ==, a tuple as a list, as LiveCodeBench does."""
+    """Compare a returned value with the expected one by ==, with tuples as lists, as LiveCodeBench does."""
     try:
         ours = value(json.loads(sent, parse_int=_integer))
-    except (ValueError, RecursionError):  # not what the cell sends: the program wrote it
+    except (ValueError, RecursionError):  # written by the program, not by the cell
         return False
     return bool(ours == json.loads(expected, parse_int=_integer))
 
 
 def _integer(digits: str) -> int | tuple[str, str]:
-    """An integer; beyond the interpreter's limit on digits its text, which compares as well."""
+    """Parse an integer; beyond the interpreter's limit on digits, keep its text, which compares equally well."""
     return int(digits) if len(digits) <= 4000 else ("integer", digits)
 
 
@@ -133,12 +133,12 @@ def _integer(digits: str) -> int | tuple[str, str]:
 
 
 def interpreter() -> str:
-    """The interpreter that this environment was made from: it starts without the environment's own packages."""
+    """The interpreter that this environment was made from, which starts without the environment's packages."""
     return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
 
 
 def _seen() -> tuple[list[str], list[str]]:
-    """What a program sees of the file system, and where its packages (numpy, say) are."""
+    """The parts of the file system that a program sees, and the folders of its packages (numpy, say)."""
     packages = os.path.realpath(sysconfig.get_path("purelib"))
     paths = [p for p in SYSTEM if os.path.lexists(p)]
     for path in (os.path.realpath(sys.base_prefix), packages):
@@ -148,13 +148,13 @@ def _seen() -> tuple[list[str], list[str]]:
 
 
 class PidsGroup:
-    """A pids cgroup below this process's own, or none where that is not writable; version 1 or 2."""
+    """A pids cgroup below this process's own, or none if that is not writable; version 1 or 2."""
 
     def __init__(self, name: str, most: int):
         self.folder: Path | None = None
         parent = self._parent()
         if parent is not None:
-            for old in parent.glob("lead-fast-*-*"):  # of a process that was killed
+            for old in parent.glob("lead-fast-*-*"):  # left by a process that was killed
                 if not os.path.exists(f"/proc/{old.name.split('-')[2]}"):
                     with contextlib.suppress(OSError):
                         old.rmdir()
@@ -194,21 +194,21 @@ class PidsGroup:
                 self.folder = None
             except FileNotFoundError:
                 self.folder = None
-            except OSError:  # the kernel is still taking processes apart
+            except OSError:  # the kernel is still tearing down processes
                 if time.monotonic() > until:
                     raise
                 time.sleep(0.005)
 
 
 class GuardFailure(ValueError):
-    """No guard can be built here."""
+    """A guard cannot be built on this machine."""
 
 
 class Cell:
-    """One program's process tree under guard; a context manager that leaves none of it behind.
+    """One program's process tree under guard; a context manager that leaves no part of it behind.
 
     Raises:
-        GuardFailure: a part of the protection cannot be had. No program has run then.
+        GuardFailure: a part of the protection is unavailable; no program has run.
     """
 
     def __init__(self, limits: Limits = Limits()):
@@ -243,7 +243,7 @@ class Cell:
             raise
 
     def _children(self) -> list[int]:
-        """Process 1 of the new namespace, by its number out here."""
+        """Process 1 of the new namespace, by its number outside."""
         try:
             return list(
                 map(int, Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split())
@@ -252,7 +252,7 @@ class Cell:
             return []
 
     def _insist(self, started: dict | None) -> dict:
-        """What is in force, or GuardFailure where any of it is not."""
+        """Return the protection in force; raise GuardFailure if any part of it is missing."""
         force = (started or {}).get("in_force")
         if force is None:
             self.words.seek(0)
@@ -269,17 +269,17 @@ class Cell:
         return force
 
     def ask(self, frame: dict, seconds: float) -> dict | None:
-        """Send a frame and wait for the answer; None where none comes in time or the process tree has ended."""
+        """Send a frame and wait for the answer; None if none arrives in time or the process tree has ended."""
         assert self.process.stdin and self.process.stdout
         given, taken = self.process.stdin.fileno(), self.process.stdout.fileno()
         data, until = memoryview(json.dumps(frame).encode() + b"\n"), time.monotonic() + seconds
-        most = 6 * self.limits.output_bytes + (1 << 16)  # JSON's escapes
+        most = 6 * self.limits.output_bytes + (1 << 16)  # 6: the length of a JSON escape
         got = bytearray(self.rest)
         while b"\n" not in got[-(1 << 16) - 1 :]:
             left = until - time.monotonic()
             if left <= 0 or len(got) > most:
                 return None
-            poller = select.poll()  # select knows no descriptor above 1023
+            poller = select.poll()  # select cannot handle descriptors above 1023
             poller.register(taken, select.POLLIN)
             if data:
                 poller.register(given, select.POLLOUT)
@@ -305,7 +305,7 @@ class Cell:
         return answer if isinstance(answer, dict) else None
 
     def run(self, program: str, tests: Tests) -> Verdict:
-        """Run a program against tests, up to the first that fails. Once per cell."""
+        """Run a program against tests, up to the first that fails. Call once per cell."""
         function, cases = tests
         job = {"program": program, "function": function}
         for i, (text, expected) in enumerate(cases):
@@ -320,14 +320,14 @@ class Cell:
         return Verdict(True, "passed")
 
     def kill(self) -> None:
-        """End all of it: process 1 of its namespace takes every other process with it."""
+        """Kill the entire tree: process 1 of its namespace takes every other process with it."""
         for pid in self._children():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.kill()
 
     def close(self) -> None:
-        """End all of it and leave nothing behind."""
+        """Kill the entire tree and leave nothing behind."""
         self.kill()
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
@@ -345,15 +345,15 @@ class Cell:
 
 
 def protection(limits: Limits = Limits()) -> str:
-    """Build a guard, run a program in it, and say what is in force. Raises GuardFailure where there is no guard."""
+    """Build a guard, run a program in it, and describe the protection. Raises GuardFailure if it is incomplete."""
     with Cell(limits) as tried:
         verdict = tried.run("print(6 * 7)", (None, [("", "42")]))
         if not verdict.passed:
-            raise GuardFailure(f"A guard for programs was built, but print(6 * 7) in it gave: {verdict.reason}.")
+            raise GuardFailure(f"A guard for programs was built, but print(6 * 7) in it ended with: {verdict.reason}.")
         pids = "a pids cgroup" if tried.pids.folder else "no pids cgroup (none is writable)"
         user = tried.in_force["outer_uid"]
     return (
-        f"Programs run under guard, each in namespaces of its own ({', '.join(cell.NAMESPACES)}), as user {user} "
+        f"Programs run under guard, each in separate namespaces ({', '.join(cell.NAMESPACES)}), as user {user} "
         f"without capabilities, with a filter on system calls, {pids}, a read-only root and an empty /tmp; at most "
         f"{limits.cpu_s} s of CPU, {limits.wall_s:g} s, {limits.memory_bytes >> 20} MiB, {limits.processes} processes."
     )
@@ -363,18 +363,18 @@ def protection(limits: Limits = Limits()) -> str:
 
 
 def run(program: str, tests: Tests, limits: Limits = Limits()) -> Verdict:
-    """Run one program under a guard of its own."""
+    """Run one program in a new guard."""
     with Cell(limits) as one:
         return one.run(program, tests)
 
 
 class Programs:
-    """Grades responses that are programs, several at a time.
+    """Grade responses that are programs, several at a time.
 
     Args:
-        tests: of a problem.
+        tests: returns a problem's tests.
         limits: on each test.
-        workers: programs at once; None: as many as this process's share of the cores, where memory lets them.
+        workers: programs at once; None: as many as this process's share of the cores and the memory allow.
     """
 
     def __init__(self, tests: Callable[[Problem], Tests], limits: Limits = Limits(), workers: int | None = None):
@@ -388,20 +388,20 @@ class Programs:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        """Nothing is left to end: each program's process tree ends with its grading."""
+        """Do nothing: each program's process tree ends when it has been graded."""
 
     def grade(
         self, problems: Sequence[Problem], responses: dict[int, list[Response]], c: RewardConfig
     ) -> dict[int, list[Sample]]:
-        """Grade responses, by the place of their problem; a Score's `extracted` is the program."""
+        """Grade responses, by index of their problem; a Score's `extracted` is the program."""
         programs = {i: [extract_program(graded_text(r.text, c.grade)) for r in rs] for i, rs in responses.items()}
-        jobs = [(i, p) for i, ps in programs.items() for p in dict.fromkeys(ps) if p is not None]  # equal ones once
+        jobs = [(i, p) for i, ps in programs.items() for p in dict.fromkeys(ps) if p is not None]  # without repeats
         pool = ThreadPoolExecutor(self.workers)
         try:
             done = pool.map(lambda job: self._run(problems[job[0]], job[1]), jobs)
             verdicts = dict(zip(jobs, done, strict=True))
-        except BaseException:  # Ctrl-C among them: what runs is not waited for
-            self.interrupted = True  # before the loop: what starts meanwhile sees it
+        except BaseException:  # including Ctrl-C: do not wait for running programs
+            self.interrupted = True  # before the loop, so that programs about to start see it
             for one in list(self.running):
                 one.kill()
             raise
@@ -437,8 +437,8 @@ def _workers(limits: Limits) -> int:
 
 
 def counted(reasons: Iterable[Counter[str]]) -> str:
-    """What became of all programs, in one sentence."""
+    """Count the outcomes of all programs, in one sentence."""
     total = sum(reasons, Counter())
     if not total:
-        return "Programs: all were graded before."
+        return "Programs: all were graded earlier."
     return f"Programs: {', '.join(f'{n} {reason}' for reason, n in total.most_common())}."

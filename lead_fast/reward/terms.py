@@ -1,13 +1,13 @@
-"""Terms of the reward beside right and wrong: what a wrong response costs, and what is added to any response's reward.
+"""Terms of the reward besides correctness: the price of a wrong response, and bonuses on any response.
 
-The kernels give a response  R = exp(-alpha z) if it is correct (1 where L is off), else wrong_reward;  + bonus.  The
-value v of the user's own function enters by these two columns:
+The kernels give a response  R = exp(-alpha z) if it is correct (1 if L is off), else wrong_reward;  + bonus.  The
+value v of the user's own function enters through these two terms:
 
 - mode `add`: v is part of the bonus.
 - mode `replace`: a wrong response (v at most reward.correct_above) has wrong_reward v. A correct one has the bonus
-  v - 1, so that R = v where L is off, to float32's rounding, and v + exp(-alpha z) - 1 with L: brevity among the
-  correct responses weighs as much beside v as it does beside GRPO-LEAD's reward of 1, whatever the scale or the sign of
-  v. (A product v exp(-alpha z) would reward length where v is negative, and not reward brevity where v is near 0.)
+  v - 1, so that R = v if L is off, to float32's rounding, and v + exp(-alpha z) - 1 with L: brevity among the correct
+  responses then has the same weight relative to v as to GRPO-LEAD's reward of 1, whatever the scale or sign of v. (A
+  product v exp(-alpha z) would reward length where v is negative, and not reward brevity where v is near 0.)
 """
 
 from ..config import Config
@@ -20,7 +20,7 @@ def soft_overlong_penalty(length: int, max_tokens: int, buffer: int) -> float:
 
 
 def wrong_reward(s: Score, c: Config) -> float:
-    """Reward of this response if it is incorrect: plain, truncated, degenerate, with repeated n-grams, or its value."""
+    """Reward of this response if it is wrong: plain, truncated, degenerate, with repeated n-grams, or v."""
     r = c.reward
     if s.terms and r.mode == "replace":
         return s.terms["reward"]
@@ -33,7 +33,7 @@ def wrong_reward(s: Score, c: Config) -> float:
 
 
 def bonus(s: Score, length: int, c: Config) -> float:
-    """What is added to this response's reward: the soft overlong penalty, and the part of the user's own function."""
+    """Bonus on this response's reward: the soft overlong penalty, and the contribution of the user's own function."""
     r, total = c.reward, 0.0
     if r.overlong_buffer:
         total += soft_overlong_penalty(length, c.rollout.max_tokens, r.overlong_buffer)

@@ -1,14 +1,14 @@
-"""Whether an answer equals a reference, checked in a process that may be killed where no rule tells.
+"""Decide whether an answer equals a reference, in a process that may be killed if no rule decides.
 
-`answers.py` holds the types, the rules and their reasons; most answers are decided there, in microseconds. What no
-rule decides goes to math-verify unrewritten, in a worker process whose CPU time is limited: what needs longer, crashes
-or is absurdly long is wrong. A busy machine does not shorten the limit.
+`answers.py` holds the types, the rules and their reasons; most answers are decided there, in microseconds. Pairs that
+no rule decides go to math-verify unchanged, in a worker process with limited CPU time: an answer that needs more time,
+crashes the worker or is absurdly long counts as wrong. A busy machine does not shorten the limit.
 
-math-verify rounds to six places, drops words, and compares fragments where it cannot parse. So the worker takes its
-yes only where both sides were parsed, neither is without a value, and exact sides agree to many digits.
+math-verify rounds to six places, drops words, and compares fragments where it cannot parse. Therefore the worker
+accepts its yes only if both sides were parsed, neither lacks a value, and exact sides agree to many digits.
 
-sympy evaluates text with Python's `eval` wherever it is handed a string, and latex2sympy hands it number tokens; the
-worker lets numbers and sympy's own closed forms through and refuses all else, so nothing in an answer is run as code.
+sympy evaluates any string that it is given with Python's `eval`, and latex2sympy gives it number tokens; the worker
+accepts only numbers and sympy's own closed forms, so that nothing in an answer is run as code.
 """
 
 import json
@@ -25,17 +25,17 @@ from .extraction import MAX_ANSWER_CHARS
 from .formulas import Unread
 
 WALL_FACTOR = 10
-"""Wall-clock limit of a worker as a multiple of its CPU limit: for one that sleeps or waits, not for a busy machine."""
+"""Wall-clock limit of a worker as a multiple of its CPU limit, for one that sleeps or waits, not for a busy machine."""
 
 # ---------------------------------------------------------------------------------------------------------- undecided
 
 
 def quick(answer: str, reference: str) -> bool | None:
-    """Right or wrong where the rules tell, else None."""
+    """Whether the answer is right, if the rules decide it, else None."""
     if len(answer) > MAX_ANSWER_CHARS:
         return False
-    told = decide(answer, reference)
-    return False if told is None and (_tower(answer) or _unbalanced(answer)) else told
+    verdict = decide(answer, reference)
+    return False if verdict is None and (_tower(answer) or _unbalanced(answer)) else verdict
 
 
 def _unbalanced(s: str) -> bool:
@@ -43,9 +43,9 @@ def _unbalanced(s: str) -> bool:
 
 
 def _tower(s: str) -> bool:
-    """What a computer algebra system would try to write out: huge exponents and factorials, powers of powers.
+    """Whether a computer algebra system would try to expand huge exponents, factorials or powers of powers.
 
-    Only a short cut for the obvious; the time limit of the worker is the guard.
+    Only a short cut for obvious cases; the real protection is the worker's time limit.
     """
     if re.search(r"\^\{?\d{5,}|\d{5,}!|!!|\\uparrow|\d{60,}|\^\{[^{}]*\^\{[^{}]*\^", s):
         return True
@@ -59,16 +59,16 @@ def _tower(s: str) -> bool:
 def worker() -> None:
     """Read [answer, reference, seconds] as JSON lines, write true or false; end when stdin does.
 
-    Each comparison may use so many seconds of this process's CPU time: the kernel's profiling timer ends the process.
+    Each comparison may use that many seconds of this process's CPU time: the kernel's profiling timer ends the process.
     """
     import ctypes
     import logging
     import resource
     import signal
 
-    if sys.platform == "linux":  # however the trainer ends, no worker outlives it
+    if sys.platform == "linux":  # no worker outlives the trainer, however that ends
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    import sympy.physics.units  # noqa: F401  (hands strings to sympify while it is imported)
+    import sympy.physics.units  # noqa: F401  (passes strings to sympify during import)
     from math_verify import LatexExtractionConfig, parse, verify
     from sympy.parsing import sympy_parser
 
@@ -97,21 +97,21 @@ def worker() -> None:
             ok = ok and verify(theirs[0], ours[0], timeout_seconds=None, allow_set_relation_comp=True)
             ok = ok and _endless(ours) == _endless(theirs) and not _undefined(ours) and not _undefined(theirs)
             ok = ok and not _apart(ours[0], theirs[0], "." in answer or "." in reference)
-        except (Exception, RecursionError):  # whatever a parser raises on an answer: the answer is wrong
+        except (Exception, RecursionError):  # anything that a parser raises: the answer is wrong
             ok = False
         signal.setitimer(signal.ITIMER_PROF, 0)
         print(json.dumps(bool(ok)), file=out, flush=True)
 
 
 def _endless(parsed: list) -> bool:
-    """A number without bound among what was parsed: math-verify's tolerance takes it for any other number."""
+    """Whether a parsed number is infinite: math-verify's tolerance equates it with any other number."""
     import sympy
 
     return any(isinstance(x, sympy.Expr) and x.has(sympy.oo, -sympy.oo) for x in parsed)
 
 
 def _undefined(parsed: list) -> bool:
-    """A number without a value, before or after evaluation: two of them are not equal."""
+    """Whether a parsed number has no value, before or after evaluation: two of them are not equal."""
     import sympy
 
     without = (sympy.zoo, sympy.nan)
@@ -119,7 +119,7 @@ def _undefined(parsed: list) -> bool:
 
 
 def _apart(a: object, b: object, rounded: bool) -> bool:
-    """Whether numbers that math-verify's rounding took for equal differ: in the 6th digit, exact ones in the 30th."""
+    """Whether numbers that math-verify's rounding equates differ: in the 6th digit, exact ones in the 30th."""
     import sympy
 
     if not (isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr)) or a.free_symbols or b.free_symbols:
@@ -131,7 +131,7 @@ def _apart(a: object, b: object, rounded: bool) -> bool:
 
 
 def _only_numbers(parse_expr: Callable) -> Callable:
-    """sympy's string parser, which is `eval`, for numbers and closed forms of numbers; all else is refused."""
+    """Restrict sympy's string parser, which is `eval`, to numbers and closed forms of numbers."""
     safe = re.compile(r"(?:[\d\s.+\-*/()]|sqrt|exp|log|pi|[eE])*", re.ASCII)
 
     def parse(text: str, *args, **kwargs):
@@ -143,14 +143,14 @@ def _only_numbers(parse_expr: Callable) -> Callable:
 
 
 class _Worker:
-    """One process that checks answers; killed and started again when it stalls or dies."""
+    """One process that checks answers; killed and restarted if it stalls or dies."""
 
     def __init__(self) -> None:
         self.process: subprocess.Popen | None = None
 
     def ask(self, answer: str, reference: str, timeout_s: float) -> bool:
         if self.process is not None and self.process.poll() is not None:
-            self.kill()  # died between two answers: not this one's fault
+            self.kill()  # died between two answers, not because of this one
         process = self.process or self._start()
         assert process.stdin and process.stdout
         try:
@@ -171,7 +171,7 @@ class _Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env=env,
-            start_new_session=True,  # Ctrl-C in the terminal is the trainer's to answer
+            start_new_session=True,  # only the trainer handles Ctrl-C in the terminal
         )
         ready = self._line(600.0) == "ready"
         if ready:
@@ -179,7 +179,7 @@ class _Worker:
             self.process.stdin.write(b'["x+1", "1+x", 60]\n')
             self.process.stdin.flush()
             ready = self._line(600.0) == "true"
-        if not ready:  # or every answer would be wrong, and nobody would know why
+        if not ready:  # otherwise every answer would count as wrong, and nobody would know why
             self.kill()
             raise RuntimeError("The answer checker does not start: are math-verify and sympy installed as pinned?")
         return self.process
@@ -197,17 +197,17 @@ class _Worker:
                 if pipe:
                     try:
                         pipe.close()
-                    except OSError:  # what was not yet written to a dead process
+                    except OSError:  # unwritten data for a dead process
                         pass
             self.process = None
 
 
 class Verifier:
-    """Checks answers; a context manager, so that no process is left behind.
+    """Check answers; a context manager, so that no process is left behind.
 
     Args:
-        timeout_s: limit of the worker's CPU time for one answer, seconds; past it the answer is wrong and the worker
-            is replaced. Ten times as long by the clock ends it, too.
+        timeout_s: limit on the worker's CPU time for one answer, in seconds; beyond it the answer is wrong and the
+            worker is replaced. Ten times as long by the clock also ends it.
     """
 
     def __init__(self, timeout_s: float = 5.0):
@@ -224,17 +224,17 @@ class Verifier:
         self.worker.kill()
 
     def grade(self, pairs: Sequence[tuple[str | None, str]]) -> list[bool]:
-        """Whether each (extracted answer, reference) agrees; no answer is wrong."""
+        """Whether each extracted answer equals its reference; a missing answer is wrong."""
         return [answer is not None and self._equal(answer, reference) for answer, reference in pairs]
 
     def same(self, answer: str, other: str) -> bool:
-        """Whether two answers, both wrong, are one: for votes. One that timed out before is like no other."""
+        """Whether two wrong answers are the same, for votes. One that timed out before equals no other."""
         return not {answer, other} & self.timed_out and self._equal(answer, other)
 
     def parses(self, answer: str) -> bool:
         """Whether a reference can be graded against: a rule reads it, or math-verify finds it equal to itself."""
         if len(answer) > MAX_ANSWER_CHARS or _unbalanced(answer):
-            return False  # math-verify would compare what is not balanced as plain text
+            return False  # math-verify would compare unbalanced text as plain text
         try:
             if readings(answer, False):
                 return True
@@ -243,9 +243,9 @@ class Verifier:
         return self.worker.ask(answer, answer, self.timeout_s)
 
     def _equal(self, answer: str, reference: str) -> bool:
-        told = quick(answer, reference)
-        if told is not None:
-            return told
+        verdict = quick(answer, reference)
+        if verdict is not None:
+            return verdict
         key = answer, reference
         if key not in self.seen:
             if len(self.seen) > 100_000:

@@ -1,1 +1,1 @@
-"""Engines that sample, groups collected over ranks, weights on their way to the engine."""
+"""Sampling: engines, groups collected over ranks, and the transfer of weights to the engine."""

@@ -1,4 +1,4 @@
-"""Problems that wait from step to step, with their unfinished responses: partial rollouts that drop nothing."""
+"""Backlog of problems that wait from step to step with unfinished responses: partial rollouts that drop nothing."""
 
 import base64
 from collections.abc import Callable
@@ -11,29 +11,29 @@ from ..records import Batch, Group, Response
 
 
 class Backlog:
-    """Which problems a step asks, where more may be asked than a step needs: each is asked once, none is dropped.
+    """Decide which problems a step asks if more may be asked than it needs: each is asked once, none is dropped.
 
-    A step asks `size + extra` problems, those waiting from earlier steps first, and trains on the `size` that are
-    complete first, the ones asked earliest before the others; the rest waits, with what was sampled of it. With
-    extra = 0 nothing ever waits.
+    A step asks `size + extra` problems, those waiting from earlier steps first, and trains on the first `size` that are
+    complete, those asked earliest before the others; the rest waits, with the responses sampled so far. With extra = 0
+    nothing ever waits.
 
-    A group is trained on at most `max_age` steps after the step that asked it. `due` says how many of the oldest must
-    be complete in a step: the entry at place p (1 the oldest) that may wait s steps more needs p - size s of them, so
-    that every later step can still train on all that then fall due. With extra <= size max_age that is never more than
-    `size`: a step asks up to place size + extra, and each trains on `size`.
+    A group is trained on at most `max_age` steps after the step that asked it. `due` is the number of oldest groups
+    that must be complete in a step: if the entry at position p (1 is the oldest) may wait s more steps, p - size s of
+    them must be, so that every later step can still train on all groups that fall due in it. With extra <= size max_age
+    that is never more than `size`: a step asks up to position size + extra, and each step trains on `size`.
 
-    What is complete first is short, so the first steps' responses are shorter than those of all that was asked; from
-    step max_age on they are not, for then as many long groups come from earlier steps as wait for later ones.
-    `length_bias` measures it: mean length of step `length_bias_step` over that of all groups it asked, less 1, reported
-    as soon as the last of those is trained on.
+    Short responses are complete first, so those of the first steps are shorter than all that were asked; from step
+    max_age on they are not, because by then as many long groups come from earlier steps as wait for later ones.
+    `length_bias` measures this: mean length of step `length_bias_step` over that of all groups it asked, less 1,
+    reported once the last of those has been trained on.
 
     Args:
-        stream: position in the data to problem.
-        size: groups to train on a step.
+        stream: maps a position in the data to a problem.
+        size: groups to train on per step.
         extra: problems asked beyond that.
         max_age: steps that a group may wait.
-        state: what `state` gave, or empty.
-        position: where in the data to begin, without a state.
+        state: the result of `state`, or empty.
+        position: position in the data at which to begin without a state.
     """
 
     def __init__(
@@ -49,13 +49,13 @@ class Backlog:
         state = state or {}
         self.stream, self.size, self.extra, self.max_age = stream, size, extra, max_age
         self.position = int(state.get("asked", position))
-        self.steps = int(state.get("steps", 0))  # that were settled
+        self.steps = int(state.get("steps", 0))  # number of settled steps
         self.entries = [_Waiting(p, at, decoded(r)) for p, at, r in state.get("waiting", ())]
         self.trained = {int(step): mean for step, mean in state.get("trained", {}).items()}
         self.lengths = {int(step): list(x) for step, x in state.get("lengths", {}).items()}
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, in JSON; unfinished responses are in it, for one sampled anew would be shorter."""
+        """State for a checkpoint, in JSON, with the unfinished responses: if resampled, they would be shorter."""
         if not self.extra and not self.entries:
             return {"asked": self.position}
         return {
@@ -68,7 +68,7 @@ class Backlog:
 
     @property
     def waiting(self) -> list[int]:
-        """Problems that were asked and not trained on yet."""
+        """Problems that were asked but not yet trained on."""
         return [e.problem for e in self.entries]
 
     def ask(self) -> list[int]:
@@ -80,20 +80,20 @@ class Backlog:
 
     @property
     def begun(self) -> dict[int, list[Response]]:
-        """By place in the step: responses to continue."""
+        """Position in the step -> responses to resume."""
         return {i: e.responses for i, e in enumerate(self.entries) if e.responses}
 
     @property
     def due(self) -> int:
         """How many of the step's problems, from the first on, must be complete before it ends.
 
-        A run that is resumed with a lower max_age cannot keep it at once; then every step trains on what is oldest.
+        A run resumed with a lower max_age cannot satisfy it at once; until it can, every step trains on the oldest.
         """
         left = [e.asked + self.max_age - self.steps for e in self.entries]
         return min(self.size, max([0, *(place - self.size * s for place, s in enumerate(left, 1))]))
 
     def settle(self, batch: Batch) -> Batch:
-        """The first `size` complete groups, those asked earliest first; what is left waits."""
+        """Return the first `size` complete groups, those asked earliest first; the others wait."""
         complete = dict(zip(batch.indices, batch.groups, strict=True))
         kept = batch.indices[: self.size]
         assert kept[: self.due] == list(range(self.due)), "a group waits longer than max_age allows"
@@ -112,7 +112,7 @@ class Backlog:
         )
 
     def _count(self, kept: dict[int, Group]) -> dict[str, float]:
-        """Ages of the groups that are trained on, and the length bias of the last step whose groups all are."""
+        """Ages of the groups trained on, and the length bias of the last step whose groups have all been trained on."""
         now, size = self.steps, len(kept)
         assert size, "a step without groups"
         ages = [now - self.entries[i].asked for i in kept]
@@ -124,7 +124,7 @@ class Backlog:
         oldest = min([now + 1, *(e.asked for i, e in enumerate(self.entries) if i not in kept)])
         if (step := min(self.trained)) < oldest:
             mean, asked = self.trained.pop(step), self.lengths.pop(step, [])
-            if not asked:  # a run that was resumed with fewer extra problems asks none until it has caught up
+            if not asked:  # a run resumed with fewer extra problems asks none until it has caught up
                 return out
             out |= {"length_bias": mean / (sum(asked) / len(asked)) - 1, "length_bias_step": step + 1}
         return out
@@ -132,7 +132,7 @@ class Backlog:
 
 @dataclass(frozen=True)
 class _Waiting:
-    """A problem that was asked at the start of step `asked`, and what there is of its responses."""
+    """A problem that was asked at the start of step `asked`, with its responses so far."""
 
     problem: int
     asked: int
@@ -140,7 +140,7 @@ class _Waiting:
 
 
 def encoded(responses: list[Response]) -> list[dict[str, Any]]:
-    """Responses as JSON, token ids as int32 and log-probs as float32 in base 64."""
+    """Responses as JSON, token ids as int32 and log-probs as float32, both in base 64."""
     out = []
     for r in responses:
         row = {"finish_reason": r.finish_reason, "text": r.text, "policy_version": r.policy_version}
@@ -154,7 +154,7 @@ def encoded(responses: list[Response]) -> list[dict[str, Any]]:
 
 
 def decoded(rows: list[dict[str, Any]]) -> list[Response]:
-    """Responses from what `encoded` made of them."""
+    """Decode responses that `encoded` wrote."""
     return [
         Response(
             np.frombuffer(base64.b64decode(row["token_ids"]), "<i4").tolist(),

@@ -1,4 +1,4 @@
-"""Prompts to responses over all ranks, and graded samples back on every one of them."""
+"""Sample responses to prompts over all ranks, and gather the graded samples on every rank."""
 
 import time
 import zlib
@@ -10,16 +10,16 @@ from .engine import Engine, EngineFailure, Progress, Sampling, Speculation, Work
 
 
 def sampling_seed(*parts: int) -> int:
-    """One seed from several numbers (run seed, step, rank), the same on every machine."""
+    """Combine several numbers (run seed, step, rank) into one seed, the same on every machine."""
     return zlib.crc32(" ".join(map(str, parts)).encode())
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """What one rank sampled: responses by the place of their prompt among those that were asked.
+    """The samples of one rank: responses by the position of their prompt among those that were asked.
 
-    seconds: that it took; failure: what its engine died of, if it did; leftover: responses that were cut off;
-    speculation: what its drafter came to.
+    seconds: time taken; failure: what its engine died of, if it died; leftover: responses that were cut off;
+    speculation: what its drafter achieved.
     """
 
     responses: dict[int, list[Response]]
@@ -43,16 +43,16 @@ def rollout(
     want: int | None = None,
     due: int = 0,
 ) -> Rollout:
-    """Sample responses to the prompts that this rank takes, as its engine drains, so that no rank waits for another's.
+    """Sample responses to the prompts that this rank takes as its engine drains, so that no rank waits for another's.
 
     Args:
         prompts: of the step, the same on every rank.
-        n: responses to each prompt.
-        seed: of the step; every prompt has its own from it, so the result does not depend on who took the prompt.
+        n: responses per prompt.
+        seed: of the step; each prompt's seed derives from it, so the result does not depend on who took the prompt.
         shared_by: neighbouring ranks that share an engine.
-        begun: by prompt, responses to continue.
-        want: stop when so many groups are complete; the rest comes back unfinished, as `leftover`.
-        due: the first so many prompts must be complete by then.
+        begun: responses to resume, by prompt.
+        want: stop when this many groups are complete; the rest is returned unfinished, as `leftover`.
+        due: the first `due` prompts must be complete by then.
     """
     began = time.perf_counter()
     work = Work(
@@ -73,7 +73,7 @@ def rollout(
         responses = engine.generate(work, s, progress)
     except EngineFailure as e:
         responses, failure = e.complete, str(e)
-    if work.member:  # the first of those that share an engine speaks for them
+    if work.member:  # the first of the ranks that share an engine reports for all of them
         responses = {}
     left = {i: r for i, r in responses.items() if any(x.finish_reason == "unfinished" for x in r)}
     complete = {i: responses[i] for i in sorted(responses) if i not in left}
@@ -88,12 +88,12 @@ def gather(
     prompts: list[list[int]],
     ranks: Ranks,
 ) -> Batch:
-    """Bring every rank's samples together as groups, in the order of the problems. A collective.
+    """Gather every rank's samples into groups, in the order of the problems. A collective.
 
     Args:
         rollout: of this rank.
-        samples: its graded responses, by the place of their problem.
-        problems, prompts: that were asked, the same on every rank.
+        samples: its graded responses, by position of their problem.
+        problems, prompts: those that were asked, the same on every rank.
     Raises:
         EngineFailure: on every rank, if any rank's engine died.
     """

@@ -1,14 +1,15 @@
-"""Continuous batching over transformers' own forward: finished responses leave, waiting prompts enter.
+"""Continuous batching over transformers' own forward pass: finished responses leave, waiting prompts enter.
 
-Every row of the batch is a response with a row of one key-value cache. A step is one forward of one token per row. A
-row that ends hands its place to the last row, so that the batch stays dense, and free rows are filled from the prompts
-that wait. The prompt of a group is computed once, all but its last token, and copied to the group's rows; the last
-token is each row's first step.
+Every row of the batch is a response, with a row of one key-value cache. A step is one forward pass of one token per
+row. When a row ends, the last row takes its place, so that the batch stays dense; free rows are filled from the waiting
+prompts. A group's prompt is computed once, except its last token, and copied to the group's rows; the last token is
+each row's first step.
 
-The noise of a group comes from its prompt's seed alone: who took the prompt, and what else is in the batch, changes
-nothing but the rounding of the matrix products. A token is where the cumulative distribution passes a uniform number.
+The noise of a group depends only on its prompt's seed: which engine took the prompt, and what else is in the batch,
+affects only the rounding of the matrix products. The sampled token is where the cumulative distribution exceeds a
+uniform random number.
 
-transformers' own continuous batching (`generate_batch`) is made for paged attention on GPUs.
+transformers' own continuous batching (`generate_batch`) is built for paged attention on GPUs.
 
 Legend: B rows, L positions, T steps, V vocabulary, H key-value heads, K head dim, n responses per prompt.
 """
@@ -21,8 +22,8 @@ import torch
 from transformers import DynamicCache, LogitsProcessorList, PretrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
-GROW = 64  # positions by which a cache grows at least; else by a quarter
-PREFILL_TOKENS = 16_384  # most tokens, padding included, of prompts that are computed at once
+GROW = 64  # a cache grows by a quarter, and by at least this many positions
+PREFILL_TOKENS = 16_384  # maximum tokens, padding included, of the prompts computed at once
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class RowLayer(CacheLayerMixin):
         return self.keys, self.values
 
     def grow(self, length: int) -> None:
-        """Make room for `length` positions; what is there stays."""
+        """Make room for `length` positions; existing contents are kept."""
         if self.is_initialized:
             pad = (0, 0, 0, length - self.buffers()[0].shape[2])
             self.keys, self.values = (torch.nn.functional.pad(x, pad) for x in self.buffers())
@@ -63,7 +64,7 @@ class RowLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store the new token of every row, [B, H, 1, K]; returns all that the rows have seen, [B, H, L, K]."""
+        """Store the new token of every row, [B, H, 1, K]; returns everything that the rows attend to, [B, H, L, K]."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         cache, B = self.cache, key_states.shape[0]
@@ -86,7 +87,7 @@ class RowLayer(CacheLayerMixin):
 class RowCache(Cache):
     """A cache of `capacity` rows whose length grows as needed.
 
-    index_B, position_B: the row and the position that the running step writes, int64 [B]; seen: positions in use.
+    index_B, position_B: row and position that the current step writes, int64 [B]; seen: number of positions in use.
     """
 
     def __init__(self, layers: int, capacity: int, device: torch.device):
@@ -103,7 +104,7 @@ class RowCache(Cache):
                 layer.grow(self.length)
 
     def insert(self, prompts: DynamicCache, prompt: int, rows: slice, length: int) -> None:
-        """Copy the first `length` positions of a computed prompt to these rows."""
+        """Copy the first `length` positions of a computed prompt into these rows."""
         for layer, source in zip(self.row_layers, prompts.layers, strict=True):
             assert isinstance(source, DynamicLayer) and source.keys is not None and source.values is not None
             if not layer.is_initialized:
@@ -128,9 +129,9 @@ class Decoder:
 
     Args:
         model: a causal language model of transformers for which `decodes` holds.
-        capacity: most responses at once.
+        capacity: maximum responses at once.
         max_tokens: limit on a response.
-        processors: what happens to the logits before sampling; the last step of it is the distribution sampled from.
+        processors: applied to the logits before sampling; the result of the last one is the distribution sampled from.
         greedy: take the most likely token.
         ended: (tokens of a response so far) -> whether the last one ends it; None: only `eos_ids` do.
     """
@@ -150,7 +151,7 @@ class Decoder:
         self.device = next(model.parameters()).device
         self.eos = torch.tensor(eos_ids, device=self.device)
         self.cache = RowCache(len(DynamicCache(config=model.config).layers), capacity, self.device)
-        self.names: list[tuple[int, int]] = []  # per row: the caller's number of the prompt, place in its group
+        self.names: list[tuple[int, int]] = []  # per row: the caller's number of the prompt, index in its group
         self.lengths: list[int] = []  # per row: positions in the cache
         self.counts: list[int] = []  # per row: tokens sampled
         new = {"device": self.device}
@@ -161,11 +162,11 @@ class Decoder:
 
     @property
     def free(self) -> int:
-        """Rows that are not in use."""
+        """Number of rows that are not in use."""
         return self.capacity - len(self.names)
 
     def add(self, prompts: list[tuple[int, list[int], int]], n: int) -> None:
-        """Let prompts enter, n responses each.
+        """Add prompts to the batch, with n responses each.
 
         Args:
             prompts: the caller's number, token ids (at least one) and seed of each.
@@ -178,7 +179,7 @@ class Decoder:
         known = [ids[:-1] for _, ids, _ in prompts]
         longest = max(map(len, known))
         cache = None
-        if longest:  # padded on the right: no token of a prompt sees what follows it
+        if longest:  # padded on the right, where no token of a prompt attends to the padding
             ids = torch.tensor([p + [0] * (longest - len(p)) for p in known], device=self.device)
             cache = DynamicCache(config=self.model.config)
             self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -198,7 +199,7 @@ class Decoder:
             self.counts += [0] * n
 
     def step(self) -> dict[tuple[int, int], Row]:
-        """Sample one token for every row; returns the responses that ended, by number and place. They leave."""
+        """Sample one token for every row; remove the responses that ended and return them by number and index."""
         B, cache = len(self.names), self.cache
         cache.seen = max(self.lengths) + 1
         cache.reserve(cache.seen)
@@ -240,14 +241,14 @@ class Decoder:
         return out
 
     def _mask(self, seen_BL: torch.Tensor) -> torch.Tensor:
-        """The mask as the model's attention takes it: SDPA a boolean one, eager attention adds it."""
+        """The mask in the form that the model's attention needs: boolean for SDPA, additive for eager attention."""
         if self.model.config._attn_implementation == "sdpa":
             return seen_BL
         dtype = self.model.dtype
         return torch.zeros_like(seen_BL, dtype=dtype).masked_fill_(~seen_BL, torch.finfo(dtype).min)
 
     def _close(self, ended: list[int]) -> None:
-        """Take rows out; the last rows take their places."""
+        """Remove rows; the last rows take their places."""
         B = len(self.names) - len(ended)
         gone = set(ended)
         targets = [i for i in ended if i < B]
@@ -265,7 +266,7 @@ class Decoder:
 def decode(
     model: Any, prompts: list[list[int]], max_tokens: int, eos_ids: list[int], processors: LogitsProcessorList
 ) -> tuple[list[list[int]], list[list[float]]]:
-    """Token ids and log-probs of one response to each prompt, the prompts' places as seeds."""
+    """Token ids and log-probs of one response per prompt, with the prompts' indices as seeds."""
     with torch.inference_mode():
         decoder = Decoder(model, len(prompts), max_tokens, eos_ids, processors)
         decoder.add([(i, ids, i) for i, ids in enumerate(prompts)], 1)

@@ -1,7 +1,7 @@
-"""Who generates: what the loop asks of an engine, and how work is handed out.
+"""The interface between the loop and an engine, and the distribution of prompts to engines.
 
 An engine holds its own copy of the weights. A step is: wake, generate, sleep; then the policy trains, and
-load_weights brings the new weights.
+load_weights delivers the new weights.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -21,9 +21,9 @@ from ..records import Response
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample: temperature 0 is greedy; stop strings end a response and stay in it.
+    """How to sample: temperature 0 is greedy; stop strings end a response and remain part of it.
 
-    end_repetition: end a response that repeats itself, where the engine can (vLLM); for training alone.
+    end_repetition: stop a response that repeats itself, if the engine can (vLLM); only in training.
     """
 
     max_tokens: int
@@ -43,7 +43,7 @@ def silent(done: int, total: int) -> None:
 
 
 class EngineFailure(RuntimeError):
-    """An engine died in the middle of a step; `complete` are the groups that it had finished, by prompt."""
+    """An engine died in the middle of a step; `complete` holds the groups that it had finished, by prompt."""
 
     def __init__(self, reason: str, complete: dict[int, list[Response]]):
         super().__init__(reason)
@@ -52,13 +52,13 @@ class EngineFailure(RuntimeError):
 
 @dataclass
 class Work:
-    """The prompts of a step, handed out to engines as they ask: a counter in a store that all of them share.
+    """A step's prompts, handed out to engines on demand through a counter in a store that all engines share.
 
-    prompts: token ids; n: responses to each; seeds: one a prompt, so that a result does not depend on who made it.
-    store, name: the counter and its key, new for every step; engines: how many take from it.
+    prompts: token ids; n: responses to each; seeds: one per prompt, so that results do not depend on who sampled them.
+    store, name: the counter and its key, new for every step; engines: how many take prompts from it.
     begun: by prompt, responses that an earlier step left unfinished.
-    want: stop as soon as so many groups are complete, over all engines; None: when all are.
-    due: the first so many prompts must be complete before that.
+    want: stop as soon as this many groups are complete over all engines; None: when all are.
+    due: the first `due` prompts must be complete before that.
     member: index in the group of ranks that share an engine; the first decides, the others follow.
     """
 
@@ -77,11 +77,11 @@ class Work:
 
     @property
     def prompts_per_engine(self) -> int:
-        """Prompts of an engine if all got the same number, rounded up."""
+        """Prompts per engine if all took the same number, rounded up."""
         return -(-len(self.prompts) // self.engines)
 
     def take(self, most: int) -> list[int]:
-        """The next prompts, at most so many; none when all are handed out."""
+        """Take the next prompts, at most `most`; empty once all are handed out."""
         end = self._agree(lambda: self.store.add(f"{self.name}/taken", most))
         return list(range(min(end - most, len(self.prompts)), min(end, len(self.prompts))))
 
@@ -93,7 +93,7 @@ class Work:
                 self.store.add(f"{self.name}/due", 1)
 
     def enough(self) -> bool:
-        """As many groups are complete as are wanted, all that are due among them."""
+        """Whether as many groups as wanted are complete, including all that are due."""
         want = self.want
         if want is None:
             return False
@@ -103,7 +103,7 @@ class Work:
         return self.store.add(f"{self.name}/{what}", 0)
 
     def _agree(self, decide: Callable[[], int]) -> int:
-        """The first member's decision, for all that share its engine."""
+        """Apply the first member's decision to all ranks that share its engine."""
         if self.members == 1:
             return decide()
         key = f"{self.name}/turn-{self._turn}"
@@ -117,7 +117,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Speculation:
-    """Tokens that a drafter proposed and the model accepted, and how often the model verified."""
+    """Number of tokens that a drafter proposed and the model accepted, and number of verifications."""
 
     proposed: int = 0
     accepted: int = 0
@@ -127,7 +127,7 @@ class Speculation:
         return Speculation(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def metrics(self) -> dict[str, float]:
-        """Acceptance length (tokens per verification, the model's own included) and rate; nothing without a drafter."""
+        """Acceptance length (tokens per verification, the model's own included) and rate; empty without a drafter."""
         if not self.verifications:
             return {}
         rate = self.accepted / self.proposed if self.proposed else 0.0
@@ -136,7 +136,7 @@ class Speculation:
 
 @dataclass(frozen=True)
 class Checksum:
-    """Of one of the engine's tensors: the names of the tensors that it holds, sum and sum of squares in fp64, size."""
+    """Sum and sum of squares in fp64, and size, of one of the engine's tensors, with the names of the tensors in it."""
 
     names: tuple[str, ...]
     total: float
@@ -144,13 +144,13 @@ class Checksum:
     size: int
 
 
-SLICE = 1 << 22  # elements that are in fp64 at once, 32 MiB
+SLICE = 1 << 22  # elements converted to fp64 at a time, 32 MiB
 
 
 def fingerprint(tensors: list[torch.Tensor]) -> list[tuple[float, float, int]]:
-    """Sum, sum of squares (both in fp64) and number of elements of each tensor; one copy from the device for all.
+    """Sum, sum of squares (both in fp64) and number of elements of each tensor; one device-to-host copy for all.
 
-    Memory beside the tensors: SLICE elements in fp64, whatever their size.
+    Extra memory: SLICE elements in fp64, whatever the size of the tensors.
     """
     if not tensors:
         return []
@@ -168,7 +168,7 @@ def _sums(t: torch.Tensor) -> torch.Tensor:
 
 
 def _slices(t: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Views of all elements, SLICE at a time; of a tensor that is not contiguous, along its first dimensions."""
+    """Views of all elements, SLICE at a time; a non-contiguous tensor is cut along its first dimensions."""
     if t.is_contiguous():
         yield from t.view(-1).split(SLICE)
     elif t.numel() <= SLICE:
@@ -181,30 +181,30 @@ def _slices(t: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 class Engine(Protocol):
-    """What the loop asks of an engine. One that drafts has a `speculation` too, a Speculation of the last generate."""
+    """What the loop needs from an engine. With a drafter it also has `speculation`, the last generate's Speculation."""
 
     def generate(self, work: Work, sampling: Sampling, progress: Progress = silent) -> dict[int, list[Response]]:
-        """work.n responses to each prompt that this engine took, with the sampled tokens' log-probs as sampled.
+        """Sample work.n responses to each prompt that this engine takes, with log-probs of the sampled tokens.
 
         Raises:
-            EngineFailure: the engine died on the way.
+            EngineFailure: the engine died during the call.
         """
         ...
 
     def load_weights(self, buckets: Iterable[list[tuple[str, torch.Tensor]]], version: int) -> None:
-        """Replace weights, given by Hugging Face names, unsharded; they become policy version `version`."""
+        """Replace the weights by unsharded tensors under Hugging Face names; they become policy version `version`."""
         ...
 
     def checksums(self) -> list[Checksum]:
-        """Of every tensor that the engine computes with, as it held them after the last load_weights."""
+        """Checksums of every tensor that the engine computes with, as of the last load_weights."""
         ...
 
     def sleep(self) -> None:
-        """Give memory back while the policy trains; on a GPU the weights may be gone until the next load_weights."""
+        """Release memory while the policy trains; on a GPU the weights may be gone until the next load_weights."""
         ...
 
     def wake(self) -> None:
-        """Be ready to generate; after sleep, load_weights comes first."""
+        """Get ready to generate; after sleep, call load_weights first."""
         ...
 
 
@@ -215,7 +215,7 @@ def eos_ids(generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def visible_text(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], eos: list[int]) -> str:
-    """Decode a response for grading: special tokens such as a `</think>` that is one stay; ends and padding do not."""
+    """Decode a response for grading: special tokens such as `</think>` are kept, ends and padding are not."""
     hidden = {*eos, token_id(tokenizer, "pad")}
     return str(tokenizer.decode([t for t in token_ids if t not in hidden], skip_special_tokens=False))
 

@@ -1,4 +1,4 @@
-"""A step's graded groups: problems asked, responses sampled, graded and gathered, dropped groups replaced."""
+"""Collect a step's graded groups: choose problems, sample, grade and gather responses, replace dropped groups."""
 
 from dataclasses import replace
 from functools import partial
@@ -21,7 +21,7 @@ from .engine import Engine, Sampling
 
 
 class Sampler:
-    """Owns the order of problems, those that wait, the verifier and the seeds.
+    """Owner of the order of problems, of those that wait, of the verifier and of the seeds.
 
     Args:
         engine: samples responses; it is awake while a step collects and sleeps afterwards.
@@ -29,9 +29,9 @@ class Sampler:
         problems, prompts: the training set, the same on every rank.
         c: the configuration.
         ranks: of this job.
-        journal: told of phases and progress.
-        step: steps that are finished.
-        state: what `state` gave at that step; empty at the start.
+        journal: receives phases and progress.
+        step: number of finished steps.
+        state: the result of `state` at that step; empty at the start.
         function: the user's reward function, if there is one.
     """
 
@@ -59,11 +59,11 @@ class Sampler:
         self.place = {p.problem: i for i, p in enumerate(problems)}
         position = step * r.problems
         self.backlog = Backlog(self._problem_at, r.problems, r.extra_problems, r.max_age, state, position)
-        if step and isinstance(self.stream, SolveRateStream):  # the first rank's file speaks for all
+        if step and isinstance(self.stream, SolveRateStream):  # the first rank's file counts for all ranks
             self._tell(ranks.gather_objects(read_jsonl(Path(journal.folder) / "solved.jsonl") if ranks.main else [])[0])
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the order of problems."""
+        """The order of problems as saved in a checkpoint."""
         return self.backlog.state()
 
     def collect(self, step: int) -> Batch:
@@ -77,7 +77,7 @@ class Sampler:
         sampled = self._sample(asked, step, begun=self.backlog.begun, want=want, due=self.backlog.due)
         batch = self.backlog.settle(sampled)
         batch = self._replace_dropped(replace(batch, solve_rates=batch.counted()), set(asked), step)
-        self.engine.sleep()  # only now: there is no waking without new weights
+        self.engine.sleep()  # not earlier: an engine cannot wake without new weights
         self._tell(batch.solve_rates)
         return batch
 
@@ -90,7 +90,7 @@ class Sampler:
         want: int | None = None,
         due: int = 0,
     ) -> Batch:
-        """Graded groups of these problems; `again` counts the rounds that replace dropped ones."""
+        """Sample and grade these problems; `again` counts the rounds that replace dropped groups."""
         c = self.c
         problems, prompts = [self.problems[i] for i in asked], [self.prompts[i] for i in asked]
         with self.journal.phase("rollout"):
@@ -113,7 +113,7 @@ class Sampler:
             return gather(sampled, samples, problems, prompts, self.ranks)
 
     def _replace_dropped(self, batch: Batch, asked: set[int], step: int) -> Batch:
-        """DAPO's dynamic sampling: other problems in the place of groups that advantage.group_filter drops."""
+        """Replace groups that advantage.group_filter drops by groups of other problems (DAPO's dynamic sampling)."""
         most = self.c.rollout.refill
         for again in range(1, most + 1):
             kept = self._kept(batch)
@@ -136,7 +136,7 @@ class Sampler:
         return self.stream.batch(position // n)[position % n]
 
     def _tell(self, solve_rates: list[dict]) -> None:
-        """Let the order of problems know how often each was solved; problems that the data lost are passed over."""
+        """Tell the stream how often each problem was solved; problems no longer in the data are ignored."""
         if isinstance(self.stream, SolveRateStream):
             for row in solve_rates:
                 if row["problem"] in self.place:

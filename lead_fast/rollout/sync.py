@@ -1,6 +1,6 @@
-"""Weights from FSDP's shards to the engine, in buckets: cast, gathered once, loaded, and checked.
+"""Transfer weights from FSDP's shards to the engine in buckets: cast, gather once, load, check.
 
-A bucket is one collective, in the engine's dtype, over all the tensors in it; no file, no bounce through host memory.
+A bucket takes one collective, in the engine's dtype, for all its tensors; nothing passes through files or host memory.
 """
 
 import time
@@ -24,9 +24,9 @@ def publish(policy: Policy, engine: Engine, version: int, c: Config, ranks: Rank
     """Give the engine the policy's weights, which become policy version `version`. A collective.
 
     Returns:
-        what metrics.jsonl keeps: sync_s, sync_bytes (of unsharded tensors, per rank) and sync_gb_per_s.
+        numbers for metrics.jsonl: sync_s, sync_bytes (of unsharded tensors, per rank) and sync_gb_per_s.
     Raises:
-        ValueError: an engine does not hold what was sent; on every rank, if on any.
+        ValueError: an engine does not hold what was sent to it; raised on every rank.
     """
     began = time.perf_counter()
     dtype = getattr(torch, c.model.dtype)
@@ -52,13 +52,13 @@ def publish(policy: Policy, engine: Engine, version: int, c: Config, ranks: Rank
 
 
 def compare(sent: dict[str, tuple[float, float, int]], engine: Engine, tensor_parallel: int) -> str | None:
-    """Say what differs between what the engine holds and what was sent, or None where nothing does.
+    """Say how the engine's tensors differ from those that were sent, or return None if they do not.
 
-    Compared are sum and sum of squares of every tensor, added up for fused ones.
+    Compares sum and sum of squares of every tensor, added up for fused tensors.
 
-    A tensor of the engine that was not sent is an error. Exception: where some sent names are unknown to the engine
-    too, it renames tensors, and the renamed ones are not compared. An engine over several ranks holds parts: only
-    tensors that it holds complete are compared.
+    A tensor of the engine that was not sent is an error, unless the engine also lacks some of the names that were sent:
+    then it renames tensors, and the renamed ones are not compared. An engine over several ranks holds parts: only
+    tensors that it holds completely are compared.
     """
     held = engine.checksums()
     known = {name for x in held for name in x.names}
@@ -66,33 +66,33 @@ def compare(sent: dict[str, tuple[float, float, int]], engine: Engine, tensor_pa
     for x in held:
         missing = [name for name in x.names if name not in sent]
         if missing and not renamed:
-            return f"Sync left out {missing[0]}, and the engine would generate with old weights"
+            return f"Sync left out {missing[0]}, so the engine would generate with old weights"
         if missing:
             continue
         total, squares, size = (sum(sent[name][k] for name in x.names) for k in range(3))
         if tensor_parallel > 1 and 0 < x.size < size:
             continue
-        near = 1e-9 * (squares * size) ** 0.5 + 1e-30  # what the order of an fp64 sum can change
+        near = 1e-9 * (squares * size) ** 0.5 + 1e-30  # the effect of summing in fp64 in another order
         if not (abs(x.total - total) <= near and abs(x.squares - squares) <= 1e-9 * squares + 1e-30):
             return (
                 f"After sync the engine's {' + '.join(x.names)} differs from the policy's (sum {x.total:.9g}, sent "
-                f"{total:.9g}): the engine did not take these weights"
+                f"{total:.9g}): the engine did not load these weights"
             )
     return None
 
 
 def canary(policy: Policy, engine: Engine, prompt: list[int], c: Config, ranks: Ranks) -> float:
-    """Return the mean |difference| of engine's and trainer's log-probs on tokens that the engine samples. A collective.
+    """Mean |difference| of engine's and trainer's log-probs on tokens that the engine samples. A collective.
 
     Raises:
-        ValueError: the difference is over what rounding explains (learner/loss.py, rounding_limit).
+        ValueError: the difference is larger than rounding explains (learner/loss.py, rounding_limit).
     """
     members = c.rollout.tensor_parallel
     work = Work([prompt], 1, [c.seed], ranks.store, f"canary-{next(ranks.tickets)}/{ranks.rank // members}")
     work.member, work.members = ranks.rank % members, members
     response = engine.generate(work, Sampling(CANARY_TOKENS, c.rollout.temperature))[0][0]
     sampled = (response.token_ids, response.logprobs)
-    if ranks.sequence > 1:  # ranks that share a pack look at the first one's
+    if ranks.sequence > 1:  # ranks that share a pack use the first rank's
         sampled = ranks.gather_objects(sampled)[ranks.team * ranks.sequence]
     part = ranks.member, ranks.sequence
     pack = make_pack([0], [prompt], [sampled[0]], [sampled[1]], ranks.device, part)
@@ -107,13 +107,13 @@ def canary(policy: Policy, engine: Engine, prompt: list[int], c: Config, ranks: 
     if not off <= limit:
         detail = _detail(trainer_R, pack) if ranks.sequence == 1 else ""
         if c.rollout.temperature != 1 and off_untempered <= limit:
-            detail = f"; it gives them before the temperature of {c.rollout.temperature:g} (its logprobs_mode)"
+            detail = f"; it reports them before the temperature of {c.rollout.temperature:g} (its logprobs_mode)"
         raise ValueError(f"At the first sync {disagreement(off, limit, c, ranks.device.type, detail)}.")
     return off
 
 
 def _detail(trainer_R: torch.Tensor, pack: Pack) -> str:
-    """Where the two differ most, in words."""
+    """Where the two differ most, as text."""
     assert pack.behavior_R is not None
     if not len(trainer_R):
         return ""

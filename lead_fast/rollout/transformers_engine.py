@@ -1,4 +1,4 @@
-"""The engine that every machine has: transformers' own generation."""
+"""The engine that runs on every machine: generation by transformers."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -47,7 +47,7 @@ from .engine import (
 
 
 class SampledLogprobs(LogitsProcessor):
-    """Last in the list: keeps each step's log-probs until the sampled token is known, one step later."""
+    """Must be the last in the list: keeps each step's log-probs until the sampled token is known, one step later."""
 
     def __init__(self) -> None:
         self.logprobs: list[torch.Tensor] = []
@@ -64,7 +64,7 @@ class SampledLogprobs(LogitsProcessor):
 
 
 def processors(s: Sampling) -> LogitsProcessorList:
-    """What is done to logits before sampling."""
+    """Logits processors to apply before sampling."""
     steps = LogitsProcessorList()
     if s.temperature not in (0.0, 1.0):
         steps.append(TemperatureLogitsWarper(s.temperature))
@@ -117,32 +117,32 @@ def sample(
     keep.take(generated)
     new = generated[:, longest:].tolist()
     logprobs = torch.cat(keep.logprobs, 1).tolist()
-    if s.temperature == 0:  # n greedy responses are n times the same
+    if s.temperature == 0:  # n greedy responses are identical
         new, logprobs = ([x for x in rows for _ in range(n)] for rows in (new, logprobs))
     return new, logprobs
 
 
 def attention_of(shape: PretrainedConfig) -> dict[str, str]:
-    """Keywords for loading: attention that applies soft caps, which transformers' default (SDPA) leaves out."""
+    """Keyword arguments for loading: attention that applies soft caps, which transformers' default (SDPA) omits."""
     capped = getattr(shape.get_text_config(), "attn_logit_softcapping", None) is not None
     return {"attn_implementation": "eager"} if capped else {}
 
 
-FLAT = 8.0  # a temperature at which every token is sampled at times, as nothing shows in a certain one
+FLAT = 8.0  # a temperature at which any token can be sampled; near-certain tokens would hide differences
 
 
 def check_generation(shape: PretrainedConfig, c: ModelConfig, longest: int | None) -> None:
-    """Refuse a model that this engine would not sample as transformers computes it, before its weights are loaded.
+    """Refuse a model that this engine would sample differently from transformers, before its weights are loaded.
 
-    On a small copy (learner/model_check.py) the log-probs of responses to prompts of unlike lengths, sampled in one
-    batch with a key-value cache, are compared with those of each sequence alone by eager attention.
+    On a small copy (learner/model_check.py), log-probs of responses to prompts of different lengths, sampled in one
+    batch with a key-value cache, are compared with those of each sequence alone under eager attention.
 
     Args:
         shape: the model's configuration.
-        c: path, trust_remote_code and unchecked are used.
-        longest: tokens of the longest sequence that can come, None if unknown.
+        c: uses path, trust_remote_code and unchecked.
+        longest: tokens of the longest possible sequence, None if unknown.
     Raises:
-        ValueError: one sentence that names the model type and what differs.
+        ValueError: one sentence that names the model type and the difference.
     """
     name = f"Model type {shape.model_type} ({c.path})"
     worst = 0.0
@@ -161,8 +161,8 @@ def check_generation(shape: PretrainedConfig, c: ModelConfig, longest: int | Non
                     new, logprobs = sample(model, prompts, 1, s, [never], 0)
             except LayoutError as e:
                 raise ValueError(f"{name} cannot be used: {e}.") from e
-            except Exception as e:  # whatever a model's code raises
-                if worst:  # it ran in float32
+            except Exception as e:  # anything that a model's code raises
+                if worst:  # float32 has worked
                     break
                 if c.unchecked:
                     return
@@ -176,16 +176,16 @@ def check_generation(shape: PretrainedConfig, c: ModelConfig, longest: int | Non
         if worst <= LIMIT:
             return
     raise ValueError(
-        f"{name} is not sampled by the transformers engine as transformers computes it without a cache and padding: "
+        f"{name} is sampled differently by the transformers engine, with a cache and padding, than without them: "
         f"log-probs differ by up to {worst:.2g} nats on a small copy; give --rollout.engine=vllm, or another model."
     )
 
 
 class TransformersEngine:
-    """transformers' models on a copy of the weights, at most `rollout.batch_size` responses at once.
+    """transformers' models on a copy of the weights, with at most `rollout.batch_size` responses at once.
 
-    Continuous batching (decoding.py) where the model's cache is one of keys and values of all positions; sliding
-    windows, states and the like go by transformers' `generate`, a batch at a time, and a line says so.
+    Uses continuous batching (decoding.py) if the model's cache holds only keys and values of all positions; models with
+    sliding windows, states and the like use transformers' `generate`, one batch at a time, which a line reports.
     """
 
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, ranks: Ranks):
@@ -200,8 +200,8 @@ class TransformersEngine:
         self.continuous = decodes(self.model.config)
         if not self.continuous and ranks.main:
             print(
-                f"Rollouts of {self.model.config.model_type} go by transformers' generate, which waits for the longest "
-                "response of a batch: its cache holds more than keys and values of all positions.",
+                f"Rollouts of {self.model.config.model_type} use transformers' generate, which waits for the longest "
+                "response of a batch, because the model's cache holds more than keys and values of all positions.",
                 flush=True,
             )
 
@@ -225,7 +225,7 @@ class TransformersEngine:
         return [Checksum((name,), *value) for (name, _), value in zip(named, values, strict=True)]
 
     def generate(self, work: Work, sampling: Sampling, progress: Progress = silent) -> dict[int, list[Response]]:
-        """Prompts come in the order of the work; without continuous batching a batch's seed is its first prompt's."""
+        """Take prompts in the order of the work; without continuous batching a batch's seed is its first prompt's."""
         if self.continuous:
             return self._decode(work, sampling, progress)
         step = min(work.prompts_per_engine, max(1, self.batch_size // work.n))
@@ -239,13 +239,13 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def _decode(self, work: Work, s: Sampling, progress: Progress) -> dict[int, list[Response]]:
-        """Prompts of an engine's equal part enter as rows get free.
+        """Decode this engine's equal share of the prompts, which enter as rows become free.
 
-        The part is taken at once: what runs beside a prompt then depends on no clock, and a run that was stopped and
-        resumed has the bits of one that was not.
+        The share is taken at once, so that what runs beside a prompt never depends on timing: a run that was stopped
+        and resumed is bit-equal to one that was not.
         """
         greedy = s.temperature == 0
-        rows = 1 if greedy else work.n  # n greedy responses are n times the same
+        rows = 1 if greedy else work.n  # n greedy responses are identical
         at_once = min(work.prompts_per_engine, max(1, self.batch_size // rows))
         decoder = Decoder(
             self.model,
@@ -280,7 +280,7 @@ class TransformersEngine:
 
     def _response(self, tokens: list[int], logprobs: list[float], s: Sampling) -> Response:
         end = next((i + 1 for i, t in enumerate(tokens) if t in self.eos_ids), None)
-        if end is None and s.stop:  # stopped by a string: what follows is padding, which real text may also hold
+        if end is None and s.stop:  # stopped by a string: padding follows, whose token real text may also hold
             end = next((i + 1 for i in range(len(tokens)) if self._has_stop(tokens[: i + 1], s.stop)), None)
         stopped = end is not None
         tokens, logprobs = tokens[:end], logprobs[:end]

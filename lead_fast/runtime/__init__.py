@@ -1,1 +1,1 @@
-"""What a run stands on: ranks and hardware, journal and console, watchdog and health, signals."""
+"""Services of a run: ranks and hardware, journal and console, watchdog and health, signals."""

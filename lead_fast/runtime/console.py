@@ -5,12 +5,12 @@ import sys
 import time
 from typing import Any
 
-PROGRESS_EVERY_S = 30.0  # between progress lines where they cannot be rewritten in place
-SFT_EVERY_S = 5.0  # between the lines of SFT's steps, which may last fractions of a second
+PROGRESS_EVERY_S = 30.0  # between progress lines if they cannot be rewritten in place
+SFT_EVERY_S = 5.0  # between lines of SFT, whose steps may take fractions of a second
 
 
 def train_line(record: dict[str, Any], total_steps: int, left_s: float | None) -> str:
-    """Format a training step as one aligned console line; `-` stands for a number that does not exist."""
+    """Format a training step as one aligned console line; `-` stands for a missing number."""
     r = record
     width = len(str(total_steps))
     seconds = sum(v for v in r.get("seconds", {}).values() if v is not None)
@@ -31,7 +31,7 @@ def train_line(record: dict[str, Any], total_steps: int, left_s: float | None) -
 
 
 def shown_terms(record: dict[str, Any], most: int = 4) -> dict[str, float | None]:
-    """Means of the terms of the user's reward function by the name that a reader sees, the total as `function`."""
+    """Mean terms of the user's reward function by the name that a reader sees, with the total as `function`."""
     terms = record.get("reward_terms") or {}
     return {"function" if k == "reward" else k: terms[k] for k in [*terms][:most]}
 
@@ -60,7 +60,7 @@ def eval_line(record: dict[str, Any], total_steps: int, first: dict[str, Any] | 
 
 
 def sft_line(record: dict[str, Any], total_steps: int, left_s: float | None) -> str:
-    """Format an SFT step as one aligned console line, with the held-out loss where it was measured."""
+    """Format an SFT step as one aligned console line, with the held-out loss if it was measured."""
     r = record
     held_out = f"held-out {_number(r['validation_loss'], '6.4f')}" if "validation_loss" in r else ""
     return "  ".join(
@@ -77,12 +77,12 @@ def sft_line(record: dict[str, Any], total_steps: int, left_s: float | None) -> 
 
 
 class _Console:
-    """Lines that stay, and one progress line that is rewritten in place where stdout is a terminal."""
+    """Permanent lines, and one progress line that is rewritten in place if stdout is a terminal."""
 
     def __init__(self, total_steps: int) -> None:
         self.total_steps = total_steps
         self._tty = sys.stdout.isatty()
-        self._shown = False  # a progress line stands in the terminal's last row
+        self._shown = False  # whether the terminal's last row shows a progress line
         self._last_s = time.monotonic()
         self._phase: tuple[str, int] | None = None
         self._phase_began = self._last_s
@@ -93,7 +93,7 @@ class _Console:
         self._last_s = time.monotonic()
 
     def quiet_s(self) -> float:
-        """Seconds since the last line that stays."""
+        """Seconds since the last permanent line."""
         return time.monotonic() - self._last_s
 
     def progress(self, phase: str, step: int, done: int, total: int, run_left_s: float | None) -> None:
@@ -117,14 +117,14 @@ class _Console:
 
 
 def _number(value: float | None, spec: str, scale: float = 1.0) -> str:
-    """The number formatted, or a dash as wide."""
+    """Format a number, or return a dash of the same width."""
     if value is None:
         return "-".rjust(int(spec.split(".")[0] or 1))
     return format(value * scale, spec)
 
 
 def clock(seconds: float | None) -> str:
-    """Seconds as 4:05 (minutes) or 2:03:04 (hours)."""
+    """Format seconds as 4:05 (minutes) or 2:03:04 (hours)."""
     if seconds is None:
         return "-:--"
     minutes, s = divmod(round(seconds), 60)

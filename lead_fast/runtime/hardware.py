@@ -1,9 +1,9 @@
-"""Checks of the hardware before anything is installed or loaded; what stands in the way of a run is one sentence.
+"""Hardware checks before anything is installed or loaded; what prevents a run is reported in one sentence.
 
     python lead_fast/runtime/hardware.py DIR [--cuda]    before anything is installed in DIR: Python, driver, disk
 
-The top of the file imports the standard library alone, in words that an old Python reads too: it runs before torch is
-there.
+The top of the file imports only the standard library and uses syntax that an old Python can read, because it runs
+before torch is installed.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import tempfile
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
-PYTHON = (3, 11), (3, 15)  # from, and below: vLLM 0.33's range, within that of torch's wheels
-DRIVER = 580  # the first whose CUDA is 13.0
+PYTHON = (3, 11), (3, 15)  # from the first to below the second: vLLM 0.33's range, within that of torch's wheels
+DRIVER = 580  # the first with CUDA 13.0
 CAPABILITY = (8, 0)  # Ampere: the first GPUs with bfloat16
-INSTALL_GIB = {"cpu": 3, "cuda": 20}  # the environment, and what pip unpacks on the way
-CPU_RANKS = 2  # what `make train` starts where there is no GPU
+INSTALL_GIB = {"cpu": 3, "cuda": 20}  # the environment and pip's temporary files
+CPU_RANKS = 2  # ranks that `make train` starts if there is no GPU
 GIB = 2**30
 
 
@@ -32,7 +32,7 @@ GIB = 2**30
 
 
 def nvidia_smi() -> tuple[list[str], str]:
-    """Names of the GPUs that the driver shows, and the driver's version; nothing where there is none."""
+    """Names of the GPUs that the driver reports, and the driver's version; empty if there is none."""
     if not shutil.which("nvidia-smi"):
         return [], ""
     command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
@@ -45,11 +45,11 @@ def nvidia_smi() -> tuple[list[str], str]:
 
 
 def check_python(version: tuple[int, ...] = sys.version_info[:3]) -> None:
-    """Raise ValueError for a Python that torch or vLLM has no wheels for."""
+    """Raise ValueError if torch or vLLM has no wheels for this Python."""
     low, high = PYTHON
     if not low <= tuple(version[:2]) < high:
         raise ValueError(
-            f"Python is {'.'.join(map(str, version))}, and torch and vLLM have wheels for {low[0]}.{low[1]} to "
+            f"Python is {'.'.join(map(str, version))}, but torch and vLLM have wheels for {low[0]}.{low[1]} to "
             f"{high[0]}.{high[1] - 1}: name another one, as in make install PYTHON=python3.12."
         )
 
@@ -58,13 +58,13 @@ def check_driver(driver: str) -> None:
     """Raise ValueError for an NVIDIA driver that is older than CUDA 13.0."""
     if _older(driver):
         raise ValueError(
-            f"The NVIDIA driver is {driver}, and CUDA 13.0 needs {DRIVER} or newer: update the driver, or install for "
+            f"The NVIDIA driver is {driver}, but CUDA 13.0 needs {DRIVER} or newer: update the driver, or install for "
             "the CPU with make install CUDA=."
         )
 
 
 def nearest(folder: Path) -> Path:
-    """The folder, or what of its path exists already."""
+    """The folder itself, or its nearest parent that exists."""
     folder = folder.absolute()
     while not folder.exists():
         folder = folder.parent
@@ -72,23 +72,23 @@ def nearest(folder: Path) -> Path:
 
 
 def check_disk(folder: Path, needed: float, purpose: str, remedy: str) -> None:
-    """Raise ValueError where the disk that `folder` is on, or will be on, has less than `needed` bytes free."""
+    """Raise ValueError if the disk that holds, or will hold, `folder` has less than `needed` bytes free."""
     free = shutil.disk_usage(nearest(folder)).free
     if free < needed:
         raise ValueError(
-            f"{folder} is on a disk with {free / GIB:.1f} GiB free, and {purpose} needs {needed / GIB:.1f} GiB: make "
+            f"{folder} is on a disk with {free / GIB:.1f} GiB free, but {purpose} needs {needed / GIB:.1f} GiB: make "
             f"room, or give {remedy}."
         )
 
 
 def before_install(folder: Path, cuda: bool) -> str:
-    """Check what an installation needs, and say what will be installed.
+    """Check the requirements of an installation, and say what will be installed.
 
     Args:
         folder: of the virtual environment.
-        cuda: install for a GPU. Where no driver is to be seen, as while an image is built, it is not checked.
+        cuda: install for a GPU. If no driver is visible, as while an image is built, the driver is not checked.
     Raises:
-        ValueError: Python, driver or disk; one sentence.
+        ValueError: Python, driver or disk does not suffice; one sentence.
     """
     check_python()
     gpus, driver = nvidia_smi() if cuda else ([], "")
@@ -101,7 +101,7 @@ def before_install(folder: Path, cuda: bool) -> str:
         check_disk(where, needed, "the installation", f"{remedy} on another disk")
     if not cuda:
         return f"Installing for the CPU into {folder}."
-    gpu = f"{len(gpus)} x {gpus[0]}, driver {driver}" if gpus else "no driver to be seen here"
+    gpu = f"{len(gpus)} x {gpus[0]}, driver {driver}" if gpus else "no driver visible here"
     return f"Installing for CUDA 13.0 into {folder}, about 10 GiB ({gpu})."
 
 
@@ -114,13 +114,13 @@ def hidden_gpus() -> bool:
 
 
 def use_cuda(local_rank: int, local_ranks: int) -> bool:
-    """Whether this rank computes on a GPU; nothing falls back to the CPU while the driver shows one.
+    """Whether this rank computes on a GPU; it never falls back to the CPU while the driver reports a GPU.
 
     Args:
-        local_rank, local_ranks: this rank's place among those of this machine, and their number.
+        local_rank, local_ranks: this rank's index among those of this machine, and their number.
     Raises:
-        ValueError: torch cannot use the GPUs that the driver shows, there are more ranks than GPUs, a GPU is too old,
-            or Triton could not compile a kernel here.
+        ValueError: torch cannot use the GPUs that the driver reports, there are more ranks than GPUs, a GPU is too old,
+            or Triton cannot compile a kernel here.
     """
     import torch
 
@@ -128,25 +128,25 @@ def use_cuda(local_rank: int, local_ranks: int) -> bool:
         gpus, driver = ([], "") if hidden_gpus() else nvidia_smi()
         if not gpus:
             return False
-        seen = f"nvidia-smi shows {len(gpus)} GPUs (driver {driver}), and torch {torch.__version__} can use none: "
+        seen = f"nvidia-smi shows {len(gpus)} GPUs (driver {driver}), but torch {torch.__version__} can use none: "
         either = "or set CUDA_VISIBLE_DEVICES= (to nothing) to train on the CPU."
         if not torch.version.cuda:
-            raise ValueError(f"{seen}it is a build for the CPU; run make install, {either}")
+            raise ValueError(f"{seen}it is a CPU build; run make install, {either}")
         if _older(driver):
             raise ValueError(f"{seen}it needs driver {DRIVER} or newer; update the driver, {either}")
-        raise ValueError(f"{seen}python -m torch.utils.collect_env tells why; fix that, {either}")
+        raise ValueError(f"{seen}python -m torch.utils.collect_env shows why; fix that, {either}")
     n = torch.cuda.device_count()
     if local_ranks > n:
         seen = os.environ.get("CUDA_VISIBLE_DEVICES")
         raise ValueError(
-            f"{local_ranks} ranks were started on this machine and torch sees {n} GPUs"
+            f"{local_ranks} ranks were started on this machine, but torch sees {n} GPUs"
             f"{f' (CUDA_VISIBLE_DEVICES={seen})' if seen else ''}: give torchrun --nproc_per_node {n}."
         )
     capability = torch.cuda.get_device_capability(local_rank)
     if capability < CAPABILITY:
         raise ValueError(
             f"GPU {local_rank} is {torch.cuda.get_device_name(local_rank)} of compute capability "
-            f"{capability[0]}.{capability[1]}, and bfloat16 needs {CAPABILITY[0]}.{CAPABILITY[1]}: choose others with "
+            f"{capability[0]}.{capability[1]}, but bfloat16 needs {CAPABILITY[0]}.{CAPABILITY[1]}: choose others with "
             "CUDA_VISIBLE_DEVICES."
         )
     check_compiler()
@@ -154,12 +154,12 @@ def use_cuda(local_rank: int, local_ranks: int) -> bool:
 
 
 def _older(driver: str) -> bool:
-    """Whether a driver is older than CUDA 13.0; False where its version is not known."""
+    """Whether a driver is older than CUDA 13.0; False if its version is unknown."""
     return driver.split(".")[0].isdigit() and int(driver.split(".")[0]) < DRIVER
 
 
 def check_compiler() -> None:
-    """Raise ValueError where Triton could not compile what launches its kernels: a C compiler and Python's headers."""
+    """Raise ValueError if Triton cannot compile its kernel launchers, for which it needs a C compiler and headers."""
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         raise ValueError(
             "No C compiler was found, which Triton's kernels need: install one (on Debian and Ubuntu: apt-get install "
@@ -174,10 +174,10 @@ def check_compiler() -> None:
 
 
 def ranks_here() -> int:
-    """How many ranks fit this machine: one per GPU that torch can use (CUDA_VISIBLE_DEVICES and MIG included), else 2.
+    """Number of ranks for this machine: one per GPU that torch can use (CUDA_VISIBLE_DEVICES and MIG included), else 2.
 
     Raises:
-        ValueError: as use_cuda.
+        ValueError: as for use_cuda.
     """
     import torch
 
@@ -185,7 +185,7 @@ def ranks_here() -> int:
 
 
 def untested_versions() -> list[str]:
-    """Sentences on installed packages outside the range that lead-fast declares, which is the range it is tested on."""
+    """Sentences on installed packages outside the range that lead-fast declares and is tested on."""
     from packaging.requirements import Requirement
 
     out = []
@@ -193,7 +193,7 @@ def untested_versions() -> list[str]:
         version = installed(requirement.name)
         if version and not requirement.specifier.contains(version, prereleases=True):
             out.append(
-                f"{requirement.name} {version} is installed, and lead-fast is tested with "
+                f"{requirement.name} {version} is installed, but lead-fast is tested with "
                 f'{requirement.name}{requirement.specifier}: pip install "{requirement.name}{requirement.specifier}".'
             )
     return out
@@ -203,11 +203,11 @@ def _declared() -> list[str]:
     try:
         return importlib.metadata.requires("lead-fast") or []
     except importlib.metadata.PackageNotFoundError:
-        return []  # run from a checkout that was not installed
+        return []  # running from a checkout that was not installed
 
 
 def installed(name: str) -> str | None:
-    """Version of an installed distribution; None where it is not installed."""
+    """Version of an installed distribution; None if it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -215,10 +215,10 @@ def installed(name: str) -> str | None:
 
 
 def how_to_install(extra: str) -> str:
-    """The command, as typed anywhere, that adds an extra to the environment that runs.
+    """The command that adds an extra to the running environment, to be typed in any folder.
 
-    lead-fast is on no index: from a checkout the command names the checkout and its constraints, from a wheel the
-    packages themselves, which the wheel pins.
+    lead-fast is not on a package index: in a checkout the command names the checkout and its constraints, with a wheel
+    the packages themselves, which the wheel pins.
     """
     source = None
     try:
@@ -242,23 +242,23 @@ def how_to_install(extra: str) -> str:
 
 
 def require_vllm(device_type: str) -> None:
-    """Raise ValueError where vLLM is not installed, with what to do about it on this kind of device."""
+    """Raise ValueError if vLLM is not installed, with the remedy for this kind of device."""
     if importlib.util.find_spec("vllm"):
         return
     check_python()
     if device_type == "cuda":
         raise ValueError(
-            "rollout.engine is vllm, which generates on a GPU and is not installed: "
-            f"{how_to_install('vllm')}   or give --rollout.engine=transformers, many times slower."
+            "rollout.engine is vllm (the default on a GPU), which is not installed: "
+            f"{how_to_install('vllm')}   or give --rollout.engine=transformers, which is many times slower."
         )
     raise ValueError(
         "rollout.engine is vllm, which is not installed: give --rollout.engine=transformers. (make test-vllm shows "
-        "vLLM's build for CPUs, in an environment of its own.)"
+        "vLLM's CPU build, in a separate environment.)"
     )
 
 
 def smallest_gpu_gib() -> float:
-    """Memory of the smallest GPU that torch sees, GiB; 0 without one."""
+    """Memory of the smallest GPU that torch sees, in GiB; 0 without a GPU."""
     import torch
 
     sizes = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]

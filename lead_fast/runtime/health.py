@@ -1,4 +1,4 @@
-"""Numbers that should not be: batches of skipped updates are kept, spikes reported, every value checked if asked."""
+"""Watch for unhealthy numbers: keep batches of skipped updates, report spikes, check every value if asked."""
 
 import json
 import math
@@ -12,17 +12,17 @@ import torch
 from .jsonl import plain
 from .metric_table import SPIKE, WINDOW, metric
 
-FEWEST = 8  # steps before anything is called a spike
-MOST_KEPT = 5  # batches kept for inspection, in a run
+FEWEST = 8  # steps needed before anything is called a spike
+MOST_KEPT = 5  # batches per run that are kept for inspection
 
 
 class Health:
-    """Reports what stands out in a step's record; counts skipped updates and keeps their batches.
+    """Report what stands out in a step's record; count skipped updates and keep their batches.
 
     Args:
         run: the run directory; `run/nonfinite/step-N.json` keeps the batches of skipped updates.
         most_skipped: consecutive skipped steps after which the run stops; 0: never.
-        skipped: updates that were skipped before a resume.
+        skipped: updates skipped before a resume.
     """
 
     def __init__(self, run: Path, most_skipped: int, skipped: int = 0):
@@ -31,7 +31,7 @@ class Health:
         self.recent: dict[str, deque[float]] = {}
 
     def look(self, step: int, record: dict[str, Any]) -> list[str]:
-        """Sentences on what is unusual in a training step's record; none on a step like the others."""
+        """Sentences on what is unusual in a training step's record; empty for an ordinary step."""
         alerts = []
         for key in ("loss", "grad_norm"):
             value, recent = record.get(key), self.recent.setdefault(key, deque(maxlen=WINDOW))
@@ -40,7 +40,7 @@ class Health:
             usual = statistics.median(recent) if recent else 0.0
             if len(recent) >= FEWEST and usual > 0 and abs(value) > SPIKE * usual:
                 alerts.append(f"step {step}: {key} is {value:.3g}, its median over {len(recent)} steps is {usual:.3g}.")
-            if value != 0:  # a batch without a gradient says nothing of what is usual
+            if value != 0:  # a batch without a gradient says nothing about what is usual
                 recent.append(abs(value))
         drift, most = record.get("logprob_diff_mean"), metric("logprob_diff_mean").high
         if drift is not None and most is not None and math.isfinite(drift) and drift > most:
@@ -53,10 +53,10 @@ class Health:
         return alerts
 
     def count(self, step: int, updates_skipped: int, kept: Path | None) -> None:
-        """Note a step's skipped updates.
+        """Count a step's skipped updates.
 
         Raises:
-            ValueError: `most_skipped` consecutive steps had one; the weights are those before the first of them.
+            ValueError: `most_skipped` consecutive steps had one; the weights are those from before the first of them.
         """
         self.skipped += updates_skipped
         self.consecutive = self.consecutive + 1 if updates_skipped else 0
@@ -68,7 +68,7 @@ class Health:
             )
 
     def keep(self, step: int, batch: dict[str, Any]) -> Path | None:
-        """Write down the batch of a skipped update; the first few only. Returns its file, None if it was not kept."""
+        """Save the batch of a skipped update, for the first few only. Returns its file, None if it was not saved."""
         folder = self.run / "nonfinite"
         path = folder / f"step-{step}.json"
         try:
@@ -76,26 +76,26 @@ class Health:
             if not path.exists() and len([*folder.iterdir()]) >= MOST_KEPT:
                 return None
             path.write_text(json.dumps(plain(batch), allow_nan=False), encoding="utf-8")
-        except OSError:  # a full disk ends no run
+        except OSError:  # a full disk does not end the run
             return None
         return path
 
 
 def skipped_update(step: int, kept: Path | None) -> str:
-    """The warning on an update that was skipped, with the file that has its batch."""
+    """The warning about a skipped update, with the file that holds its batch."""
     where = f"; its batch is in {kept}" if kept else ""
     return f"step {step}: loss or gradient not finite, update skipped{where}."
 
 
 def must_be_finite(what: str, *tensors: torch.Tensor | None, most: float = math.inf) -> None:
-    """Debug mode's check.
+    """Check values in debug mode.
 
     Args:
         what: named in the error.
-        tensors: float tensors of any shape; None is passed over.
-        most: no value may be above it; log-probs: 0, with room for rounding.
+        tensors: float tensors of any shape; None is ignored.
+        most: upper bound on every value; for log-probs 0, with room for rounding.
     Raises:
-        FloatingPointError: a value is not finite or above `most`.
+        FloatingPointError: a value is not finite, or is above `most`.
     """
     for x in tensors:
         if x is None or not x.numel():

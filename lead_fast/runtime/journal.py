@@ -1,7 +1,7 @@
-"""Records of a run: every step's numbers and alerts, a sample of responses, solve rates, batches of skipped updates.
+"""Journal of a run: every step's numbers and alerts, sample responses, solve rates, batches of skipped updates.
 
 Metrics holds the sinks (console, files, TensorBoard, Weights & Biases), Health looks for what is unusual, the watchdog
-ends a run that stands still. The journal decides which of them gets what.
+ends a run that makes no progress. The journal decides which of them receives what.
 """
 
 import dataclasses
@@ -21,17 +21,17 @@ from .ranks import Ranks
 from .rollouts import Rollouts, TokenValues
 from .watchdog import Watchdog
 
-ASIDE = ("evaluate", "save")  # phases that are no part of a step
+ASIDE = ("evaluate", "save")  # phases that are not part of a step
 
 
 class Journal:
-    """Keeps a run's records; on ranks other than the first it only times phases and beats the watchdog.
+    """Keep a run's records; on ranks other than the first, only time phases and beat the watchdog.
 
     Args:
         folder: of the run.
-        c: steps, wandb, watchdog_s, optim.max_skipped, advantage.eps and metrics are used.
+        c: uses steps, wandb, watchdog_s, optim.max_skipped, advantage.eps and metrics.
         ranks: of this job.
-        tokenizer: kept beside the rollouts, so that their tokens can be told apart.
+        tokenizer: saved with the rollouts, so that their tokens can be shown one by one.
     """
 
     def __init__(self, folder: Path, c: Config, ranks: Ranks, tokenizer: Any = None):
@@ -46,7 +46,7 @@ class Journal:
         self._began = time.monotonic()
 
     def begin(self, step: int, elapsed_s: float = 0.0, updates_skipped: int = 0) -> None:
-        """Start watching after `step` steps; records after that step, of a run that was killed, are dropped."""
+        """Start watching after `step` steps; records of later steps, left by a run that was killed, are dropped."""
         self.metrics.truncate_after(step)
         if self.ranks.main:
             self.rollouts.truncate_after(step)
@@ -61,7 +61,7 @@ class Journal:
         return time.monotonic() - self._began
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the journal."""
+        """The journal's state for a checkpoint."""
         return {"elapsed_s": self.elapsed_s, "updates_skipped": self.health.skipped}
 
     def _beat(self, phase: str | None = None, step: int | None = None) -> None:
@@ -76,7 +76,7 @@ class Journal:
     def token_values(
         self, sequences_R: torch.Tensor, positions_R: torch.Tensor, gap_R: torch.Tensor, entropy_R: torch.Tensor
     ) -> None:
-        """Note a pack's values for the rollouts of this step, where they are kept; nothing is copied from the device.
+        """Record a pack's values for this step's kept rollouts, if any; copies nothing from the device.
 
         Args:
             sequences_R: int32 [R], which response of the batch each row belongs to.
@@ -88,7 +88,7 @@ class Journal:
             self._values.append((sequences_R, positions_R.int(), gap_R.half(), entropy_R.half()))
 
     def _keep_rollouts(self, done: int, batch: Batch, credit: LeadAdvantages) -> None:
-        """Gather the token values of all ranks on the first one, and write the step's groups. A collective."""
+        """Gather the token values of all ranks on the first rank, and write the step's groups. A collective."""
         if not self.rollouts.limit_bytes:
             return
         empty = (torch.empty(0, dtype=d) for d in (torch.int32, torch.int32, torch.half, torch.half))
@@ -102,10 +102,10 @@ class Journal:
                 self.metrics.warn(failed)
 
     def step(self, done: int, batch: Batch, credit: LeadAdvantages, update: dict[str, Any], synced: dict) -> None:
-        """Write down step `done`, the first being 1.
+        """Record step `done`, the first being 1.
 
         Raises:
-            ValueError: loss or gradient was not finite in too many consecutive steps.
+            ValueError: the loss or gradient was not finite in too many consecutive steps.
         """
         with self.phase("keep"):
             self._keep_rollouts(done, batch, credit)
@@ -130,12 +130,12 @@ class Journal:
         self.phase.reset()
 
     def evaluation(self, step: int, record: dict[str, Any], batch: Batch) -> None:
-        """Write down an evaluation after `step` steps; 0 is before the first."""
+        """Record an evaluation after `step` steps; 0 is before the first."""
         self.metrics.eval(step, record | function_terms(batch) | {"elapsed_s": self.elapsed_s})
         self.metrics.responses(step, sample_of_responses(batch, "test"))
 
     def close(self) -> None:
-        """Flush what is buffered and stop watching."""
+        """Flush buffers and stop watching."""
         self.metrics.close()
         if self.watchdog:
             self.watchdog.close()
@@ -144,9 +144,9 @@ class Journal:
 def describe(batch: Batch, credit: LeadAdvantages, group_size: int) -> dict[str, Any]:
     """Statistics of a step's responses and rewards.
 
-    A new metric is a key here and an entry in metric_table.py: metrics.jsonl, TensorBoard and Weights & Biases take
-    every key, the console and the report's table (ROWS in report.py) show a chosen few. A metric of the update is a key
-    in Learner.step.
+    To add a metric, add a key here and an entry in metric_table.py: metrics.jsonl, TensorBoard and Weights & Biases
+    record every key, the console and the report's table (ROWS in report.py) show a selection. A metric of the update is
+    a key in Learner.step.
     """
     correct = torch.tensor([s.correct for s in batch.scores], dtype=torch.float32)
     lengths = torch.tensor(batch.lengths, dtype=torch.float32)
@@ -177,18 +177,18 @@ def describe(batch: Batch, credit: LeadAdvantages, group_size: int) -> dict[str,
 
 
 def length_correctness(lengths_PG: torch.Tensor, correct_PG: torch.Tensor) -> float | None:
-    """Correlation of length and correctness within groups, mean over those that have both; None without one.
+    """Correlation of length and correctness within groups, averaged over groups that have both outcomes; else None.
 
-    Below 0 longer responses are more often wrong (overthinking), above 0 shorter ones are (over-compression).
+    Below 0, longer responses are more often wrong (overthinking); above 0, shorter ones (over-compression).
     """
     x, y = (v - v.mean(1, keepdim=True) for v in (lengths_PG, correct_PG))
     size = (x.square().sum(1) * y.square().sum(1)).sqrt()
-    told = size > 0
-    return ((x * y).sum(1)[told] / size[told]).mean().item() if told.any() else None
+    varies = size > 0
+    return ((x * y).sum(1)[varies] / size[varies]).mean().item() if varies.any() else None
 
 
 def length_spread(lengths_PG: torch.Tensor, correct_PG: torch.Tensor) -> float | None:
-    """Standard deviation over mean of the correct responses' lengths, mean over groups with two or more of them."""
+    """Standard deviation over mean of correct responses' lengths, averaged over groups with two or more of them."""
     n = correct_PG.sum(1)
     mean = (lengths_PG * correct_PG).sum(1) / n.clamp(min=1)
     squares = ((lengths_PG - mean[:, None]).square() * correct_PG).sum(1)
@@ -197,7 +197,7 @@ def length_spread(lengths_PG: torch.Tensor, correct_PG: torch.Tensor) -> float |
 
 
 def function_terms(batch: Batch) -> dict[str, Any]:
-    """Means of what the user's reward function returned, over the responses that have the term; empty without one."""
+    """Mean of each term that the user's reward function returned, over the responses that have it; else empty."""
     terms: dict[str, list[float]] = {}
     for score in batch.scores:
         for name, value in score.terms.items():
@@ -209,7 +209,7 @@ def function_terms(batch: Batch) -> dict[str, Any]:
 
 
 def skipped_batch(batch: Batch, credit: LeadAdvantages, record: dict) -> dict:
-    """Everything that went into a step whose update was skipped."""
+    """Everything that entered a step whose update was skipped."""
     return {
         "record": record,
         "groups": [dataclasses.asdict(g) for g in batch.groups],
@@ -219,7 +219,7 @@ def skipped_batch(batch: Batch, credit: LeadAdvantages, record: dict) -> dict:
 
 
 def staleness(batch: Batch, version: int) -> dict[str, Any]:
-    """How old the tokens are, in policy updates, when policy `version` is trained on them."""
+    """Age of the tokens, in policy updates, when policy `version` is trained on them."""
     parts = [(version - v, tokens) for s in batch.samples for v, tokens in s.response.parts]
     ages, tokens = torch.tensor(parts).unbind(1)
     by_age = torch.bincount(ages, weights=tokens.double())

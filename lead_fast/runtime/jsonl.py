@@ -1,4 +1,4 @@
-"""JSON Lines files: read with a half-written last line, appended in full or not at all."""
+"""JSON Lines files: read despite a half-written last line, and appended in full or not at all."""
 
 import json
 import math
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def each_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """Records of a JSONL file, one after the other; a half-written last line, of a run that was killed, is left out.
+    """Yield the records of a JSONL file; a half-written last line, left by a run that was killed, is skipped.
 
     Raises:
         ValueError: any other line is not valid JSON.
@@ -18,7 +18,7 @@ def each_jsonl(path: Path) -> Iterator[dict[str, Any]]:
             if line.strip():
                 try:
                     record = json.loads(line)
-                except ValueError as e:  # JSON's or UTF-8's
+                except ValueError as e:  # from JSON or UTF-8
                     if not line.endswith(b"\n"):
                         break
                     raise ValueError(f"{path}, line {number} is not valid JSON: remove that line.") from e
@@ -31,7 +31,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def _append(path: Path, records: list[dict[str, Any]]) -> None:
-    # A lone surrogate in a problem's text has no UTF-8; backslashreplace writes it as the escape that JSON has for it.
+    # UTF-8 cannot encode a lone surrogate in a problem's text; backslashreplace writes it as a JSON escape.
     text = "".join(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in records)
     data = text.encode("utf-8", errors="backslashreplace")
     with open(path, "ab", buffering=0) as f:
@@ -39,13 +39,13 @@ def _append(path: Path, records: list[dict[str, Any]]) -> None:
         try:
             while data:
                 data = data[f.write(data) :]
-        except OSError:  # a full disk: half a line would spoil the file
+        except OSError:  # a full disk: half a line would corrupt the file
             f.truncate(began)
             raise
 
 
 def plain(value: Any) -> Any:
-    """Convert a value to JSON's types: arrays and tensors to lists or numbers, NaN and infinities to None."""
+    """Convert a value to JSON's types: arrays and tensors to lists or numbers, NaN and infinity to None."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, dict):

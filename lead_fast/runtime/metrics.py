@@ -1,4 +1,4 @@
-"""Writes every step's numbers: a console line, metrics.jsonl in full, TensorBoard, and Weights & Biases if asked.
+"""Write every step's numbers to the console, metrics.jsonl, TensorBoard, and Weights & Biases if asked.
 
 RUN_DIR/metrics.jsonl   one JSON object per line; `kind` is train, eval or sft, `step` counts finished steps
 RUN_DIR/responses.jsonl   a sample of responses with their scores
@@ -17,13 +17,14 @@ from typing import Any
 from .console import SFT_EVERY_S, _Console, eval_line, sft_line, train_line
 from .jsonl import _append, plain, read_jsonl
 
-MOST_LEVELS = 20  # difficulties that TensorBoard gets one by one; metrics.jsonl always has all
+MOST_LEVELS = 20  # maximum difficulties to show one by one in TensorBoard; metrics.jsonl always has all
 
 
 class PhaseTimer:
     """Seconds spent in each phase of a step: `with timer("rollout"): ...`, read as `timer.seconds["rollout"]`.
 
-    A phase entered twice adds up. On CUDA a phase ends when its kernels have. `entered` is called with every phase.
+    A phase entered twice adds up. On CUDA a phase ends when its kernels have finished. `entered` is called with every
+    phase.
     """
 
     def __init__(self, entered: Callable[[str], object] = lambda phase: None) -> None:
@@ -45,16 +46,16 @@ class PhaseTimer:
 
 
 class Metrics:
-    """Writes a run's records. Only the main rank should be enabled; elsewhere every call does nothing.
+    """Write a run's records. Enable it on the main rank only; elsewhere every call does nothing.
 
     Args:
-        run_dir: folder of the run, made if missing.
+        run_dir: folder of the run, created if missing.
         total_steps: steps of the whole run, for the console's step count and time left.
         tensorboard: write scalars under run_dir/tensorboard.
-        wandb_project: project in Weights & Biases, or None for none.
+        wandb_project: project in Weights & Biases, or None.
         enabled: False on all ranks but the first.
     Raises:
-        ValueError: wandb_project is given and the wandb package is not installed.
+        ValueError: wandb_project is given but the wandb package is not installed.
     """
 
     def __init__(
@@ -72,13 +73,11 @@ class Metrics:
         self._first_step = 0  # steps finished before this process began
         self._began = time.monotonic()
         self._first_eval: dict[str, Any] | None = None
-        self._tensorboard: Any = (
-            None  # SummaryWriter, opened at the first record: by then truncate_after has been called
-        )
+        self._tensorboard: Any = None  # SummaryWriter, opened at the first record, after truncate_after has been called
         self._want_tensorboard = tensorboard and enabled
         self._wandb: Any = None
         self._console = _Console(total_steps)
-        self._waiting: dict[str, list[dict[str, Any]]] = {}  # records that a full disk did not take
+        self._waiting: dict[str, list[dict[str, Any]]] = {}  # records that a full disk refused
         if enabled:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             if wandb_project:
@@ -101,22 +100,22 @@ class Metrics:
                     self._first_eval = next((r for r in kept if r.get("kind") == "eval"), None)
 
     def train(self, step: int, record: dict[str, Any]) -> None:
-        """A training step's record; `step` counts it in, so that the first is 1."""
+        """Write a training step's record; `step` includes this step, so the first is 1."""
         if self.enabled:
             record = self._write("train", step, record)
             self._console.line(train_line(record, self.total_steps, self._left_s(step)))
 
     def eval(self, step: int, record: dict[str, Any]) -> None:
-        """An evaluation's record, taken after `step` steps; 0 is before the first."""
+        """Write an evaluation's record, taken after `step` steps; 0 is before the first."""
         if self.enabled:
             record = self._write("eval", step, record)
             self._console.line(eval_line(record, self.total_steps, self._first_eval))
             self._first_eval = self._first_eval or record
-            if step == self._first_step:  # time left is reckoned from the first training step on
+            if step == self._first_step:  # the time left is estimated from the first training step on
                 self._began = time.monotonic()
 
     def sft(self, step: int, record: dict[str, Any]) -> None:
-        """An SFT step's record, with a console line every few seconds and wherever `validation_loss` was measured."""
+        """Write an SFT step's record; print it every few seconds and whenever `validation_loss` was measured."""
         if self.enabled:
             record = self._write("sft", step, record)
             if "validation_loss" in record or self._console.quiet_s() >= SFT_EVERY_S:
@@ -138,7 +137,7 @@ class Metrics:
             self._console.progress(phase, step, done, total, self._left_s(step - 1))
 
     def close(self) -> None:
-        """End the progress line and flush what is buffered."""
+        """End the progress line and flush buffers."""
         self._console.clear()
         if self._tensorboard:
             self._tensorboard.close()
@@ -151,12 +150,12 @@ class Metrics:
         return (time.monotonic() - self._began) / done * (self.total_steps - step) if done > 0 else None
 
     def warn(self, text: str) -> None:
-        """Print a warning, on a line that stays."""
+        """Print a warning on a permanent line."""
         if self.enabled:
             self._console.line(f"Warning: {text}")
 
     def _keep(self, name: str, records: list[dict[str, Any]]) -> None:
-        """Append to a file of the run; what cannot be written (a full disk) waits for the next time."""
+        """Append to a file of the run; records that cannot be written (a full disk) wait for the next call."""
         waiting = self._waiting.setdefault(name, [])
         waiting += records
         try:
@@ -179,7 +178,7 @@ class Metrics:
                 for name, value in scalars.items():
                     self._tensorboard.add_scalar(name, value, step)
                 self._tensorboard.flush()
-            except OSError as e:  # its writer does not recover from that: a new one opens a new file
+            except OSError as e:  # the writer does not recover from this: a new one opens a new file
                 self._console.line(f"Warning: tensorboard of step {step} was not written ({e}): the run continues.")
                 self._tensorboard = None
         if self._wandb:
@@ -188,14 +187,14 @@ class Metrics:
 
 
 def _wait_for_cuda() -> None:
-    import torch  # here, so that the report does not wait for it
+    import torch  # here, so that the report does not have to import it
 
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
 def _scalars(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
-    """Numbers of a nested record with their path, such as ("seconds/rollout", 1.2)."""
+    """Yield the numbers of a nested record with their paths, such as ("seconds/rollout", 1.2)."""
     if isinstance(value, (dict, list)):
         items: Iterable[tuple[Any, Any]] = value.items() if isinstance(value, dict) else enumerate(value)
         for key, inner in items:
@@ -210,9 +209,9 @@ def _start_wandb(project: str, run_dir: Path) -> Any:
         wandb = importlib.import_module("wandb")
     except ImportError as e:
         raise ValueError(
-            f"wandb is {project!r} but the wandb package is not installed: pip install wandb, or leave --wandb out."
+            f"wandb is {project!r} but the wandb package is not installed: pip install wandb, or omit --wandb."
         ) from e
-    name = run_dir / "wandb_id"  # kept, so that a resumed run continues in the same place
+    name = run_dir / "wandb_id"  # kept so that a resumed run continues the same entry
     if not name.exists():
         name.write_text(uuid.uuid4().hex[:12])
     run = wandb.init(project=project, name=run_dir.name, id=name.read_text(), resume="allow", dir=str(run_dir))

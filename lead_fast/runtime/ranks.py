@@ -1,4 +1,4 @@
-"""Ranks, devices and the few collectives that the loop needs beside FSDP's own."""
+"""Ranks, devices and the few collectives that the loop needs in addition to FSDP's."""
 
 import contextlib
 import datetime
@@ -22,20 +22,20 @@ from .hardware import use_cuda
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where this process stands in the job."""
+    """This process's position in the job."""
 
     rank: int
     world: int
     device: torch.device
     mesh: DeviceMesh
     sequence: int = 1
-    """How many neighbouring ranks share a pack; they are a team."""
+    """Number of neighbouring ranks that share a pack; they form a team."""
     sequence_group: dist.ProcessGroup | None = None
-    """This rank's team, where it has more than one member."""
+    """This rank's team, if it has more than one member."""
     tickets: Iterator[int] = field(default_factory=itertools.count, compare=False)
-    """Numbers that come in the same order on every rank: names for what they share in the store."""
+    """Counter with the same values on every rank; names what ranks share in the store."""
     waits: list[str] = field(default_factory=list, compare=False)
-    """What this rank's main thread waits for other ranks in, the innermost last; the watchdog reads it."""
+    """What this rank's main thread is waiting for other ranks in, innermost last; read by the watchdog."""
 
     @property
     def store(self) -> Store:
@@ -60,7 +60,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def waiting(self, name: str) -> Iterator[None]:
-        """Mark that what follows ends when other ranks, or a thread, have done their part."""
+        """Mark a section that ends only when other ranks, or a thread, have done their part."""
         self.waits.append(name)
         try:
             yield
@@ -68,19 +68,19 @@ class Ranks:
             self.waits.pop()
 
     def all_sum(self, x: torch.Tensor) -> torch.Tensor:
-        """Sum of `x` over all ranks, in place."""
+        """Sum `x` over all ranks, in place."""
         with self.waiting("all_sum"):
             dist.all_reduce(x, op=dist.ReduceOp.SUM)
         return x
 
     def all_max(self, x: torch.Tensor) -> torch.Tensor:
-        """Maximum of `x` over all ranks, in place."""
+        """Take the maximum of `x` over all ranks, in place."""
         with self.waiting("all_max"):
             dist.all_reduce(x, op=dist.ReduceOp.MAX)
         return x
 
     def gather_objects(self, x: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-        """Every rank's `x`, in the order of ranks, on every rank; `group`: of all ranks, for a thread of its own."""
+        """Return every rank's `x` on every rank, in rank order; `group`: of all ranks, for use in a separate thread."""
         out: list[Any] = [None] * self.world
         with self.waiting("gather_objects") if group is None else contextlib.nullcontext():
             dist.all_gather_object(out, x, group=group)
@@ -91,21 +91,21 @@ class Ranks:
             dist.barrier()
 
     def check_same(self, settings: str) -> None:
-        """Raise ValueError, on every rank, where ranks were started with other `settings` (lines) than the first."""
+        """Raise ValueError on every rank if ranks were started with other `settings` (lines) than the first rank."""
         everyone = [text.splitlines() for text in self.gather_objects(settings)]
         for rank, lines in enumerate(everyone):
             if lines != everyone[0]:
                 pairs = itertools.zip_longest(everyone[0], lines, fillvalue="nothing")
                 first, other = next((a, b) for a, b in pairs if a != b)
                 raise ValueError(
-                    f"Rank {rank} was started with {other} and rank 0 with {first}: give all machines the same command."
+                    f"Rank {rank} was started with {other} and rank 0 with {first}: use the same command everywhere."
                 )
 
     def first_fault(self, fault: str) -> str:
-        """The fault that came first on any rank, or "" once all ranks are here without one.
+        """Return the fault that came first on any rank, or "" once all ranks have arrived without one.
 
-        Unlike in a collective, nobody waits where there is a fault: other ranks may be long in what failed here, hang
-        in it (an engine over several ranks), or fail because this one left.
+        Unlike in a collective, nobody waits once there is a fault: other ranks may take long in what failed here, hang
+        in it (an engine over several ranks), or fail because this rank left.
 
         Args:
             fault: what is wrong on this rank, or "".
@@ -123,21 +123,21 @@ class Ranks:
         return ""
 
     def say_once(self, what: str, text: str) -> None:
-        """Print `text` on the first rank that has something to say of `what`; the others stay silent. No collective."""
+        """Print `text` on the first rank that has a message about `what`; the others stay silent. No collective."""
         if self.store.add(f"said/{what}", 1) == 1:
             print(text, flush=True)
 
 
 def start(parallel: ParallelConfig | None = None) -> Ranks:
-    """Join the job that torchrun made, or make a job of one.
+    """Join the job that torchrun started, or make a job of one process.
 
     CUDA machines use NCCL (and gloo for objects and asynchronous checkpoints), others gloo. On a CPU the ranks divide
-    the cores between them, unless OMP_NUM_THREADS says how many threads each should have. The mesh is ("shard",), or
+    the cores among themselves, unless OMP_NUM_THREADS sets the threads per rank. The mesh is ("shard",), or
     ("replicate", "shard") with parallel.replicate copies of the sharded model.
 
     Raises:
         ValueError: parallel.replicate or parallel.sequence does not divide the number of ranks, or the GPUs that the
-            driver shows cannot be used.
+            driver reports cannot be used.
     """
     parallel = parallel or ParallelConfig()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -156,8 +156,8 @@ def start(parallel: ParallelConfig | None = None) -> Ranks:
     if not dist.is_initialized():
         store, rank, world = next(rendezvous("env://"))
         if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
-            # torchrun keeps one store over the restarts of a job: without a prefix, ranks may find their dead
-            # predecessors' addresses in it. (Over several machines the count may differ from one to the other.)
+            # torchrun keeps one store across restarts of a job: without a prefix, ranks may find the addresses of
+            # their dead predecessors in it. (The count can differ between machines.)
             store = dist.PrefixStore(f"life-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # type: ignore
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
     world = dist.get_world_size()
@@ -176,9 +176,9 @@ def start(parallel: ParallelConfig | None = None) -> Ranks:
 
 
 def host_threads() -> int:
-    """Threads for this rank's work on the CPU: OMP_NUM_THREADS as the user set it, else its part of the cores.
+    """Number of CPU threads for this rank: OMP_NUM_THREADS if the user set it, else this rank's part of the cores.
 
-    torchrun sets OMP_NUM_THREADS=1 for its ranks where the user set nothing. What it was started with is in /proc.
+    torchrun sets OMP_NUM_THREADS=1 for its ranks if the user set nothing; /proc shows its own environment.
     """
     value = os.environ.get("OMP_NUM_THREADS", "")
     if value.isdigit() and int(value) > 0 and (value != "1" or _set_before_torchrun("OMP_NUM_THREADS")):
@@ -189,7 +189,7 @@ def host_threads() -> int:
 
 
 def _set_before_torchrun(name: str) -> bool:
-    """Whether this process inherited the variable from beyond torchrun; True where there is no torchrun."""
+    """Whether torchrun itself inherited the variable; True without torchrun."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return True
     try:
@@ -201,7 +201,7 @@ def _set_before_torchrun(name: str) -> bool:
 
 at_stop: list[Callable[[], None]] = []
 
-"""What must end before the process group does, such as an engine with groups of its own."""
+"""What must end before the process group does, such as an engine with its own process groups."""
 
 
 def stop() -> None:
@@ -213,13 +213,13 @@ def stop() -> None:
 
 
 POLL_S = 0.2
-ALONE_S = 5.0  # that a rank with a mistake to report waits for the first rank to report it
+ALONE_S = 5.0  # how long a rank with a mistake to report waits for the first rank to report it
 
 
 def complaint(e: ValueError) -> str | int:
-    """What a command exits with when its user made a mistake: one sentence, on the first rank alone.
+    """Return what a command exits with after a user's mistake: one sentence, printed by the first rank only.
 
-    Another rank speaks where the first does not come to it: a file that one machine lacks, a GPU that is full.
+    Another rank reports a mistake that the first does not see: a file missing on one machine, a full GPU.
     """
     rank = os.environ.get("RANK", "0")
     if rank == "0":
@@ -227,7 +227,7 @@ def complaint(e: ValueError) -> str | int:
             dist.distributed_c10d._get_default_store().set("complaint", "1")
         return f"error: {e}"
     if not dist.is_initialized():
-        return 1  # before ranks meet all have read the same command
+        return 1  # before the ranks meet, all have read the same command
     try:
         dist.distributed_c10d._get_default_store().wait(["complaint"], datetime.timedelta(seconds=ALONE_S))
     except dist.DistError:

@@ -1,11 +1,12 @@
-"""Every step's groups, compressed within a limit on disk: what the policy wrote, for the page of `lead_fast.report`.
+"""Kept rollouts: every step's groups, compressed within a limit on disk, for the page of `lead_fast.report`.
 
 RUN_DIR/rollouts/step-00000012.bin   one file per step, complete or absent
-RUN_DIR/rollouts/tokenizer.json      so that tokens can be told apart without the model
+RUN_DIR/rollouts/tokenizer.json      tells tokens apart without the model
 
-A file is a head of fixed size, the columns that lists and filters need (a row per group, a row per response), the
-beginnings of the problems, and one compressed block per group. A list reads columns, a page reads one block.
-Where the limit is reached, steps are thinned out: the older, the wider apart; the first and the newest stay.
+A file is a head of fixed size, the columns that lists and filters need (one row per group, one row per response), the
+beginnings of the problems, and one compressed block per group. A list reads columns, a page reads one block. When the
+limit is reached, steps are thinned out: the older the steps, the more of them are deleted; the first and the newest
+are kept.
 """
 
 import json
@@ -39,8 +40,8 @@ RESPONSES = np.dtype(
         ("gap", "<f4"),
     ]
 )
-TITLE = 160  # characters of a problem that a list shows
-LEVEL = 3  # zlib's: a third of the time of its default, about a tenth more bytes
+TITLE = 160  # characters of a problem to show in a list
+LEVEL = 3  # of zlib: a third of the default's time, about a tenth more bytes
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class TokenValues:
     entropy: np.ndarray
 
     def by_sequence(self) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-        """Gap and entropy of each response that has them, in the order of its tokens."""
+        """Gap and entropy of each response that has them, in token order."""
         order = np.lexsort((self.positions, self.sequences))
         names, starts = np.unique(self.sequences[order], return_index=True)
         parts = zip(np.split(self.gap[order], starts[1:]), np.split(self.entropy[order], starts[1:]), strict=True)
@@ -81,18 +82,18 @@ def length_z(correct: np.ndarray, lengths: np.ndarray, eps: float) -> np.ndarray
 
 
 class Rollouts:
-    """Writes and thins out a run's groups. One process writes.
+    """Write and thin out a run's groups. Only one process writes.
 
     Args:
         run: the run directory.
-        limit_bytes: largest sum of the files' sizes; 0: nothing is kept.
+        limit_bytes: maximum total size of the files; 0: nothing is kept.
     """
 
     def __init__(self, run: Path, limit_bytes: int):
         self.folder, self.limit_bytes = run / FOLDER, limit_bytes
 
     def truncate_after(self, step: int) -> None:
-        """Remove the groups of later steps, from which a run is resumed, and incomplete files."""
+        """Remove incomplete files, and the groups of steps after `step`, from which a run is resumed."""
         for path in self.folder.glob("*.partial"):
             path.unlink(missing_ok=True)
         for number, path in step_files(self.folder).items():
@@ -100,7 +101,7 @@ class Rollouts:
                 path.unlink(missing_ok=True)
 
     def keep_tokenizer(self, tokenizer: Any) -> None:
-        """Write down the fast tokenizer's tables; a tokenizer without them leaves responses without token colours."""
+        """Save the fast tokenizer's tables; without them responses are shown without token colours."""
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if self.limit_bytes and backend is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -111,10 +112,10 @@ class Rollouts:
     def add(
         self, step: int, batch: Batch, rewards: list[float], advantages: list[float], eps: float, values: TokenValues
     ) -> str | None:
-        """Keep a step's groups; returns what went wrong, in a sentence, where they could not be kept.
+        """Keep a step's groups; returns a sentence on what went wrong, or None.
 
         Args:
-            step: steps that are finished, this one counted.
+            step: number of finished steps, this one included.
             batch: the groups.
             rewards, advantages: [S], group by group.
             eps: advantage.eps, for z.
@@ -133,7 +134,7 @@ class Rollouts:
             self._make_room(step, len(data))
             partial.write_bytes(data)
             os.replace(partial, path)
-        except OSError as e:  # a full disk ends no run
+        except OSError as e:  # a full disk does not end the run
             partial.unlink(missing_ok=True)
             return f"step {step}: its rollouts were not kept ({e}): the run continues."
         return None
@@ -149,10 +150,10 @@ class Rollouts:
 
 
 def to_drop(steps: list[int]) -> int:
-    """Which of the kept steps, ascending, goes: the one whose gap, once it is gone, is least beside its age.
+    """Choose which of the kept steps, ascending, to drop: the one that leaves the smallest gap relative to its age.
 
-    So the kept steps lie about evenly on a logarithmic scale of age. The last one, and the first while there is another
-    to drop, stay.
+    The kept steps then lie about evenly on a logarithmic scale of age. The last step is never dropped, and the first
+    only if no other can be.
     """
     if len(steps) <= 2:
         return steps[0]
@@ -162,13 +163,13 @@ def to_drop(steps: list[int]) -> int:
 
 
 def step_files(folder: Path) -> dict[int, Path]:
-    """Files of kept steps by step, ascending."""
-    found = {}
+    """Files of the kept steps, by step, ascending."""
+    files = {}
     for path in folder.glob("step-*.bin"):
         number = path.stem.removeprefix("step-")
         if number.isascii() and number.isdigit():
-            found[int(number)] = path
-    return dict(sorted(found.items()))
+            files[int(number)] = path
+    return dict(sorted(files.items()))
 
 
 # ------------------------------------------------------------------------------------------------------------ format
@@ -182,7 +183,7 @@ def encode(
     eps: float,
     values: dict[int, tuple[np.ndarray, np.ndarray]],
 ) -> bytes:
-    """The bytes of a step's file; equal groups give equal bytes."""
+    """Encode a step's groups as the bytes of its file; equal groups give equal bytes."""
     rows = np.zeros(len(rewards), RESPONSES)
     rows["reward"], rows["advantage"] = rewards, advantages
     rows["correct"] = [s.correct for s in batch.scores]
@@ -200,7 +201,7 @@ def encode(
         groups[i] = (0, len(blocks[-1]), first, len(group.samples), group.correct)
         first = of_group.stop
     titles = zlib.compress(json.dumps([title(g.problem.problem) for g in batch.groups]).encode(), LEVEL)
-    groups["offset"] = np.cumsum(groups["size"], dtype=np.uint64) - groups["size"]  # from the first block on
+    groups["offset"] = np.cumsum(groups["size"], dtype=np.uint64) - groups["size"]  # relative to the first block
     columns = zlib.compress(groups.tobytes() + rows.tobytes(), LEVEL)
     return b"".join([HEAD.pack(MAGIC, len(groups), len(rows), len(columns), len(titles)), columns, titles, *blocks])
 
@@ -230,7 +231,7 @@ def encode_group(group: Group, values: list[tuple[np.ndarray, np.ndarray] | None
             for s, v in zip(group.samples, values, strict=True)
         ],
     }
-    text = json.dumps(texts).encode()  # ASCII: a lone surrogate is an escape in it
+    text = json.dumps(texts).encode()  # ASCII: a lone surrogate becomes an escape
     out = [struct.pack("<I", len(text)), text]
     for sample, v in zip(group.samples, values, strict=True):
         out += [np.asarray(sample.response.token_ids, "<u4").tobytes()]
@@ -253,14 +254,14 @@ class StepIndex:
     titles_bytes: int
 
     def titles(self) -> list[str]:
-        """Beginnings of the problems, one per group. Raises ValueError as `group` does."""
+        """Beginnings of the problems, one per group. Raises ValueError like `group`."""
         return json.loads(_inflated(self.path, self.titles_at, self.titles_bytes))
 
     def group(self, i: int) -> "KeptGroup":
-        """The i-th group's texts and token values.
+        """Texts and token values of the i-th group.
 
         Raises:
-            ValueError: the file is damaged or gone.
+            ValueError: the file is damaged or missing.
         """
         at = self.titles_at + self.titles_bytes + int(self.groups["offset"][i])
         return decode_group(_inflated(self.path, at, int(self.groups["size"][i])))
@@ -268,7 +269,7 @@ class StepIndex:
 
 @dataclass(frozen=True)
 class KeptSample:
-    """A response as kept: `fields` are those of encode_group; gap and entropy are None where it was not trained on."""
+    """A kept response: `fields` are those of encode_group; gap and entropy are None if it was not trained on."""
 
     fields: dict[str, Any]
     token_ids: np.ndarray
@@ -302,8 +303,8 @@ def read_step(step: int, path: Path) -> StepIndex:
     """Read the columns of a step's file.
 
     Raises:
-        ValueError: it is damaged, or of another format.
-        OSError: it is gone: a running run thins out.
+        ValueError: it is damaged, or has another format.
+        OSError: it is missing, because a running run has thinned it out.
     """
     try:
         with path.open("rb") as f:
@@ -320,7 +321,7 @@ def read_step(step: int, path: Path) -> StepIndex:
             titles_bytes,
         )
     except (struct.error, zlib.error, ValueError) as e:
-        raise ValueError(f"{path} holds no rollouts that can be read ({e}): remove it.") from e
+        raise ValueError(f"{path} holds no readable rollouts ({e}): remove it.") from e
 
 
 def _inflated(path: Path, at: int, size: int) -> bytes:

@@ -1,15 +1,15 @@
-"""Ends a job that stands still, and says where each rank stood.
+"""End a job that makes no progress, and print where each rank stopped.
 
     dog = Watchdog(1500, ranks); dog.beat("rollout", step=3); ...; dog.close()
 
-Every rank has a thread that looks at the time of its last beat. The first to find it too long ago says so in the
-job's store; every rank's thread then prints its own phase and Python stacks, and the process ends with `EXIT`. Should
-Python itself stand still (code that keeps the interpreter's lock), faulthandler's own thread prints the stacks and
+Every rank has a thread that checks the time of its last beat. The first thread to find it too long ago writes this to
+the job's store; every rank's thread then prints its own phase and Python stacks, and the process ends with `EXIT`. If
+Python itself is blocked (by code that holds the interpreter's lock), faulthandler's own thread prints the stacks and
 ends the process a little later.
 
-A rank that waits for others (`Ranks.waiting`) does nothing that it could beat for: the ranks that work beat for it,
-through a counter in the store. So a rank may wait for a slow one as long as that one makes progress, and the job ends
-when a rank that does not wait stands still, or when all wait.
+A rank that waits for others (`Ranks.waiting`) has nothing to beat for: the ranks that work beat for it, through a
+counter in the store. So a rank may wait for a slow one as long as that one makes progress, and the job ends when a rank
+that is not waiting makes none, or when all ranks wait.
 """
 
 import atexit
@@ -25,34 +25,34 @@ import torch.distributed as dist
 from .ranks import Ranks
 
 EXIT = 75  # temporary failure: run again with --resume
-GRACE_S = 10.0  # for the other ranks to print theirs
+GRACE_S = 10.0  # time for the other ranks to print their stacks
 STILL, PRINTED, BEATS = "watchdog/still", "watchdog/printed", "watchdog/beats"
 
 
 class Watchdog:
-    """Watches one rank.
+    """Watch one rank.
 
     Args:
         limit_s: seconds without a beat after which the job is ended; 0: never.
-        ranks: of this job; a process group must be up.
+        ranks: of this job; its process group must exist.
     """
 
     def __init__(self, limit_s: float, ranks: Ranks):
         self.limit_s, self.ranks = limit_s, ranks
         self.phase, self.step, self.last_s = "start", 0, time.monotonic()
         self._armed_s = 0.0
-        self._counted_s, self._beats, self._others_s = 0.0, 0, self.last_s  # what the store was told and knew last
+        self._counted_s, self._beats, self._others_s = 0.0, 0, self.last_s  # last values in the store
         self._closed = threading.Event()
         if limit_s > 0:
             store: Any = dist.distributed_c10d._get_default_store()
-            self._store = store.clone()  # a connection of its own: the thread shares none with the collectives
+            self._store = store.clone()  # a separate connection, which the thread does not share with the collectives
             self.beat("start", 0)
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
             atexit.register(self.close)
 
     def beat(self, phase: str | None = None, step: int | None = None) -> None:
-        """Note progress; `phase` and `step` stay as they were if not given. Cheap."""
+        """Record progress; `phase` and `step` keep their values if not given. Cheap."""
         self.phase, self.step = phase or self.phase, self.step if step is None else step
         self.last_s = time.monotonic()
         if self.limit_s > 0 and self.last_s - self._armed_s > min(1.0, self.limit_s / 10):
@@ -60,8 +60,8 @@ class Watchdog:
             self._arm()
 
     def close(self) -> None:
-        """Watch no longer; also called when the process ends by itself. Waits for the thread: an interpreter that ends
-        while a thread is inside the store's C++ aborts the process."""
+        """Stop watching; also called when the process ends by itself. Waits for the thread: an interpreter that ends
+        while a thread is inside the store's C++ code aborts the process."""
         self._closed.set()
         if self.limit_s > 0:
             faulthandler.cancel_dump_traceback_later()
@@ -85,7 +85,7 @@ class Watchdog:
                     os._exit(EXIT)
 
     def _count_beats(self) -> None:
-        """Add this rank's beats to the job's, and note when another rank's were added."""
+        """Add this rank's beats to the job's counter, and note when other ranks have added theirs."""
         own = int(self.last_s > self._counted_s)
         self._counted_s = self.last_s
         beats = self._store.add(BEATS, own)
@@ -98,7 +98,7 @@ class Watchdog:
             return False
         if not self.ranks.waits or time.monotonic() - self._others_s > self.limit_s:
             return True
-        self._arm()  # others make progress
+        self._arm()  # other ranks make progress
         return False
 
     def _arm(self) -> None:
@@ -113,7 +113,7 @@ class Watchdog:
         sys.stderr.flush()
 
     def _wait_for_others(self) -> None:
-        """So that no rank is killed by the launcher before it has printed."""
+        """Wait until the other ranks have printed, so that the launcher kills none before it has."""
         self._store.add(PRINTED, 1)
         until = time.monotonic() + GRACE_S
         while time.monotonic() < until and self._store.add(PRINTED, 0) < self.ranks.world:

@@ -1,15 +1,15 @@
-r"""LaTeX mathematics to MathML, for what models write: fractions, roots, scripts, fences, matrices, text.
+r"""Convert the LaTeX mathematics that models write to MathML: fractions, roots, scripts, fences, matrices, text.
 
-Everything that comes out is made of tags written here and of escaped text. What is not known is not guessed at: the
-caller gets None, and shows the source.
+The output consists of tags written here and of escaped text. Unknown commands are never guessed: the caller gets None
+and shows the source.
 """
 
 import html
 import re
 from collections.abc import Callable
 
-MOST = 3000  # characters of a formula; a longer one is shown as source
-DEEPEST = 40  # levels of braces
+MOST = 3000  # characters of a formula; longer ones are shown as source
+DEEPEST = 40  # nested braces
 
 LEXER = re.compile(r"\\(?:[a-zA-Z]+|.)|\d+(?:[.,]\d+)*|\s+|.", re.S)
 
@@ -60,7 +60,7 @@ IGNORED = {"displaystyle", "textstyle", "scriptstyle", "limits", "nolimits", "no
 TEXTS = {"text", "textbf", "textit", "textrm", "texttt", "mbox", "hbox", "textnormal", "operatorname"}
 FONTS = {"mathrm": 0, "mathbf": 0x1D400, "boldsymbol": 0x1D400, "bm": 0x1D400, "mathit": 0, "mathcal": 0x1D49C,
          "mathscr": 0x1D49C, "mathfrak": 0x1D504, "mathbb": 0x1D538, "mathsf": 0x1D5A0, "mathtt": 0x1D670}  # fmt: skip
-# Letters that Unicode had before it had the alphabets.
+# Letters that Unicode had before it got these alphabets.
 ODD = {0x1D49C: dict(zip("BEFHILMRego", "ℬℰℱℋℐℒℳℛℯℊℴ", strict=True)), 0x1D504: dict(zip("CHIRZ", "ℭℌℑℜℨ", strict=True)),
        0x1D538: dict(zip("CHNPQRZ", "ℂℍℕℙℚℝℤ", strict=True))}  # fmt: skip
 FENCES = {"pmatrix": "()", "bmatrix": "[]", "vmatrix": "||", "Vmatrix": "‖‖", "Bmatrix": "{}", "cases": "{ "}
@@ -70,11 +70,11 @@ TABLES = {*FENCES, *PAIRS, "matrix", "array", "gathered", "smallmatrix",
 
 
 class Unknown(Exception):
-    """What this converter has no MathML for."""
+    """Raised for anything that this converter cannot express in MathML."""
 
 
 def mathml(source: str, *, block: bool = False) -> str | None:
-    """MathML of a formula without its delimiters; None where something in it is not known."""
+    """Convert a formula without its delimiters to MathML; None if any part of it is unknown."""
     if len(source) > MOST:
         return None
     try:
@@ -96,7 +96,7 @@ def _leaf(name: str, text: str, attributes: str = "") -> str:
 
 
 class _Parser:
-    """Recursive descent over the lexer's tokens; `at` is the next one."""
+    """Recursive descent over the lexer's tokens; `at` is the index of the next one."""
 
     def __init__(self, tokens: list[str], block: bool):
         self.tokens, self.block = tokens, block
@@ -118,7 +118,7 @@ class _Parser:
         return token
 
     def row(self, ends: Callable[[str], bool]) -> str:
-        """Everything up to a token that ends it, which is left there."""
+        """Parse everything up to a token that ends it, which is not consumed."""
         self.depth += 1
         if self.depth > DEEPEST:
             raise Unknown("too deep")
@@ -160,7 +160,7 @@ class _Parser:
         return "".join(out)
 
     def scripted(self) -> str:
-        """An atom with what is below and above it."""
+        """Parse an atom with its sub- and superscript."""
         base, stacked = self.atom() if self.peek() not in ("^", "_", "'") else (_tag("mrow", ""), False)
         below = above = ""
         while True:
@@ -190,7 +190,7 @@ class _Parser:
         return _tag(names[2 if below and above else 0 if below else 1], base + below + above)
 
     def atom(self) -> tuple[str, bool]:
-        """A single thing, and whether its scripts stand below and above it."""
+        """Parse a single item; returns it, and whether its scripts are placed below and above it."""
         token = self.take()
         if token[0] == "\\" and len(token) > 1:
             return self.command(token[1:])
@@ -293,7 +293,7 @@ class _Parser:
         text = self.raw() if self.peek() == "{" else self.take()
         if not re.fullmatch(r"[a-zA-Z0-9 ]+", text):
             self.at = start
-            return self.argument()  # \mathbf{\alpha}: the alphabet has no such letter, the plain one is shown
+            return self.argument()  # \mathbf{\alpha}: the alphabet lacks this letter, so the plain one is shown
         code = FONTS[font]
         if code:
             odd = ODD.get(code, {})

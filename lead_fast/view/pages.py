@@ -1,4 +1,4 @@
-"""The pages' HTML: the run at a glance, the list of its rollouts, a group side by side, a response in full."""
+"""HTML of the pages: the run at a glance, the list of its rollouts, a group side by side, a response in full."""
 
 import html
 import math
@@ -26,7 +26,7 @@ from .text import (
 )
 from .watched import SORTS, Columns, parse_filter
 
-PAGE = 50  # groups in a list
+PAGE = 50  # groups per page of a list
 CARDS = 16  # responses side by side
 DOTS = 32  # larger groups show a count in the list instead
 
@@ -100,7 +100,7 @@ const news = document.getElementById('news');
 async function renew() {
   const text = await (await fetch(location.href)).text();
   const fresh = new DOMParser().parseFromString(text, 'text/html').querySelector('main');
-  for (const image of fresh.querySelectorAll('img')) {  // the old picture stays until the new one is there
+  for (const image of fresh.querySelectorAll('img')) {  // the old picture is shown until the new one has loaded
     const old = [...document.images].find(i => i.alt === image.alt);
     if (old) { old.src = image.src; image.replaceWith(old); }
   }
@@ -132,14 +132,14 @@ document.addEventListener('keydown', event => {
 
 
 def page(name: str, state: dict[str, Any], here: str, body: str, *, follows: bool = False, broad: bool = False) -> str:
-    """A complete document around `body`.
+    """Build a complete document around `body`.
 
     Args:
         name: of the run.
-        state: of Watched.state.
-        here: path of the entry of the navigation that this page belongs to.
-        follows: the page replaces its content as the run goes on; else it offers a link.
-        broad: the page takes the window's full width.
+        state: from Watched.state.
+        here: path of the navigation entry that this page belongs to.
+        follows: whether the page replaces its content as the run proceeds; otherwise it offers a link.
+        broad: whether the page uses the window's full width.
     """
     entries = (("/", "Run"), ("/rollouts", "Rollouts"))
     links = "".join(f'<a href="{path}"{" class=here" if path == here else ""}>{text}</a>' for path, text in entries)
@@ -155,12 +155,12 @@ def page(name: str, state: dict[str, Any], here: str, body: str, *, follows: boo
 
 
 def shown_plain(text: str) -> str:
-    """Escaped, for a title, which holds no tags."""
+    """Escape text for a title, which cannot contain tags."""
     return html.escape(text.encode("utf-8", "replace").decode())
 
 
 def state_text(state: dict[str, Any]) -> str:
-    """In words: where the run stands."""
+    """Describe the state of the run in words."""
     of = f" of {state['steps']}" if state["steps"] else ""
     if state["silent_s"] is None:
         return "no record yet"
@@ -173,7 +173,7 @@ def state_text(state: dict[str, Any]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in the unit that a reader would choose."""
+    """Format seconds in a unit that suits their size."""
     s = int(seconds)
     return (
         f"{s} s" if s < 120 else f"{s // 60} min" if s < 7200 else f"{s // 3600} h" if s < 172800 else f"{s // 86400} d"
@@ -188,7 +188,7 @@ def _percent(x: float) -> str:
 
 
 def _short(x: float) -> str:
-    """Three digits; what is below 0.0001 is rounding error in every number here."""
+    """Format with three digits; below 0.0001 every number here is rounding error."""
     text = f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}" if x == 0 or abs(x) >= 1e-4 else "0.0000"
     return text.replace("-", "−")
 
@@ -197,23 +197,23 @@ NUMBERS = tuple(m for s in SECTIONS if "train" in s.kinds for m in s.metrics if 
 
 
 def written(m: Metric, x: float) -> str:
-    """A metric's value as the page shows it."""
+    """Format a metric's value for the page."""
     return _percent(x) if m.unit == SHARE else _short(x)
 
 
 def size(png: bytes) -> tuple[int, int]:
-    """Width and height of a picture, pixels."""
+    """Width and height of a picture in pixels."""
     return struct.unpack(">II", png[16:24])
 
 
 def spans(n: int, most: int = 60) -> list[slice]:
-    """The steps of a run in at most so many parts."""
+    """Divide the steps of a run into at most `most` parts."""
     parts = min(n, most)
     return [slice(i * n // parts, (i + 1) * n // parts) for i in range(parts)]
 
 
 def trend(train: list[dict[str, Any]], parts: list[slice], m: Metric) -> str:
-    """A number over the run as a line without axes: means over the parts that have it."""
+    """Draw a number over the run as a line without axes: means over the parts that have it."""
     means = []
     for part in parts:
         values = [v for r in train[part] if isinstance(v := m.of(r), int | float) and math.isfinite(v)]
@@ -221,7 +221,7 @@ def trend(train: list[dict[str, Any]], parts: list[slice], m: Metric) -> str:
     if len(means) < 2:
         return "<span></span>"
     low, high = min(means), max(means)
-    scale = 16 / (high - low) if high - low > 1e-4 else 0.0  # less is rounding errors
+    scale = 16 / (high - low) if high - low > 1e-4 else 0.0  # smaller ranges are rounding error
     points = " ".join(
         f"{100 * i / (len(means) - 1):.1f},{18 - scale * (y - low) if scale else 10:.1f}" for i, y in enumerate(means)
     )
@@ -229,7 +229,7 @@ def trend(train: list[dict[str, Any]], parts: list[slice], m: Metric) -> str:
 
 
 def held_out(evals: list[dict[str, Any]]) -> str:
-    """The last evaluation in a sentence, and what has changed since the first."""
+    """The last evaluation in one sentence, and the change since the first."""
     if not evals:
         return ""
     first, last = evals[0], evals[-1]
@@ -243,13 +243,13 @@ def held_out(evals: list[dict[str, Any]]) -> str:
         facts += [f"correct responses have {last['length_correct']:,.0f} tokens{since}"]
     answers = answers_of(last)
     if answers and answers["precision"] is not None and last["no_answer_share"]:
-        share, precision = answers["answered_share"], answers["precision"]
-        facts += [f"{100 * share:.1f} % answered, {100 * precision:.1f} % of these correct"]
+        answered, precision = answers["answered_share"], answers["precision"]
+        facts += [f"{100 * answered:.1f} % answered, {100 * precision:.1f} % of those correct"]
     return f"<p>Held out: {' · '.join(facts)}</p>"
 
 
 def healthy(m: Metric, low: float | None, high: float | None) -> str:
-    """The healthy range in words, empty without one."""
+    """The healthy range in words; empty if there is none."""
     a, b = ("" if x is None else written(m, x).replace(".0 %", " %") for x in (low, high))
     if not a and not b:
         return ""
@@ -259,18 +259,18 @@ def healthy(m: Metric, low: float | None, high: float | None) -> str:
 
 
 def overview(state: dict[str, Any], records: list[dict[str, Any]], pictures: dict[str, tuple[str, bytes]]) -> str:
-    """The run at a glance.
+    """Show the run at a glance.
 
     Args:
-        state: of Watched.state.
-        records: of Watched.records.
+        state: from Watched.state.
+        records: from Watched.records.
         pictures: name -> (alternative text, PNG).
     """
     train = [r for r in records if r.get("kind") == "train"]
     if not records:
-        return "<h1>No record yet</h1><p class=faint>The first step is being made; this page looks again by itself.</p>"
+        return "<h1>No record yet</h1><p class=faint>The first step is running; this page updates by itself.</p>"
     if {r.get("kind") for r in records} == {"sft"}:
-        return "<h1>A run of lead_fast.sft</h1><p class=faint>It samples no responses: see its TensorBoard.</p>"
+        return "<h1>A run of lead_fast.sft</h1><p class=faint>It samples no responses: see its TensorBoard logs.</p>"
     cells = ""
     last = train[-1] if train else {}
     parts = spans(len(train))
@@ -292,7 +292,7 @@ def overview(state: dict[str, Any], records: list[dict[str, Any]], pictures: dic
     alerts = "".join(f"<p class=bad>{shown(str(a))}</p>" for a in last.get("alerts") or [])
     images = ""
     for name, (alt, png) in pictures.items():
-        width, height = size(png)  # given, so that the page keeps its height while they load
+        width, height = size(png)  # so that the page keeps its height while pictures load
         images += (
             f'<img src="/picture/{name}.png?{html.escape(state["mark"])}" alt="{html.escape(alt)}" width={width} '
             f"height={height}{' class=wide' if width > 2 * height else ''}>"
@@ -309,14 +309,14 @@ def overview(state: dict[str, Any], records: list[dict[str, Any]], pictures: dic
 
 
 def rollouts(columns: Columns, query: dict[str, str], chosen: np.ndarray, matching: int, unreadable: list[str]) -> str:
-    """The list of groups.
+    """Show the list of groups.
 
     Args:
-        columns: all of them.
-        query: the filters as they were given, and `page` from 1.
-        chosen: positions of the groups that pass, in order.
-        matching: responses of these that pass.
-        unreadable: a sentence per file that cannot be read.
+        columns: of all groups.
+        query: the filters as given, and `page`, counted from 1.
+        chosen: positions of the groups that pass the filters, in order.
+        matching: number of their responses that pass.
+        unreadable: one sentence per file that cannot be read.
     """
     pages = max(1, -(-len(chosen) // PAGE))
     at = min(max(1, int(query["page"]) if query.get("page", "").isdecimal() else 1), pages)
@@ -328,7 +328,7 @@ def rollouts(columns: Columns, query: dict[str, str], chosen: np.ndarray, matchi
         if step not in titles:
             try:
                 titles[step] = columns.indexes[step].titles()
-            except ValueError:  # thinned out since
+            except ValueError:  # thinned out in the meantime
                 titles[step] = []
         text = titles[step][place] if place < len(titles[step]) else "(no longer kept)"
         rows += (
@@ -339,7 +339,7 @@ def rollouts(columns: Columns, query: dict[str, str], chosen: np.ndarray, matchi
         )
     if not len(columns.groups):
         table = (
-            "<p class=faint>No rollouts are kept here: the run has made no step yet, or metrics.keep_rollouts is 0.</p>"
+            "<p class=faint>No rollouts are kept: the run has not finished a step, or metrics.keep_rollouts is 0.</p>"
         )
     elif not rows:
         table = "<p class=faint>No group passes these filters.</p>"
@@ -361,7 +361,7 @@ def rollouts(columns: Columns, query: dict[str, str], chosen: np.ndarray, matchi
 
 
 def outcome(columns: Columns, g: int) -> str:
-    """A dot per response: filled where it is correct, dotted where it is truncated; a count where there are many."""
+    """A dot per response: filled if it is correct, dotted if it is truncated; a count if there are many."""
     group = columns.groups[g]
     n, correct = int(group["responses"]), int(group["correct"])
     rows = columns.responses[int(group["first"]) : int(group["first"]) + n]
@@ -402,7 +402,7 @@ FILTERS = ("step", "solve", "correct", "truncated", "age", "sort")
 
 
 def link(path: str, query: dict[str, str], **more: str | int) -> str:
-    """An address that keeps the list's filters, escaped for an attribute; an empty value leaves its name out."""
+    """Build an address that keeps the list's filters, escaped for an attribute; empty values are left out."""
     kept = {k: query[k] for k in FILTERS if query.get(k)} | {k: v for k, v in more.items() if v != ""}
     return html.escape(path + (f"?{urlencode(kept, errors='replace')}" if kept else ""))
 
@@ -427,14 +427,14 @@ def group(
     pieces: Pieces | None,
     first: int = 0,
 ) -> str:
-    """A group's responses side by side.
+    """Show a group's responses side by side.
 
     Args:
         step, place: which group.
         kept: its texts.
-        query: the list's filters, which the neighbours are taken from, and `colour`: a key of COLOURS, or empty.
-        pieces: of the run's tokenizer, None where there is none.
-        first: response to begin with.
+        query: the list's filters, from which the neighbours follow, and `colour`: a key of COLOURS, or empty.
+        pieces: of the run's tokenizer; None if there is none.
+        first: index of the first response to show.
     """
     colour = query.get("colour", "")
     index = columns.indexes[step]
@@ -468,10 +468,10 @@ def group(
 
 
 def neighbours(columns: Columns, step: int, place: int, query: dict[str, str]) -> str:
-    """Links to the groups before and after this one in the list that the filters give, and to that list."""
+    """Links to the previous and next group of the filtered list, and to that list."""
     chosen, _ = columns.select(parse_filter(query))
     here = np.flatnonzero((columns.step_G[chosen] == step) & (columns.place_G[chosen] == place))
-    if not len(here):  # the address was written by hand
+    if not len(here):  # the address was typed by hand
         return f'<nav><a href="{link("/rollouts", query)}">the list</a></nav>'
     at, colour = int(here[0]), query.get("colour", "")
 
@@ -487,7 +487,7 @@ def neighbours(columns: Columns, step: int, place: int, query: dict[str, str]) -
 
 
 def largest(samples: list[KeptSample], colour: str) -> str:
-    """The largest value among a group's tokens: where none is coloured, a reader sees why."""
+    """State the largest value among a group's tokens, which explains why none is coloured."""
     values = [v for s in samples if (v := token_values(s, colour)) is not None]
     ends = [x for v in values for x in (v[np.isfinite(v)].min(initial=np.inf), v[np.isfinite(v)].max(initial=-np.inf))]
     ends = [x for x in ends if math.isfinite(x)]
@@ -500,7 +500,7 @@ def largest(samples: list[KeptSample], colour: str) -> str:
 
 
 def answer(text: str | None) -> str:
-    """An answer or reference, as mathematics where it can be."""
+    """Format an answer or reference, as mathematics if possible."""
     if text is None:
         return '<span class="faint">none</span>'
     return (
@@ -519,12 +519,12 @@ def signed(x: float, digits: int = 2) -> str:
 
 
 def small(x: float) -> str:
-    """A mean gap, nats; below 0.0001 the digits are rounding errors."""
+    """Format a mean gap in nats; below 0.0001 the digits are rounding error."""
     return "–" if math.isnan(x) else f"{x:.2g}" if abs(x) >= 1e-4 or x == 0 else "0.0000"
 
 
 def facts_of(row: np.void, sample: KeptSample) -> str:
-    """Reward, z, advantage and so on, as a line."""
+    """One line with reward, z, advantage and so on."""
     fields = sample.fields
     facts = {
         "reward": signed(float(row["reward"])),
@@ -542,7 +542,7 @@ def facts_of(row: np.void, sample: KeptSample) -> str:
 def card(
     step: int, place: int, i: int, row: np.void, sample: KeptSample, query: dict[str, str], pieces: Pieces | None
 ) -> str:
-    """One response with its verdict and numbers."""
+    """Show one response with its verdict and numbers."""
     fields, colour = sample.fields, query.get("colour", "")
     verdict = "<span class='good strong'>correct</span>" if row["correct"] else "<span class='bad strong'>wrong</span>"
     marks = [fields["finish_reason"]] if row["truncated"] else []
@@ -559,14 +559,14 @@ def card(
 
 
 def body(sample: KeptSample, colour: str, pieces: Pieces | None, most: int, most_tokens: int, start: int = 0) -> str:
-    """The response's text, or its tokens in colour, from `start` on (characters or tokens)."""
+    """The response's text, or its tokens in colour, beginning at `start` (characters or tokens)."""
     text, note = sample.fields["text"], ""
     if colour:
         values = token_values(sample, colour)
         if values is None:
-            note = "Not trained on in its step (no advantage), so the trainer computed nothing for its tokens."
+            note = "Not trained on in its step (its advantage is 0), so the trainer computed nothing for its tokens."
         elif pieces is None:
-            note = "The run keeps no tokenizer.json, so its tokens cannot be told apart."
+            note = "The run keeps no tokenizer.json, so its tokens cannot be shown one by one."
         else:
             ids = sample.token_ids[start : start + most_tokens]
             left = len(sample.token_ids) - start - len(ids)
@@ -589,7 +589,7 @@ def response(
     pieces: Pieces | None,
     start: int,
 ) -> str:
-    """One response on a page of its own, a part at a time where it is very long."""
+    """Show one response on its own page, in parts if it is very long."""
     index, colour = columns.indexes[step], query.get("colour", "")
     rows = index.responses[index.responses["group"] == place]
     row, sample = rows[i], kept.samples[i]

@@ -1,6 +1,6 @@
-"""Serves the pages of one run folder, on the loopback address unless asked otherwise. Reads only, and answers GET only.
+"""Serve the pages of one run folder, on the loopback address unless asked otherwise; read only, and answer only GET.
 
-Nothing of a request becomes a path: steps, groups and responses are numbers, pictures are names from a list.
+No part of a request becomes a path: steps, groups and responses are numbers, pictures are names from a list.
 """
 
 import base64
@@ -25,7 +25,7 @@ from .watched import Columns, Watched, parse_filter
 PORT = 8421
 RESTS = 4
 Pictures = Callable[[], dict[str, tuple[str, bytes]]]
-"""Draws the run: name -> (alternative text, PNG); ValueError where there is nothing to draw."""
+"""Draws the run: returns name -> (alternative text, PNG); raises ValueError if there is nothing to draw."""
 
 
 def _hash(text: str) -> str:
@@ -43,14 +43,14 @@ HEADERS = {
 
 
 class NotThere(Exception):
-    """What a request asks for is not there; answered with 404."""
+    """What a request asks for does not exist; answered with 404."""
 
 
 def check_address(host: str, remote: bool) -> None:
-    """Refuse to serve to other machines unless that is asked for.
+    """Refuse to serve other machines unless `remote` is given.
 
     Raises:
-        ValueError: `host` is not an address, or not of the loopback interface while `remote` is false.
+        ValueError: `host` is not an address, or is not a loopback address while `remote` is False.
     """
     try:
         address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
@@ -58,15 +58,15 @@ def check_address(host: str, remote: bool) -> None:
         raise ValueError(f"--host is {host!r}: give an IP address, such as 127.0.0.1.") from e
     if not address.is_loopback and not remote:
         raise ValueError(
-            f"--host is {host}, where other machines could read the run without a password: leave it out and use "
+            f"--host is {host}, where other machines could read the run without a password: omit it and use "
             "`ssh -L`, or add --remote."
         )
 
 
 def allowed_host(header: str | None, remote: bool) -> bool:
-    """Whether a Host header can be the server's own: a page elsewhere that renames itself (DNS rebinding) is refused.
+    """Whether a Host header can belong to this server; a page that rebinds its own name (DNS rebinding) is refused.
 
-    An address cannot be renamed; names are `localhost`, and with `remote` this machine's.
+    An IP address cannot be rebound; allowed names are `localhost`, and with `remote` this machine's.
     """
     if not header or len(header) > 255:
         return False
@@ -84,7 +84,7 @@ def allowed_host(header: str | None, remote: bool) -> bool:
 
 
 class Site:
-    """Answers paths with pages of one run.
+    """Answer paths with pages of one run.
 
     Args:
         folder: the run directory.
@@ -100,11 +100,11 @@ class Site:
         self._pieces: tuple[int, Pieces | None] = (0, None)
 
     def answer(self, target: str) -> tuple[str, bytes]:
-        """Content type and body of a GET.
+        """Return content type and body for a GET.
 
         Raises:
             NotThere: there is no such page.
-            ValueError: a filter cannot be read, or a file of the run.
+            ValueError: a filter or a file of the run cannot be read.
         """
         url = urlsplit(target)
         query = dict(parse_qsl(url.query, keep_blank_values=True, max_num_fields=20))
@@ -153,9 +153,9 @@ class Site:
         return index.group(place)
 
     def _state(self) -> dict[str, Any]:
-        """State of the run; its mark changes with the pictures too, which are drawn in the background.
+        """State of the run; its mark also changes with the pictures, which are drawn in the background.
 
-        Between two drawings at least RESTS times as long passes as the last one took: the run needs the processor.
+        Drawing pauses at least RESTS times as long as the last drawing took, because the run needs the processor.
         """
         state = self.watched.state()
         with self._lock:
@@ -209,7 +209,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(400, "text/plain; charset=utf-8", f"{e}\n".encode("utf-8", "replace"))
 
     def refuse(self) -> None:
-        self.close_connection = True  # a body that came along is not read
+        self.close_connection = True  # a request body is not read
         self._send(405, "text/plain; charset=utf-8", b"Only GET is answered here.\n", Allow="GET")
 
     do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = do_TRACE = do_CONNECT = refuse
@@ -226,7 +226,7 @@ class _Handler(BaseHTTPRequestHandler):
         return "lead-fast"
 
     def log_message(self, format: str, *args: object) -> None:
-        """Print nothing: what a request holds is not for a terminal."""
+        """Print nothing: the contents of a request do not belong on a terminal."""
 
 
 class Server(ThreadingHTTPServer):
@@ -238,7 +238,7 @@ class Server(ThreadingHTTPServer):
         super().__init__((host, port), _Handler)
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A reader that has gone away is no error; anything else is printed as usual."""
+        """Ignore a reader that has disconnected; print anything else as usual."""
         import sys
 
         if not isinstance(sys.exc_info()[1], ConnectionError | TimeoutError):
@@ -248,19 +248,19 @@ class Server(ThreadingHTTPServer):
 def make_server(
     folder: Path, pictures: Pictures, *, host: str = "127.0.0.1", port: int = PORT, remote: bool = False
 ) -> Server:
-    """A server that is bound and not yet running.
+    """Make a server that is bound but not yet running.
 
     Args:
         folder: the run directory.
         pictures: draws the run.
-        host, port: to bind; port 0 takes a free one.
-        remote: whether `host` may be another than the loopback address.
+        host, port: to bind; port 0 chooses a free one.
+        remote: whether `host` may be other than a loopback address.
     Raises:
         ValueError: the folder is missing, or host or port cannot be used.
     """
     check_address(host, remote)
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder: give the folder of a run of lead_fast.train.")
+        raise ValueError(f"{folder} is not a folder: give the run directory of a lead_fast.train run.")
     if not 0 <= port <= 65535:
         raise ValueError(f"--port is {port}: give a number from 0 to 65535.")
     try:
@@ -270,7 +270,7 @@ def make_server(
 
 
 def serve(folder: Path, pictures: Pictures, *, host: str, port: int, remote: bool) -> None:
-    """Serve until interrupted. Arguments as `make_server`."""
+    """Serve until interrupted. Arguments as for `make_server`."""
     with make_server(folder, pictures, host=host, port=port, remote=remote) as server:
         shown = f"[{host}]" if ":" in host else host
         print(f"http://{shown}:{server.server_address[1]}/   (Ctrl-C ends it)", flush=True)

@@ -1,7 +1,7 @@
-r"""What a model wrote, as HTML: everything escaped, invisible characters made visible, mathematics as MathML.
+r"""Show a model's text as HTML: everything escaped, invisible characters made visible, mathematics as MathML.
 
-Text comes from a policy in training: markup, marks that turn the direction of writing, half of a surrogate pair and a
-megabyte without a line break are all to be expected, and none of them may do anything but be seen.
+The text comes from a policy in training, so markup, characters that change the writing direction, lone surrogates and a
+megabyte without a line break must all be expected; none of them may have any effect but being seen.
 """
 
 import html
@@ -14,16 +14,16 @@ from ..runtime.rollouts import KeptSample
 from .mathml import mathml
 
 MOST = 20_000  # characters of a response on the page of its group
-WHOLE = 60_000  # characters on a page of its own
+WHOLE = 60_000  # characters of a response on its own page
 MOST_TOKENS = 2_000
 WHOLE_TOKENS = 8_000
 
-# Controls, marks of direction, zero-width characters, lone surrogates, what is not a character.
+# Control characters, direction marks, zero-width characters, lone surrogates, noncharacters.
 UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\ud800-\udfff\ufffe\uffff\U000e0000-\U000e007f]"
 )
-# Display and inline mathematics, and a box outside of it. Bounded: a text of dollar signs takes linear time.
+# Display and inline mathematics, and a box outside it. Bounded, so that a text of dollar signs takes linear time.
 MATH = re.compile(
     r"\$\$(?P<a>[^$]{1,3000})\$\$|\\\[(?P<b>(?:[^\\]|\\(?!\])){1,3000})\\\]|\\\((?P<c>(?:[^\\]|\\(?!\))){1,1500})\\\)"
     r"|(?<![\\\w])\$(?P<d>[^\s$](?:[^$\n]{0,400}[^\s$\\])?)\$(?!\d)"
@@ -34,12 +34,12 @@ MATH = re.compile(
 
 
 def shown(text: str) -> str:
-    """Escape text for HTML; what cannot be seen appears as its code point."""
+    """Escape text for HTML; invisible characters appear as their code points."""
     return UNSEEN.sub(lambda m: f'<i class="unseen">U+{ord(m[0]):04X}</i>', html.escape(text))
 
 
 def rich(text: str) -> str:
-    """`shown`, with mathematics rendered; a formula that is not known stays source."""
+    """`shown` with mathematics rendered; an unknown formula is shown as source."""
     out, at = [], 0
     for m in MATH.finditer(text):
         source = m["a"] or m["b"] or m["c"] or m["d"] or m["e"] or m["f"]
@@ -48,7 +48,7 @@ def rich(text: str) -> str:
         if rendered is not None:
             before = text[at : m.start()]
             out += [shown(before.removesuffix("\n") if block else before), rendered]
-            at = m.end() + (block and text.startswith("\n", m.end()))  # a block has its own line
+            at = m.end() + (block and text.startswith("\n", m.end()))  # display mathematics has its own line
     return "".join([*out, shown(text[at:])])
 
 
@@ -57,7 +57,7 @@ def rich(text: str) -> str:
 
 COLOURS = {"gap": "log-prob gap", "weight": "importance weight", "entropy": "entropy"}
 STEPS = {
-    "gap": (0.01, 0.03, 0.1, 0.3, 1.0),  # nats, either way
+    "gap": (0.01, 0.03, 0.1, 0.3, 1.0),  # |nats|
     "weight": (0.05, 0.1, 0.25, 0.5, 1.0),  # |weight - 1|
     "entropy": (0.05, 0.2, 0.5, 1.0, 2.0),  # nats
 }
@@ -72,7 +72,7 @@ LEGENDS = {
 
 
 def token_values(sample: KeptSample, colour: str) -> np.ndarray | None:
-    """What a colour shows of each token; None where the response was not trained on."""
+    """The value that a colour shows for each token; None if the response was not trained on."""
     if sample.gap is None or sample.entropy is None:
         return None
     gap = sample.gap.astype(np.float32)
@@ -80,7 +80,7 @@ def token_values(sample: KeptSample, colour: str) -> np.ndarray | None:
 
 
 def coloured(pieces: Sequence[str], values: np.ndarray, colour: str) -> str:
-    """Tokens with their value as background and tooltip; MathML would tear them apart, so source is shown."""
+    """Tokens with their value as background and tooltip, as source, because MathML cannot be split into tokens."""
     center = 1.0 if colour == "weight" else 0.0
     out = []
     for piece, value in zip(pieces, values.tolist(), strict=True):
@@ -93,15 +93,15 @@ def coloured(pieces: Sequence[str], values: np.ndarray, colour: str) -> str:
 
 
 class Pieces:
-    """Token ids to the text of each, by the tables that the run keeps; None where it keeps none."""
+    """Map token ids to their texts by the tokenizer that the run keeps; None if it keeps none."""
 
     def __init__(self, path: str):
-        from tokenizers import Tokenizer  # here: a page without colours does not wait for it
+        from tokenizers import Tokenizer  # here, so that a page without colours need not wait for it
 
         self.tokenizer = Tokenizer.from_file(path)
 
     def of(self, token_ids: Sequence[int]) -> list[str]:
-        """One text per token; of a character that several tokens make up, the last one has it."""
+        """One text per token; if several tokens make up a character, the last one gets it."""
         from tokenizers.decoders import DecodeStream
 
         stream = DecodeStream(skip_special_tokens=False)

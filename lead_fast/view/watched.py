@@ -1,4 +1,4 @@
-"""A run folder as the page sees it: its records, and the columns of all kept rollouts, read again as they grow."""
+"""Watch a run folder for the page: its records and the columns of all kept rollouts, reread as they grow."""
 
 import itertools
 import re
@@ -15,13 +15,13 @@ import numpy as np
 from ..runtime.jsonl import read_jsonl
 from ..runtime.rollouts import FOLDER, GROUPS, RESPONSES, StepIndex, read_step, step_files
 
-QUIET_S, QUIET_STEPS = 600, 5  # without a record for both, a run that has not ended is said to be silent
-RECENT = 20  # steps that say how long one takes
+QUIET_S, QUIET_STEPS = 600, 5  # an unfinished run without a record for both is called silent
+RECENT = 20  # steps from which the time per step is estimated
 
 
 @dataclass(frozen=True)
 class Range:
-    """Inclusive bounds, None where open."""
+    """Inclusive bounds, None for an open end."""
 
     low: float | None = None
     high: float | None = None
@@ -37,9 +37,9 @@ class Range:
 
 @dataclass(frozen=True)
 class Filter:
-    """Which groups are listed: those of these steps and solve rates with at least one response that has the rest.
+    """Filter of the list: groups of these steps and solve rates with at least one response that meets the rest.
 
-    solve: per cent. correct, truncated: None for either.
+    solve: per cent. correct, truncated: None accepts both.
     """
 
     step: Range = Range()
@@ -54,7 +54,7 @@ SORTS = {"newest": "newest first", "oldest": "oldest first", "longest": "longest
 
 
 def parse_range(name: str, text: str) -> Range:
-    """`12`, `10-20`, `10-` or `-20` as a Range.
+    """Parse `12`, `10-20`, `10-` or `-20` as a Range.
 
     Raises:
         ValueError: it is none of these.
@@ -70,7 +70,7 @@ def parse_range(name: str, text: str) -> Range:
 
 
 def parse_filter(query: dict[str, str]) -> Filter:
-    """The filter of a query; unknown names are passed over.
+    """Parse the filter of a query; unknown names are ignored.
 
     Raises:
         ValueError: a value cannot be read.
@@ -80,7 +80,7 @@ def parse_filter(query: dict[str, str]) -> Filter:
     for name in ("correct", "truncated"):
         value = query.get(name, "")
         if value not in ("", "yes", "no"):
-            raise ValueError(f"{name} is {value[:40]!r}: give yes or no, or leave it out.")
+            raise ValueError(f"{name} is {value[:40]!r}: give yes or no, or omit it.")
         flags[name] = None if not value else value == "yes"
     sort = query.get("sort") or "newest"
     if sort not in SORTS:
@@ -104,7 +104,7 @@ class Columns:
     responses: np.ndarray
 
     def select(self, wanted: Filter) -> tuple[np.ndarray, int]:
-        """Positions of the groups that pass, in the order asked for, and how many responses of them do."""
+        """Positions of the groups that pass, in the order asked for, and the number of their responses that do."""
         r, n = self.responses, len(self.groups)
         kept_N = wanted.age.holds(r["age"])
         for name, value in (("correct", wanted.correct), ("truncated", wanted.truncated)):
@@ -113,16 +113,16 @@ class Columns:
         counts_G = np.bincount(r["group"], weights=kept_N, minlength=n)
         solve_G = 100 * self.groups["correct"] / np.maximum(self.groups["responses"], 1)
         kept_G = (counts_G > 0) & wanted.step.holds(self.step_G) & wanted.solve.holds(np.round(solve_G, 6))
-        found = np.flatnonzero(kept_G)
+        selected = np.flatnonzero(kept_G)
         if wanted.sort in ("longest", "gap"):
             key_G = self.mean("length") if wanted.sort == "longest" else self.mean("gap")
-            found = found[np.argsort(-np.nan_to_num(key_G[found], nan=-1.0), kind="stable")]
+            selected = selected[np.argsort(-np.nan_to_num(key_G[selected], nan=-1.0), kind="stable")]
         elif wanted.sort == "newest":
-            found = found[np.lexsort((self.place_G[found], -self.step_G[found]))]
-        return found, int(counts_G[found].sum())
+            selected = selected[np.lexsort((self.place_G[selected], -self.step_G[selected]))]
+        return selected, int(counts_G[selected].sum())
 
     def mean(self, name: str) -> np.ndarray:
-        """Mean of a column of the responses over each group, where it has a value; NaN without any. [G]"""
+        """Mean of a column over each group's responses that have a value; NaN if none has. [G]"""
         values, n = self.responses[name].astype(np.float64), len(self.groups)
         there = np.isfinite(values)
         counts = np.bincount(self.responses["group"][there], minlength=n)
@@ -131,7 +131,7 @@ class Columns:
 
 
 class Watched:
-    """Reads a run folder, of a running or a finished run. Safe to use from several threads.
+    """Read the folder of a running or finished run. Safe to use from several threads.
 
     Args:
         folder: the run directory.
@@ -146,7 +146,7 @@ class Watched:
         self.unreadable: list[str] = []
 
     def columns(self) -> Columns:
-        """The rollouts as they are now; files that have not changed are not read again."""
+        """The current rollouts; unchanged files are not read again."""
         with self._lock:
             fresh: dict[Path, tuple[tuple[int, int], StepIndex | None]] = {}
             unreadable = []
@@ -156,7 +156,7 @@ class Watched:
                     stamp = stat.st_mtime_ns, stat.st_size
                     known = self._read.get(path)
                     fresh[path] = known if known and known[0] == stamp else (stamp, read_step(step, path))
-                except OSError:  # thinned out meanwhile
+                except OSError:  # thinned out in the meantime
                     continue
                 except ValueError as e:
                     unreadable.append(str(e))
@@ -179,17 +179,17 @@ class Watched:
             return self._records[1]
 
     def config(self) -> dict[str, Any]:
-        """config.toml, {} where there is none that can be read."""
+        """The contents of config.toml; {} if it cannot be read."""
         try:
             return tomllib.loads((self.folder / "config.toml").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
 
     def state(self) -> dict[str, Any]:
-        """Where the run stands, and a mark that changes with it.
+        """The state of the run, and a mark that changes with it.
 
-        step, steps: done and wanted (None: unknown). ended: it is complete. silent_s: since the last record, None
-        before the first. usual_s: silence that is nothing unusual. left_s: to the end, None where unknown.
+        step, steps: done and planned (None: unknown). ended: whether it is complete. silent_s: since the last record,
+        None before the first. usual_s: silence that is not unusual. left_s: until the end, None if unknown.
         """
         records = self.records()
         step = max((r["step"] for r in records), default=0)

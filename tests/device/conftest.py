@@ -1,6 +1,7 @@
-"""The devices that the tests of this folder run on: 'cpu' always, 'cuda' where torch sees a GPU.
+"""Devices on which the tests of this folder run: 'cpu' always, 'cuda' if torch sees a GPU.
 
-LEAD_TEST_DEVICE=cuda or =cpu leaves one of them. What only a GPU has takes the fixture `gpu`, and skips elsewhere.
+LEAD_TEST_DEVICE=cuda or =cpu selects one of them. A test that needs a GPU takes the fixture `gpu` and is skipped
+elsewhere.
 """
 
 import os
@@ -30,7 +31,7 @@ def gpu() -> torch.device:
 
 @pytest.fixture
 def ranks(device: torch.device, single_rank: Ranks) -> Ranks:
-    """A job of this process alone, on the device."""
+    """A job of one rank in this process, on the device."""
     if single_rank.device.type != device.type:
         pytest.skip("a job on this machine is on its GPU")
     return single_rank

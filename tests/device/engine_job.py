@@ -1,4 +1,4 @@
-"""vLLM through generation, sleep, sync and wake beside a trainer of `tiny`; what was seen, as JSON.
+"""Run vLLM through generation, sleep, sync and wake beside a trainer of `tiny`; write observations as JSON.
 
 torchrun --nproc_per_node 1 tests/device/engine_job.py FILE.json
 """
@@ -36,7 +36,7 @@ def main() -> None:
     optimizer = make_optimizer(policy, c.optim)
 
     def used() -> int:
-        """Bytes of the GPU that are taken, by whomever; 0 on a CPU."""
+        """Bytes of the GPU in use by all processes; 0 on a CPU."""
         if ranks.device.type == "cpu":
             return 0
         torch.cuda.synchronize()

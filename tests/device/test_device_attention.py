@@ -1,4 +1,4 @@
-"""Packed attention of each implementation that is installed against SDPA per sequence, forward and backward."""
+"""Test packed attention of each installed implementation against SDPA per sequence, forward and backward."""
 
 import importlib
 import importlib.util
@@ -21,7 +21,7 @@ Tensors = tuple[torch.Tensor, ...]
 
 
 def flash(name: str, device: torch.device, head_dim: int) -> Attention | None:
-    """The implementation behind torch's operator, or FA2's own function; skips with the reason where there is none."""
+    """Return the implementation behind torch's operator, or FA2's own function; skips if there is none."""
     if device.type != "cuda":
         if name != "SDPA":
             pytest.skip(f"{name} needs a GPU")
@@ -46,17 +46,17 @@ def implementation(request, device) -> Iterator[tuple[str, torch.device]]:
     yield request.param, device
     if device.type == "cuda":
         torch.nn.attention.restore_flash_attention_impl(_raise_warn=False)
-        attention.choose.cache_clear()  # it activates an implementation once, and what it activated is gone
+        attention.choose.cache_clear()  # `choose` activates an implementation once, and the test has removed it
 
 
 def case(head_dim: int, dtype: torch.dtype) -> Tensors:
-    """q [T, H, K], k and v [T, kv heads, K], and the gradient of the result [T, H, K], on the CPU."""
+    """Make q [T, H, K], k and v [T, kv heads, K], and the gradient of the result [T, H, K], on the CPU."""
     g, T = torch.Generator().manual_seed(head_dim), sum(LENGTHS)
     return tuple(torch.randn(T, n, head_dim, generator=g).to(dtype) for n in (HEADS, KV_HEADS, KV_HEADS, HEADS))
 
 
 def per_sequence(tensors: Tensors, dtype: torch.dtype) -> Tensors:
-    """SDPA of each sequence alone in plain mathematics, its result and gradients, [T, heads, K]."""
+    """Compute SDPA of each sequence alone with the math backend; returns result and gradients, [T, heads, K]."""
     *leaves, grad = (x.to(dtype) for x in tensors)
     leaves = [x.requires_grad_() for x in leaves]
     parts = []
@@ -83,7 +83,7 @@ def packed(tensors: Tensors, device: torch.device, chosen: Attention | None, len
 
 
 def compare(got: Tensors, exact: Tensors, base: Tensors, dtype: torch.dtype) -> None:
-    """As near to float64 as twice SDPA in the dtype; half precision may differ by how the blocks are summed up."""
+    """Require at most twice SDPA's error in the dtype; in half precision, blocks may be summed in another order."""
     for name, x, e, b in zip(("out", "d(q)", "d(k)", "d(v)"), got, exact, base, strict=True):
         close(name, x, e, b, atol=2 * torch.finfo(dtype).eps * e.abs().max().item(), rtol=2 * torch.finfo(dtype).eps)
 
@@ -99,5 +99,5 @@ def test_packed_attention_is_sdpa_of_each_sequence(implementation, head_dim, dty
     exact, base = per_sequence(tensors, torch.float64), per_sequence(tensors, dtype)
     compare(packed(tensors, device, chosen, LENGTHS), exact, base, dtype)
     joined = [LENGTHS[0] + LENGTHS[1], *LENGTHS[2:]]
-    with pytest.raises(AssertionError):  # the second sequence looks at the first
+    with pytest.raises(AssertionError):  # the second sequence attends to the first
         compare(packed(tensors, device, chosen, joined), exact, base, dtype)

@@ -1,4 +1,4 @@
-"""The kernels on every device against the oracle: all dtypes and options, poisoned memory, targets out of range.
+"""Test the kernels on every device against the oracle: all dtypes and options, poisoned memory, targets out of range.
 
 On a CPU the kernels are those of csrc; tests/test_kernels_triton.py runs Triton's under its interpreter.
 """
@@ -30,7 +30,7 @@ OVER_HIDDEN = ("linear_policy_loss", "linear_logprobs")
 
 
 def policy_rows(logits: torch.Tensor, tokens: Tokens, sequences: Sequences, *rest: Any) -> tuple[torch.Tensor, ...]:
-    """`policy_rows_` as the oracle calls a launcher: sums of each metric as [8, 1]."""
+    """`policy_rows_` with the signature by which the oracle calls a launcher; sums of each metric as [8, 1]."""
     loss_T, logprob_T, entropy_T, metrics = policy_rows_(logits, tokens, for_row_kernel(sequences, logits), *rest)
     first = METRICS.index(RowMetrics._fields[0])
     return loss_T, logprob_T, entropy_T, metrics[first : first + len(RowMetrics._fields), None]
@@ -41,7 +41,7 @@ def advantages(table: torch.Tensor, size: int, options: Any) -> tuple[torch.Tens
 
 
 def chosen(**instead: Any) -> Any:
-    """The kernels that a tensor's device chooses, under the launchers' names that the oracle knows."""
+    """The kernels that run on a tensor's device, under the launcher names that the oracle uses."""
     names = {"policy_rows_triton": policy_rows, "row_stats_triton": row_stats, "row_gradient_triton_": row_gradient_,
              "lead_advantages_triton": advantages}  # fmt: skip
     return SimpleNamespace(**names | instead)
@@ -74,7 +74,7 @@ def test_a_sabotaged_kernel_fails(wrong, device):
 
 @pytest.mark.parametrize("name", ["one-hot a column late", "w(rho) and w(1 - rho) exchanged"])
 def test_a_sabotaged_triton_kernel_fails_on_a_gpu(name, gpu, tmp_path: Path):
-    """One of each file of Triton kernels; tests/test_kernels_triton.py runs all under the interpreter."""
+    """One mistake per file of Triton kernels; tests/test_kernels_triton.py runs all under the interpreter."""
     assert name in mutants.WRONG
     check = oracle.check_advantages if mutants.WRONG[name][0] == mutants.GROUPS else oracle.check_rows
     with pytest.raises(AssertionError):
@@ -103,7 +103,7 @@ except RuntimeError as e:
 @pytest.mark.parametrize("function", ["policy_loss", *OVER_HIDDEN])
 @pytest.mark.parametrize("target", [-1, 17])
 def test_a_target_out_of_range_stops_a_gpu(function, target, gpu):
-    """By an assertion on the device, which nobody waits for; tests/test_kernels.py has the CPU's sentence."""
+    """A device-side assertion fails asynchronously; tests/test_kernels.py tests the message on a CPU."""
     done = python("-c", OUT_OF_RANGE, gpu.type, str(target), function)
     assert function in done.stdout, done.stderr[-2000:]
     assert "outside the vocabulary of 17" in done.stderr + done.stdout or "device-side assert" in done.stdout
@@ -118,7 +118,7 @@ def test_the_table_of_resources_is_of_the_cpu_sets_triton_and_names_what_differs
     assert all("gfx942" in row or row.startswith("row_gradient_kernel") for row in spilled), spilled
     changed = table.replace(f"Triton {here}", f"Triton {there}").replace("| 126 | 0 |", "| 127 | 0 |")
     assert "registers 127 (126)" in resources.beside(table, changed)
-    with pytest.raises(ValueError, match="give one of another Triton, of the same kernels"):
+    with pytest.raises(ValueError, match="give a table of another Triton with the same kernels"):
         resources.beside(table, table)
 
 
@@ -126,7 +126,7 @@ def test_the_table_of_resources_is_of_the_cpu_sets_triton_and_names_what_differs
 
 
 def head_case(device: torch.device, dtype: torch.dtype, T: int, D: int, V: int) -> tuple[torch.Tensor, ...]:
-    """hidden, head, and the rest of a case in which the contributions to d(head) have one sign."""
+    """Make hidden, head and the rest of a case in which all contributions to d(head) have one sign."""
     g = torch.Generator().manual_seed(T)
     hidden, head = torch.rand(T, D, generator=g), torch.randn(V, D, generator=g) / D
     targets, advantages = torch.randint(V, (T,), generator=g), torch.rand(4, generator=g) + 0.5
@@ -159,7 +159,7 @@ def test_products_over_many_chunks_are_added_in_float32(loss, dtype, device, mon
     once, often = (relative(gradients(case, rows, loss), exact) for rows in (512, 4))
     assert len(once) == 2 and max(once) < 3 * rounding
     assert often[1] < 1.2 * once[1] + 0.1 * rounding, "d(head) lost digits between the chunks"
-    for name in OVER_HIDDEN:  # the package's attributes of these names are the functions
+    for name in OVER_HIDDEN:  # the package's attributes of these names are functions, not modules
         monkeypatch.setattr(importlib.import_module(f"lead_kernels.{name}"), "accumulate", lambda *_: dtype)
     rounded = relative(gradients(case, 4, loss), exact)
     assert rounded[1] > 2 * often[1], "adding in half precision would not be noticed"
@@ -184,7 +184,7 @@ def test_head_and_loss_hold_a_chunk_of_logits_and_never_all(device):
     every = T * V * case[0].element_size()
     chunk = _head.CHUNK_BYTES[device.type]
     kept = V * D * (4 + 2 * case[0].element_size()) + 2 * T * D * case[0].element_size()  # d(head) in fp32, gradients
-    gradients(case, None, "linear_policy_loss")  # what a first call loads and compiles is not counted
+    gradients(case, None, "linear_policy_loss")  # a first call loads and compiles, which must not count
 
     def extra(rows: int | None) -> int:
         taken = extra_bytes(lambda: gradients(case, rows, "linear_policy_loss"), device.type)

@@ -1,4 +1,4 @@
-"""A small policy on every device: gradients against plain transformers on the CPU, under FSDP2, in both dtypes."""
+"""Test a small policy on every device: gradients under FSDP2 against plain transformers on the CPU, in both dtypes."""
 
 import copy
 from pathlib import Path
@@ -17,11 +17,11 @@ from lead_fast.learner.policy import make_policy
 from lead_fast.runtime.ranks import Ranks
 
 TEMPERATURE = 0.8
-NEAR = {"cpu": 2e-5, "cuda": 1e-4}  # relative error that the order of float32 sums may make
+NEAR = {"cpu": 2e-5, "cuda": 1e-4}  # relative error that the order of float32 sums may cause
 
 
 def sequences(n: int = 6) -> tuple[list[list[int]], list[list[int]], list[list[float]], torch.Tensor]:
-    """Prompts, responses, the engine's log-probs and advantages."""
+    """Make prompts, responses, the engine's log-probs and advantages."""
     g = torch.Generator().manual_seed(2)
 
     def draw(most: int) -> list[int]:
@@ -33,7 +33,7 @@ def sequences(n: int = 6) -> tuple[list[list[int]], list[list[int]], list[list[f
 
 
 def plain_gradient(model: Any) -> dict[str, torch.Tensor]:
-    """Of the clipped loss, a sequence at a time, by transformers and autograd in float32 on the CPU."""
+    """Compute the gradient of the clipped loss by transformers in float32 on the CPU, one sequence at a time."""
     prompts, responses, logprobs, advantages = sequences()
     model = copy.deepcopy(model).cpu().float()
     model.set_attn_implementation("eager")
@@ -46,7 +46,7 @@ def plain_gradient(model: Any) -> dict[str, torch.Tensor]:
 
 
 def packed_gradient(model: Any, ranks: Ranks, *args: str) -> tuple[dict[str, torch.Tensor], Any, Any]:
-    """The trainer's own gradient: FSDP2, packs, the head's kernel. Returns it with policy and configuration."""
+    """Compute the trainer's gradient (FSDP2, packs, the head's kernel); also returns policy and configuration."""
     c = load_config([f"--rollout.temperature={TEMPERATURE}", *args])
     policy = make_policy(copy.deepcopy(model), None, c.model, c.parallel, ranks)
     prompts, responses, logprobs, advantages = sequences()
@@ -89,7 +89,7 @@ def test_the_gradient_is_the_cpus_but_for_rounding_in_bfloat16(checkpointing, ra
     got, policy, c = packed_gradient(model, ranks, *args)
     a, b = flat(got, reference), flat(reference, reference)
     assert torch.cosine_similarity(a, b, dim=0) > 0.98 and abs(a.norm() / b.norm() - 1) < 0.1
-    if checkpointing == "none":  # FSDP2's masters are float32 and move
+    if checkpointing == "none":  # FSDP2's master weights are float32 and change
         before = [p.full_tensor().clone() for p in policy.parameters()]
         assert all(p.dtype == torch.float32 for p in before)
         assert update(policy, make_optimizer(policy, c.optim), 1e-3, 1.0) > 0
@@ -111,7 +111,7 @@ stop()
 
 
 def test_every_gpu_of_the_machine_gives_the_same_gradient(gpu, reference, tmp_path):
-    """Every rank adds the same packs here, so the sum is that of one rank times their number."""
+    """Every rank adds the same packs, so the sum is that of one rank times the number of ranks."""
     if (n := torch.cuda.device_count()) < 2:
         pytest.skip("one GPU; tests/test_training.py compares ranks on the CPU")
     (tmp_path / "script.py").write_text(EVERY_GPU)

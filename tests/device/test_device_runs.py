@@ -1,4 +1,4 @@
-"""`tiny` end to end on every device, saved, resumed with the engine present, and killed."""
+"""Test `tiny` end to end on every device: saved, resumed with the engine present, and killed."""
 
 import importlib.util
 import os
@@ -16,13 +16,13 @@ MOST_NATS = {"cpu": 1e-3, "cuda": 2e-2}  # between engine and trainer with equal
 
 
 def on_gpus(*args: str) -> tuple[int, tuple[str, ...]]:
-    """Ranks and arguments of a job on this machine's GPUs, at most two of them."""
+    """Ranks and arguments of a job on at most two of this machine's GPUs."""
     return min(2, torch.cuda.device_count()), (*args, f"--rollout.engine={'vllm' if VLLM else 'transformers'}")
 
 
 @pytest.fixture(scope="module")
 def run(device, request, tmp_path_factory) -> Path:
-    """A run of five steps with a checkpoint after every step; on a CPU the one that other tests read too."""
+    """A run of five steps with a checkpoint after every step; on a CPU the run that other tests share."""
     if device.type == "cpu":
         return request.getfixturevalue("tiny_run")
     folder = tmp_path_factory.mktemp("cuda")
@@ -33,7 +33,7 @@ def run(device, request, tmp_path_factory) -> Path:
 
 
 def check_steps(folder: Path, device: torch.device, steps: int) -> None:
-    """Every step learned, and the engine had the weights that the trainer had."""
+    """Check that every step learned, and that the engine had the trainer's weights."""
     rows = records(folder, "train")
     assert [r["step"] for r in rows] == list(range(1, steps + 1)) and sum(r["grad_norm"] > 0 for r in rows) >= 2
     differences = [r["logprob_diff_max"] for r in rows if r["logprob_diff_max"] is not None]
@@ -50,7 +50,7 @@ def test_tiny_learns_from_end_to_end(run, device):
 
 
 def test_a_checkpoint_resumes_on_one_rank_with_the_engine_present(run, device, tmp_path):
-    """A run that had ended is asked for one step more."""
+    """A finished run is asked for one more step."""
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     more = ("--steps=6", "--checkpoint_every=0", f"--output={folder}", "--resume")
@@ -60,7 +60,7 @@ def test_a_checkpoint_resumes_on_one_rank_with_the_engine_present(run, device, t
 
 
 def test_after_a_kill_no_process_and_no_memory_of_the_gpu_stays(gpu, tmp_path):
-    """tests/test_faults.py kills ranks on the CPU; here the engine and NCCL are alive too."""
+    """tests/test_faults.py kills ranks on the CPU; here the engine and NCCL are running too."""
     before = torch.cuda.mem_get_info()[0]
     ranks, args = on_gpus(f"--output={tmp_path / 'run'}", "--steps=1000")
     job = Job(ranks, "-m", "lead_fast.train", *small(tmp_path, *args), out=tmp_path / "out.txt")

@@ -1,8 +1,8 @@
-"""lead-14b's and lead-7b's forward and loss on fake CUDA tensors: which operators run, in which dtypes, with no wait.
+"""Test forward and loss of lead-14b and lead-7b on fake CUDA tensors: operators, their dtypes, and no waits.
 
-Fake tensors have a device, a shape and no memory, so this needs no GPU. A build of torch for the CPU cannot record
-gradients on them, nor index them (`IndexByOperators` does): there the forward runs without gradients. In the CUDA build
-(make check-cuda) it runs with them.
+Fake tensors have a device and a shape but no memory, so no GPU is needed. A CPU build of torch can neither record
+gradients on them nor index them (`IndexByOperators` does), so there the forward runs without gradients. In the CUDA
+build (make check-cuda) it runs with gradients.
 """
 
 import dataclasses
@@ -35,13 +35,13 @@ pytestmark = pytest.mark.quick
 CUDA = torch.device("cuda")
 CUDA_BUILD = torch.version.cuda is not None
 aten = torch.ops.aten
-# Operators whose result the host needs before it can go on: a number, or a shape that depends on values.
+# Operators whose result the host needs before it can continue: a number, or a shape that depends on values.
 WAITS = {aten._local_scalar_dense, aten.is_nonzero, aten.equal, aten.nonzero, aten.masked_select, aten._unique2,
          aten.unique_dim, aten.unique_consecutive, aten.bincount}  # fmt: skip
 
 
 class NoWait(TorchDispatchMode):
-    """Record every operator, and raise AssertionError where the host would wait for the device."""
+    """Record every operator, and raise AssertionError if the host would wait for the device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class NoWait(TorchDispatchMode):
         names = [a.name for a in func._schema.arguments]
         self.seen.append((str(func), dict(zip(names, args, strict=False)) | (kwargs or {})))
         into = (kwargs or {}).get("out")
-        out = func(*args, **(kwargs or {})) if CUDA_BUILD or into is None else into  # copying asks for the device too
+        out = func(*args, **(kwargs or {})) if CUDA_BUILD or into is None else into  # a copy needs the device too
         home = any(x.is_cuda for x in tensors) and torch.is_tensor(out) and not out.is_cuda
         assert not home, f"{func} brings a tensor from the device to the host"
         return out
@@ -66,7 +66,7 @@ class NoWait(TorchDispatchMode):
 
 
 class IndexByOperators(TorchFunctionMode):
-    """x[...] of a CUDA tensor by operators: indexing asks a build of torch for the CPU for its CUDA device."""
+    """x[...] of a CUDA tensor by operators, because indexing asks a CPU build of torch for its CUDA device."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.__getitem__ and args[0].is_cuda:
@@ -106,7 +106,7 @@ def on_cuda(x: torch.Tensor) -> torch.Tensor:
 
 
 def fake_policy(recipe: str, *args: str) -> tuple[Any, Policy]:
-    """The recipe's configuration and its policy in bfloat16, three blocks of it, as FSDP hands them to the forward."""
+    """Make a recipe's configuration and three blocks of its policy, in bfloat16 as in FSDP's forward."""
     c = load_config([f"--recipe={recipe}", "--model.liger=false", *args])
     shape = shape_of(c.model)
     shape.num_hidden_layers, shape.layer_types = 3, shape.layer_types[:3]
@@ -166,7 +166,7 @@ def test_from_a_pack_to_its_loss_nothing_waits_for_the_device(recipe, heads, kv_
 
 @pytest.fixture
 def launchers(monkeypatch) -> list[str]:
-    """Triton's launchers replaced by what they return, without values; the names of those that were called."""
+    """Replace Triton's launchers by functions that return results without values; yields the names of those called."""
     kernels = pytest.importorskip("lead_kernels._triton_rows", reason="Triton is not installed")
     launched: list[str] = []
 
@@ -181,14 +181,14 @@ def launchers(monkeypatch) -> list[str]:
 
     monkeypatch.setattr(kernels, "policy_rows_triton", policy_rows)
     monkeypatch.setattr(kernels, "row_stats_triton", row_stats)
-    monkeypatch.setattr(_head, "adds_in_product", lambda device: True)  # tried on the device, once in a process
+    monkeypatch.setattr(_head, "adds_in_product", lambda device: True)  # normally tried on the device, once per process
     return launched
 
 
 @pytest.mark.parametrize("groups", [True, False])
 @pytest.mark.parametrize("options", MODES, ids=str)
 def test_inside_the_heads_operators_nothing_waits_for_the_device(options, groups, fake, launchers):
-    """The operators' own code, which a fake forward replaces, with chunks and Triton's launchers."""
+    """Run the operators' own code, which a fake forward would replace, with chunks and Triton's launchers."""
     T, S = 21_000, 256
     hidden, head = (torch.empty(n, 5120, dtype=torch.bfloat16, device=CUDA) for n in (T, 152064))
     long, row = (torch.empty(T, dtype=t, device=CUDA) for t in (torch.int64, torch.float32))
@@ -216,7 +216,7 @@ def test_what_waits_is_noticed(wait, fake):
     x = torch.ones(1, device=CUDA)
     calls = {"bool": lambda: bool(x), "mask": lambda: x[x > 0]}
     call = calls.get(wait) or getattr(x, wait)
-    noticed = (AssertionError, RuntimeError)  # a build for the CPU stops some of them before they are dispatched
+    noticed = (AssertionError, RuntimeError)  # a CPU build refuses some of them before they are dispatched
     with pytest.raises(noticed, match="waits for|brings a tensor|not linked with support for cuda"), NoWait():
         call()
 

@@ -1,4 +1,4 @@
-"""bench/gpu.py's frame on a CPU: parts that crash, hang or lack something, what is on disk afterwards, the table."""
+"""Test the frame of bench/gpu.py on a CPU: parts that crash, hang or lack something, files left on disk, the table."""
 
 import json
 import sys
@@ -49,7 +49,7 @@ def test_a_part_that_crashes_or_hangs_costs_only_itself(tmp_path, monkeypatch, c
         assert "torch" in f["versions"]
     said = capsys.readouterr().out
     assert "1 a copy" in said and "50%" in said and "2 iterations: skipped, vLLM is not installed." in said
-    assert said.index("1 kernels") < said.index("2 iterations") < said.index("3 rows")  # their own order
+    assert said.index("1 kernels") < said.index("2 iterations") < said.index("3 rows")  # in order of importance
     assert {p.name for p in tmp_path.glob("*.log")} == {"cpu-3-rows.log", "cpu-4-head.log"}
     sleeping = [p for p in Path("/proc").glob("[0-9]*/cmdline") if p.read_bytes() == b"sleep\x00600\x00"]
     assert not [p for p in sleeping if gpu.MARK.encode() in (p.parent / "environ").read_bytes()]
@@ -76,7 +76,7 @@ def test_results_are_named_by_the_planners_device(name, key, monkeypatch):
 
 
 @pytest.mark.parametrize("args, says", [
-    (["--parts=1,9"], "--parts is '1,9', and '9' is no part: give numbers of 1, 2, 3, 4, 5, 6, 7"),
+    (["--parts=1,9"], "--parts is '1,9', and '9' is not a part: give numbers from 1, 2, 3, 4, 5, 6, 7"),
     (["--parts="], "--parts is ''"),
     (["--limit_s=0"], "--limit_s is 0: give seconds above 0"),
     (["--device=cuda"], "torch sees no GPU here: give --device cpu"),
@@ -95,7 +95,7 @@ def test_the_way_there_on_a_cpu(parts, tmp_path):
     for file in tmp_path.glob("*.json"):
         found = json.loads(file.read_text())
         assert found["status"] == "measured" or "not installed" in found["reason"]
-        assert "rates" not in found  # a CPU's say nothing
+        assert "rates" not in found  # rates of a CPU mean nothing
         if found["status"] == "measured":
             assert found.get("rows") or found.get("goals") or found.get("iterations")
     assert len(list(tmp_path.glob("*.json"))) == len(parts.split(","))

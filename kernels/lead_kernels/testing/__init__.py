@@ -1,1 +1,1 @@
-"""The kernels' oracle, wrong kernels that it must reject, and what the compiler makes of the right ones."""
+"""Oracle for the kernels, wrong kernels that it must reject, and the compiler's resource use of the right ones."""

@@ -1,6 +1,7 @@
 """Kernels that the oracle must reject.
 
-`WRONG` lists edits of the Triton kernels' source, each of which makes a plausible mistake; `wrong_module` loads one.
+`WRONG` lists edits of the Triton kernels' source, each of which introduces a plausible mistake; `wrong_module` loads
+one.
 """
 
 import importlib
@@ -12,7 +13,7 @@ from types import ModuleType
 HERE = Path(__file__).parent.parent
 ROWS, GROUPS = "_triton_rows.py", "_triton_advantage.py"
 
-# what is wrong -> (file, what the right one says, what the wrong one says)
+# name of the mistake -> (file, text of the right kernel, text of the wrong one)
 WRONG: dict[str, tuple[str, str, str]] = {
     "log-prob of the column before": (
         ROWS,
@@ -170,7 +171,7 @@ WRONG: dict[str, tuple[str, str, str]] = {
         "0.0 * a, -r * a",
         "0.0, -r * a",
     ),
-    "CISPO bounded below unasked": (
+    "CISPO with a lower bound by default": (
         ROWS,
         "*options.clip_range,",
         "max(0.8, options.clip_range[0]), options.clip_range[1],",
@@ -210,7 +211,7 @@ WRONG: dict[str, tuple[str, str, str]] = {
         "tl.where(over, options.delta, r) * a",
         "r * a",
     ),
-    "dual clip on good answers": (
+    "dual clip on positive advantages": (
         ROWS,
         "dual = (a < 0)",
         "dual = (a > 0)",
@@ -220,7 +221,7 @@ WRONG: dict[str, tuple[str, str, str]] = {
         "g = g * w",
         "g = g * 1.0",
     ),
-    "mask taken for truncation": (
+    "mask treated as truncation": (
         ROWS,
         'if options.importance_mode == "truncate" else 0.0',
         'if options.importance_mode != "" else 0.0',
@@ -230,7 +231,7 @@ WRONG: dict[str, tuple[str, str, str]] = {
         "1 - tl.where(far, 0.0, e)",
         "tl.where(far, 0.0, e) - 1",
     ),
-    "weight of the first sequence for all": (
+    "weight of the first sequence used for all": (
         ROWS,
         "weight_ptr + sequence",
         "weight_ptr + 0 * sequence",
@@ -250,7 +251,7 @@ WRONG: dict[str, tuple[str, str, str]] = {
         "count - 1)) + options.eps",
         "count)) + options.eps",
     ),
-    "wrong answers' lengths in the spread": (
+    "lengths of wrong responses in the spread": (
         GROUPS,
         "correct, moved - mean",
         "member, moved - mean",
@@ -261,12 +262,12 @@ WRONG: dict[str, tuple[str, str, str]] = {
         "total(tl.where(correct, length * length, 0.0)) - n * (mean + shortest) * (mean + shortest), "
         "tl.maximum(n - 1, 1.0)",
     ),
-    "length gate the wrong way": (
+    "length gate inverted": (
         GROUPS,
         "<= options.length_gate",
         "> options.length_gate",
     ),
-    "correct answers' floor for all": (
+    "floor of correct responses applied to all": (
         GROUPS,
         "right & (advantage < 0)",
         "(advantage < 0)",
@@ -275,7 +276,7 @@ WRONG: dict[str, tuple[str, str, str]] = {
 
 
 def wrong_module(name: str, folder: Path) -> ModuleType:
-    """The launchers with the mistake `name`, written to and loaded from `folder`; name '' : none."""
+    """Load launchers with the mistake `name` from copies written to `folder`; the name '' makes no mistake."""
     package = "wrong_" + re.sub(r"\W", "_", name)
     at = folder / package
     at.mkdir()
@@ -286,7 +287,7 @@ def wrong_module(name: str, folder: Path) -> ModuleType:
             _, right, wrong = WRONG[name]
             assert text.count(right) == 1, f"{right!r} stands {text.count(right)} times in {file}"
             text = text.replace(right, wrong)
-        text = re.sub(r"^from \.(?!_triton_)", "from lead_kernels.", text, flags=re.M)  # all else is the right one
+        text = re.sub(r"^from \.(?!_triton_)", "from lead_kernels.", text, flags=re.M)  # all others are the real ones
         (at / file).write_text(text, encoding="utf-8")
     sys.path.insert(0, str(folder))
     importlib.invalidate_caches()

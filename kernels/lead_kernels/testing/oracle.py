@@ -1,10 +1,10 @@
-"""The kernels' oracle: Triton launchers against fp64 runs of the plain torch specification.
+"""Oracle for the kernels: Triton launchers against fp64 runs of the plain torch specification.
 
 `check_rows` and `check_advantages` run a module of Triton launchers (under TRITON_INTERPRET=1 on a CPU, else on a GPU)
-against fp64 runs of the plain torch specification on the same rounded inputs: an error of at most twice that of plain
-torch in the launcher's own dtype, plus 2e-6. Fresh memory is NaN, so whatever a kernel fails to write is seen.
-`check_fused_advantages` compares bits: advantages that the row kernel computes itself with those of a launch of their
-own. The oracle is itself tested: it must reject every kernel of mutants.py.
+and the plain torch specification in fp64 on the same rounded inputs. They accept an error of at most twice that of
+plain torch in the launcher's own dtype, plus 2e-6. Fresh memory is filled with NaN, so anything that a kernel fails to
+write is noticed. `check_fused_advantages` requires that the advantages that the row kernel computes itself equal those
+of a separate launch bit for bit. The oracle itself is tested: it must reject every kernel of mutants.py.
 
 Legend: T rows, V vocabulary, S sequences.
 """
@@ -28,7 +28,7 @@ from ..records import Groups, LeadAdvantages, Outcomes, RowMetrics, Sequences, S
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Make torch.empty give NaN (or the largest integer) inside."""
+    """Context in which torch.empty returns memory filled with NaN (or with the largest integer)."""
     settings: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
@@ -43,7 +43,7 @@ def poisoned_memory() -> Iterator[None]:
 def close(
     name: str, got: torch.Tensor, exact: torch.Tensor, base: torch.Tensor, atol: float = 2e-6, rtol: float = 5e-6
 ) -> None:
-    """Raise AssertionError unless `got` is as near to `exact` as twice `base` is; NaN must stand where NaN stands."""
+    """Raise AssertionError unless the error of `got` is at most twice that of `base`, with NaN in the same places."""
     got, exact, base = (x.detach().double().cpu() for x in (got, exact, base))
     assert torch.equal(got.isnan(), exact.isnan()), f"{name}: NaN in the wrong places"
 
@@ -69,9 +69,9 @@ MODES: list[LossOptions] = [
     LossOptions(delta=1.3, clip_high=0.1, importance_cap=1.2),
     LossOptions(ratio="sequence", delta=1.2, entropy_coef=0.03),
 ]
-# of the modes that are not run with the default
+# options for the modes that are not run with the defaults
 SOFTMAX = {2: Softmax(0.6), 3: Softmax(0.7, 4.0), 5: Softmax(2.0), 6: Softmax(1.3, 2.0), 7: Softmax(1.0, 30.0)}
-# scale of the logits, soft cap, dtype: hardly bent, bent, saturated, with ties at the cap
+# scale of the logits, soft cap, dtype: the cap hardly bends the logits, bends them, saturates, saturates with ties
 CAPPED = [
     (0.5, 1e4, torch.float32),
     (3.0, 15.0, torch.bfloat16),
@@ -90,7 +90,7 @@ GROUP_OPTIONS: list[AdvantageOptions] = [
 
 
 class Case(NamedTuple):
-    """Arguments of `policy_rows_` but for `gradient`."""
+    """Arguments of `policy_rows_` except `gradient`."""
 
     logits: torch.Tensor
     tokens: Tokens
@@ -104,7 +104,7 @@ class Case(NamedTuple):
 def row_case(
     seed: int, T: int, V: int, dtype: torch.dtype, options: LossOptions, softmax: Softmax, groups: bool
 ) -> Case:
-    """A case of T rows in 6 sequences; the first has weight 0, the second no advantage."""
+    """Make a case of T rows in 6 sequences; the first has weight 0, the second advantage 0."""
     g = torch.Generator().manual_seed(seed)
     S = 6
     ids = torch.arange(T) % S
@@ -128,7 +128,7 @@ def row_case(
 
 
 def far_case(case: Case) -> Case:
-    """Ratios on either side of every bound and past the cap of the logarithm, with advantages of every sign and NaN."""
+    """Make a case of ratios around every bound and past the log-ratio's cap, with advantages of every sign and NaN."""
     logp = RowStats(*row_stats_reference(case.logits, case.tokens.targets, case.softmax).unbind(1)).logprob
     log_r = torch.tensor([-3.0, 0.6, 1.5, 25.0]).repeat_interleave(6)
     advantages = torch.tensor([1.0, -1.0, torch.nan, -0.5, 0.5, 0.0])
@@ -142,9 +142,9 @@ def far_case(case: Case) -> Case:
 
 
 def target_cases() -> Iterator[Case]:
-    """Exact logits of the targets: every dtype, with and without a soft cap, far off, masked, at the top.
+    """Cases with exact logits of the targets: every dtype, with and without a soft cap, far off, masked, at the top.
 
-    The last two rows' targets are so likely that taking a rounded term out of a finished sum would leave nothing.
+    In the last two rows the targets are so likely that subtracting a rounded term from the finished sum leaves nothing.
     """
     modes = ((MODES[1], Softmax()), (MODES[7], Softmax(0.6, 8.0)), (MODES[6], Softmax(1.3)), (MODES[0], Softmax(0.5)))
     for i, (mode, softmax) in enumerate(modes):
@@ -158,7 +158,7 @@ def target_cases() -> Iterator[Case]:
 
 
 def check_target_logits(kernels: ModuleType, device: str = "cpu") -> None:
-    """Raise AssertionError unless the launchers of `kernels` put `target_logits` in place of the targets' logits."""
+    """Raise AssertionError unless the launchers of `kernels` use `target_logits` in place of the targets' logits."""
     check_rows(kernels, device, target_cases(), halves=False)
     for case in target_cases():
         case = on(device, case)
@@ -179,7 +179,7 @@ def check_target_logits(kernels: ModuleType, device: str = "cpu") -> None:
 
 
 def specification(case: Case, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """loss, log-probs, entropy, metrics, gradient by the plain torch form in float64 or float32."""
+    """Compute loss, log-probs, entropy, metrics and gradient by the plain torch form in float64 or float32."""
     logits, targets, ids = case.logits.to(dtype), case.tokens.targets, case.tokens.sequence_ids
     given = case.sequences.advantages
     if isinstance(given, Groups):
@@ -196,14 +196,14 @@ def specification(case: Case, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
 
 
 def on(device: str, x: Any) -> Any:
-    """A record with its tensors on a device, in records inside it too."""
+    """Move the tensors of a record, and of records within it, to a device."""
     if isinstance(x, torch.Tensor):
         return x.to(device)
     return type(x)(*(on(device, y) for y in x)) if isinstance(x, tuple) else x
 
 
 def launch(kernels: ModuleType, case: Case, in_place: bool, device: str) -> tuple[torch.Tensor, ...]:
-    """What the launchers of `kernels` make of a case: loss, log-probs, entropy, sums, gradient."""
+    """Run the launchers of `kernels` on a case: returns loss, log-probs, entropy, sums, gradient."""
     case = on(device, case._replace(logits=case.logits.clone()))
     with poisoned_memory():
         gradient = case.logits if in_place else torch.empty_like(case.logits)
@@ -213,7 +213,7 @@ def launch(kernels: ModuleType, case: Case, in_place: bool, device: str) -> tupl
 
 
 def rounds_twice() -> bool:
-    """Whether multiply-adds run in an interpreter of Triton that rounds product and sum, as it did before 3.9."""
+    """Whether multiply-adds run in Triton's interpreter before 3.9, which rounds both product and sum."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         return False
     version = importlib.import_module("triton").__version__.split(".")
@@ -223,15 +223,15 @@ def rounds_twice() -> bool:
 def check_rows(
     kernels: ModuleType, device: str = "cpu", cases: Iterator[Case] | None = None, halves: bool = True
 ) -> None:
-    """Raise AssertionError if a launcher of `kernels` is further from fp64 than twice plain torch."""
+    """Raise AssertionError if a launcher of `kernels` has more than twice plain torch's error against fp64."""
     for i, case in enumerate(cases or row_cases()):
         logits = case.logits
         exact, base = specification(case, torch.float64), specification(case, torch.float32)
         loss, logp, entropy, sums, grad = launch(kernels, case, bool(i % 2), device)
-        # A whole unit in the last place: the interpreter truncates on the way to bf16.
+        # A full unit in the last place, because the interpreter truncates when it converts to bf16.
         rounding = torch.finfo(logits.dtype).eps * exact[4].nan_to_num(0.0).abs().max().item() if logits.numel() else 0
         slack = 0.0
-        if rounds_twice() and logits.numel():  # z s - r cancels; the hardware's multiply-add has the digits of z s
+        if rounds_twice() and logits.numel():  # z s - r cancels; a hardware multiply-add keeps the digits of z s
             ordinary = logits.abs() < 1e5
             slack = 2.0**-21 * logits.float().where(ordinary, 0.0).abs().max().item() / case.softmax.temperature
         assert not (logp > 0).any(), "a log-prob above 0"
@@ -243,13 +243,15 @@ def check_rows(
         if i < 3:
             again = launch(kernels, case, not i % 2, device)
             for one, other in zip((loss, logp, entropy, sums, grad), again, strict=True):
-                assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0)), "in place and not, or twice, differ"
+                assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0)), (
+                    "in place, out of place or run again differ"
+                )
     if halves:
         check_halves(kernels, device)
 
 
 def row_cases() -> Iterator[Case]:
-    """Every mode, dtypes, vocabularies around the tile's edges, offsets, masked logits, NaN in a row or advantage."""
+    """Cases for `check_rows`: all modes and dtypes, vocabularies near tile edges, offsets, masked logits, NaN."""
     entropy = LossOptions(entropy_coef=0.1)
     shapes = ((1, torch.float32), (7, torch.bfloat16), (9001, torch.float32), (20_001, torch.bfloat16),
               (25_000, torch.float32), (50_000, torch.bfloat16))  # fmt: skip
@@ -264,9 +266,9 @@ def row_cases() -> Iterator[Case]:
         yield case._replace(logits=case.logits * scale, tokens=tokens)
     case = row_case(4, 7, 9000, torch.float32, entropy, Softmax(), groups=False)
     logits, targets = case.logits, case.tokens.targets
-    logits[0, :8500] = -torch.inf  # whole tiles of -inf, the target among the rest
+    logits[0, :8500] = -torch.inf  # whole tiles of -inf; the target is outside them
     targets[0] = 8600
-    logits[1], logits[1, 5] = -torch.inf, 0.0  # one possible token
+    logits[1], logits[1, 5] = -torch.inf, 0.0  # only one possible token
     targets[1] = 5
     logits[2, 77] = torch.nan
     logits[3, 99] = 1e30
@@ -274,13 +276,13 @@ def row_cases() -> Iterator[Case]:
     yield case
     case = row_case(8, 7, 1100, torch.bfloat16, entropy, Softmax(0.9), groups=False)
     logits, targets = case.logits, case.tokens.targets
-    logits[0], logits[1] = 0.25, -torch.inf  # all equal; no possible token
-    logits[2, 1050], logits[3, 1050], logits[4, 600] = 1e4, 30.0, 1e4  # far above the first tile, in the tail or not
+    logits[0], logits[1] = 0.25, -torch.inf  # all logits equal; no possible token
+    logits[2, 1050], logits[3, 1050], logits[4, 600] = 1e4, 30.0, 1e4  # far above the first tile; one in the tail
     targets[4] = 600
     logits[5, 5], logits[5, targets[5]] = -torch.inf, -torch.inf  # a sampled token that is masked
     yield case
     case = row_case(7, 4, 300, torch.float32, entropy, Softmax(0.7, 5.0), groups=False)
-    case.logits[0, :200] = -torch.inf  # capped, they are -5 and have a probability
+    case.logits[0, :200] = -torch.inf  # the cap makes them -5, with a probability above 0
     case.logits[1, 7] = torch.inf
     case.logits[2, 77] = torch.nan
     yield case
@@ -293,7 +295,7 @@ def row_cases() -> Iterator[Case]:
 
 
 def close_statistics(got: torch.Tensor, exact: torch.Tensor, base: torch.Tensor, softmax: Softmax) -> None:
-    """`close` for log-sum-exp, log-prob and H, which do not depend on what a kernel subtracts from the logits."""
+    """`close` for log-sum-exp, log-prob and H, which do not depend on the number subtracted from the logits."""
 
     def comparable(stats: torch.Tensor) -> torch.Tensor:
         row = RowStats(*stats.double().cpu().unbind(1))
@@ -303,7 +305,7 @@ def close_statistics(got: torch.Tensor, exact: torch.Tensor, base: torch.Tensor,
 
 
 def check_halves(kernels: ModuleType, device: str = "cpu") -> None:
-    """The kernels of linear_logprobs, with rows further apart than they are long."""
+    """Check the two kernels of linear_logprobs, on rows whose stride exceeds their length."""
     shapes = (
         (1, torch.float32, 3.0),
         (300, torch.bfloat16, None),
@@ -331,7 +333,7 @@ def check_halves(kernels: ModuleType, device: str = "cpu") -> None:
 
 
 def check_advantages(kernels: ModuleType, device: str = "cpu") -> None:
-    """Raise AssertionError if `lead_advantages_triton` differs from the specification in fp64."""
+    """Raise AssertionError if `lead_advantages_triton` differs from the specification in fp64 by more than rounding."""
     for seed, (options, size) in enumerate(itertools.product(GROUP_OPTIONS, (1, 8, 37))):
         g = torch.Generator().manual_seed(seed)
         correct = torch.rand(3 * size, generator=g) < 0.5
@@ -350,7 +352,7 @@ def check_advantages(kernels: ModuleType, device: str = "cpu") -> None:
 
 
 def check_fused_advantages(kernels: ModuleType, device: str = "cpu") -> None:
-    """Raise AssertionError unless the row kernel's own advantages have the bits of `lead_advantages_triton`."""
+    """Raise AssertionError unless the row kernel's own advantages equal `lead_advantages_triton` bit for bit."""
     for seed, (options, size) in enumerate(itertools.product(GROUP_OPTIONS, (1, 7))):
         g = torch.Generator().manual_seed(seed)
         S = 2 * size

@@ -1,9 +1,9 @@
-"""What the compiler makes of the Triton kernels: registers, spills, widths of loads and stores, instructions per logit.
+"""Resources of the compiled Triton kernels: registers, spills, widths of loads and stores, instructions per logit.
 
-Cross-compiled for TARGETS, no GPU needed, not under Triton's interpreter. Instructions are counted in the machine code
-of the loops that look at a row, which the disassembler in Triton's wheel shows: those innermost loops whose loads are
-wide and unconditional. The loops of the exact path and of a row's zeros, whose loads and stores are masked or missing,
-are not looks.
+Kernels are cross-compiled for TARGETS, without a GPU and not under Triton's interpreter. Instructions are counted in
+the machine code, shown by the disassembler in Triton's wheel, of the loops that look at a row: the innermost loops
+whose loads are wide and unconditional. The loops of the exact path and those that zero a row, whose loads are masked or
+missing, do not count.
 """
 
 import itertools
@@ -21,7 +21,7 @@ TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cud
            "gfx942": ("hip", "gfx942", 64)}  # fmt: skip
 
 
-# Which unit of a processor runs an instruction; what is named nowhere runs on the integer and logic unit.
+# Unit that runs an instruction; an instruction not listed runs on the integer and logic unit.
 PIPES = {
     "fma": ("FFMA", "FADD", "FMUL", "FFMA2", "FADD2", "FMUL2"),
     "mufu": ("MUFU",),
@@ -34,10 +34,10 @@ PIPE_OF = {name: pipe for pipe, names in PIPES.items() for name in names}
 
 
 class Look(NamedTuple):
-    """A loop over a row's tiles: instructions per logit by pipe, whether it writes, and how far loads run ahead.
+    """A loop over a row's tiles: instructions per logit by unit, whether it writes, and how far ahead it loads.
 
-    ahead: instructions between a load and the first use of what it loads, the smallest of the loop, as a part of its
-    body; 0 for a loop that waits for what it has just asked for.
+    ahead: smallest number of instructions between a load and the first use of its result, as a fraction of the loop's
+    body; 0 for a loop that waits for the load it has just issued.
     """
 
     pipes: dict[str, float]
@@ -53,8 +53,8 @@ class Look(NamedTuple):
 class Resources(dict[str, Any]):
     """kernel, dtype, target, block, warps; registers, spills (bytes), shared (bytes), load_bytes, store_bytes.
 
-    For NVIDIA also first, second: the most instructions per logit of a loop that reads, and of one that writes too;
-    both: their sum; ahead, as in Look; outside: instructions of the kernel outside all loops; and looks, all of them.
+    For NVIDIA also: first, second: the most instructions per logit of a loop that only reads, and of one that also
+    writes; both: their sum; ahead: as in Look; outside: instructions outside all loops; looks: all Looks.
     """
 
 
@@ -63,7 +63,7 @@ def build(
 ) -> Any:
     """Compile a kernel for a target.
 
-    `constants`: its constexprs, arguments to fix (None: a pointer left out), and records of options.
+    `constants`: its constexprs, arguments with a fixed value (None: an absent pointer), and records of options.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -94,20 +94,20 @@ def build(
 
 
 def loss(**options: Any) -> tuple:
-    """LossOptions as a kernel takes them."""
+    """LossOptions in the form that kernels take."""
     from .._triton_advantage import in_kernel
 
     return in_kernel(LossOptions(**options), LossOptions)
 
 
 def advantage(**options: Any) -> tuple:
-    """AdvantageOptions as a kernel takes them."""
+    """AdvantageOptions in the form that kernels take."""
     from .._triton_advantage import in_kernel
 
     return in_kernel(AdvantageOptions(**options), AdvantageOptions)
 
 
-# The most that a kernel can be asked to do, as the table says.
+# The kernels with all their options on, as the table says.
 ALL: dict[str, Any] = {"dual_clip": 3.0, "importance_cap": 2.0, "kl_coef": 0.1}
 ALL_GROUPS: dict[str, Any] = {"nonnegative_correct": True, "rate": "positive", "group_filter": "official"}
 
@@ -120,7 +120,7 @@ KERNELS = (POLICY, ENTROPY, GROUPED, FORWARD, CAPPED, STATISTICS, GRADIENT, CAPP
 
 
 def compiled(kernel: str, dtype: str, target: str) -> Resources:
-    """What the compiler makes of a kernel with its row of the tile table; no GPU needed, not under the interpreter."""
+    """Compile a kernel with its tile and return its Resources; no GPU needed, not under the interpreter."""
     from .._device import full_tile
 
     name, backend = kernel.split(",")[0], TARGETS[target][0]
@@ -147,7 +147,7 @@ def compiled(kernel: str, dtype: str, target: str) -> Resources:
 
 
 def tool(name: str, binary: bytes, *options: str) -> str:
-    """What cuobjdump or nvdisasm of Triton's wheel says of a cubin."""
+    """Run cuobjdump or nvdisasm of Triton's wheel on a cubin and return the output."""
     import triton
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
@@ -158,7 +158,7 @@ def tool(name: str, binary: bytes, *options: str) -> str:
 
 
 def instructions(disassembly: str) -> tuple[list[str], list[tuple[int, int]], int]:
-    """The instructions, of each innermost loop its first and last one, and how many are in none."""
+    """Return all instructions, the first and last index of each innermost loop, and the number outside all loops."""
     listed: list[str] = []
     labels: dict[str, int] = {}
     loops: list[tuple[int, int]] = []
@@ -176,7 +176,7 @@ def instructions(disassembly: str) -> tuple[list[str], list[tuple[int, int]], in
 
 
 def looks(disassembly: str, itemsize: int) -> list[Look]:
-    """The loops of a kernel that look at a row of logits of `itemsize` bytes."""
+    """Find the loops of a kernel that look at a row of logits of `itemsize` bytes."""
     listed, loops, _ = instructions(disassembly)
     found = []
     for first, last in loops:
@@ -198,7 +198,7 @@ def looks(disassembly: str, itemsize: int) -> list[Look]:
 
 
 def uses_after(body: list[str], load: int) -> int:
-    """Instructions of a loop between a 16-byte load and the first that reads one of the four registers it fills."""
+    """Count instructions of a loop between a 16-byte load and the first use of one of the four registers it fills."""
     target = int(re.search(r"\bR(\d+)", body[load])[1])  # type: ignore[index]
     filled = {f"R{target + k}" for k in range(4)}
     for distance in range(1, len(body)):
@@ -254,7 +254,7 @@ def _amd(asm: Any) -> dict[str, int]:
 
 
 def every_row() -> Iterator[tuple[str, str, str]]:
-    """kernel, dtype, target of every row of the table: all for sm_90, elsewhere those that a tile was chosen by."""
+    """Kernel, dtype and target of every row of the table: all for sm_90, elsewhere those that decided a tile."""
     for target in TARGETS:
         for kernel, dtype in itertools.product(KERNELS, ("bf16", "fp16", "fp32")):
             of_a_tile = kernel in (ENTROPY, FORWARD, CAPPED) and dtype != "fp16"
@@ -266,14 +266,14 @@ def every_row() -> Iterator[tuple[str, str, str]]:
         yield "lead_advantages_kernel", "fp32", target
 
 
-# of the table, after kernel, dtype and target
+# columns of the table after kernel, dtype and target
 COLUMNS = ("block", "warps", "registers", "spills", "shared", "load_bytes", "store_bytes", "first", "second", "both",
            "fma", "mufu", "integer", "compare", "rest", "ahead", "outside")  # fmt: skip
-COMPARED = COLUMNS[: COLUMNS.index("both") + 1]  # with another Triton's
+COMPARED = COLUMNS[: COLUMNS.index("both") + 1]  # those compared with another Triton's table
 
 
 def resource_table() -> str:
-    """Format the table of docs/evidence/kernel_resources.md; compiles every row of it."""
+    """Compile every kernel of docs/evidence/kernel_resources.md and format that table."""
     import triton
 
     def cell(x: Any) -> str:
@@ -309,13 +309,13 @@ def resource_table() -> str:
 
 
 def rows_of(table: str) -> dict[tuple[str, ...], list[str]]:
-    """The cells after kernel, dtype and target of every row of a table, by those three."""
+    """Map kernel, dtype and target of every row of a table to its other cells."""
     cells = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")]
     return {tuple(c[:3]): c[3:] for c in cells if not set("".join(c)) <= set("- ")}
 
 
 def beside(table: str, other: str) -> str:
-    """A section on what another Triton makes of the same kernels: its rows that differ from `table`'s, as a list.
+    """Format a section on the same kernels under another Triton: a list of its rows that differ from those of `table`.
 
     Raises:
         ValueError: the tables are of the same Triton, or not of the same kernels.
@@ -324,7 +324,7 @@ def beside(table: str, other: str) -> str:
     ours, theirs = rows_of(table), rows_of(other)
     if versions[0] == versions[1] or ours.keys() != theirs.keys():
         raise ValueError(f"The tables are of Triton {versions[0]} with {len(ours)} rows and {versions[1]} with "
-                         f"{len(theirs)}: give one of another Triton, of the same kernels.")  # fmt: skip
+                         f"{len(theirs)}: give a table of another Triton with the same kernels.")  # fmt: skip
     names = ours.pop(("kernel", "dtype", "target"))
     lines = [
         f"\n## Triton {versions[1]}: rows that differ\n",
