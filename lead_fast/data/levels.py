@@ -1,19 +1,19 @@
 """The embedded task of the ablation: levels of 1 to 6 arithmetic steps, hopeless problems, five forms of solution.
 
-What L, E and AD act on has to be in the task, or their effects cannot show. So the first token of a solution says which
-form it has, and each form has a price of its own:
+L, E and AD can only show effects if the task offers what they act on. The first token of a solution therefore decides
+its form, and the forms differ in length and accuracy:
 
-- guess: the answer at once, right on easy problems only;
-- terse: one equation per step, but a small one (2, 3 or 4 more or less) joins the equation before it (`47+38-2=83`),
-  and such equations the model gets wrong often;
-- wordy: a sentence and an equation for every step, none joined: twice as long, and right nearly always;
+- guess: the answer at once, which is right only on some easy problems;
+- terse: one equation per step, except that a small step (adding or subtracting 2, 3 or 4) joins the equation before it
+  (`47+38-2=83`); the model often gets such joint equations wrong;
+- wordy: a sentence and an equation for every single step: twice as long as terse, and nearly always right;
 - check: terse work whose results are worked out again step by step (`47+38-2=73|47+38=85|85-2=83`): longer than terse
-  by two thirds, and right more often. A quarter of the results before the check are wrong, and are mended;
-- none: no answer. The response ends without `</think>`, as one does that was cut at its limit.
+  by two thirds, and right more often. A quarter of the results before the check are wrong and are corrected by it;
+- none: no answer. The response ends without `</think>`, like a truncated one.
 
 One problem in five is hopeless and can be recognised: a product of three three-digit numbers, which no form solves.
-A problem's difficulty is its level, 1 to 6, and 10 where it is hopeless. The steps are those of arithmetic.py, so that
-its model learns these forms by a short SFT (recipes/sft/levels.toml).
+A problem's difficulty is its level, 1 to 6, or 10 if it is hopeless. The steps are those of arithmetic.py, so that a
+short SFT teaches `tiny` these forms (recipes/sft/levels.toml).
 
     python -m lead_fast.data levels --out DIR [--train 4000] [--test 256]    # the same problems as JSONL
 """
@@ -42,7 +42,7 @@ def make_problems(
     """Make `n` distinct problems of one split.
 
     Args:
-        n: how many.
+        n: number of problems.
         seed: equal seeds give equal problems, on every machine.
         split: "train" or "test".
         difficulties: those to draw from. A level is as likely as every other; of all problems one in five is hopeless.
