@@ -1,14 +1,16 @@
-"""Separate L, E and AD: GRPO, L, L + AD, LEAD, and LEAD where a missing answer costs as much as a wrong one.
+"""Compare GRPO, L, L + AD and LEAD, and as a control LEAD in which a missing answer costs as much as a wrong one.
 
     python bench/ablation.py [--seeds 0 1 2 3 4] [--jobs 2] [--quick] [--switches] [--runs runs/ablation]
                              [--out docs/evidence/ablation]
 
-Every run trains the recipe `levels` from the same model on one CPU thread, `--jobs` runs side by side, and is then
-evaluated on held-out problems of three levels that are hard (1,000 x 4 samples) and of the others (1,000 x 2). What is
-there is kept, so the same command resumes, within a run too, and more seeds can be added later. --quick: GRPO and LEAD
-on one seed. --switches: LEAD beside LEAD with one of the switches of 2026 each, on three seeds.
+Every run trains the recipe `levels` from the same model on one CPU thread, with `--jobs` runs in parallel, and is then
+evaluated on held-out problems: 1,000 hard ones (levels 4 to 6) x 4 samples, and 1,000 others x 2. The same command
+resumes after an interruption, within a run too, and keeps results that exist, so more seeds can be added later. A run
+takes five to seven minutes on one core. --quick: GRPO and LEAD on one seed. --switches: LEAD, and LEAD with each of
+the switches of 2026, on three seeds.
 
---out gets table.md, compare.png, and per run metrics.jsonl and evaluation.json, from which the tables are made.
+It prints the tables and writes them to --out as table.md, with compare.png. Each run's metrics.jsonl and
+evaluation.json are copied there, and --table makes the tables from them alone.
 """
 
 import argparse
@@ -46,23 +48,23 @@ SWITCHES = {
     "baseline weighted by length": ("length-baseline", ["--advantage.baseline=length"]),
     "guard on held-out accuracy": ("guard", ["--advantage.length_guard=0.05", "--evaluate.every=10"]),
 }
-"""What else a LEAD run can have: name of its runs, and keys beside LEAD's."""
+"""Switches that are tried with LEAD: name of the runs, and the keys in addition to those of LEAD."""
 EASY = [d for d in (*LEVELS, HOPELESS) if d not in HARD]
 HARD_RATE = (1 - HOPELESS_RATE) * len(HARD) / len(LEVELS)  # of the task's problems
 PARTS = {"hard": (HARD, 4, HARD_RATE), "others": (EASY, 2, 1 - HARD_RATE)}
-"""The two sets of the final evaluation: levels, samples per problem, and how much of the task they stand for."""
+"""The two sets of the final evaluation: levels, samples per problem, and their share of the task's problems."""
 
 WRITTEN = {"levels 1 to 3": LEVELS[:3], "levels 4 to 6": HARD, "hopeless": (HOPELESS,)}
-"""For which problems the forms of the responses are counted."""
+"""Groups of problems for which the forms of responses are counted."""
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Effect:
-    """A part of the algorithm, the two variants that differ in it, and where it should show.
+    """A part of the algorithm, the two variants that differ in it, and the measure in which it should show.
 
-    wanted: sign of the difference, 0 for none. least: how many standard errors it should have.
+    wanted: sign of the difference, 0 for none. least: its least size, in standard errors.
     """
 
     name: str
@@ -104,7 +106,7 @@ BESIDE_LEAD = tuple(
 
 
 def train_and_evaluate(run: Path, args: list[str], seed: int, recipe: str) -> None:
-    """Train one variant on one seed and evaluate its model, each step only where its result is missing."""
+    """Train one variant on one seed and evaluate its model; a step whose result exists is skipped."""
     own = {**os.environ, "OMP_NUM_THREADS": "1"}
     train(run, [f"--recipe={recipe}", *args, f"--seed={seed}"], own)
     for name, (levels, samples, _) in PARTS.items():
@@ -115,14 +117,14 @@ def train_and_evaluate(run: Path, args: list[str], seed: int, recipe: str) -> No
 
 
 def train(run: Path, args: list[str], environment: dict[str, str], ranks: int = 1) -> None:
-    """Train a run to its end, from where it was stopped; one that is finished stays."""
+    """Train a run to its end, resuming one that was stopped; a finished run is left as it is."""
     if not (run / "final").exists():
         begun = ["--resume"] if run.exists() else []
         execute("train", [*args, f"--output={run}", *begun], environment, run, ranks)
 
 
 def execute(command: str, args: list[str], environment: dict[str, str], run: Path, ranks: int = 1) -> None:
-    """Run a command of lead_fast; what it prints is appended to a file beside the run's folder."""
+    """Run a command of lead_fast; its output is appended to a log file beside the run's folder."""
     log = run.parent / f"{run.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     print(f"lead_fast.{command} {' '.join(args)}", flush=True)
@@ -138,7 +140,7 @@ def execute(command: str, args: list[str], environment: dict[str, str], run: Pat
 
 
 def measured(run: Path) -> Row:
-    """Measures of a run's final evaluation: the two sets in the proportion that the task has them."""
+    """Measures of a run's final evaluation: its two sets, weighted by their shares of the task."""
     rows = {name: [r for r in read_jsonl(run / name / "samples.jsonl") if "correct" in r] for name in PARTS}
     weights = {name: part / len(rows[name]) for name, (*_, part) in PARTS.items()}
     problems = [(weights[name], r) for name, of_part in rows.items() for r in of_part]
@@ -174,7 +176,7 @@ def measured(run: Path) -> Row:
 
 
 def answered(row: Row) -> int:
-    """How many of a problem's responses hold an answer."""
+    """Number of a problem's responses from which an answer was extracted."""
     return sum(e is not None for e in row["extracted"])
 
 
@@ -186,7 +188,7 @@ def paired(a: Sequence[float], b: Sequence[float]) -> tuple[float, float | None]
 
 
 def values(finals: dict[str, dict[int, Row]], e: Effect) -> tuple[list[int], list[float], list[float]]:
-    """Seeds that both variants of an effect have, and both variants' values of its measure."""
+    """Seeds of both variants of an effect, and each variant's values of its measure."""
     scale = MEASURES[e.measure][1]
     seeds = sorted(set(finals.get(e.before, {})) & set(finals.get(e.after, {})))
     a, b = ([scale * finals[v][s][e.measure] for s in seeds] for v in (e.before, e.after))
@@ -217,7 +219,7 @@ def levels_table(finals: dict[str, dict[int, Row]]) -> str:
 
 
 def forms_table(finals: dict[str, dict[int, Row]]) -> str:
-    """Markdown: how many responses have which form, and how many of those are right, mean over seeds."""
+    """Markdown: shares of the forms of responses, and the share of each that is right, mean over seeds."""
     names = [*FORMS, "other"]
     out = f"| responses, % (of them right, %) | on | {' | '.join(names)} |\n|:--|:--|{'--:|' * len(names)}\n"
     for label, seeds in finals.items():
@@ -258,7 +260,7 @@ def effects_table(finals: dict[str, dict[int, Row]], effects: Sequence[Effect] =
 
 
 def draw(finals: dict[str, dict[int, Row]], path: Path) -> None:
-    """One panel per part of the algorithm: every seed's two values joined by a line, the mean difference above."""
+    """Draw one panel per part of the algorithm: each seed's two values joined by a line, and the mean difference."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -297,22 +299,24 @@ def draw(finals: dict[str, dict[int, Row]], path: Path) -> None:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description="GRPO-LEAD's parts told apart on the recipe levels.")
+    p = argparse.ArgumentParser(description="Compare GRPO-LEAD's parts on the recipe levels.")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    p.add_argument("--jobs", type=int, default=2, help="runs side by side, one CPU thread each")
+    p.add_argument("--jobs", type=int, default=2, help="runs in parallel, one CPU thread each")
     choice = p.add_mutually_exclusive_group()
-    choice.add_argument("--quick", action="store_true", help="GRPO and LEAD on the first seed alone")
+    choice.add_argument("--quick", action="store_true", help="only GRPO and LEAD, on the first seed")
     choice.add_argument(
         "--variants",
         nargs="+",
         choices=[name for name, _ in (VARIANTS | SWITCHES).values()],
-        help="all but the switches if not given",
+        help="default: all except the switches",
     )
     choice.add_argument("--switches", action="store_true", help="LEAD and each switch, on the first three seeds")
     p.add_argument("--recipe", default="levels")
     p.add_argument("--runs", type=Path, default=Path("runs/ablation"))
     p.add_argument("--out", type=Path, default=Path("docs/evidence/ablation"))
-    p.add_argument("--table", action="store_true", help="train nothing: tables and picture of the records in --out")
+    p.add_argument(
+        "--table", action="store_true", help="train nothing; make tables and picture from the records in --out"
+    )
     a = p.parse_args()
     names = ["grpo", "lead"] if a.quick else a.variants or [name for name, _ in VARIANTS.values()]
     if a.quick:
@@ -331,7 +335,7 @@ def main() -> None:
 
 
 def one(out: Path, recipe: str, run: Path, args: list[str], seed: int) -> None:
-    """One run to its end, and its records copied to `out`."""
+    """Train and evaluate one run, and copy its records to `out`."""
     train_and_evaluate(run, args, seed, recipe)
     kept = out / run.name
     kept.mkdir(parents=True, exist_ok=True)
@@ -340,7 +344,7 @@ def one(out: Path, recipe: str, run: Path, args: list[str], seed: int) -> None:
 
 
 def write(out: Path) -> str:
-    """Tables and picture of all records in `out`; returns the tables."""
+    """Write tables and picture of all records in `out`; return the tables."""
     finals: dict[str, dict[int, Row]] = {}
     for label, (name, _) in (VARIANTS | SWITCHES).items():
         for path in sorted(out.glob(f"{name}-[0-9]*/evaluation.json")):

@@ -119,6 +119,7 @@ def test_every_form_of_solution_is_what_the_task_says():
             (left, quick), *again = [equation.split("=") for equation in line.split("|")]
             joined = re.findall(r"[-+*](\d+)", left)[1:]
             assert all(int(n) in levels.JOINED for n in joined) and re.match(rf"{value}[-+*]", left)
+            assert form != "wordy" or not joined
             assert bool(again) == (form == "check") and all(eval(a) == int(b) for a, b in again)
             value, steps = eval(left), steps + 1 + len(joined)
             assert not again or (len(again), int(again[-1][1])) == (1 + len(joined), value)

@@ -1,19 +1,19 @@
 """The embedded task of the ablation: levels of 1 to 6 arithmetic steps, hopeless problems, five forms of solution.
 
-What L, E and AD act on has to be in the task, or their effects cannot show. So the first token of a solution says which
-form it has, and each form has a price of its own:
+L, E and AD can only show effects if the task offers what they act on. The first token of a solution therefore decides
+its form, and the forms differ in length and accuracy:
 
-- guess: the answer at once, right on easy problems only;
-- terse: one equation per step, but a small one (2, 3 or 4 more or less) joins the equation before it (`47+38-2=83`),
-  and such equations the model gets wrong often;
-- wordy: the same equations in sentences, twice as long and just as right;
-- check: terse work whose results are worked out again step by step (`47+38-2=73|47+38=85|85-2=83`): twice as long, and
-  right more often. A quarter of the results before the check are wrong, and are mended;
-- none: no answer. The response ends without `</think>`, as one does that was cut at its limit.
+- guess: the answer at once, which is right only on some easy problems;
+- terse: one equation per step, except that a small step (adding or subtracting 2, 3 or 4) joins the equation before it
+  (`47+38-2=83`); the model often gets such joint equations wrong;
+- wordy: a sentence and an equation for every single step: twice as long as terse, and nearly always right;
+- check: terse work whose results are worked out again step by step (`47+38-2=73|47+38=85|85-2=83`): longer than terse
+  by two thirds, and right more often. A quarter of the results before the check are wrong and are corrected by it;
+- none: no answer. The response ends without `</think>`, like a truncated one.
 
 One problem in five is hopeless and can be recognised: a product of three three-digit numbers, which no form solves.
-A problem's difficulty is its level, 1 to 6, and 10 where it is hopeless. The steps are those of arithmetic.py, so that
-its model learns these forms by a short SFT (recipes/sft/levels.toml).
+A problem's difficulty is its level, 1 to 6, or 10 if it is hopeless. The steps are those of arithmetic.py, so that a
+short SFT teaches `tiny` these forms (recipes/sft/levels.toml).
 
     python -m lead_fast.data levels --out DIR [--train 4000] [--test 256]    # the same problems as JSONL
 """
@@ -42,7 +42,7 @@ def make_problems(
     """Make `n` distinct problems of one split.
 
     Args:
-        n: how many.
+        n: number of problems.
         seed: equal seeds give equal problems, on every machine.
         split: "train" or "test".
         difficulties: those to draw from. A level is as likely as every other; of all problems one in five is hopeless.
@@ -65,7 +65,8 @@ def make_problems(
 def _solvable(rng: random.Random, level: int) -> tuple[str, int, str]:
     start, steps, value = steps_of(rng, level)
     form = rng.choices(list(FORMS), list(FORMS.values()))[0]
-    lines = [LINES[form](rng, i, line) for i, line in enumerate(_joined(steps))] if form in LINES else []
+    equations = [[step] for step in steps] if form == "wordy" else _joined(steps)
+    lines = [LINES[form](rng, i, equation) for i, equation in enumerate(equations)] if form in LINES else []
     return problem_text(rng, start, steps), value, _written(form, start, lines, value)
 
 
@@ -88,7 +89,7 @@ def form_of(text: str) -> str:
 
 
 def _joined(steps: Sequence[Step]) -> list[list[Step]]:
-    """The steps of each equation of terse work."""
+    """Return the steps of each equation of terse work."""
     lines: list[list[Step]] = []
     for step in steps:
         if step[0] != "*" and step[1] in JOINED and lines and len(lines[-1]) == 1:
@@ -107,8 +108,8 @@ def _terse(rng: random.Random, i: int, steps: Sequence[Step]) -> str:
 
 
 def _wordy(rng: random.Random, i: int, steps: Sequence[Step]) -> str:
-    named = " and ".join(f"{VERB[op]} {n}" for op, n, *_ in steps)
-    return f"{'Next' if i else 'First'} we {named}, which gives us\n{_terse(rng, i, steps)}"
+    [(op, n, *_)] = steps
+    return f"{'Next' if i else 'First'} we {VERB[op]} {n}, which gives us\n{_terse(rng, i, steps)}"
 
 
 def _check(rng: random.Random, i: int, steps: Sequence[Step]) -> str:
