@@ -270,7 +270,7 @@ def test_benchmarks_by_name_read_each_sets_own_columns(name, tmp_path, monkeypat
 def test_the_named_split_or_the_only_one(tmp_path, capsys):
     hub(tmp_path / "one", "train", [{"problem": "P", "answer": "1"}])
     assert load_problems(str(tmp_path / "one"), split="test")[0].reference == "1"
-    assert "has no split test: its only one, train, is taken" in capsys.readouterr().out
+    assert "has no split test: its only one, train, is used" in capsys.readouterr().out
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     (tmp_path / "two" / "validation.jsonl").write_text('{"problem": "P", "answer": "2"}\n')
     assert load_problems(str(tmp_path / "two"), split="validation")[0].reference == "2"

@@ -214,7 +214,7 @@ def test_the_built_in_engine_samples_as_transformers_computes(name: str):
 
 def test_an_engine_that_leaves_out_a_soft_cap_is_refused(monkeypatch):
     monkeypatch.setattr(transformers_engine, "attention_of", lambda shape: {})
-    with pytest.raises(ValueError, match=r"Model type gemma2 \(DIR\) is not sampled.*--rollout.engine=vllm"):
+    with pytest.raises(ValueError, match=r"Model type gemma2 \(DIR\) is sampled differently.*--rollout.engine=vllm"):
         check_generation(FAMILIES["gemma2, attention cap"].config(), ModelConfig(path="DIR"), None)
 
 

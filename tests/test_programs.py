@@ -417,9 +417,9 @@ def test_names_versions_and_dates(tmp_path, monkeypatch):
     assert [len(livecodebench.VERSIONS[v]) for v in ("v1", "v5", "v6")] == [1, 5, 6]
     source = parse_source("livecodebench:release_v6?from=2024-08-01")
     assert source and source.version == "v6" and source.path is None and source.first.year == 2024
-    for text, says in (("LiveCodeBench:v9", "give one of v1"), ("LiveCodeBench?from=May", "not valid"),
+    for text, says in (("LiveCodeBench:v9", "give one of v1"), ("LiveCodeBench?from=May", "has an invalid date"),
                        ("LiveCodeBench?since=2024-01-01", "not understood"),
-                       ("LiveCodeBench?x", "not valid")):  # fmt: skip
+                       ("LiveCodeBench?x", "has an invalid date")):  # fmt: skip
         with pytest.raises(ValueError, match=says):
             parse_source(text)
     late, _ = load_programs(f"{SET}?from=2025-01-01&to=2025-01-31")

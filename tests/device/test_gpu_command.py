@@ -79,7 +79,7 @@ def test_results_are_named_by_the_planners_device(name, key, monkeypatch):
     (["--parts=1,9"], "--parts is '1,9', and '9' is not a part: give numbers from 1, 2, 3, 4, 5, 6, 7"),
     (["--parts="], "--parts is ''"),
     (["--limit_s=0"], "--limit_s is 0: give seconds above 0"),
-    (["--device=cuda"], "torch sees no GPU here: give --device cpu"),
+    (["--device=cuda"], "torch sees no GPU: give --device cpu"),
 ])  # fmt: skip
 def test_a_mistake_gets_one_sentence(args, says, monkeypatch):
     monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
