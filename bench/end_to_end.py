@@ -1,15 +1,16 @@
 """Seconds per step and until 80 % of held-out problems are solved, compared with TRL's GRPOTrainer in one run.
 
-    python bench/end_to_end.py [--steps 10] [--turns 3] [--to 0.8] [--model DIR] [--engines transformers vllm]
+    python bench/end_to_end.py [--steps 10] [--turns 3] [--to 0.8] [--model DIR]
+        [--engines transformers vllm]
 
 The job is bench/frozen_tiny.toml: 32 problems with 8 responses each per step, the embedded model in float32, two ranks
-with one thread each. Everybody trains the same model on the same problems with the same number of responses, the same
-limit on their tokens, AdamW at the same rate and our verifier's verdict (1 for correct, -1 for wrong); lead-fast adds
-its length reward and difficulty weight. Runs take turns; the first two steps of each are left out. Seconds to an
+with one thread each. All contestants train the same model on the same problems with the same number of responses, the
+same limit on their tokens, AdamW at the same rate and our verifier's verdict (1 for correct, -1 for wrong); lead-fast
+adds its length reward and difficulty weight. Runs take turns; the first two steps of each are left out. Seconds to an
 accuracy are those of training alone: evaluations (every 5 steps, 256 problems with two responses each) are not counted.
 
-With --model DIR (a folder from `make smollm2`) the steps are those of that model: 8 problems with 4 responses of at
-most 128 tokens, and no accuracy.
+With --model DIR, or --model smollm2 after `make smollm2`, that model is timed: 4 problems with 4 responses of at most
+128 tokens per step, and no accuracy.
 
 TRL is measured where it is installed (pip install trl==1.16.0 accelerate), vLLM where it is.
 """
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import RESULTS, machine, write_json
+from pipeline import pretrained
 
 ROOT = Path(__file__).resolve().parent.parent
 FROZEN = ROOT / "bench" / "frozen_tiny.toml"
@@ -46,10 +48,10 @@ def launch(ranks: int, *command: str) -> None:
 
 
 def job(a: argparse.Namespace) -> list[str]:
-    """Keys that make the frozen job the one that is asked for."""
+    """Return the keys that turn the frozen job into the requested one."""
     if not a.model:
         return [f"--steps={a.steps}"]
-    return [f"--steps={a.steps}", f"--model={a.model}", "--rollout.problems=8", "--rollout.group_size=4",
+    return [f"--steps={a.steps}", f"--model={a.model}", "--rollout.problems=4", "--rollout.group_size=4",
             "--evaluate.every=0", "--data.instruction=Put the final answer within \\boxed{}"]  # fmt: skip
 
 
@@ -68,7 +70,7 @@ def lead_fast(a: argparse.Namespace, engine: str, every: int) -> dict[str, Any]:
 
 
 def trl(a: argparse.Namespace, every: int) -> dict[str, Any]:
-    """The same of TRL's GRPOTrainer, in processes of its own."""
+    """Measure the same of TRL's GRPOTrainer, in its own processes."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = [f"--{k}={getattr(a, k)}" for k in ("steps", "ranks", "model") if getattr(a, k)]
         launch(
@@ -171,10 +173,10 @@ def seconds_to(run: dict[str, Any], accuracy: float) -> float | None:
 def main() -> None:
     p = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     p.add_argument("--steps", type=int, default=0, help="steps of a run; default 30, with --model 5")
-    p.add_argument("--turns", type=int, default=3, help="runs of everybody")
+    p.add_argument("--turns", type=int, default=3, help="runs of every contestant")
     p.add_argument("--ranks", type=int, default=2)
     p.add_argument("--to", type=float, default=0.8, help="accuracy to reach")
-    p.add_argument("--model", default="", help="folder of another model; seconds per step alone")
+    p.add_argument("--model", default="", help="smollm2, or folder of another model; seconds per step alone")
     p.add_argument("--engines", nargs="+", default=["transformers"], help="of lead-fast: transformers vllm")
     p.add_argument("--out", type=Path, default=None, help="JSON file; default bench/results/end_to_end-MODEL.json")
     p.add_argument("--trl", default="", help=argparse.SUPPRESS)
@@ -183,6 +185,9 @@ def main() -> None:
     a.steps = a.steps or (5 if a.model else 30)
     if a.trl:
         return run_trl(a)
+    name = Path(a.model).name or "tiny"
+    if a.model == "smollm2":
+        a.model = pretrained(ROOT / "runs" / "pipeline" / "base")
     every = 0 if a.model else 5
     contestants: dict[str, Any] = {f"lead-fast, {e}": (lambda e=e: lead_fast(a, e, every)) for e in a.engines}
     if importlib.util.find_spec("trl"):
@@ -191,17 +196,15 @@ def main() -> None:
         print("TRL is not installed and not measured: pip install trl==1.16.0 accelerate")
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in contestants}
     for turn in range(a.turns):
-        for name, contestant in contestants.items():
-            runs[name].append(contestant())
-            print(
-                f"turn {turn + 1}, {name}: {statistics.median(runs[name][-1]['seconds'][WARM_UP:]):.2f} s per step",
-                flush=True,
-            )
+        for contestant, run in contestants.items():
+            runs[contestant].append(run())
+            seconds = statistics.median(runs[contestant][-1]["seconds"][WARM_UP:])
+            print(f"turn {turn + 1}, {contestant}: {seconds:.2f} s per step", flush=True)
     table = {}
-    for name, those in runs.items():
+    for contestant, those in runs.items():
         steps = [statistics.median(r["seconds"][WARM_UP:]) for r in those]
         reached = [s for r in those if (s := seconds_to(r, a.to)) is not None]
-        table[name] = {
+        table[contestant] = {
             "seconds_per_step": statistics.median(steps),
             "least": min(steps),
             "most": max(steps),
@@ -212,15 +215,14 @@ def main() -> None:
         }
     best = table[next(iter(table))]
     print(f"\n{'':24}{'s per step':>12}{'least':>8}{'most':>8}{'rollout':>9}{f's to {100 * a.to:g} %':>12}{'ratio':>8}")
-    for name, r in table.items():
+    for contestant, r in table.items():
         reached = r[f"seconds_to_{a.to:g}"]
         print(
-            f"{name:24}{r['seconds_per_step']:12.2f}{r['least']:8.2f}{r['most']:8.2f}"
+            f"{contestant:24}{r['seconds_per_step']:12.2f}{r['least']:8.2f}{r['most']:8.2f}"
             f"{'-' if r['rollout_s'] is None else format(r['rollout_s'], '.2f'):>9}"
             f"{'-' if reached is None else format(reached, '.1f'):>12}"
             f"{r['seconds_per_step'] / best['seconds_per_step']:8.2f}"
         )
-    name = Path(a.model).name or "tiny"
     write_json(
         a.out or RESULTS / f"end_to_end-{name}.json", {**machine("cpu"), "steps": a.steps, "table": table, "runs": runs}
     )

@@ -410,7 +410,7 @@ def step(r: Report) -> None:
             out = Path(folder) / "step.json"
             command = [sys.executable, "-W", "ignore", str(ROOT / "bench" / "train_step.py"), f"--device={r.device}",
                        *shape, f"--longest={tokens}", f"--pack-tokens={2 * tokens}", "--turns=1", "--steps=2",
-                       "--only-ours", f"--out={out}"]  # fmt: skip
+                       "--names=lead-fast", f"--out={out}"]  # fmt: skip
             done = subprocess.run(command, timeout=max(5, r.left_s), capture_output=True, text=True)
             if not out.is_file():
                 last = next(iter((done.stderr or done.stdout).strip().splitlines()[-1:]), "it said nothing")

@@ -1,13 +1,14 @@
 """One training step, TRL's and a plain padded one: the same model, responses, advantages and loss, in one run.
 
-    python bench/train_step.py [--answers 32] [--median 48] [--longest 512] [--micro-batch 8] [--turns 2]
+    python bench/train_step.py [--answers 32] [--group 8] [--median 48] [--longest 512] [--micro-batch 8] [--turns 2]
 
 The step is GRPO's clipped loss (mean per response, ratio to given old log-probs), forward, backward and AdamW, in
 float32 on a CPU and bfloat16 on a GPU. Lengths are lognormal with a long tail, as a reasoning model's are. Every
 implementation runs in a process of its own and in turns with the others; gradients must agree before a time counts.
-No answer is skipped: every advantage is different from 0.
+No answer is skipped: every advantage differs from 0. As in GRPO, --group answers have the same prompt; with --group 1
+every answer has its own.
 
-    lead-fast   packs of --pack-tokens, no padding, chunked head
+    lead-fast   packs of --pack-tokens, no padding, a group's prompt once a pack, chunked head
     compiled    the same with --model.compile
     TRL         its own GRPOTrainer's loss, padded as it pads: every micro-batch to the longest of the whole batch
     plain       transformers under FSDP2, micro-batches padded to their own longest, logits of the answers whole
@@ -18,8 +19,10 @@ whole 14B fits one H200:
     python bench/train_step.py --bare --shape qwen2.5-14b --answers 2 --median 1e9 --longest 8192 --micro-batch 1
         --pack-tokens 8192 --checkpointing selective      (and --longest 14336; without communication)
 
-Tokens/s counts real tokens. MFU is against a bare matrix product timed in the same run, with causal attention
-(6 N + 6 L D n a token of a sequence of n) and as torchtitan counts it (12 L D n).
+Tokens/s counts the real tokens of all sequences, each with its prompt, also where a prompt is computed once for its
+group; MFU likewise counts the work of separate sequences, so sharing may raise it above the processor's own use. It is
+relative to a bare matrix product timed in the same run, with causal attention (6 N + 6 L D n per token of a sequence of
+n tokens) and as torchtitan counts it (12 L D n).
 
 Legend: N parameters, L layers, D hidden, S sequences.
 """
@@ -99,7 +102,11 @@ def make_answers(a: argparse.Namespace, vocabulary: int) -> dict[str, Any]:
 
     flat = -torch.log(torch.tensor(float(vocabulary)))
     return {
-        "prompts": [tokens(int(n)) for n in torch.randint(16, 33, (a.answers,), generator=g)],
+        "prompts": [
+            prompt
+            for n in torch.randint(16, 33, (a.answers // a.group,), generator=g)
+            for prompt in [tokens(int(n))] * a.group
+        ],
         "responses": [tokens(n) for n in lengths],
         "logprobs": [(flat + 0.2 * torch.randn(n, generator=g)).tolist() for n in lengths],
         "advantages": (torch.randn(a.answers, generator=g)).tolist(),
@@ -131,12 +138,12 @@ class LeadFast(Step):
         from lead_fast.cli import load_config
         from lead_fast.learner.loss import objective, policy_loss
         from lead_fast.learner.optimizer import make_optimizer
-        from lead_fast.learner.packing import assign, make_pack
+        from lead_fast.learner.packing import assign, assign_shared, make_pack
         from lead_fast.learner.policy import Policy, load_policy, prepare_blocks
         from lead_fast.runtime.ranks import start
 
         dtype = "float32" if device == "cpu" else "bfloat16"
-        c = load_config([f"--model.path={a.model}", f"--model.dtype={dtype}", "--parallel.reshard=false",
+        c = load_config([f"--model.path={a.model}", f"--model.dtype={dtype}", f"--parallel.reshard={a.reshard}",
                          f"--model.compile={a.only == 'compiled'}",
                          f"--model.activation_checkpointing={a.checkpointing}"])  # fmt: skip
         ranks = start()
@@ -151,8 +158,14 @@ class LeadFast(Step):
         o = objective(torch.tensor(x["advantages"], device=device), lengths,
                       torch.ones(len(lengths), dtype=torch.bool, device=device), c)  # fmt: skip
         whole = [len(p) + n - 1 for p, n in zip(x["prompts"], lengths, strict=True)]
-        plan = assign(whole, a.pack_tokens, 1, self.policy.flops())[0]
-        self.packs = [make_pack(m, x["prompts"], x["responses"], x["logprobs"], ranks.device) for m in plan]
+        shared = self.policy.shares_prompts
+        if shared:
+            plan = assign_shared(x["prompts"], whole, a.pack_tokens, 1, self.policy.flops())[0]
+        else:
+            plan = assign(whole, a.pack_tokens, 1, self.policy.flops())[0]
+        self.packs = [
+            make_pack(m, x["prompts"], x["responses"], x["logprobs"], ranks.device, shared=shared) for m in plan
+        ]
         self.loss = lambda pack: policy_loss(self.policy, pack, o, c).loss
 
     def gradient(self) -> None:
@@ -255,7 +268,7 @@ class Plain(Step):
 
 
 def child(a: argparse.Namespace) -> None:
-    """One implementation: its gradient to a file, then times and peak memory of whole steps, as JSON."""
+    """Run one implementation: write its gradient to a file, then print times and peak memory of whole steps as JSON."""
     device = a.device
     x = torch.load(a.answers_file)
     step: Step = {"lead-fast": LeadFast, "compiled": LeadFast, "TRL": Trl, "plain": Plain}[a.only](a, x, device)
@@ -292,7 +305,7 @@ def call(a: argparse.Namespace, name: str, folder: Path) -> list[dict[str, float
     args = [
         f"--{k.replace('_', '-')}={v}"
         for k, v in vars(a).items()
-        if v is not None and k not in ("out", "bare", "only_ours")
+        if v is not None and k not in ("out", "bare", "names")
     ]
     args += ["--bare"] * a.bare
     gradient = folder / f"{name}.pt"
@@ -332,7 +345,11 @@ def main() -> None:
     p.add_argument("--hidden", type=int, default=512)
     p.add_argument("--layers", type=int, default=8)
     p.add_argument("--bare", action="store_true", help="weights and gradients alone: no FSDP, no optimiser")
-    p.add_argument("--only-ours", action="store_true", help="lead-fast alone, without the others")
+    p.add_argument(
+        "--names", nargs="+", default=list(NAMES), choices=NAMES, help="what is measured; lead-fast always is"
+    )
+    p.add_argument("--group", type=int, default=8, help="answers to a prompt")
+    p.add_argument("--reshard", default="false", choices=["true", "false"], help="lead-fast's parallel.reshard")
     p.add_argument("--shape", default="embedded", choices=["embedded", "qwen2.5-14b"])
     p.add_argument(
         "--checkpointing", default="none", choices=["none", "selective", "full"], help="plain knows full only"
@@ -345,6 +362,8 @@ def main() -> None:
     a = p.parse_args()
     if a.only:
         return child(a)
+    if a.answers % max(1, a.group):
+        sys.exit(f"--answers is {a.answers} and --group {a.group}: give a multiple of the group.")
     if a.answers % a.micro_batch or min(a.answers, a.micro_batch, a.turns) < 1:
         sys.exit(f"--answers is {a.answers} and --micro-batch {a.micro_batch}: give a multiple of the micro-batch.")
     about = machine(a.device)
@@ -362,7 +381,7 @@ def main() -> None:
               f"longest {a.answers * rows:,}")  # fmt: skip
         peak = peak_flops(a.device)
         left_out = ["TRL"] * a.bare + ["compiled"] * (a.checkpointing == "selective")  # the two do not go together
-        left_out += NAMES[1:] * a.only_ours
+        left_out += [n for n in NAMES[1:] if n not in a.names]
         times: dict[str, list[dict[str, float]]] = {n: [] for n in NAMES if n not in left_out}
         for _ in range(a.turns):
             for n in list(times):
@@ -400,7 +419,7 @@ def main() -> None:
               f" {row['gradient_s']:11.2f} {row['optimizer_s']:12.2f} {row['peak_extra_bytes'] / 2**20:10.0f}"
               f" {off[n]:13.1e}")  # fmt: skip
     write_json(a.out or RESULTS / f"train-step-{a.device}.json", about | {
-        "parameters": N, "answers": a.answers, "tokens": real, "padded_tokens": a.answers * rows,
+        "parameters": N, "answers": a.answers, "group": a.group, "tokens": real, "padded_tokens": a.answers * rows,
         "matmul_flops": peak, "rows": table})  # fmt: skip
 
 

@@ -7,9 +7,10 @@ parallel.pack_tokens or of the longest sequence, whichever is larger. The rollou
 Seconds are computed from one table, planner/assumptions.py; results of bench/gpu.py on the device replace its entries
 where they exist. The same table predicts published numbers, and the errors are printed. Training and generation never
 run at the same time: vLLM sleeps (level 2) while the policy trains. If a run does not fit, the command says what to
-change and exits with code 1. Not counted: grading, evaluation, checkpoints, a reference model (loss.kl_coef), and a
-pass that recomputes old log-probs. model.compile is credited with the same gain as model.liger. Ranks that share a pack
-(parallel.sequence) each hold and compute a part of it.
+change and exits with code 1. Not counted: grading, evaluation, checkpoints, a reference model (loss.kl_coef), a pass
+that recomputes old log-probs, and what is saved by computing a shared prompt once (in float32 only). model.compile is
+credited with the same gain as model.liger. Ranks that share a pack (parallel.sequence) each hold and compute a part of
+it.
 """
 
 import argparse

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from lead_fast.config import ModelConfig
 from lead_fast.learner.model_check import CPU, alone, check_model, pack_of, packed, quiet, randomize, sequences_of
+from lead_fast.learner.packing import make_pack
 from lead_fast.learner.policy import Policy
 from lead_fast.sft import pack_loss
 
@@ -180,7 +181,14 @@ def errors(family: Family) -> dict[str, float]:
         assert grads.keys() == expected.keys(), grads.keys() ^ expected.keys()
         size = sum(float(g.square().sum()) for g in expected.values()) ** 0.5
         off = sum(float((grads[n] - g).square().sum()) for n, g in expected.items()) ** 0.5
+        prompts, tails = [sequences[0][:20]] * 3, [s[20:] for s in (*sequences[1::2], sequences[0])]
+        each = []
+        for shared in (False, True):
+            model.zero_grad(set_to_none=True)
+            pack_loss(policy, make_pack(range(3), prompts, tails, None, CPU, shared=shared), targets).backward()
+            each.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
         return {
+            "prompt once or three times": float((each[0] - each[1]).norm() / each[0].norm()),
             "log-probs": float((packed(policy, sequences) - logprobs).abs().max()),
             "loss": abs(ours.item() - loss.item()) / abs(loss.item()),
             "gradient": off / size,

@@ -87,6 +87,20 @@ def test_flops_of_a_pack_are_the_closed_form():
     assert full["attention_forward_calls"] == 8 and full["attention_backward_calls"] == 4
 
 
+def test_a_frozen_head_and_float32_logits_are_counted():
+    head, T, half = 8192 * 512, 4096, ("full", "true", "--model.dtype=bfloat16")
+    plain, frozen, exact = (
+        numbers(config(*half, *more), 4, T) for more in ([], ["--model.freeze_head=true"], ["--loss.fp32_logits=true"])
+    )
+    assert plain["gemm_flops"] - frozen["gemm_flops"] == 2 * T * head
+    assert plain["reduce_scatter_bytes"] - frozen["reduce_scatter_bytes"] == 4 * head  # tied: the embedding as well
+    assert plain["forward/optimiser"] - frozen["forward/optimiser"] == 2 * 4 * head // 8 + 4  # and its count of steps
+    assert plain["forward/head"] - frozen["forward/head"] == (4 + 2) * head  # d(head) in float32, and rounded
+    assert exact["gemm_flops"] == plain["gemm_flops"] and exact["reduce_scatter_bytes"] == plain["reduce_scatter_bytes"]
+    assert exact["forward/head"] - plain["forward/head"] == 4 * T * 8192
+    assert exact["moved_bytes"] - plain["moved_bytes"] == (3 * 2 + 4 + 2) * T * 8192
+
+
 def test_reshard_frees_the_gathered_blocks():
     block = 4 * 512 * 512 + 3 * 512 * 1280 + 3 * 512 + 2 * 512
     gathered = {

@@ -1,4 +1,4 @@
-"""Attention over packed sequences: SDPA by groups of similar length, Ulysses over ranks, and on a GPU who computes it.
+"""Attention over packed sequences: SDPA by groups of similar length, Ulysses over ranks, the choice of GPU kernels.
 
 What a layer asks of its attention comes with every call, as transformers hands it over: the scale of the products, a
 sliding window (`sliding_window`), a soft cap on the products (`softcap`), sinks (`s_aux`). It is applied or refused.
@@ -18,7 +18,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ FA4_TORCH = (2, 14)  # the first torch that takes what flash-attn-4 4.0.0b36 ret
 
 @dataclass(frozen=True)
 class Attention:
-    """An implementation: in words, and FA2's own function where that is the one."""
+    """An implementation: its name for messages, and FA2's own function if it is FA2."""
 
     name: str
     fa2: Callable[..., Any] | None = None
@@ -62,8 +62,8 @@ class Features:
 def fa4_version() -> str | None:
     """The version of flash-attn-4, if the files in flash_attn/cute are its own.
 
-    flash-attn's source archive (FA2) ships an older `flash_attn/cute` with other signatures: it is not taken for FA4,
-    neither alone nor where it was installed over flash-attn-4.
+    flash-attn's source archive (FA2) ships an older `flash_attn/cute` with other signatures: it does not count as FA4,
+    whether it is installed alone or over flash-attn-4.
     """
     try:
         distribution = importlib.metadata.distribution("flash-attn-4")
@@ -93,8 +93,8 @@ def fits_fa4(capability: tuple[int, int], head_dim: int) -> bool:
 def choose(capability: tuple[int, int], head_dim: int, softcap: bool = False) -> Attention:
     """The best installed implementation: FA3 (Hopper), FA4 (Hopper, Blackwell), FA2, torch's own (which is FA2's code).
 
-    FA3 and FA4 are activated behind torch's operator, once per process. One that is installed and not used is named
-    with the reason. `softcap`: the model caps products softly, which torch's operator has no argument for.
+    FA3 and FA4 are activated behind torch's operator, once per process. The name lists those that are installed and
+    not used, each with the reason. `softcap`: the model caps products softly, which torch's operator cannot do.
     """
     refused = ""
     for name, version, reason in (("FA3", *_fa3(capability, head_dim)), ("FA4", *_fa4(capability, head_dim))):
@@ -124,14 +124,14 @@ def _first_line(e: Exception) -> str:
 
 
 def _fa3(capability: tuple[int, int], head_dim: int) -> tuple[str, str]:
-    """What to call FA3, empty where it is not installed, and why it does not fit, empty where it does."""
-    found = importlib.util.find_spec("flash_attn_interface") is not None
+    """Return FA3's module ("" if it is not installed) and why it does not fit ("" if it does)."""
+    installed = importlib.util.find_spec("flash_attn_interface") is not None
     fits = capability[0] == 9 and head_dim <= 256
-    return "flash_attn_interface" * found, "" if fits else _unfit(capability, head_dim)
+    return "flash_attn_interface" * installed, "" if fits else _unfit(capability, head_dim)
 
 
 def _fa4(capability: tuple[int, int], head_dim: int) -> tuple[str, str]:
-    """The same of FA4."""
+    """Do the same for FA4: its name with the version, and why it does not fit."""
     try:
         name = f"flash-attn-4 {importlib.metadata.version('flash-attn-4')}"
     except importlib.metadata.PackageNotFoundError:
@@ -174,7 +174,7 @@ def varlen_attention(
         cu_seqlens: int32 [S + 1], where sequences start and the last one ends.
         longest: tokens of the longest sequence.
         scaling: of the products; None is K^-1/2.
-        implementation: who computes it.
+        implementation: what computes it.
         features: of the layer.
     Returns:
         [T, H, K].
@@ -193,7 +193,7 @@ def varlen_attention(
 
 
 def refuse(implementation: Attention, *, softcap: bool, sinks: bool) -> str | None:
-    """In a sentence, what this implementation cannot do of what a model asks; None where it can do all."""
+    """Say in a sentence what a model needs and this implementation cannot do; None if it can do everything."""
     if sinks:
         return (
             f"its attention has sinks, which {implementation.name} cannot do; give --model.dtype=float32, which "
@@ -259,7 +259,7 @@ def _varlen(
 
 
 def attention_in_use(device: torch.device, dtype: str, head_dim: int) -> str:
-    """In words, who computes attention on `device` in `dtype`."""
+    """Name what computes attention on `device` in `dtype`."""
     if device.type == "cpu" or dtype == "float32":
         return "torch's scaled_dot_product_attention over sequences of similar length"
     return choose(torch.cuda.get_device_capability(device), head_dim).name
@@ -280,21 +280,37 @@ def attention_groups(lengths: list[int], waste: float = 0.25) -> list[list[int]]
     return groups
 
 
-def sdpa_index(lengths: list[int], device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def sdpa_index(
+    lengths: list[int], device: torch.device, prefixes: Sequence[tuple[int, int]] = ()
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """For each group of similar lengths: the packed position of every (sequence, slot), and which slots are real.
 
-    A slot behind a sequence's end points at the sequence's first token and is thrown away; attention being causal,
-    no real token ever looks at it.
+    A slot behind a sequence's end points at the sequence's first token, and its result is dropped; attention is causal,
+    so no real token ever looks at it. A sequence with a prefix (Pack.prefixes) has slots for the prefix's tokens before
+    its own. They give keys and values; their results as queries are dropped, because the sequence that owns the
+    prefix computes them.
     """
     starts = torch.tensor([0, *lengths]).cumsum(0)
+    prefixes = prefixes or [(0, 0)] * len(lengths)
+    first, before = torch.tensor(prefixes).unbind(1)
+    total = [n + prefix for n, (_, prefix) in zip(lengths, prefixes, strict=True)]
     out = []
-    for group in attention_groups(lengths):
-        longest = max(lengths[i] for i in group)
-        slot = torch.arange(longest)
-        real = slot[None] < torch.tensor([lengths[i] for i in group])[:, None]
-        where = torch.where(real, starts[group][:, None] + slot[None], starts[group][:, None])
+    for group in attention_groups(total):
+        slot = torch.arange(max(total[i] for i in group))[None]
+        start, prefix, end = starts[group][:, None], before[group][:, None], torch.tensor([total[i] for i in group])
+        real = (slot >= prefix) & (slot < end[:, None])
+        own = torch.where(real, start + slot - prefix, start)
+        where = torch.where(slot < prefix, first[group][:, None] + slot, own)
         out.append((where.to(device), real.to(device)))
     return out
+
+
+def take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Return x[index] along the first dimension, with a gradient that is summed in a fixed order.
+
+    On a CPU with several threads the gradient of x[index] is not, where an index repeats: threads add in any order.
+    """
+    return x.index_select(0, index) if x.device.type == "cpu" else x[index]
 
 
 class _Exchange(torch.autograd.Function):
@@ -321,9 +337,9 @@ def tokens_to_heads(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 
 def heads_to_tokens(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """[1, T, H/n, K] -> [1, T/n, H, K], the way back."""
-    n, (_, T, mine, K) = group.size(), x.shape
-    parts = _Exchange.apply(x.reshape(n, T // n, mine, K).contiguous(), group)
-    return parts.transpose(0, 1).reshape(1, T // n, n * mine, K)
+    n, (_, T, heads, K) = group.size(), x.shape
+    parts = _Exchange.apply(x.reshape(n, T // n, heads, K).contiguous(), group)
+    return parts.transpose(0, 1).reshape(1, T // n, n * heads, K)
 
 
 def packed_attention(
@@ -338,9 +354,9 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """Compute causal attention inside each packed sequence, with the layer's scale, window, soft cap and sinks.
 
-    query [1, H, T, K], key and value [1, kv heads, T, K] -> [1, T, H, K]. On CUDA in half precision as attention.py
-    chose; elsewhere plain torch over sequences of similar length. Ranks that share a pack (`sequence_group`) come with
-    their tokens of all heads, and look at all tokens for their heads.
+    query [1, H, T, K], key and value [1, kv heads, T, K] -> [1, T, H, K]. On CUDA in half precision the
+    implementation is what `choose` returned; elsewhere it is plain torch over sequences of similar length. Ranks that
+    share a pack (`sequence_group`) pass all heads of their own tokens, and compute their own heads over all tokens.
 
     Raises:
         ValueError: the layer does not pass on what the policy gave it, or asks for what the implementation cannot do.
@@ -373,11 +389,17 @@ def _attend(
         q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))  # [T, heads, K]
         cu, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
         return varlen_attention(q, k, v, cu, longest, scaling, kwargs["implementation"], features)[None]
+    wheres, reals = zip(*kwargs["sdpa_index"], strict=True)
+    slots = torch.cat([where.flatten() for where in wheres])  # all groups at once: one gradient to scatter
+    sizes = [where.numel() for where in wheres]
+    gathered = (take(x[0].transpose(0, 1), slots).split(sizes) for x in (query, key, value))
+    parts = []
+    for where, real, *qkv in zip(wheres, reals, *gathered, strict=True):
+        q, k, v = (x.unflatten(0, where.shape).transpose(1, 2) for x in qkv)  # [sequences, heads, slots, K]
+        parts.append(_causal(q, k, v, scaling, features).transpose(1, 2)[real])
+    places = torch.cat([where[real] for where, real in zip(wheres, reals, strict=True)])
     out = value.new_empty(query.shape[2], query.shape[1], value.shape[3])  # [T, H, K]
-    for where, real in kwargs["sdpa_index"]:
-        q, k, v = (x[0][:, where].transpose(0, 1) for x in (query, key, value))  # [sequences, heads, slots, K]
-        out = out.index_put((where[real],), _causal(q, k, v, scaling, features).transpose(1, 2)[real])
-    return out[None]
+    return out.index_put((places,), torch.cat(parts))[None]
 
 
 def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float | None, features: Features):

@@ -1,11 +1,12 @@
-"""One pack of the real trainer in tensors without memory: what would be alive, and what would be computed and sent.
+"""One pack of the real trainer on tensors without memory: bytes in use, work and traffic are counted.
 
 The trainer's own model, sharding, optimiser and loss run under FakeTensorMode in a fake process group of any size: its
-tensors have shapes and no memory. FSDPMemTracker adds up what would be alive; a second mode counts collectives, FLOPs
-and bytes. Two small depths are run, and every number is drawn out to the model's depth: between blocks that are alike
-it is a straight line in their number (tests/test_plan.py).
+tensors have shapes and no memory. FSDPMemTracker adds up what would be in memory; a second mode counts collectives,
+FLOPs and bytes. Two small depths are run, and every number is extrapolated to the model's depth: with equal blocks it
+is a straight line in their number (tests/test_plan.py). Every sequence has its own prompt, as in bfloat16 on a GPU;
+packs that share prompts (packing.py) need less.
 
-Two things differ from a GPU and are put right here. Attention is an operator that holds what flash-attn's does (q, k,
+Two things differ from a GPU and are corrected here. Attention is an operator that holds what flash-attn's does (q, k,
 v, out and the log-sum-exp; in the backward a float32 accumulator of d(q)), as there is no CUDA to trace. Operators that
 are opaque to tracing (the head's kernel, attention's backward) get the buffers that they allocate inside added.
 Legend: S sequences, T packed tokens, R rows of the head, D hidden, V vocabulary, H heads, K head dim.
@@ -29,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from transformers import AttentionInterface, AutoModelForCausalLM
 
+from lead_kernels import LossOptions
 from lead_kernels._head import CHUNK_BYTES
 
 from ..config import Config
@@ -84,7 +86,7 @@ def plan_attention(lengths: Sequence[int], on_gpu: bool) -> Callable:
         if on_gpu:
             q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
             return flash_plan(q, k, v)[0][None], None
-        index = []  # where a mask would be asked for its true values, places as many as there are
+        index = []  # places in as many as a mask has true values, which a fake tensor cannot count
         for (where, real), group in zip(kw.pop("sdpa_index"), attention_groups(list(lengths)), strict=True):
             place = where.new_empty(sum(lengths[i] for i in group))
             index.append((where, (place, place)))
@@ -121,11 +123,11 @@ ATTENTION = {
 
 
 class Tracker(FSDPMemTracker):
-    """The most memory of each kind in each of SEGMENTS, bytes.
+    """Track the most memory of each kind in each of SEGMENTS, bytes.
 
-    A peak over the whole step need not be a straight line in the number of blocks: which moment is the highest may
-    change. Within a segment it is one from three blocks on: forward and the blocks' backward are highest where all
-    blocks have saved what they save, and the end (embedding and head are reduced) comes when all are done.
+    A peak over the whole step need not be a straight line in the number of blocks: the highest moment may change.
+    Within a segment it is one from three blocks on: forward and the blocks' backward are highest when all blocks have
+    saved what they save, and the end (embedding and head are reduced) comes when all are done.
     """
 
     def __init__(self, policy: Policy, optimizer: torch.optim.Optimizer, on_gpu: bool):
@@ -164,13 +166,15 @@ class Tracker(FSDPMemTracker):
         return bool(known) and known[0].reftype == HEAD
 
     def _inside(self, func: Any, args: tuple) -> list[torch.Tensor]:
-        """What an operator allocates for itself alone, as tensors to hold while it is counted."""
+        """Allocate what an operator allocates inside, to be held while it is counted."""
         inside, kind = [], HEAD
         if func is HEAD_OP:
-            hidden, head = args[:2]
-            rows = max(1, min(hidden.shape[0], self.chunk_bytes // (head.shape[0] * head.element_size())))
-            inside = [torch.empty(rows, head.shape[0], dtype=head.dtype)]
-            if head.dtype == torch.bfloat16:  # d(head) is added up in float32
+            (hidden, head), (logits, _, trained) = args[:2], head_work(args)
+            rows = max(1, min(hidden.shape[0], self.chunk_bytes // (head.shape[0] * logits.itemsize)))
+            inside = [torch.empty(rows, head.shape[0], dtype=logits)]
+            if logits != head.dtype:  # their gradient, rounded for its products
+                inside.append(torch.empty(rows, head.shape[0], dtype=head.dtype))
+            if head.dtype == torch.bfloat16 and trained:  # d(head) is added up in float32
                 inside.append(torch.empty(head.shape, dtype=torch.float32))
         elif ATTENTION.get(func) == "attention_backward":
             kind = _FSDPRefType.TEMP
@@ -180,8 +184,15 @@ class Tracker(FSDPMemTracker):
         return inside
 
 
+def head_work(args: tuple) -> tuple[torch.dtype, int, int]:
+    """Read from a call of HEAD_OP the logits' dtype and whether (1 or 0) hidden states and head get a gradient."""
+    head, options, (_, hidden_trained, head_trained, *_) = args[1], LossOptions.decode(args[-2])[0], args[-1]
+    wide = torch.promote_types(head.dtype, torch.float32)
+    return wide if options.fp32_logits else head.dtype, hidden_trained, head_trained
+
+
 class Counter(TorchDispatchMode):
-    """Collectives (number, bytes of the whole tensor, largest), FLOPs of products, calls of attention, other bytes."""
+    """Count collectives (calls, bytes of whole tensors, largest), FLOPs of products, attention calls, other bytes."""
 
     def __init__(self):
         super().__init__()
@@ -200,9 +211,11 @@ class Counter(TorchDispatchMode):
             self.counts[f"{name}_bytes"] += size
             self.counts[f"{name}_largest"] = max(size, self.counts[f"{name}_largest"])
         elif func is HEAD_OP:
-            self.counts["gemm_flops"] += 6 * args[0].numel() * args[1].shape[0]
-            # rows of logits are read twice and their gradient is written once, chunk by chunk
-            self.counts["moved_bytes"] += 3 * args[0].shape[0] * args[1].shape[0] * args[1].element_size()
+            (hidden, head), (logits, *trained) = args[:2], head_work(args)
+            self.counts["gemm_flops"] += 2 * (1 + sum(trained)) * hidden.numel() * head.shape[0]
+            # rows of logits are read twice and their gradient is written once, chunk by chunk, and rounded
+            rounded = logits.itemsize + head.element_size() if logits != head.dtype else 0
+            self.counts["moved_bytes"] += hidden.shape[0] * head.shape[0] * (3 * logits.itemsize + rounded)
         elif name := ATTENTION.get(func):
             self.counts[f"{name}_calls"] += 1
         elif func._overloadpacket in flop_registry:
@@ -220,7 +233,7 @@ class FakePolicy(Policy):
 
 @contextlib.contextmanager
 def fake_job(gpus: int, replicate: int) -> Iterator[Ranks]:
-    """Rank 0 of a job of `gpus` that talks to nobody, with the trainer's mesh."""
+    """Yield rank 0 of a job of `gpus` without any communication, with the trainer's mesh."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
     try:
         shape, names = (
@@ -232,12 +245,12 @@ def fake_job(gpus: int, replicate: int) -> Iterator[Ranks]:
 
 
 def run_pack(c: Config, shape: Any, ranks: Ranks, lengths: Sequence[int], rows: int, on_gpu: bool) -> Numbers:
-    """Forward and backward of one pack in the state of any but a run's first step: gradients and AdamW's state exist.
+    """Run forward and backward of one pack as after a run's first step: gradients and AdamW's state exist.
 
     Args:
         c, shape: the configuration and the model's.
         lengths, rows: tokens of the pack's sequences, and rows of the head.
-        on_gpu: attention and chunks as on a GPU, or as on a CPU.
+        on_gpu: whether attention and chunks are as on a GPU or as on a CPU.
     Returns:
         bytes under "<segment>/<kind>", counts under the Counter's names, sync_bytes (the weight sync's all-gathers),
         parameters, and the forward's FLOPs of a sequence of one and of two tokens.
@@ -249,12 +262,14 @@ def run_pack(c: Config, shape: Any, ranks: Ranks, lengths: Sequence[int], rows: 
         model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
         if on_gpu and c.model.liger:
             patched.enter_context(fused_blocks(model))
+        if c.model.freeze_head:
+            model.lm_head.requires_grad_(False)
         policy = FakePolicy(model, head_form=HeadForm())  # a probe wants values; scale and cap cost no memory
         policy.model.set_attn_implementation("lead_plan")
         shard(policy, ranks, c.model, c.parallel)
         optimizer = make_optimizer(policy, c.optim)
         for p in policy.parameters():
-            p.grad = torch.empty_like(p)
+            p.grad = torch.empty_like(p) if p.requires_grad else None
         optimizer.step()
         T = sum(lengths)
         long, S = torch.zeros(T, dtype=torch.int64), c.rollout.problems * c.rollout.group_size
@@ -280,7 +295,7 @@ DEPTHS = (3, 4)  # tracked blocks
 
 
 def track(c: Config, shape: Any, ranks: Ranks, lengths: Sequence[int], rows: int, on_gpu: bool = True) -> Numbers:
-    """`run_pack` at the model's depth, drawn out from DEPTHS where it is deeper. Arguments as there."""
+    """Do `run_pack` at the model's depth, extrapolated from DEPTHS if it is deeper; arguments as there."""
 
     def at(depth: int) -> Numbers:
         cut = copy.deepcopy(shape)

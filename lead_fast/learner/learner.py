@@ -34,10 +34,10 @@ from .loss import (
 )
 from .memory import rehearse
 from .optimizer import learning_rate, make_optimizer, update
-from .packing import Pack, assign, efficiency, make_pack
+from .packing import Pack, assign, assign_shared, efficiency, make_pack, shared_work
 from .policy import load_policy
 
-MOST_PACKS = 4099  # of an update and rank; up to here no two of its packs draw with the same seed
+MOST_PACKS = 4099  # per update and rank; with no more packs, no two of them draw with the same seed
 ROUNDING = 1e-4  # nats; how far above 0 a log-prob may be rounded
 
 
@@ -47,7 +47,7 @@ class Learner:
     Args:
         c: the configuration.
         ranks: of this job.
-        journal: told of phases and progress.
+        journal: receives phases and progress.
     Raises:
         ValueError: the model cannot be loaded, or the largest pack does not fit the memory.
     """
@@ -69,13 +69,13 @@ class Learner:
         Args:
             batch: the graded groups, the same on every rank.
             credit: their rewards and advantages.
-            step: 0 the first; of the learning rate's schedule.
+            step: for the learning rate's schedule; the first is 0.
         Returns:
-            what metrics.jsonl keeps of the update.
+            the update's part of the record in metrics.jsonl.
         Raises:
             ValueError: at the first step with a gradient, the engine's log-probs differ from the policy's.
         """
-        c, ranks, flops = self.c, self.ranks, self.policy.flops()
+        c, ranks = self.c, self.ranks
         self._report_failed_saves()
         if c.debug:
             must_be_finite("rollout's log-probs", *map(torch.tensor, batch.logprobs), most=ROUNDING)
@@ -94,11 +94,9 @@ class Learner:
                 in_update_S[first : first + size] = True
                 o = objective(credit.advantage, batch.lengths, kept_S & in_update_S, c, groups)
                 live = [i for i, moves in enumerate(needs_gradient(o, c)) if moves]
-                plan = assign([tokens[i] for i in live], c.parallel.pack_tokens, ranks.teams, flops)
-                balance.append(efficiency(plan, [tokens[i] for i in live], flops))
-                updates.append(
-                    (o, [self._pack([live[i] for i in members], batch, ages) for members in plan[ranks.team]])
-                )
+                plan, even = self._plan(live, batch.prompts, tokens)
+                balance.append(even)
+                updates.append((o, [self._pack(members, batch, ages) for members in plan[ranks.team]]))
                 trained.update(live)
         with self.journal.phase("train"):  # old log-probs are the policy's before the first of the updates
             old = [[self._old_logprobs(pack) for pack in packs] for _, packs in updates]
@@ -133,12 +131,27 @@ class Learner:
             self.checked = True
         return record
 
+    def _plan(
+        self, live: list[int], prompts: list[list[int]], tokens: list[int]
+    ) -> tuple[list[list[list[int]]], float]:
+        """Deal the sequences `live` to packs and ranks; return the plan and how even the ranks' work is."""
+        c, teams, cost = self.c.parallel, self.ranks.teams, self.policy.flops()
+        prompts, lengths = [prompts[i] for i in live], [tokens[i] for i in live]
+        if self.policy.shares_prompts:
+            plan = assign_shared(prompts, lengths, c.pack_tokens, teams, cost)
+            even = efficiency(plan, lambda pack: shared_work(pack, prompts, lengths, cost))
+        else:
+            plan = assign(lengths, c.pack_tokens, teams, cost)
+            even = efficiency(plan, lambda pack: sum(cost(lengths[i]) for i in pack))
+        return [[[live[i] for i in pack] for pack in rank] for rank in plan], even
+
     def _pack(self, members: list[int], batch: Batch, ages: list[list[int]] | None) -> Pack:
-        part = (self.ranks.member, self.ranks.sequence)
-        return make_pack(members, batch.prompts, batch.responses, batch.logprobs, self.ranks.device, part, ages)
+        part, shared = (self.ranks.member, self.ranks.sequence), self.policy.shares_prompts
+        sampled = batch.prompts, batch.responses, batch.logprobs
+        return make_pack(members, *sampled, self.ranks.device, part, ages, shared=shared)
 
     def _old_logprobs(self, pack: Pack) -> torch.Tensor | None:
-        """Log-probs of the response tokens for the ratio's denominator, where a pass of their own is asked for."""
+        """Compute log-probs for the ratio's denominator where the configuration wants a separate pass for them."""
         if self.c.loss.old_logprobs != "recompute":
             return None
         return pack_logprobs(self.policy, pack, self.c.rollout.temperature, self.c.loss.fp32_logits)
@@ -179,13 +192,13 @@ class Learner:
             self.journal.metrics.warn(f"Held-out Pass@1 is {pass_at_1:.3f}: rewards for brevity are {says}.")
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside weights and optimiser."""
+        """Return what a checkpoint keeps beside weights and optimiser."""
         return self._guard.state()
 
     def resume(self) -> dict[str, Any]:
-        """Read the newest complete checkpoint; returns what was saved beside it, nothing without one. A collective.
+        """Read the newest complete checkpoint; return the state saved with it, {} without one. A collective.
 
-        An engine that shares the GPU must not exist yet, or sleep: reading takes memory of its own.
+        An engine that shares the GPU must not exist yet, or must sleep: reading needs memory too.
         """
         state = checkpoint.load(self.journal.folder, self.policy, self.optimizer, self.ranks) or {}
         if self.ranks.device.type == "cuda":
@@ -195,10 +208,10 @@ class Learner:
         return state
 
     def save(self, step: int, state: dict[str, Any], *, wait: bool) -> bool:
-        """Begin to write a checkpoint after `step` steps; with `wait`, until it is written. A collective.
+        """Begin to write a checkpoint after `step` steps; with `wait`, return when it is written. A collective.
 
         Returns:
-            whether it was begun, or with `wait` written. A write that fails later is reported with the next step.
+            whether writing began, or with `wait` succeeded. A write that fails later is reported with the next step.
         """
         if self._checkpoints is None:
             progress = partial(self.journal.progress, "save")
@@ -220,7 +233,7 @@ class Learner:
 
 
 def age_sums(logprob_R: torch.Tensor, pack: Pack, c: Config) -> dict[str, torch.Tensor]:
-    """Per age of the pack's response tokens, their number and the sum of their importance weights (policy / engine)."""
+    """Count response tokens and sum their importance weights (policy / engine), per age of the tokens."""
     if pack.age_R is None:
         return {}
     assert pack.behavior_R is not None
@@ -239,7 +252,7 @@ def weight_by_age(sums: dict[str, float], max_age: int) -> list[float | None]:
 
 
 def means(sums: dict[str, float], updates: int, *, reference: bool) -> dict[str, Any]:
-    """Means over the trained tokens of what the loss summed up; NaN for a batch without a gradient."""
+    """Average the loss's sums over the trained tokens; NaN for a batch without a gradient."""
     n = sums["tokens"] or float("nan")
     record: dict[str, Any] = {
         "loss": sums["loss"] / updates,

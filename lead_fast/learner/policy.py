@@ -20,7 +20,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from ..config import ModelConfig, ParallelConfig
 from ..runtime.ranks import Ranks
-from .attention import Attention, choose, sdpa_index
+from .attention import Attention, choose, sdpa_index, take
 from .head import Head, HeadForm, probe_head
 from .load import Fill, open_model
 from .model import head_dim
@@ -59,21 +59,23 @@ class Policy(nn.Module):
         self.attention = attention or Attention("torch's varlen_attn")
         self.sequence_group = sequence_group
         self.offload = offload
+        self.shares_prompts = False  # make_policy sets it where attention is plain torch, which reads Pack.prefixes
         model.config.use_cache = False
         model.set_attn_implementation("lead_packed")
         self.model = model
 
     def forward(self, pack: Pack, head: Callable[[torch.Tensor, Head], Any]) -> Any:
-        """Call `head(hidden_RD, Head)` with the pack's response rows, inside FSDP's hooks, and return what it does.
+        """Call `head(hidden_RD, Head)` with the pack's response rows, inside FSDP's hooks, and return its result.
 
-        With a sequence group the pack is this rank's part of one (make_pack's `part`), attention sees the whole.
+        With a sequence group the pack is this rank's part of one (make_pack's `part`); attention sees all of it.
         """
         lengths = pack.lengths
         device = pack.input_ids_T.device
         kw: dict[str, Any] = {}
         if device.type == "cpu" or next(self.parameters()).dtype == torch.float32:
-            kw["sdpa_index"] = sdpa_index(lengths, device)
+            kw["sdpa_index"] = sdpa_index(lengths, device, pack.prefixes)
         else:
+            assert not pack.prefixes, "varlen attention has no prefixes"
             kw |= {"cu_seq_lens_q": pack.cu_seqlens, "cu_seq_lens_k": pack.cu_seqlens}
             kw |= {"max_length_q": max(lengths), "max_length_k": max(lengths), "implementation": self.attention}
         if self.sequence_group:
@@ -88,7 +90,7 @@ class Policy(nn.Module):
                 **kw,
             ).last_hidden_state[0]
         last = self.model.lm_head
-        return head(hidden_TD[pack.rows_R], Head(last.weight, last.bias, self.head_form))
+        return head(take(hidden_TD, pack.rows_R), Head(last.weight, last.bias, self.head_form))
 
     def to_shards(self) -> None:
         """Free the gathered weights: from here on `parameters()` are the shards, which hold the gradients."""
@@ -127,12 +129,12 @@ def shard(
     parallel: ParallelConfig,
     fill: Fill | None = None,
 ) -> Policy:
-    """FSDP2 around every block and the whole: fp32 masters, compute in `dtype`, reduction in fp32, sums not means.
+    """Wrap every block and the model in FSDP2: fp32 masters, compute in `dtype`, reduction in fp32, sums not means.
 
     Gradients are summed over ranks, not averaged: the loss already carries its global denominators. The order is
-    compilation, checkpointing, sharding. Embedding, last norm and head are the outermost unit: gathered once a pack (or
-    once a step without reshard) and there for all chunks of the head. `fill` gives a unit that is on the meta device
-    its weights just before it is sharded.
+    compilation, checkpointing, sharding. Embedding, last norm and head are the outermost unit: gathered once per pack
+    (once per step without reshard) for all chunks of the head. `fill` loads the weights of a unit that is on the meta
+    device just before it is sharded.
     """
     in_host_memory = parallel.offload in ("optimizer", "both")
     if not in_host_memory and not fill:
@@ -161,7 +163,7 @@ def shard(
 
 
 def prepare_blocks(policy: Policy, model: ModelConfig, device: torch.device) -> list[Any]:
-    """The policy's blocks with Liger's parts, compiled and checkpointed as `model` says."""
+    """Put Liger's kernels, compilation and checkpointing into the policy's blocks as `model` says; return them."""
     blocks = list(policy.model.model.layers)
     if uses_liger(model.liger, device):
         _patch_by_liger(policy.model, copy_rope_inputs=model.activation_checkpointing == "selective")
@@ -182,20 +184,20 @@ def uses_liger(asked: bool, device: torch.device) -> bool:
 
 
 def blocks_in_use(asked: bool, device: torch.device) -> str:
-    """In words, who computes the blocks' RMSNorm, RoPE and SwiGLU on a GPU."""
+    """Name what computes the blocks' RMSNorm, RoPE and SwiGLU on a GPU."""
     if uses_liger(asked, device):
         return f"Liger {importlib.metadata.version('liger-kernel')}"
     return f"torch ({'liger-kernel is not installed' if asked else 'model.liger is false'})"
 
 
 def _patch_by_liger(model: Any, *, copy_rope_inputs: bool) -> None:
-    """Put Liger's RMSNorm, RoPE and SwiGLU in the place of the model's own.
+    """Replace the model's RMSNorm, RoPE and SwiGLU by Liger's.
 
     Args:
-        copy_rope_inputs: with selective checkpointing, which keeps the projections' outputs: Liger rotates queries and
-            keys in place, unseen by torch, and the backward pass would rotate what is rotated.
+        copy_rope_inputs: needed by selective checkpointing, which keeps the projections' outputs: Liger rotates queries
+            and keys in place, unseen by torch, and the backward pass would rotate them again.
 
-    It leaves a model as it is whose type Liger has no kernels for, and says so.
+    A model whose type Liger has no kernels for stays as it is, and a line says so.
     """
     from liger_kernel.backends import set_impl  # type: ignore
     from liger_kernel.transformers import _apply_liger_kernel_to_instance  # type: ignore
@@ -227,7 +229,7 @@ def _on_copies(rope: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def load_policy(model: ModelConfig, parallel: ParallelConfig, ranks: Ranks) -> Policy:
-    """The sharded policy, ready to train.
+    """Load and shard the policy, ready to train.
 
     Raises:
         ValueError: the model cannot be loaded, or has heads that parallel.sequence ranks cannot share.
@@ -237,11 +239,11 @@ def load_policy(model: ModelConfig, parallel: ParallelConfig, ranks: Ranks) -> P
 
 
 def make_policy(network: Any, fill: Fill | None, model: ModelConfig, parallel: ParallelConfig, ranks: Ranks) -> Policy:
-    """The same from a causal language model in float32: at hand, or on the meta device with what fills it.
+    """Do the same with a loaded causal language model in float32, or one on the meta device and the `fill` for it.
 
     Raises:
-        ValueError: the model has heads that parallel.sequence ranks cannot share, or asks of its attention what this
-            GPU's implementation cannot do.
+        ValueError: the model has heads that parallel.sequence ranks cannot share, or needs what this GPU's
+            implementation of attention cannot do.
     """
     heads, n = network.config.num_attention_heads, parallel.sequence
     if heads % n:
@@ -255,4 +257,5 @@ def make_policy(network: Any, fill: Fill | None, model: ModelConfig, parallel: P
         attention = choose(torch.cuda.get_device_capability(ranks.device), head_dim(network.config), capped)
     group = ranks.sequence_group if n > 1 else None
     policy = Policy(network, sequence_group=group, offload=offload, attention=attention)
+    policy.shares_prompts = attention is None and not model.unchecked  # unchecked layers may mix tokens in other ways
     return shard(policy, ranks, model, parallel, fill)
