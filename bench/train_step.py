@@ -348,7 +348,7 @@ def main() -> None:
     p.add_argument(
         "--names", nargs="+", default=list(NAMES), choices=NAMES, help="what is measured; lead-fast always is"
     )
-    p.add_argument("--group", type=int, default=8, help="answers to a prompt")
+    p.add_argument("--group", type=int, help="answers per prompt; default: 8, or --answers if that is less")
     p.add_argument("--reshard", default="false", choices=["true", "false"], help="lead-fast's parallel.reshard")
     p.add_argument("--shape", default="embedded", choices=["embedded", "qwen2.5-14b"])
     p.add_argument(
@@ -362,7 +362,8 @@ def main() -> None:
     a = p.parse_args()
     if a.only:
         return child(a)
-    if a.answers % max(1, a.group):
+    a.group = min(8, a.answers) if a.group is None else a.group
+    if a.group < 1 or a.answers % a.group:
         sys.exit(f"--answers is {a.answers} and --group {a.group}: give a multiple of the group.")
     if a.answers % a.micro_batch or min(a.answers, a.micro_batch, a.turns) < 1:
         sys.exit(f"--answers is {a.answers} and --micro-batch {a.micro_batch}: give a multiple of the micro-batch.")

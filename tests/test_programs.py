@@ -418,7 +418,7 @@ def test_names_versions_and_dates(tmp_path, monkeypatch):
     source = parse_source("livecodebench:release_v6?from=2024-08-01")
     assert source and source.version == "v6" and source.path is None and source.first.year == 2024
     for text, says in (("LiveCodeBench:v9", "give one of v1"), ("LiveCodeBench?from=May", "has an invalid date"),
-                       ("LiveCodeBench?since=2024-01-01", "not understood"),
+                       ("LiveCodeBench?since=2024-01-01", "cannot be parsed"),
                        ("LiveCodeBench?x", "has an invalid date")):  # fmt: skip
         with pytest.raises(ValueError, match=says):
             parse_source(text)
