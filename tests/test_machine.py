@@ -176,17 +176,20 @@ def test_a_python_outside_the_range_gets_a_sentence(version):
     hardware.check_python((3, 14, 2))
 
 
-def install_check(env: dict[str, str], *args: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "lead_fast" / "runtime" / "hardware.py"), *args]
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
+def test_an_installation_is_checked_before_it_downloads(tmp_path, monkeypatch):
+    monkeypatch.setattr(hardware.shutil, "disk_usage", lambda path: SimpleNamespace(free=21 * hardware.GIB))
+    monkeypatch.setenv("PATH", eight_h100(tmp_path)["PATH"])
+    assert f"8 x {H100}, driver 580.95.05" in hardware.before_install(tmp_path / "env", cuda=True)
+    monkeypatch.setenv("PATH", eight_h100(tmp_path, driver="550.54.14")["PATH"])
+    with pytest.raises(ValueError, match="The NVIDIA driver is 550.54.14, but CUDA 13.0 needs 580 or newer"):
+        hardware.before_install(tmp_path / "env", cuda=True)
 
 
-def test_an_installation_is_checked_before_it_downloads(tmp_path):
-    env = eight_h100(tmp_path)
-    done = install_check(env, str(tmp_path / "env"), "--cuda")
-    assert done.returncode == 0 and f"8 x {H100}, driver 580.95.05" in done.stdout, done.stderr
-    done = install_check(eight_h100(tmp_path, driver="550.54.14"), str(tmp_path / "env"), "--cuda")
-    assert done.returncode == 1 and "The NVIDIA driver is 550.54.14, but CUDA 13.0 needs 580 or newer" in done.stderr
+def test_the_check_of_an_installation_ends_with_one_sentence(tmp_path):
+    command = [sys.executable, str(ROOT / "lead_fast" / "runtime" / "hardware.py"), str(tmp_path / "env"), "--cuda"]
+    env = eight_h100(tmp_path, driver="550.54.14")
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
+    assert done.returncode == 1 and done.stderr.startswith("error: The NVIDIA driver is 550.54.14")
     assert done.stderr.count("\n") == 1
 
 
