@@ -110,9 +110,11 @@ class Pipeline:
             sys.exit(f"error: {name} ended with code {code}, for the reason above; the same command resumes from here.")
 
     def torchrun(self, name: str, result: Path, *command: str) -> None:
+        """Like `run`, on all ranks; resumes a run that was stopped, and removes a finished one's checkpoints."""
         begun = (result.parent / "config.toml").exists() and "lead_fast.evaluate" not in command
         self.run(name, result, "torch.distributed.run", f"--nproc_per_node={self.ranks}", "--standalone", "-m",
                  *command, f"--output={result.parent}", *(["--resume"] if begun else []))  # fmt: skip
+        shutil.rmtree(result.parent / "checkpoints", ignore_errors=True)  # all seeds' would take 25 GB
 
     def evaluate(self, name: str, model: str | Path, folder: Path) -> None:
         self.torchrun(f"evaluation {name}", folder / "evaluation.json", "lead_fast.evaluate", "--recipe=smollm2",
