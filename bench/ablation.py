@@ -6,8 +6,8 @@
 Every run trains the recipe `levels` from the same model on one CPU thread, with `--jobs` runs in parallel, and is then
 evaluated on held-out problems: 1,000 hard ones (levels 4 to 6) x 4 samples, and 1,000 others x 2. The same command
 resumes after an interruption, within a run too, and keeps results that exist, so more seeds can be added later. A run
-takes five to seven minutes on one core. --quick: GRPO and LEAD on one seed. --switches: LEAD, and LEAD with each of
-the switches of 2026, on three seeds.
+takes five to seven minutes on one core. --quick: GRPO and LEAD on one seed, both in about six minutes on two.
+--switches: LEAD, and LEAD with each of the switches of 2026, on three seeds.
 
 It prints the tables and writes them to --out as table.md, with compare.png. Each run's metrics.jsonl and
 evaluation.json are copied there, and --table makes the tables from them alone.
