@@ -249,10 +249,10 @@ def table(found: dict[str, list[Row]]) -> str:
 def changes(found: dict[str, list[Row]]) -> dict[str, list[float]]:
     """Each seed's change from SFT to the end: points of pass@1, and the length of correct responses in percent."""
     (sft,), ends = found["sft"], found["stage2"]
-    return {
-        "pass@1, points": [100 * (end["pass_at_1"] - sft["pass_at_1"]) for end in ends],
-        "correct responses, %": [100 * (end["length_correct"] / sft["length_correct"] - 1) for end in ends],
-    }
+    out = {"pass@1, points": [100 * (end["pass_at_1"] - sft["pass_at_1"]) for end in ends]}
+    if all(r["length_correct"] for r in (sft, *ends)):  # a model without a correct response has none
+        out["correct responses, %"] = [100 * (end["length_correct"] / sft["length_correct"] - 1) for end in ends]
+    return out
 
 
 def draw(found: dict[str, list[Row]], path: Path) -> None:
@@ -265,12 +265,15 @@ def draw(found: dict[str, list[Row]], path: Path) -> None:
         for ax, key, scale, title in ((axes[0], "pass_at_1", 100, "Held-out pass@1 (%)"),
                                       (axes[1], "length_correct", 1, "Correct responses (tokens)")):  # fmt: skip
             sft = found["sft"][0][key]
-            lines = [[scale * x for x in (sft, a[key], b[key])] for a, b in zip(*map(found.get, STAGES), strict=True)]
+            lines = [
+                [math.nan if x is None else scale * x for x in (sft, a[key], b[key])]
+                for a, b in zip(*map(found.get, STAGES), strict=True)
+            ]
             for values in lines:
                 ax.plot(range(3), values, "o-", color=GREY, linewidth=1, markersize=3)
             means = [statistics.fmean(column) for column in zip(*lines, strict=True)]
             ax.plot(range(3), means, "o-", color=BLUE, linewidth=2.5)
-            for x, y in enumerate(means):
+            for x, y in ((x, y) for x, y in enumerate(means) if not math.isnan(y)):
                 ax.annotate(f"{y:.1f}", (x, y), xytext=(0, 11), textcoords="offset points", ha="center", weight="bold",
                             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0})  # fmt: skip
             ax.set_xticks(range(3), ["SFT", "stage 1", "stage 2"])

@@ -25,7 +25,7 @@ def record(pass_at_1: float, length: float | None, forms: dict[str, list[float]]
             "no_answer_share": 0.0, "budget": curve, "by_difficulty": level, "forms": forms}  # fmt: skip
 
 
-def write(out: Path, seeds: dict[int, tuple[float, float]]) -> None:
+def write(out: Path, seeds: dict[int, tuple[float, float | None]]) -> None:
     """Write records of seeds whose pass@1 goes from .5 to the first value, and length from 80 to the second."""
     out.mkdir()
     (out / "base.json").write_text(json.dumps(record(0.0, None, {"other": [1.0, 0.0]})))
@@ -66,6 +66,15 @@ def test_one_seed_has_no_interval_and_none_is_an_error(tmp_path, monkeypatch):
     write(tmp_path / "none", {})
     with pytest.raises(ValueError, match="none holds no seed's records: run python bench/pipeline.py"):
         run(monkeypatch, "--table", f"--out={tmp_path / 'none'}")
+
+
+def test_a_pipeline_in_which_nothing_is_right_has_a_table_too(tmp_path, monkeypatch):
+    """As with --scale 0.1, whose few steps of SFT teach next to nothing."""
+    write(tmp_path / "out", {0: (0.0, None)})
+    run(monkeypatch, "--table", f"--out={tmp_path / 'out'}")
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert "| correct responses, tokens | - | 80.0 | - | - |" in text and "| pass@1, points | -50.0 |" in text
+    assert "| correct responses, % |" not in text
 
 
 def test_a_record_counts_the_forms_of_its_responses(tmp_path):
