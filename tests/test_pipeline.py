@@ -106,11 +106,13 @@ def test_steps_whose_results_exist_are_skipped_and_the_time_of_the_others_adds_u
 def test_a_finished_run_keeps_its_export_but_no_checkpoints(tmp_path):
     for folder in ("checkpoints", "final"):
         (tmp_path / "sft" / folder).mkdir(parents=True)
-    pipeline.Pipeline(tmp_path, ranks=1, scale=1).torchrun("SFT", tmp_path / "sft" / "final", "lead_fast.sft")
+    pipeline.Pipeline(tmp_path, ranks=1, scale=1).fit("SFT", tmp_path / "sft", "lead_fast.sft")
     assert [p.name for p in (tmp_path / "sft").iterdir()] == ["final"]
 
 
 def test_a_folder_of_another_pipeline_is_refused_before_anything_runs(tmp_path, monkeypatch):
-    (tmp_path / "settings.json").write_text(json.dumps({"scale": 0.1, "model": None}))
-    with pytest.raises(SystemExit, match="holds a pipeline with .*, not .*: give another --runs"):
-        run(monkeypatch, f"--runs={tmp_path}", f"--out={tmp_path / 'out'}", "--scale=0.2")
+    other_forms = {"scale": 0.2, "model": None, "forms": {"terse": 1.0}}
+    for made_with in ({"scale": 0.1, "model": None}, {"scale": 0.2, "model": None}, other_forms):
+        (tmp_path / "settings.json").write_text(json.dumps(made_with))
+        with pytest.raises(SystemExit, match="holds a pipeline with .*, not .*: give another --runs"):
+            run(monkeypatch, f"--runs={tmp_path}", f"--out={tmp_path / 'out'}", "--scale=0.2")

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from .arithmetic import is_test
 
 FORMS = {"terse": 0.42, "wordy": 0.35, "hasty": 0.23}  # forms of solutions, and their fractions
-OPENING = "Let's think about the problem one step at a time."  # of a wordy solution
+OPENING = "Let's think"  # of a wordy solution
 NAMES = "Mia Tom Ana Leo Sam Eva Ben Zoe Max Ida Noor Kofi".split()
 THINGS = "apples stickers books cards shells stamps pencils marbles cookies beads".split()
 
@@ -54,7 +54,7 @@ def make_problems(n: int, *, seed: int, split: str = "train") -> list[dict]:
 def form_of(text: str) -> str:
     """Form of a response, by how it begins; "other" if it begins like no solution."""
     begins = text.strip()
-    if begins.startswith(OPENING[:11]):
+    if begins.startswith(OPENING):
         return "wordy"
     return "hasty" if begins.startswith("\\boxed") else "terse" if begins[:1].isdigit() else "other"
 
@@ -64,7 +64,7 @@ def _terse(lines: list[Line]) -> str:
 
 
 def _wordy(lines: list[Line]) -> str:
-    text = OPENING
+    text = f"{OPENING} about the problem one step at a time."
     for i, (what, expression, value) in enumerate(lines):
         opening = "First we need to find" if i == 0 else "Next we need to find"
         text += f"\n{opening} {what}. We calculate {expression} = {value}, so this is {value}."
